@@ -1,0 +1,93 @@
+"""SASRec (Kang & McAuley, 2018) in the bottleneck form that the released SLMRec trains. B batch, L slots, N items."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Norm = Literal["query", "pre", "post"]
+
+
+class SASRec(nn.Module):
+    """Item embedding -> narrow causal transformer -> item space; score = user vector . item embedding.
+
+    Args:
+        n_items: N; index N is the padding.
+        max_seq_length: L.
+        emb_dim: width of the item table, D. hid_dim: width of the blocks.
+        norm: `query` as released (only the query is normed, and the residual leaves from it), `pre` or `post`.
+        init_std: standard deviation of the item embedding at the start; 1 as released.
+    """
+
+    def __init__(
+        self, n_items: int, max_seq_length: int, *, emb_dim: int, hid_dim: int, num_blocks: int, num_heads: int,
+        dropout: float, norm: Norm, init_std: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.n_items = n_items
+        self.item_embedding = nn.Embedding(n_items + 1, emb_dim, padding_idx=n_items)
+        nn.init.normal_(self.item_embedding.weight, std=init_std)
+        with torch.no_grad():
+            self.item_embedding.weight[n_items].zero_()
+        self.to_hidden = nn.Linear(emb_dim, hid_dim)
+        self.positions = nn.Embedding(max_seq_length, hid_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList([Block(hid_dim, num_heads, dropout, norm) for _ in range(num_blocks)])
+        self.final_norm = nn.LayerNorm(hid_dim, eps=1e-8)
+        self.to_item = nn.Linear(hid_dim, emb_dim)
+
+    @property
+    def item_table(self) -> Tensor:
+        """[N, D], row = catalogue index."""
+        return self.item_embedding.weight[: self.n_items]
+
+    def states(self, history: Tensor) -> Tensor:
+        """Item-space state after every position of left-padded histories [B, L] -> [B, L, D]; padding's is unspecified."""
+        length = history.shape[1]
+        real = history != self.n_items  # [B, L]
+        x = self.to_hidden(self.item_embedding(history)) * math.sqrt(self.item_embedding.embedding_dim)
+        x = self.dropout(x + self.positions.weight[-length:])
+        causal = torch.ones(length, length, dtype=torch.bool, device=history.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=history.device)  # padding sees itself, or softmax is NaN
+        mask = (causal & real[:, None, :]) | itself  # [B, L, L], True = may look
+        for block in self.blocks:
+            x = block(x, mask[:, None])
+        return self.to_item(self.final_norm(x))
+
+    def forward(self, history: Tensor) -> Tensor:
+        """User vectors [B, D]: the state of the last position."""
+        return self.states(history)[:, -1]
+
+
+class Block(nn.Module):
+    """Causal self-attention and a two-layer ReLU network of the same width, each with a residual."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float, norm: Norm) -> None:
+        super().__init__()
+        self.norm, self.num_heads, self.rate = norm, num_heads, dropout
+        self.attention_norm = nn.LayerNorm(width, eps=1e-8)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.feed_norm = nn.LayerNorm(width, eps=1e-8)
+        self.feed = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout), nn.ReLU(), nn.Linear(width, width), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.norm == "post":
+            x = self.attention_norm(x + self.attend(x, x, mask))
+            return self.feed_norm(x + self.feed(x))
+        normed = self.attention_norm(x)
+        if self.norm == "query":
+            x = self.feed_norm(normed + self.attend(normed, x, mask))
+            return x + self.feed(x)
+        x = x + self.attend(normed, normed, mask)
+        return x + self.feed(self.feed_norm(x))
+
+    def attend(self, query: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+        """Multi-head attention, [B, L, W] x [B, L, W] -> [B, L, W]; mask [B, 1, L, L]."""
+        q, k, v = (
+            layer(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer, y in ((self.query, query), (self.key, source), (self.value, source))
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.rate if self.training else 0.0)
+        return self.out(mixed.transpose(1, 2).flatten(2))

@@ -1,0 +1,163 @@
+"""Step 1: train SASRec, whose item table every later step reads.
+
+    python train_sr_trad.py                                              # the demo domain, about a minute on 2 cores
+    python train_sr_trad.py --domain_type cloth                          # data/cloth.csv[.gz|.xz]
+    python train_sr_trad.py --domain_type cloth --train_targets last --learning_rate 1e-4 --batch_size 1024 \
+        --num_epochs 50 --patience 0 --seed 9999                         # as first released
+    python train_sr_trad.py --domain_type cloth --eval_only              # metrics of best/ again
+
+Reads data/<domain>.csv; writes output/<domain>/sasrec/ (best/, last/, config.json, metrics.jsonl, results.json, ranks.npz).
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from utils import cli
+
+SHAPE = ("max_seq_length", "emb_dim", "hid_dim", "num_blocks", "num_heads", "dropout", "norm", "init_std")
+
+
+@cli.command
+def main(
+    *,
+    # data
+    domain_type: str = "demo",
+    data_path: str | None = None,
+    output_dir: str | None = None,
+    max_seq_length: cli.PositiveInt = 30,
+    train_targets: Literal["last", "all"] = "all",
+    # model
+    emb_dim: cli.PositiveInt = 128,
+    hid_dim: cli.PositiveInt = 32,
+    num_blocks: cli.PositiveInt = 2,
+    num_heads: cli.PositiveInt = 1,
+    dropout: cli.DropRate = 0.5,
+    norm: Literal["query", "pre", "post"] = "query",
+    init_std: cli.PositiveFloat = 0.02,
+    # training
+    batch_size: cli.PositiveInt = 256,
+    micro_batch_size: cli.PositiveInt | None = None,
+    num_epochs: cli.PositiveInt = 200,
+    max_steps: cli.MaxSteps = -1,
+    learning_rate: cli.PositiveFloat = 1e-3,
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "constant",
+    warmup_steps: cli.NonNegativeInt = 0,
+    weight_decay: cli.NonNegativeFloat = 0.0,
+    max_grad_norm: cli.NonNegativeFloat = 0.0,
+    patience: cli.NonNegativeInt = 10,
+    # evaluation and logs
+    eval_steps: cli.MaxSteps = -1,
+    save_steps: cli.MaxSteps = -1,
+    eval_batch_size: cli.PositiveInt = 512,
+    num_candidates: cli.PositiveInt = 999,
+    candidate_seed: cli.NonNegativeInt = 42,
+    log_steps: cli.PositiveInt = 50,
+    tensorboard: bool = False,
+    # run
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    bf16: bool = False,
+    seed: cli.NonNegativeInt = 42,
+    eval_only: bool = False,
+    overwrite: bool = False,
+) -> dict:
+    """Train SASRec on a domain's sequences and report popularity beside it.
+
+    Args:
+        domain_type: the domain; its CSV is data/<domain>.csv[.gz|.xz] or dataset/sequential/, `demo` is made on first use.
+        data_path: the CSV itself, wherever it is.
+        output_dir: this run's folder, output/<domain>/sasrec by default.
+        max_seq_length: how many of the last items are read.
+        train_targets: every position (all) or one item a user (last, as released).
+        emb_dim: width of the item table. hid_dim: width of the transformer.
+        num_blocks: transformer blocks. num_heads: attention heads, must divide hid_dim.
+        norm: query (released), pre or post. init_std: spread of the item table at the start (1 as released; with that, all-position training does not take off).
+        micro_batch_size: users at once; gradients accumulate up to batch_size (default: all at once).
+        num_epochs: at most so many; max_steps: optimizer steps instead, -1 for none.
+        max_grad_norm: clip gradients to this norm, 0 for not.
+        patience: evaluations without a better validation MRR before stopping, 0 for never.
+        eval_steps: steps between evaluations, -1 for every epoch; save_steps: the same for last/.
+        num_candidates: negatives of the sampled protocol. candidate_seed: their draw, apart from `seed` so that all
+            models and seeds meet the same ones.
+        log_steps: steps between lines of metrics.jsonl. tensorboard: also write TensorBoard events.
+        device: auto is cuda where there is one. bf16: autocast to bfloat16.
+        eval_only: evaluate best/ and write results.json. overwrite: start anew in a folder that holds a run.
+    """
+    flags = dict(locals())
+    from datasets.demo import ensure_demo
+    from datasets.interactions import canonical_domain, find_csv, read_csv
+    from utils import runlog
+
+    domain = canonical_domain(domain_type)
+    folder = Path(output_dir or f"output/{domain}/sasrec")
+    cli.check(
+        (hid_dim % num_heads == 0, f"--num_heads={num_heads} does not divide --hid_dim={hid_dim}"),
+        cli.divides(micro_batch_size=micro_batch_size or batch_size, batch_size=batch_size),
+    )
+    runlog.check_output_dir(folder, overwrite=overwrite, eval_only=eval_only)
+    if eval_only:
+        flags |= runlog.recorded(folder, flags, cli.defaults(main), (*SHAPE, "train_targets", "num_candidates", "candidate_seed"))
+    ensure_demo(domain, data_path)
+    csv_path = find_csv(domain, data_path)
+    data = read_csv(csv_path)
+    if eval_only:
+        runlog.check_data(folder, data.sha256, csv_path)
+
+    import numpy as np
+    import torch
+
+    from datasets import sequences
+    from models.losses import catalogue_cross_entropy
+    from models.sasrec import SASRec
+    from utils import checkpoint, training
+    from utils.evaluation import evaluate, finish
+
+    where = training.choose_device(device)
+    torch.manual_seed(seed)
+    every_position = flags["train_targets"] == "all"
+    model = SASRec(data.n_items, **{name: flags[name] for name in SHAPE}).to(where)
+    samples = sequences.training_samples(data, "last", flags["max_seq_length"])  # `all` is every position of the same window
+    splits = sequences.evaluation_splits(data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"])
+    print(sequences.describe(data, samples, splits), flush=True)
+
+    def loss_fn(rows):
+        history = samples.histories(rows).to(where)
+        if not every_position:
+            return {"total": catalogue_cross_entropy(model(history), model.item_table, samples.targets(rows).to(where))}
+        targets = samples.shifted_targets(rows).to(where)  # [B, L]
+        real = targets != data.n_items
+        return {"total": catalogue_cross_entropy(model.states(history)[real], model.item_table, targets[real])}
+
+    def ranks(split, limit=None):
+        return evaluate(model, model.item_table, splits[split].batches(eval_batch_size, where, limit))
+
+    fitted = None
+    if not eval_only:
+        config = {"step": "sasrec", "domain": domain, "data_sha256": data.sha256, "flags": flags}
+        runlog.start(folder, config)
+        fitted = training.fit(
+            module=model, loss_fn=loss_fn, counts=samples.counts() if every_position else np.ones(len(samples), int),
+            evaluate_fn=lambda limit: ranks("valid", limit).metrics(), folder=folder,
+            log=runlog.MetricsLog(folder, tensorboard), meta=config,
+            batch_size=batch_size, micro_batch_size=micro_batch_size or batch_size, num_epochs=num_epochs,
+            max_steps=max_steps, learning_rate=learning_rate, lr_scheduler=lr_scheduler, warmup_steps=warmup_steps,
+            weight_decay=weight_decay, max_grad_norm=max_grad_norm, eval_steps=eval_steps, save_steps=save_steps,
+            patience=patience, log_steps=log_steps, seed=seed, bf16=bf16,
+        )  # fmt: skip
+    weights, _ = checkpoint.load(folder / "best")
+    checkpoint.restore(model, weights, folder / "best")
+    model.eval()
+    counts = sequences.popularity(data).to(where)[:, None]  # [N, 1]: a one-dimensional item table
+
+    def popularity_ranks(split):
+        ones = lambda history: counts.new_ones(len(history), 1)  # noqa: E731
+        return evaluate(ones, counts, splits[split].batches(eval_batch_size, where))
+
+    about = runlog.about(folder, "sasrec", model, fitted) | {
+        "popularity": {split: popularity_ranks(split).metrics() for split in splits},
+        "candidates": {"asked": flags["num_candidates"], "fewest": splits["test"].fewest_candidates()},
+    }
+    return finish(folder, ranks, about)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Things any training repository needs; nothing here knows what SLMRec is."""

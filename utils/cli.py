@@ -1,0 +1,257 @@
+"""Strict flags over python-fire's syntax: a wrong request is answered before any work is done.
+
+python-fire calls the function first and complains about an unknown flag afterwards, guesses types from the value
+(`--flag=false` arrives as a true string) and lets stray words fill arguments. Here the typed keyword-only signature
+of `main` is the contract: names, types, choices and ranges are bound against it, every problem is reported in one
+line with exit status 2, and only then does `main` run. Fire writes the help page.
+"""
+
+import difflib
+import functools
+import inspect
+import json
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
+
+
+class UsageError(Exception):
+    """The request is wrong (flag, file, folder): one line for the user, exit status 2."""
+
+
+class RunError(Exception):
+    """The run failed (non-finite loss, disk full, ...): one line for the user, exit status 1."""
+
+
+class Range(NamedTuple):
+    """Bounds of a number; an open bound excludes itself."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def admits(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        low = "" if self.low == -math.inf else f"{'>' if self.open_low else '>='} {self.low:g}"
+        high = "" if self.high == math.inf else f"{'<' if self.open_high else '<='} {self.high:g}"
+        return " and ".join(part for part in (low, high) if part) or "finite"
+
+
+PositiveInt = Annotated[int, Range(low=1)]
+NonNegativeInt = Annotated[int, Range(low=0)]
+MaxSteps = Annotated[int, Range(low=-1)]  # -1: no limit, as in the released scripts
+PositiveFloat = Annotated[float, Range(low=0, open_low=True)]
+NonNegativeFloat = Annotated[float, Range(low=0)]
+DropRate = Annotated[float, Range(low=0, high=1, open_high=True)]
+
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def command(main: Callable) -> Callable:
+    """Check names, types, choices and ranges of `main`'s keyword arguments at every call, also in process.
+
+    Raises:
+        UsageError: naming every argument that does not fit the signature, in one line.
+    """
+    hints = typing.get_type_hints(main, include_extras=True)
+
+    @functools.wraps(main)
+    def checked(**values: Any) -> Any:
+        problems = [_unknown(name, hints) for name in values if name not in hints]
+        for name, value in values.items():
+            if name in hints:
+                try:
+                    _check(name, value, hints[name])
+                except UsageError as problem:
+                    problems.append(str(problem))
+        _raise_all(problems)
+        return main(**values)
+
+    return checked
+
+
+def check(*rules: tuple[bool, str]) -> None:
+    """Raise one UsageError with the message of every rule whose condition is false."""
+    _raise_all([message for holds, message in rules if not holds])
+
+
+def run(main: Callable, argv: list[str] | None = None) -> None:
+    """Bind the command line to `main`'s signature, run it, and turn expected errors into one line and a status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word in ("-h", "--help") for word in argv):
+        import fire
+
+        fire.Fire(main, command=["--help"], name=os.path.basename(sys.argv[0]))
+        return
+    try:
+        main(**bind(main, argv))
+    except UsageError as error:
+        _exit(2, f"error: {error}")
+    except RunError as error:
+        _exit(1, f"error: {error}")
+    except KeyboardInterrupt:
+        _exit(130, "interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
+    """Parse `--name=value`, `--name value`, `--name` and `--noname` (booleans) by the annotations of `main`.
+
+    Returns:
+        The values given, by parameter name; parameters not given are absent.
+    Raises:
+        UsageError: with every problem of the command line, in one line.
+    """
+    hints = {name: hint for name, hint in typing.get_type_hints(main, include_extras=True).items() if name != "return"}
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            problems.append(f"unexpected word {word!r}: flags are written --name=value")
+            continue
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in hints and not equals and name.startswith("no") and _is_bool(hints.get(name[2:])):
+            name, equals, text = name[2:], "=", "false"
+        if name not in hints:
+            problems.append(_unknown(name, hints))
+            if not equals and words and not words[0].startswith("--"):
+                words.pop(0)
+            continue
+        if not equals:
+            if words and not words[0].startswith("--") and not (_is_bool(hints[name]) and words[0] not in BOOLEANS):
+                text = words.pop(0)
+            elif _is_bool(hints[name]):
+                text = "true"
+            else:
+                problems.append(f"--{name} needs a value, expected {_describe(hints[name])}")
+                continue
+        if name in values:
+            problems.append(f"--{name} is given twice")
+        try:
+            values[name] = _convert(name, text, hints[name])
+        except UsageError as problem:
+            problems.append(str(problem))
+    _raise_all(problems)
+    return values
+
+
+def _raise_all(problems: list[str]) -> None:
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def _exit(status: int, line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _unknown(name: str, hints: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
+    return f"unknown flag --{name}" + (f" (did you mean --{near[0]}?)" if near else " (--help lists the flags)")
+
+
+def _options(hint: Any) -> list[Any]:
+    """The members of `X | None`, or the hint alone."""
+    return list(typing.get_args(hint)) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else [hint]
+
+
+def _plain(hint: Any) -> tuple[Any, Range | None]:
+    """The type that is not None, and its Range if the annotation carries one."""
+    (hint,) = [option for option in _options(hint) if option is not type(None)]
+    if typing.get_origin(hint) is Annotated:
+        kind, limits = typing.get_args(hint)
+        return kind, limits
+    return hint, None
+
+
+def _is_bool(hint: Any) -> bool:
+    return hint is not None and _plain(hint)[0] is bool
+
+
+def _describe(hint: Any) -> str:
+    kind, limits = _plain(hint)
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is list:
+        return "a list such as a,b or [a,b]"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    return f"{words} {limits}" if limits else words
+
+
+def _convert(name: str, text: str, hint: Any) -> Any:
+    kind, _ = _plain(hint)
+    wrong = UsageError(f"--{name}={text}: expected {_describe(hint)}")
+    if text.lower() in ("none", "null") and type(None) in _options(hint):
+        return None
+    if kind is bool:
+        if text.lower() not in BOOLEANS:
+            raise wrong
+        return BOOLEANS[text.lower()]
+    if typing.get_origin(kind) is list:
+        (element,) = typing.get_args(kind)
+        return [_convert(name, item, element) for item in _split(text)]
+    value: Any = text
+    if kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise wrong from None
+        if "_" in text:
+            raise wrong
+    _check(name, value, hint)
+    return value
+
+
+def _split(text: str) -> list[str]:
+    """The items of `a,b`, `[a,b]`, `["a", "b"]` or a single `a`."""
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        parsed = None
+    if isinstance(parsed, list):
+        return [str(item) for item in parsed]
+    return [item.strip().strip("'\"") for item in text.strip().strip("[]()").split(",") if item.strip()]
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    kind, limits = _plain(hint)
+    wrong = UsageError(f"--{name}={value}: expected {_describe(hint)}")
+    if value is None and type(None) in _options(hint):
+        return
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise wrong
+    elif typing.get_origin(kind) is list:
+        if not isinstance(value, list) or not value:
+            raise wrong
+    elif kind is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise wrong
+    elif type(value) is not kind:
+        raise wrong
+    if limits is not None and not limits.admits(value):
+        raise wrong
+
+
+def divides(*, micro_batch_size: int, batch_size: int) -> tuple[bool, str]:
+    """The rule, for `check`, that whole micro-batches fill a batch."""
+    return batch_size % micro_batch_size == 0, f"--batch_size={batch_size} is not a multiple of --micro_batch_size={micro_batch_size}"
+
+
+def defaults(main: Callable) -> dict[str, Any]:
+    """The default of every flag of `main`."""
+    return {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}

@@ -1,0 +1,97 @@
+"""The item table on disk: a pickle `{'item_embedding': FloatTensor [rows, dim]}`, read without trusting it."""
+
+import codecs
+import collections
+import hashlib
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.cli import UsageError
+
+KEY = "item_embedding"
+
+_REBUILD = {
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    # torch's own reducer for storages is a nested pickle; it is opened with the weights-only reader instead
+    ("torch.storage", "_load_from_bytes"): lambda data: torch.load(io.BytesIO(data), weights_only=True, map_location="cpu"),
+    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+    ("numpy._core.numeric", "_frombuffer"): np._core.numeric._frombuffer,
+    ("numpy.core.numeric", "_frombuffer"): np._core.numeric._frombuffer,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): codecs.encode,
+}
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Admits what rebuilds tensors and arrays and nothing else."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in _REBUILD:
+            raise pickle.UnpicklingError(f"forbidden global {module}.{name}")
+        return _REBUILD[module, name]
+
+
+def write_table(path: str | Path, table: Tensor, about: dict) -> None:
+    """Write the table and, beside it as .json, what it is (`about` and the file's sha256); atomically.
+
+    Args:
+        table: float32 [max_id + 1, dim], row = item id, zeros where the id does not occur.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = pickle.dumps({KEY: table.detach().cpu().float().contiguous().clone()}, protocol=4)
+    notes = json.dumps(about | {"table_sha256": hashlib.sha256(data).hexdigest()}, indent=2) + "\n"
+    for target, content in ((path, data), (path.with_suffix(".json"), notes.encode())):
+        partial = target.with_name(f".tmp-{target.name}")
+        partial.write_bytes(content)
+        partial.replace(target)
+
+
+def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
+    """The rows of `item_ids` (int64 [N], ascending) of a pickled table, float32 [N, dim].
+
+    Raises:
+        UsageError: no such file, a pickle that holds anything but tensors, a wrong key, shape or dtype, too few rows,
+            or rows of occurring items that are all zero or not finite.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"item table not found: {path}; extract_emb.py writes it (or name one with --item_table)")
+    content = _unpickle(path)
+    if not isinstance(content, dict) or KEY not in content:
+        keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise UsageError(f"{path}: expected a dict with {KEY!r}, found {keys}")
+    table = torch.as_tensor(content[KEY]) if isinstance(content[KEY], (Tensor, np.ndarray)) else None
+    if table is None or table.dim() != 2 or not table.is_floating_point():
+        found = f"{table.dtype} of shape {tuple(table.shape)}" if table is not None else type(content[KEY]).__name__
+        raise UsageError(f"{path}: {KEY} must be floating point of shape [items, dim], found {found}")
+    if item_ids[-1] >= len(table):
+        raise UsageError(f"{path}: max id {item_ids[-1]} but the item table has {len(table)} rows (the table of another domain?)")
+    rows = table.detach().float()[torch.from_numpy(item_ids)]
+    broken = item_ids[(~torch.isfinite(rows).all(1)).numpy()]
+    if len(broken):
+        raise UsageError(f"{path}: rows {', '.join(map(str, broken[:5]))} contain NaN or infinity ({len(broken)} in all)")
+    if not rows.any():
+        raise UsageError(f"{path}: every row of an occurring item is zero; the table was not trained")
+    return rows.contiguous()
+
+
+def _unpickle(path: Path):
+    try:
+        with open(path, "rb") as file:
+            return _TensorUnpickler(file).load()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # noqa: BLE001  a broken pickle may raise anything; none of it is ours
+        reason = str(error).split("\n")[0][:160]
+        raise UsageError(f"{path}: refused, not a plain pickled tensor ({reason})") from None

@@ -1,0 +1,102 @@
+"""From user vectors to ranks: sampled and full-catalogue protocols in one pass over the users."""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.cli import RunError
+from utils.metrics import summarise
+from utils.runlog import write_json
+
+Metrics = dict[str, dict[str, float]]
+
+PROTOCOLS = {"sampled": (5, 10), "full": (5, 10, 20), "full_all": (5, 10, 20)}  # protocol -> cut-offs
+TILE = 2**24  # scores held at once (64 MiB in float32)
+
+
+class EvaluationBatch(Protocol):
+    """What one batch of users must carry; all on one device."""
+
+    history: Tensor  # [B, L] what the model reads
+    target: Tensor  # [B] catalogue index of the true next item
+    seen: Tensor  # [B, S] everything the user met before the target; filled up with the target itself
+    candidates: Tensor  # [B, K] negatives; filled up with -1
+
+
+class Ranks(NamedTuple):
+    """Rank of each user's target under each protocol, each int64 [U], >= 1."""
+
+    sampled: np.ndarray
+    full: np.ndarray
+    full_all: np.ndarray
+
+    def metrics(self) -> Metrics:
+        return {name: summarise(getattr(self, name), cutoffs) for name, cutoffs in PROTOCOLS.items()}
+
+
+@torch.no_grad()
+def evaluate(encode: Callable[[Tensor], Tensor], item_table: Tensor, batches: Iterable[EvaluationBatch]) -> Ranks:
+    """Rank every user's target: sampled (its candidates), full (history excluded), full_all (nothing excluded).
+
+    rank = 1 + number of other ranked items whose score is >= the target's, the target's score read from the same
+    product; so ties count against the model and a constant model scores zero. The target is never excluded.
+
+    Args:
+        encode: history [B, L] -> user vectors [B, D]; a model in evaluation mode.
+        item_table: [N, D], row = catalogue index.
+        batches: user batches, in user order.
+    Raises:
+        RunError: a score is not finite.
+    """
+    found = []
+    for batch in batches:
+        users = encode(batch.history).float()  # [B, D]
+        rows = max(1, TILE // len(item_table))
+        for i in range(0, len(users), rows):
+            part = slice(i, i + rows)
+            scores = users[part] @ item_table.float().T  # [b, N]
+            found.append(rank_tile(scores, batch.target[part], batch.seen[part], batch.candidates[part]))
+    return Ranks(*torch.cat(found, dim=1).cpu().numpy())
+
+
+def rank_tile(scores: Tensor, target: Tensor, seen: Tensor, candidates: Tensor) -> Tensor:
+    """Ranks [3, b] (sampled, full, full_all) from scores [b, N]; overwrites `scores`."""
+    own = scores.gather(1, target[:, None])  # [b, 1]
+    if not torch.isfinite(scores).all():
+        raise RunError("a score is NaN or infinite: the model or the item table holds non-finite values")
+    drawn = scores.gather(1, candidates.clamp(min=0))
+    sampled = 1 + ((drawn >= own) & (candidates >= 0)).sum(1)
+    full_all = (scores >= own).sum(1)  # counts the target itself once
+    scores.scatter_(1, seen, -torch.inf).scatter_(1, target[:, None], own)
+    full = (scores >= own).sum(1)
+    return torch.stack([sampled, full, full_all])
+
+
+def finish(folder: Path, ranks_of: Callable[[str], Ranks], about: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate valid and test, write results.json (`about` + metrics + seconds) and ranks.npz, print the test row.
+
+    Args:
+        ranks_of: split name -> ranks of all its users.
+    """
+    valid = ranks_of("valid")
+    started = time.perf_counter()
+    test = ranks_of("test")
+    seconds = time.perf_counter() - started
+    results = about | {
+        "users": len(test.sampled),
+        "valid": valid.metrics(),
+        "test": test.metrics(),
+        "inference_seconds": round(seconds, 3),
+        "inference_users_per_second": round(len(test.sampled) / seconds, 1),
+    }
+    np.savez_compressed(folder / "ranks.npz", **{f"{split}_{name}": r.astype(np.int32) for split, ranks in (("valid", valid), ("test", test)) for name, r in ranks._asdict().items()})
+    write_json(folder / "results.json", results)
+    for protocol, metrics in results["test"].items():
+        print(f"test {protocol:8s} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
+    print(f"wrote {folder / 'results.json'}", flush=True)
+    return results
