@@ -1,0 +1,58 @@
+"""The prompt as data: a template's two texts and their token ids."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.cli import UsageError
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+TEXTS = ("prompt", "response")
+
+
+class Prompt(NamedTuple):
+    """What stands before and after the items: texts, or token ids."""
+
+    prompt: str | list[int]
+    response: str | list[int]
+
+
+def read_template(name: str) -> Prompt:
+    """The texts of templates/<name>.json, or of a JSON file given by its path.
+
+    Raises:
+        UsageError: no such file, or it lacks one of the two texts.
+    """
+    path = Path(name) if name.endswith(".json") else TEMPLATES / f"{name}.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        there = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.json")))
+        raise UsageError(f"--prompt_template_name={name}: no file {path}; available: {there}, or a path ending in .json") from None
+    except ValueError:
+        raise UsageError(f"{path}: not JSON") from None
+    if not isinstance(content, dict) or any(not isinstance(content.get(text), str) or not content[text] for text in TEXTS):
+        found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+        raise UsageError(f"{path}: expected the texts {' and '.join(TEXTS)}, found {found}")
+    return Prompt(content["prompt"], content["response"])
+
+
+def tokenise(texts: Prompt, base: str) -> Prompt:
+    """Token ids of the two texts, each by itself and without special tokens, by the tokenizer of `base`.
+
+    Args:
+        base: a local folder or a Hugging Face id.
+    Raises:
+        UsageError: the base has no tokenizer, or a text has no tokens.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0][:160]
+        raise UsageError(f"--base_model={base}: no usable tokenizer; expected tokenizer.json beside the weights ({reason})") from None
+    ids = Prompt(*(tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts))
+    if not ids.response or not ids.prompt:
+        raise UsageError(f"--base_model={base}: its tokenizer makes no tokens of the prompt template")
+    return ids

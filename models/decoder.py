@@ -1,0 +1,214 @@
+"""A pruned LLaMA decoder that reads [prompt | items | response] and returns last-token states, without the waste.
+
+The result equals the plain Hugging Face forward over [prompt | left-padded items | response] (benchmarks/plain.py,
+tests/test_parity.py) because only work whose result is not used, or is the same for every user, is left out:
+
+* the prompt is the same for all and attention is causal, so its keys and values are computed once a step (with
+  gradient) or, in inference, once for good;
+* padded item slots are not computed: the linear layers see only real tokens, packed one after another, and positions
+  stay those of the padded layout;
+* in the last layer only the last token needs a query, an output projection and an MLP.
+
+With LoRA dropout > 0 the prompt's dropout mask is therefore shared by the batch; the expectation is unchanged.
+
+Legend: B batch, L item slots, R response tokens, P prompt tokens, S packed suffix tokens (items and response of all
+users), W widest suffix of the batch, H width, h heads, d head width, E blocks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
+
+KeyValue = tuple[Tensor, Tensor]  # keys (rotated) and values of the prompt in one layer, each [P, h_kv, d]
+
+
+class Layout(NamedTuple):
+    """Where the packed suffix tokens stand; made once per batch.
+
+    source [S]: index into [item vectors | response vectors]; position [S]: in the padded layout, counted from the
+    prompt's start; grid [B, W]: index into the packed tokens, left-aligned, arbitrary where there is none; packed [S]:
+    index into the flattened grid; last [B]: the packed index of each user's last token; width [B]: its suffix length.
+    """
+
+    source: Tensor
+    position: Tensor
+    grid: Tensor
+    packed: Tensor
+    last: Tensor
+    width: Tensor
+
+    @classmethod
+    def of(cls, real: Tensor, n_prompt: int, n_response: int) -> "Layout":
+        """From real [B, L] (True = an item), left-padded."""
+        batch, slots = real.shape
+        device = real.device
+        tail = torch.ones(batch, n_response, dtype=torch.bool, device=device)
+        token = torch.cat([real, tail], dim=1)  # [B, L + R]
+        width = token.sum(1)
+        stop = width.cumsum(0)
+        n_items = int(real.sum())
+        source = torch.cat(
+            [(real.flatten().cumsum(0) - 1).view_as(real), (n_items + torch.arange(n_response, device=device)).expand(batch, -1)], dim=1
+        )[token]
+        position = n_prompt + torch.arange(slots + n_response, device=device).expand(batch, -1)[token]
+        widest = int(width.max())
+        column = torch.arange(widest, device=device)
+        grid = ((stop - width)[:, None] + column).clamp(max=int(stop[-1]) - 1)
+        packed = (column < width[:, None]).flatten().nonzero().squeeze(1)
+        return cls(source, position, grid, packed, stop - 1, width)
+
+
+class Decoder(nn.Module):
+    """The kept layers of a LLaMA and the token ids of its prompt.
+
+    Args:
+        llama: embeddings, kept layers and final norm.
+        prompt_ids, response_ids: what stands before and after the items, at least one token each.
+        n_blocks: E, must divide the number of layers; states are returned at the end of every block.
+        gradient_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, llama: LlamaModel, prompt_ids: list[int], response_ids: list[int], n_blocks: int, gradient_checkpointing: bool = False):
+        super().__init__()
+        self.llama = llama
+        self.n_layers, self.n_blocks = len(llama.layers), n_blocks
+        if self.n_layers % n_blocks:
+            raise ValueError(f"{n_blocks} blocks do not divide {self.n_layers} layers")
+        self.gradient_checkpointing = gradient_checkpointing
+        self.register_buffer("prompt_ids", torch.tensor(prompt_ids), persistent=False)
+        self.register_buffer("response_ids", torch.tensor(response_ids), persistent=False)
+
+    def forward(self, items: Tensor, real: Tensor, prompt: list[KeyValue] | None = None) -> Tensor:
+        """Last-token states at the E block ends, [B, E, H]: inner ones raw, the last one after the final norm.
+
+        Args:
+            items: vectors of the real items, user after user, [sum of lengths, H].
+            real: bool [B, L], where they stand in the left-padded layout.
+            prompt: what `prompt_states` returned, to skip the prompt's own computation (inference).
+        """
+        n_prompt, n_response = len(self.prompt_ids), len(self.response_ids)
+        layout = Layout.of(real, n_prompt, n_response)
+        response = self.llama.embed_tokens(self.response_ids)
+        x = torch.cat([items, response.to(items.dtype)])[layout.source]  # [S, H]
+        position = layout.position
+        if prompt is None:  # the prompt's tokens go first in the same packed product
+            x = torch.cat([self.llama.embed_tokens(self.prompt_ids).to(x.dtype), x])
+            position = torch.cat([torch.arange(n_prompt, device=x.device), position])
+        rotation = self._rotation(x, n_prompt + real.shape[1] + n_response, position)
+        states = []
+        for i, layer in enumerate(self.llama.layers):
+            known = None if prompt is None else prompt[i]
+            if i + 1 == self.n_layers:
+                states.append(self.llama.norm(self._run(_last_layer, layer, x, rotation, layout, known)))
+            else:
+                x = self._run(_inner_layer, layer, x, rotation, layout, known)
+                if (i + 1) % (self.n_layers // self.n_blocks) == 0:
+                    states.append(x[layout.last + (0 if known is not None else n_prompt)])
+        return torch.stack(states, dim=1)
+
+    @torch.no_grad()
+    def prompt_states(self) -> list[KeyValue]:
+        """Keys and values of the prompt in every layer, for inference with the present weights."""
+        x = self.llama.embed_tokens(self.prompt_ids)
+        rotation = self._rotation(x, len(x), torch.arange(len(x), device=x.device))
+        states = []
+        for i, layer in enumerate(self.llama.layers):
+            query, key, value = _project(layer, layer.input_layernorm(x), rotation)
+            states.append((key, value))
+            if i + 1 < self.n_layers:
+                x = _feed(layer, x, _attend_prompt(layer, query, key, value))
+        return states
+
+    def _rotation(self, x: Tensor, length: int, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary cosines and sines of the packed tokens, each [T, d]; computed for the padded length, as the plain form."""
+        every = torch.arange(length, device=x.device)[None]
+        cos, sin = self.llama.rotary_emb(x, position_ids=every)
+        return cos[0, position], sin[0, position]
+
+    def _run(self, step: Callable, layer: LlamaDecoderLayer, *inputs) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(step, layer, *inputs, use_reentrant=False)
+        return step(layer, *inputs)
+
+
+def _inner_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, known: KeyValue | None) -> Tensor:
+    """One layer over all packed tokens [T, H] -> [T, H]; T = P + S, or S where the prompt is known."""
+    query, key, value = _project(layer, layer.input_layernorm(x), rotation)
+    n_prompt = len(x) - len(layout.source)
+    mixed = []
+    if known is None:
+        known = key[:n_prompt], value[:n_prompt]
+        mixed.append(_attend_prompt(layer, query[:n_prompt], *known))
+    keys, values = _with_prompt(known, key[n_prompt:], value[n_prompt:], layout)  # [B, h_kv, P + W, d]
+    queries = query[n_prompt:][layout.grid].transpose(1, 2)  # [B, h, W, d]
+    width = queries.shape[2]
+    causal = torch.ones(width, keys.shape[2], dtype=torch.bool, device=x.device).tril(keys.shape[2] - width)
+    grid = _attention(layer, queries, keys, values, attn_mask=causal)
+    mixed.append(grid.transpose(1, 2).flatten(0, 1)[layout.packed])  # [S, h, d]
+    return _feed(layer, x, torch.cat(mixed).flatten(1))
+
+
+def _last_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, known: KeyValue | None) -> Tensor:
+    """The last layer for the last token alone: packed [T, H] -> [B, H]; keys and values still come from all tokens."""
+    normed = layer.input_layernorm(x)
+    n_prompt = len(x) - len(layout.source)
+    last = layout.last + n_prompt
+    key, value = _keys_values(layer, normed, rotation)
+    query = _heads(layer, layer.self_attn.q_proj(normed[last]))
+    query, _ = apply_rotary_pos_emb(query, query, rotation[0][last], rotation[1][last])
+    if known is None:
+        known = key[:n_prompt], value[:n_prompt]
+    keys, values = _with_prompt(known, key[n_prompt:], value[n_prompt:], layout)
+    column = torch.arange(keys.shape[2], device=x.device)
+    mask = column < (len(known[0]) + layout.width)[:, None]  # [B, P + W]
+    mixed = _attention(layer, query[:, :, None], keys, values, attn_mask=mask[:, None, None])  # [B, h, 1, d]
+    return _feed(layer, x[last], mixed.flatten(1))
+
+
+def _heads(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, layer.self_attn.head_dim))  # [T, h, d]
+
+
+def _keys_values(layer: LlamaDecoderLayer, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> KeyValue:
+    key = _heads(layer, layer.self_attn.k_proj(normed))
+    key, _ = apply_rotary_pos_emb(key, key[:, :0], *rotation)
+    return key, _heads(layer, layer.self_attn.v_proj(normed))
+
+
+def _project(layer: LlamaDecoderLayer, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    query, key = _heads(layer, layer.self_attn.q_proj(normed)), _heads(layer, layer.self_attn.k_proj(normed))
+    query, key = apply_rotary_pos_emb(query, key, *rotation)
+    return query, key, _heads(layer, layer.self_attn.v_proj(normed))
+
+
+def _attend_prompt(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal self-attention of the prompt, [P, h, d] -> [P, h, d]."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+    return _attention(layer, q, k, v, is_causal=True)[0].transpose(0, 1)
+
+
+def _with_prompt(known: KeyValue, key: Tensor, value: Tensor, layout: Layout) -> KeyValue:
+    """The prompt's and each user's own keys and values, [B, h_kv, P + W, d]; autograd sums the prompt's over users."""
+    users = len(layout.grid)
+    return tuple(
+        torch.cat([shared.to(own.dtype).expand(users, -1, -1, -1), own[layout.grid]], dim=1).transpose(1, 2)
+        for shared, own in zip(known, (key, value))
+    )
+
+
+def _attention(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor, **how) -> Tensor:
+    attention = layer.self_attn
+    if attention.num_key_value_groups > 1:
+        key, value = (t.repeat_interleave(attention.num_key_value_groups, dim=1) for t in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, scale=attention.scaling, **how)
+
+
+def _feed(layer: LlamaDecoderLayer, x: Tensor, mixed: Tensor) -> Tensor:
+    """Output projection of the mixed values [T, h * d], residual, MLP, residual."""
+    x = x + layer.self_attn.o_proj(mixed.flatten(1))
+    return x + layer.mlp(layer.post_attention_layernorm(x))

@@ -1,0 +1,134 @@
+"""LLM4Rec: a pruned LLaMA that reads projected item embeddings and predicts in item space; teacher and student alike.
+
+Legend: B batch, L item slots, N items (also the padding index), D item dim, H LLM width, E blocks.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from models.base import load_llama, prune_config
+from models.decoder import Decoder, KeyValue
+from utils.cli import UsageError
+
+Strategy = Literal["lora", "full"]
+
+
+class Output(NamedTuple):
+    """user: [B, D], scores are its dot products with the item table; states: [B, E, H], last token at the block ends;
+    exits: [B, E - 1, D], the inner exits' user vectors (no rows without exit heads)."""
+
+    user: Tensor
+    states: Tensor
+    exits: Tensor
+
+
+class LLM4Rec(nn.Module):
+    """[prompt | items through the adapter | response] -> decoder -> last token -> item space.
+
+    Args:
+        decoder: with its E blocks.
+        item_table: [N, D], frozen; row = catalogue index.
+        exit_heads: also predict at the E - 1 inner block ends.
+    """
+
+    def __init__(self, decoder: Decoder, item_table: Tensor, exit_heads: bool) -> None:
+        super().__init__()
+        width, dim = decoder.llama.config.hidden_size, item_table.shape[1]
+        self.decoder = decoder
+        self.register_buffer("item_table", item_table, persistent=False)
+        self.adapter = nn.Linear(dim, width)
+        self.head = nn.Linear(width, dim, bias=False)
+        self.exit_heads = nn.ModuleList([nn.Linear(width, dim, bias=False) for _ in range(decoder.n_blocks - 1 if exit_heads else 0)])
+
+    def forward(self, history: Tensor, prompt: list[KeyValue] | None = None) -> Output:
+        """Left-padded catalogue indices [B, L] -> Output."""
+        real = history != len(self.item_table)
+        items = self.adapter(self.item_table[history[real]].to(self.adapter.weight.dtype))
+        states = self.decoder(items, real, prompt)
+        user = self.head(states[:, -1])
+        exits = [head(states[:, k]) for k, head in enumerate(self.exit_heads)]
+        return Output(user, states, torch.stack(exits, dim=1) if exits else user.new_empty(len(user), 0, user.shape[1]))
+
+    @torch.no_grad()
+    def encoder(self, bf16: bool = False) -> Callable[[Tensor], Output]:
+        """A forward for inference with the present weights; the prompt is computed here, once."""
+        self.eval()
+
+        def precision():
+            return torch.autocast(self.item_table.device.type, torch.bfloat16, enabled=bf16)
+
+        with precision():
+            prompt = self.decoder.prompt_states()
+
+        @torch.no_grad()
+        def encode(history: Tensor) -> Output:
+            with precision():
+                return self(history, prompt)
+
+        return encode
+
+
+def build(
+    base: str, config: LlamaConfig, layers: list[int], item_table: Tensor, prompt_ids: list[int], response_ids: list[int],
+    *, n_blocks: int, exit_heads: bool, strategy: Strategy, lora_r: int, lora_alpha: int, lora_dropout: float,
+    lora_target_modules: list[str], bf16: bool, gradient_checkpointing: bool,
+) -> LLM4Rec:  # fmt: skip
+    """Read the kept layers of `base` and put a recommender around them; what is to be trained requires a gradient.
+
+    `lora` freezes the base (in bfloat16 if `bf16`) and trains LoRA on the named projections, adapter and heads;
+    `full` trains everything but the item table, from float32 weights.
+
+    Raises:
+        UsageError: a LoRA target that matches no module, or a checkpoint that lacks what is needed.
+    """
+    dtype = torch.bfloat16 if bf16 and strategy == "lora" else torch.float32
+    llama = load_llama(base, config, layers, dtype)
+    return assemble(
+        llama, item_table, prompt_ids, response_ids, n_blocks=n_blocks, exit_heads=exit_heads, strategy=strategy, lora_r=lora_r,
+        lora_alpha=lora_alpha, lora_dropout=lora_dropout, lora_target_modules=lora_target_modules,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+
+
+def assemble(
+    llama: LlamaModel, item_table: Tensor, prompt_ids: list[int], response_ids: list[int], *, n_blocks: int, exit_heads: bool,
+    strategy: Strategy, lora_r: int, lora_alpha: int, lora_dropout: float, lora_target_modules: list[str], gradient_checkpointing: bool,
+) -> LLM4Rec:  # fmt: skip
+    """As `build`, around a LLaMA that is already in memory (or on the meta device, to count)."""
+    llama.requires_grad_(strategy == "full")
+    if strategy == "lora":
+        inject_lora(llama, lora_r, lora_alpha, lora_dropout, lora_target_modules)
+    return LLM4Rec(Decoder(llama, prompt_ids, response_ids, n_blocks, gradient_checkpointing), item_table, exit_heads)
+
+
+def inject_lora(llama: LlamaModel, r: int, alpha: int, dropout: float, targets: list[str]) -> None:
+    """Put LoRA (peft, float32, no bias) on every projection named in `targets`.
+
+    Raises:
+        UsageError: a name that matches no module; peft would ignore it.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = {name.rpartition(".")[2] for name, module in llama.layers.named_modules() if isinstance(module, nn.Linear)}
+    unknown = [target for target in targets if target not in names]
+    if unknown:
+        raise UsageError(f"--lora_target_modules: {', '.join(unknown)} matches no projection; there are {', '.join(sorted(names))}")
+    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none"), llama)
+    for parameter in llama.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def count_parameters(config: LlamaConfig, n_layers: int, r: int, targets: list[str]) -> tuple[int, int]:
+    """(decoder and embeddings with LoRA, LoRA alone), counted on the meta device; as in the paper's Table of efficiency."""
+    with torch.device("meta"):
+        llama = LlamaModel(prune_config(config, n_layers))
+        llama.requires_grad_(False)
+        inject_lora(llama, r, r, 0.0, targets)
+    sizes = [(p.numel(), p.requires_grad) for p in llama.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
