@@ -42,7 +42,7 @@ def main(
     ensure_demo(domain, data_path)
     csv_path = find_csv(domain, data_path)
     data = read_csv(csv_path)
-    runlog.check_data(run, data.sha256, csv_path)
+    runlog.check_same(run, {"data_sha256": data.sha256}, csv_path)
 
     import torch
 

@@ -100,7 +100,7 @@ def main(
     csv_path = find_csv(domain, data_path)
     data = read_csv(csv_path)
     if eval_only:
-        runlog.check_data(folder, data.sha256, csv_path)
+        runlog.check_same(folder, {"data_sha256": data.sha256}, csv_path)
 
     import numpy as np
     import torch
@@ -138,10 +138,7 @@ def main(
             module=model, loss_fn=loss_fn, counts=samples.counts() if every_position else np.ones(len(samples), int),
             evaluate_fn=lambda limit: ranks("valid", limit).metrics(), folder=folder,
             log=runlog.MetricsLog(folder, tensorboard), meta=config,
-            batch_size=batch_size, micro_batch_size=micro_batch_size or batch_size, num_epochs=num_epochs,
-            max_steps=max_steps, learning_rate=learning_rate, lr_scheduler=lr_scheduler, warmup_steps=warmup_steps,
-            weight_decay=weight_decay, max_grad_norm=max_grad_norm, eval_steps=eval_steps, save_steps=save_steps,
-            patience=patience, log_steps=log_steps, seed=seed, bf16=bf16,
+            bf16=bf16, **training.settings(flags),
         )  # fmt: skip
     weights, _ = checkpoint.load(folder / "best")
     checkpoint.restore(model, weights, folder / "best")

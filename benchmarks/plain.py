@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from models.llm4rec import LLM4Rec, Output
+from models.llm4rec import LLM4Rec
+from models.losses import Output
 
 
 class PlainLLM4Rec(nn.Module):

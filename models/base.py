@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
@@ -24,11 +24,12 @@ BUILT_IN = {
     "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 4},
     "small": {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 8, "num_key_value_heads": 8},
 }
+BUILT_IN_FOLDER = Path("output/base")
 BUILT_IN_LAYERS, BUILT_IN_SEED = 8, 0
 VOCABULARY = 390  # with it the alpaca prompt has 62 + 7 tokens, as with the LLaMA tokenizer
 
 
-def locate(base: str, root: Path, corpus: list[str]) -> str:
+def locate(base: str, corpus: list[str], root: Path = BUILT_IN_FOLDER) -> str:
     """The folder or Hugging Face id behind `base`; a built-in is written below `root` the first time.
 
     Args:
@@ -207,8 +208,3 @@ def _train_tokenizer(corpus: list[str]):
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
-
-
-def size(module: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(p.numel() for p in module.parameters())

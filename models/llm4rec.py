@@ -4,27 +4,19 @@ Legend: B batch, L item slots, N items (also the padding index), D item dim, H L
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from models.base import load_llama, prune_config
+from models.base import BUILT_IN, Selection, load_llama, prune_config, read_config, select_layers
 from models.decoder import Decoder, KeyValue
+from models.losses import Output
 from utils.cli import UsageError
 
 Strategy = Literal["lora", "full"]
-
-
-class Output(NamedTuple):
-    """user: [B, D], scores are its dot products with the item table; states: [B, E, H], last token at the block ends;
-    exits: [B, E - 1, D], the inner exits' user vectors (no rows without exit heads)."""
-
-    user: Tensor
-    states: Tensor
-    exits: Tensor
 
 
 class LLM4Rec(nn.Module):
@@ -54,6 +46,12 @@ class LLM4Rec(nn.Module):
         exits = [head(states[:, k]) for k, head in enumerate(self.exit_heads)]
         return Output(user, states, torch.stack(exits, dim=1) if exits else user.new_empty(len(user), 0, user.shape[1]))
 
+    def regroup(self, n_blocks: int) -> None:
+        """Return states at the ends of `n_blocks` blocks from now on; exit heads made for other blocks are dropped."""
+        if n_blocks != self.decoder.n_blocks:
+            self.exit_heads = nn.ModuleList()
+        self.decoder.n_blocks = n_blocks
+
     @torch.no_grad()
     def encoder(self, bf16: bool = False) -> Callable[[Tensor], Output]:
         """A forward for inference with the present weights; the prompt is computed here, once."""
@@ -73,31 +71,49 @@ class LLM4Rec(nn.Module):
         return encode
 
 
-def build(
-    base: str, config: LlamaConfig, layers: list[int], item_table: Tensor, prompt_ids: list[int], response_ids: list[int],
-    *, n_blocks: int, exit_heads: bool, strategy: Strategy, lora_r: int, lora_alpha: int, lora_dropout: float,
-    lora_target_modules: list[str], bf16: bool, gradient_checkpointing: bool,
-) -> LLM4Rec:  # fmt: skip
+def specify(
+    location: str, base_model: str, prompt_ids: list[int], response_ids: list[int], *, kept: int, max_seq_length: int,
+    n_blocks: int, exit_heads: bool, layer_selection: Selection, interval_nums: int, train_strategy: str, lora_r: int,
+    lora_alpha: int, lora_dropout: float, lora_target_modules: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """What `build` needs to make the same model again, as JSON: layer indices, token ids, blocks, what is trained.
+
+    Raises:
+        UsageError: the base lacks the layers or the positions asked for.
+    """
+    config = read_config(location)
+    length = len(prompt_ids) + max_seq_length + len(response_ids)
+    if length > config.max_position_embeddings:
+        raise UsageError(f"prompt, items and response are {length} tokens, the base has {config.max_position_embeddings} positions; lower --max_seq_length")
+    return {
+        "layers": select_layers(config.num_hidden_layers, kept, layer_selection, interval_nums),
+        "prompt_ids": prompt_ids, "response_ids": response_ids, "n_blocks": n_blocks, "exit_heads": exit_heads,
+        # LoRA on frozen random weights means little: a built-in base is trained in full unless told otherwise
+        "strategy": train_strategy if train_strategy != "auto" else ("full" if base_model in BUILT_IN else "lora"),
+        "lora_r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "lora_target_modules": lora_target_modules,
+    }  # fmt: skip
+
+
+def build(*, base: str, layers: list[int], item_table: Tensor, strategy: Strategy, bf16: bool, **shape: Any) -> LLM4Rec:
     """Read the kept layers of `base` and put a recommender around them; what is to be trained requires a gradient.
 
     `lora` freezes the base (in bfloat16 if `bf16`) and trains LoRA on the named projections, adapter and heads;
     `full` trains everything but the item table, from float32 weights.
 
+    Args:
+        base: folder or Hugging Face id (see models.base.locate). layers: indices of the kept layers.
+        item_table: [N, D]. shape: the rest of `assemble`'s arguments.
     Raises:
         UsageError: a LoRA target that matches no module, or a checkpoint that lacks what is needed.
     """
     dtype = torch.bfloat16 if bf16 and strategy == "lora" else torch.float32
-    llama = load_llama(base, config, layers, dtype)
-    return assemble(
-        llama, item_table, prompt_ids, response_ids, n_blocks=n_blocks, exit_heads=exit_heads, strategy=strategy, lora_r=lora_r,
-        lora_alpha=lora_alpha, lora_dropout=lora_dropout, lora_target_modules=lora_target_modules,
-        gradient_checkpointing=gradient_checkpointing,
-    )  # fmt: skip
+    llama = load_llama(base, read_config(base), layers, dtype)
+    return assemble(llama, item_table, strategy=strategy, **shape)
 
 
 def assemble(
-    llama: LlamaModel, item_table: Tensor, prompt_ids: list[int], response_ids: list[int], *, n_blocks: int, exit_heads: bool,
-    strategy: Strategy, lora_r: int, lora_alpha: int, lora_dropout: float, lora_target_modules: list[str], gradient_checkpointing: bool,
+    llama: LlamaModel, item_table: Tensor, *, prompt_ids: list[int], response_ids: list[int], n_blocks: int, exit_heads: bool,
+    strategy: Strategy, lora_r: int, lora_alpha: int, lora_dropout: float, lora_target_modules: list[str], gradient_checkpointing: bool = False,
 ) -> LLM4Rec:  # fmt: skip
     """As `build`, around a LLaMA that is already in memory (or on the meta device, to count)."""
     llama.requires_grad_(strategy == "full")

@@ -1,6 +1,6 @@
 """Losses as pure functions. B batch, N items, D item dim, H LLM width, E blocks."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,16 @@ from torch import Tensor
 Reduction = Literal["sum", "mean"]
 NormForm = Literal["l2", "squared_l2"]
 TILE = 2**24  # logits held at once (64 MiB in float32)
+
+class Output(NamedTuple):
+    """What a model says of a batch. user: [B, D], scores are its dot products with the item table; states: [B, E, H],
+    last token at the block ends; exits: [B, E - 1, D], the inner exits' user vectors (no rows without exit heads)."""
+
+    user: Tensor
+    states: Tensor
+    exits: Tensor
+
+
 
 
 def catalogue_cross_entropy(users: Tensor, item_table: Tensor, target: Tensor) -> Tensor:
@@ -91,3 +101,50 @@ def logit_kl(teacher: Tensor, student: Tensor, item_table: Tensor, temperature: 
 def _over_blocks(values: Tensor, reduction: Reduction) -> Tensor:
     per_block = values.mean(0)  # [E]
     return per_block.sum() if reduction == "sum" else per_block.mean()
+
+
+def recommendation_loss(
+    student: Output, teacher: Output | None, item_table: Tensor, target: Tensor, *, distill_lambda: float = 0.0,
+    norm_lambda: float = 0.0, cls_multiple_lambda: float = 0.0, logit_lambda: float = 0.0, temperature: float = 1.0,
+    block_reduction: Reduction = "sum", norm_form: NormForm = "l2", train_teacher: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Every part of L = L_ce + lambda1 (1 - D_cos) + lambda2 D_norm + lambda3 L_ms (+ logit KL), unweighted, and `total`.
+
+    A part whose weight is 0 is left out. Without a teacher only `ce` and `exits` remain.
+
+    Args:
+        student, teacher: models.llm4rec.Output of the same batch; teacher outputs of an offline teacher carry no gradient.
+        target: int64 [B].
+        logit_lambda: weight of the KL between catalogue softmaxes, at every block end where both have exits, else at the
+            final one.
+        train_teacher: online distillation, the teacher's own cross-entropy (and exits) count too.
+    """
+    parts = {"ce": catalogue_cross_entropy(student.user, item_table, target)}
+    weights = {"ce": 1.0}
+    if cls_multiple_lambda and student.exits.shape[1]:
+        parts["exits"] = exit_supervision(student.exits, item_table, target, block_reduction)
+        weights["exits"] = cls_multiple_lambda
+    if teacher is not None:
+        if distill_lambda:
+            parts["align_cos"] = block_cosine(teacher.states, student.states, block_reduction)
+            weights["align_cos"] = distill_lambda
+        if norm_lambda:
+            parts["align_norm"] = block_distance(teacher.states, student.states, block_reduction, norm_form)
+            weights["align_norm"] = norm_lambda
+        if logit_lambda:
+            parts["logit_kl"] = logit_kl(_all_exits(teacher, student), _all_exits(student, teacher), item_table, temperature, block_reduction)
+            weights["logit_kl"] = logit_lambda
+        with torch.set_grad_enabled(train_teacher and torch.is_grad_enabled()):
+            parts["teacher_ce"] = catalogue_cross_entropy(teacher.user, item_table, target)
+        weights["teacher_ce"] = float(train_teacher)
+        if train_teacher and cls_multiple_lambda and teacher.exits.shape[1]:
+            parts["teacher_exits"] = exit_supervision(teacher.exits, item_table, target, block_reduction)
+            weights["teacher_exits"] = cls_multiple_lambda
+    parts["total"] = sum(weight * parts[name] for name, weight in weights.items() if weight)
+    return parts
+
+
+def _all_exits(own: Output, other: Output) -> Tensor:
+    """User vectors at the block ends where both models predict, [B, E or 1, D]."""
+    both = own.exits.shape[1] and own.exits.shape[1] == other.exits.shape[1]
+    return torch.cat([own.exits, own.user[:, None]], dim=1) if both else own.user[:, None]

@@ -247,6 +247,13 @@ def _check(name: str, value: Any, hint: Any) -> None:
         raise wrong
 
 
+def blocks(distill_block: int, **layers: int) -> tuple[bool, str]:
+    """The rule, for `check`, that the number of blocks divides a number of layers, given by its flag's name."""
+    ((name, n),) = layers.items()
+    divisors = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+    return n % distill_block == 0, f"--distill_block={distill_block} does not divide {name} {n} ({n} % {distill_block} = {n % distill_block}); use one of {divisors}"
+
+
 def divides(*, micro_batch_size: int, batch_size: int) -> tuple[bool, str]:
     """The rule, for `check`, that whole micro-batches fill a batch."""
     return batch_size % micro_batch_size == 0, f"--batch_size={batch_size} is not a multiple of --micro_batch_size={micro_batch_size}"

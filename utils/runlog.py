@@ -122,11 +122,16 @@ def recorded(folder: str | Path, flags: dict[str, Any], defaults: dict[str, Any]
     return {name: run[name] for name in names}
 
 
-def check_data(folder: str | Path, sha256: str, data: str | Path) -> None:
-    """Refuse to go on with another CSV than the run in `folder` was made from."""
-    made_from = read_json(Path(folder) / "config.json", "run").get("data_sha256")
-    if made_from != sha256:
-        raise UsageError(f"{folder} was made from other data: its CSV had sha256 {str(made_from)[:12]}..., {data} has {sha256[:12]}...")
+def check_same(folder: str | Path, now: dict[str, str], source: str | Path) -> None:
+    """Refuse to go on with other files than the run in `folder` was made from.
+
+    Args:
+        now: field of config.json (such as data_sha256) -> the present file's hash; source: where that file is.
+    """
+    config = read_json(Path(folder) / "config.json", "run")
+    for field, value in now.items():
+        if config.get(field) != value:
+            raise UsageError(f"{folder} was made from another file: its {field} is {str(config.get(field))[:12]}..., {source} has {value[:12]}...")
 
 
 def about(folder: Path, step: str, module: Any, fitted: Any) -> dict[str, Any]:

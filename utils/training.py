@@ -1,11 +1,12 @@
 """The one fit loop: accumulation, warm-up, clipping, evaluation, best checkpoint, patience, logs."""
 
 import contextlib
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -118,6 +119,12 @@ def fit(
             break
     bar.close()
     return Fitted(step, best_step, best_mrr, seconds + time.perf_counter() - started)
+
+
+def settings(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a script that `fit` takes by the same name; micro_batch_size None is the whole batch."""
+    names = [name for name in inspect.signature(fit).parameters if name in flags and name != "bf16"]
+    return {name: flags[name] for name in names} | {"micro_batch_size": flags["micro_batch_size"] or flags["batch_size"]}
 
 
 def choose_device(device: str) -> torch.device:

@@ -1,0 +1,227 @@
+"""Step 4: distil the teacher into a student with fewer layers, block by block, supervised at several exits.
+
+    python distill.py                                                    # the demo domain, after finetune.py
+    python distill.py --domain_type cloth --learning_rate 3e-3 --max_steps 1500
+    python distill.py --domain_type cloth --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0   # plain CE, no teacher
+    python distill.py --domain_type cloth --distill_mode online --base_model meta-llama/Llama-2-7b-hf
+    python distill.py --domain_type cloth --eval_only                    # metrics of best/ again
+
+Reads data/<domain>.csv, output/<domain>/sasrec_item.pkl and output/<domain>/teacher/; writes output/<domain>/student/.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from utils import cli
+
+SHAPE = (
+    "max_seq_length", "layer_selection", "interval_nums", "train_strategy", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+)  # fmt: skip
+LOSS = (
+    "distill_lambda", "norm_lambda", "cls_multiple_lambda", "logit_lambda", "temperature", "block_reduction", "norm_form",
+)  # fmt: skip
+FIXED = (
+    *SHAPE, *LOSS, "base_model", "llama_decoder_nums_student", "prompt_template_name", "distill_block", "distill_mode",
+    "train_targets", "num_candidates", "candidate_seed",
+)  # fmt: skip
+INHERITED = {"base_model": "tiny", "prompt_template_name": "alpaca", "max_seq_length": 30, "llama_decoder_nums_teacher": 8}
+
+
+@cli.command
+def main(
+    *,
+    # data and hand-over
+    domain_type: str = "demo",
+    data_path: str | None = None,
+    item_table: str | None = None,
+    teacher: str | None = None,
+    output_dir: str | None = None,
+    train_targets: Literal["last", "all"] = "last",
+    max_seq_length: cli.PositiveInt | None = None,
+    # model
+    base_model: str | None = None,
+    llama_decoder_nums_teacher: cli.PositiveInt | None = None,
+    llama_decoder_nums_student: cli.PositiveInt = 4,
+    layer_selection: Literal["first", "interval"] = "first",
+    interval_nums: cli.PositiveInt = 1,
+    prompt_template_name: str | None = None,
+    train_strategy: Literal["auto", "lora", "full"] = "auto",
+    lora_r: cli.PositiveInt = 16,
+    lora_alpha: cli.PositiveInt = 16,
+    lora_dropout: cli.DropRate = 0.05,
+    lora_target_modules: list[str] = ["gate_proj", "up_proj", "down_proj"],  # noqa: B006  read, never changed
+    # distillation
+    distill_mode: Literal["offline", "online"] = "offline",
+    distill_block: cli.PositiveInt = 4,
+    distill_lambda: cli.NonNegativeFloat = 1.0,
+    norm_lambda: cli.NonNegativeFloat = 0.1,
+    cls_multiple_lambda: cli.NonNegativeFloat = 1.0,
+    logit_lambda: cli.NonNegativeFloat = 0.0,
+    temperature: cli.PositiveFloat = 1.0,
+    block_reduction: Literal["sum", "mean"] = "sum",
+    norm_form: Literal["l2", "squared_l2"] = "l2",
+    # training
+    batch_size: cli.PositiveInt = 256,
+    micro_batch_size: cli.PositiveInt | None = None,
+    num_epochs: cli.PositiveInt = 20,
+    max_steps: cli.MaxSteps = -1,
+    learning_rate: cli.PositiveFloat = 1e-3,
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine",
+    warmup_steps: cli.NonNegativeInt = 50,
+    weight_decay: cli.NonNegativeFloat = 0.0,
+    max_grad_norm: cli.NonNegativeFloat = 1.0,
+    patience: cli.NonNegativeInt = 0,
+    gradient_checkpointing: bool = False,
+    # evaluation and logs
+    eval_steps: cli.MaxSteps = 100,
+    save_steps: cli.MaxSteps = 100,
+    eval_batch_size: cli.PositiveInt = 512,
+    num_candidates: cli.PositiveInt = 999,
+    candidate_seed: cli.NonNegativeInt = 42,
+    log_steps: cli.PositiveInt = 10,
+    tensorboard: bool = False,
+    # run
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    bf16: bool | None = None,
+    seed: cli.NonNegativeInt = 42,
+    eval_only: bool = False,
+    overwrite: bool = False,
+) -> dict:
+    """Train a student of N layers, aligned to the teacher's M layers at the ends of B blocks.
+
+    Loss: ce + distill_lambda * align_cos + norm_lambda * align_norm + cls_multiple_lambda * exits + logit_lambda * logit_kl.
+    What the teacher fixed (base, prompt, length, data, item table) is inherited and may not be contradicted. No teacher
+    is needed or loaded where distill_lambda, norm_lambda and logit_lambda are 0.
+
+    Args:
+        domain_type: the domain; data_path: its CSV, wherever it is.
+        item_table: step 2's file, output/<domain>/sasrec_item.pkl by default.
+        teacher: the folder of the step-3 run, output/<domain>/teacher by default.
+        output_dir: this run's folder, output/<domain>/student by default.
+        train_targets: one target a user (last) or every prefix (all).
+        max_seq_length: how many of the last items are read; the teacher's, 30 without one.
+        base_model: the teacher's; tiny without one. prompt_template_name: the teacher's; alpaca without one.
+        llama_decoder_nums_teacher: M; the teacher's, 8 in online mode. llama_decoder_nums_student: N.
+        layer_selection: first or interval. interval_nums: with interval, one layer in interval_nums + 1 is left out.
+        train_strategy: lora (base frozen) or full; auto is full for the built-in random bases, else lora.
+        lora_r, lora_alpha, lora_dropout: LoRA's rank, scale and dropout; lora_target_modules: the projections that get it.
+        distill_mode: offline (the teacher is frozen) or online (both train together from the base).
+        distill_block: B, must divide M and N. distill_lambda: weight of the cosine term (lambda1).
+        norm_lambda: weight of the distance term (lambda2). cls_multiple_lambda: weight of the exits (lambda3).
+        logit_lambda: weight of the KL between catalogue softmaxes, at temperature `temperature`.
+        block_reduction: sum (released) or mean (paper) over blocks. norm_form: l2 (released) or squared_l2 (paper).
+        micro_batch_size: users at once; gradients accumulate up to batch_size (default: all at once).
+        max_steps: optimizer steps instead of num_epochs, -1 for none. max_grad_norm: clip gradients, 0 for not.
+        patience: evaluations without a better validation MRR before stopping, 0 for never.
+        gradient_checkpointing: recompute layers in the backward pass to save memory.
+        eval_steps: steps between evaluations, -1 for every epoch; save_steps: the same for last/.
+        num_candidates, candidate_seed: the sampled protocol's negatives and their draw.
+        log_steps: steps between lines of metrics.jsonl. tensorboard: also write TensorBoard events.
+        device: auto is cuda where there is one. bf16: bfloat16, by default on cuda.
+        eval_only: evaluate best/ and write results.json. overwrite: start anew in a folder that holds a run.
+    """
+    flags = dict(locals())
+    from datasets.inputs import ones, read_inputs
+    from datasets.interactions import canonical_domain
+    from datasets.prompts import read_template
+    from utils import runlog
+
+    root = Path("output") / canonical_domain(domain_type)
+    folder, teacher_folder = Path(output_dir or root / "student"), Path(teacher or root / "teacher")
+    aligned = not eval_only and (distill_lambda > 0 or norm_lambda > 0 or logit_lambda > 0)
+    offline, online = aligned and distill_mode == "offline", aligned and distill_mode == "online"
+    cli.check(
+        cli.divides(micro_batch_size=micro_batch_size or batch_size, batch_size=batch_size),
+        cli.blocks(distill_block, llama_decoder_nums_student=llama_decoder_nums_student),
+        (not offline or (teacher_folder / "best").is_dir(), f"teacher not found: {teacher_folder / 'best'}; finetune.py writes it (or name a run with --teacher)"),
+    )
+    runlog.check_output_dir(folder, overwrite=overwrite, eval_only=eval_only)
+    inputs = read_inputs(domain_type, data_path, item_table)
+    if eval_only:
+        runlog.check_same(folder, inputs.hashes, inputs.table_path)
+        flags |= runlog.recorded(folder, flags, cli.defaults(main), FIXED)
+    elif offline:
+        runlog.check_same(teacher_folder, inputs.hashes, inputs.table_path)
+        fixed = runlog.read_json(teacher_folder / "config.json", "teacher")
+        fixed["flags"]["llama_decoder_nums_teacher"] = fixed["flags"]["llama_decoder_nums"]
+        flags |= runlog.inherit(fixed["flags"], {name: flags[name] for name in INHERITED}, f"the teacher in {teacher_folder}")
+    else:
+        flags |= {name: default for name, default in INHERITED.items() if flags[name] is None}
+    if aligned:
+        cli.check(cli.blocks(distill_block, llama_decoder_nums_teacher=flags["llama_decoder_nums_teacher"]))
+    texts = read_template(flags["prompt_template_name"])
+
+    import torch
+
+    from datasets import sequences
+    from datasets.prompts import tokenise
+    from models import base
+    from models.llm4rec import build, specify
+    from models.losses import recommendation_loss
+    from utils import checkpoint, training
+    from utils.evaluation import evaluate, finish
+
+    where = training.choose_device(device)
+    half = where.type == "cuda" if bf16 is None else bf16
+    location = base.locate(flags["base_model"], [*read_template("alpaca")])
+    table = inputs.table().to(where)
+    torch.manual_seed(seed)
+
+    def specified(kept: int, exit_heads: bool) -> dict:
+        ids = (fixed["model"]["prompt_ids"], fixed["model"]["response_ids"]) if offline else tokenise(texts, location)
+        blocks = {"n_blocks": distill_block, "exit_heads": exit_heads}
+        return specify(location, flags["base_model"], *ids, kept=kept, **blocks, **{name: flags[name] for name in SHAPE})
+
+    def made(spec: dict) -> torch.nn.Module:
+        return build(base=location, item_table=table, bf16=half, gradient_checkpointing=gradient_checkpointing, **spec).to(where)
+
+    exits = cls_multiple_lambda > 0
+    if eval_only:
+        spec = runlog.read_json(folder / "config.json", "run")["model"]
+    else:
+        same_exits = offline and fixed["model"]["exit_heads"] and fixed["model"]["n_blocks"] == distill_block
+        spec = specified(flags["llama_decoder_nums_student"], exits or (logit_lambda > 0 and same_exits))
+    student = trained = made(spec)
+    guide = None  # the teacher: history -> Output
+    if offline:
+        frozen = made(fixed["model"])
+        checkpoint.restore(frozen, checkpoint.load(teacher_folder / "best")[0], teacher_folder / "best")
+        frozen.regroup(distill_block)
+        guide = frozen.requires_grad_(False).encoder(half)
+    elif online:
+        guide = made(specified(flags["llama_decoder_nums_teacher"], exits))
+        trained = torch.nn.ModuleDict({"student": student, "teacher": guide})
+    samples = sequences.training_samples(inputs.data, flags["train_targets"], flags["max_seq_length"])
+    splits = sequences.evaluation_splits(inputs.data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"])
+    print(sequences.describe(inputs.data, samples, splits), flush=True)
+
+    def loss_fn(rows):
+        history, target = samples.histories(rows).to(where), samples.targets(rows).to(where)
+        wanted = None if guide is None else guide(history)
+        return recommendation_loss(student(history), wanted, table, target, train_teacher=online, **{name: flags[name] for name in LOSS})
+
+    def ranks(split, limit=None):
+        encode = student.encoder(half)
+        return evaluate(lambda history: encode(history).user, student.item_table, splits[split].batches(eval_batch_size, where, limit))
+
+    fitted = None
+    if not eval_only:
+        config = {
+            "step": "student", "domain": inputs.domain, **inputs.hashes, "random_base": flags["base_model"] in base.BUILT_IN,
+            "teacher": str(teacher_folder) if offline else distill_mode if online else None, "model": spec, "flags": flags,
+        }  # fmt: skip
+        runlog.start(folder, config)
+        fitted = training.fit(
+            module=trained, loss_fn=loss_fn, counts=ones(len(samples)), evaluate_fn=lambda limit: ranks("valid", limit).metrics(),
+            folder=folder, log=runlog.MetricsLog(folder, tensorboard), meta={"step": "student", "layers": spec["layers"]},
+            bf16=half, **training.settings(flags),
+        )  # fmt: skip
+    weights, _ = checkpoint.load(folder / "best")
+    if flags["distill_mode"] == "online":  # both were trained; the student's part is the product
+        weights = {name.removeprefix("student."): tensor for name, tensor in weights.items() if not name.startswith("teacher.")}
+    checkpoint.restore(student, weights, folder / "best")
+    return finish(folder, ranks, runlog.about(folder, "student", student, fitted))
+
+
+if __name__ == "__main__":
+    cli.run(main)

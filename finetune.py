@@ -1,0 +1,173 @@
+"""Step 3: train the teacher, the first M layers of a LLaMA over projected SASRec item embeddings.
+
+    python finetune.py                                                   # the demo domain and the built-in tiny base
+    python finetune.py --domain_type cloth --base_model meta-llama/Llama-2-7b-hf --learning_rate 3e-3 --max_steps 1500
+    python finetune.py --domain_type cloth --base_model small --llama_decoder_nums 4 --num_epochs 5
+    python finetune.py --domain_type cloth --eval_only                   # metrics of best/ again
+
+Reads data/<domain>.csv and output/<domain>/sasrec_item.pkl; writes output/<domain>/teacher/.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from utils import cli
+
+SHAPE = (
+    "max_seq_length", "layer_selection", "interval_nums", "train_strategy", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+)  # fmt: skip
+FIXED = (
+    *SHAPE, "base_model", "llama_decoder_nums", "prompt_template_name", "distill_block", "cls_multiple_lambda", "train_targets",
+    "num_candidates", "candidate_seed",
+)  # fmt: skip
+
+
+@cli.command
+def main(
+    *,
+    # data and hand-over
+    domain_type: str = "demo",
+    data_path: str | None = None,
+    item_table: str | None = None,
+    output_dir: str | None = None,
+    train_targets: Literal["last", "all"] = "last",
+    max_seq_length: cli.PositiveInt = 30,
+    # model
+    base_model: str = "tiny",
+    llama_decoder_nums: cli.PositiveInt = 8,
+    layer_selection: Literal["first", "interval"] = "first",
+    interval_nums: cli.PositiveInt = 1,
+    prompt_template_name: str = "alpaca",
+    train_strategy: Literal["auto", "lora", "full"] = "auto",
+    lora_r: cli.PositiveInt = 16,
+    lora_alpha: cli.PositiveInt = 16,
+    lora_dropout: cli.DropRate = 0.05,
+    lora_target_modules: list[str] = ["gate_proj", "up_proj", "down_proj"],  # noqa: B006  read, never changed
+    distill_block: cli.PositiveInt = 4,
+    cls_multiple_lambda: cli.NonNegativeFloat = 0.0,
+    block_reduction: Literal["sum", "mean"] = "sum",
+    # training
+    batch_size: cli.PositiveInt = 256,
+    micro_batch_size: cli.PositiveInt | None = None,
+    num_epochs: cli.PositiveInt = 20,
+    max_steps: cli.MaxSteps = -1,
+    learning_rate: cli.PositiveFloat = 1e-3,
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine",
+    warmup_steps: cli.NonNegativeInt = 50,
+    weight_decay: cli.NonNegativeFloat = 0.0,
+    max_grad_norm: cli.NonNegativeFloat = 1.0,
+    patience: cli.NonNegativeInt = 0,
+    gradient_checkpointing: bool = False,
+    # evaluation and logs
+    eval_steps: cli.MaxSteps = 100,
+    save_steps: cli.MaxSteps = 100,
+    eval_batch_size: cli.PositiveInt = 512,
+    num_candidates: cli.PositiveInt = 999,
+    candidate_seed: cli.NonNegativeInt = 42,
+    log_steps: cli.PositiveInt = 10,
+    tensorboard: bool = False,
+    # run
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    bf16: bool | None = None,
+    seed: cli.NonNegativeInt = 42,
+    eval_only: bool = False,
+    overwrite: bool = False,
+) -> dict:
+    """Train a teacher (or, with fewer layers, an undistilled small model).
+
+    Args:
+        domain_type: the domain; data_path: its CSV, wherever it is.
+        item_table: step 2's file, output/<domain>/sasrec_item.pkl by default.
+        output_dir: this run's folder, output/<domain>/teacher by default.
+        train_targets: one target a user (last) or every prefix (all). max_seq_length: how many of the last items are read.
+        base_model: a Hugging Face id, a local folder, or the built-in random bases tiny and small.
+        llama_decoder_nums: M, decoder layers kept. layer_selection: first or interval.
+        interval_nums: with interval, one layer in interval_nums + 1 is left out.
+        prompt_template_name: templates/<name>.json, or a path to one.
+        train_strategy: lora (base frozen) or full; auto is full for the built-in random bases, else lora.
+        lora_r, lora_alpha, lora_dropout: LoRA's rank, scale and dropout; lora_target_modules: the projections that get it.
+        distill_block: B, blocks with an exit at each inner end, used where cls_multiple_lambda > 0.
+        cls_multiple_lambda: weight of the exits' cross-entropy; 0: no exits. block_reduction: sum or mean over exits.
+        micro_batch_size: users at once; gradients accumulate up to batch_size (default: all at once).
+        max_steps: optimizer steps instead of num_epochs, -1 for none. max_grad_norm: clip gradients, 0 for not.
+        patience: evaluations without a better validation MRR before stopping, 0 for never.
+        gradient_checkpointing: recompute layers in the backward pass to save memory.
+        eval_steps: steps between evaluations, -1 for every epoch; save_steps: the same for last/.
+        num_candidates, candidate_seed: the sampled protocol's negatives and their draw.
+        log_steps: steps between lines of metrics.jsonl. tensorboard: also write TensorBoard events.
+        device: auto is cuda where there is one. bf16: bfloat16, by default on cuda.
+        eval_only: evaluate best/ and write results.json. overwrite: start anew in a folder that holds a run.
+    """
+    flags = dict(locals())
+    from datasets.inputs import ones, read_inputs
+    from datasets.interactions import canonical_domain
+    from datasets.prompts import read_template
+    from utils import runlog
+
+    folder = Path(output_dir or f"output/{canonical_domain(domain_type)}/teacher")
+    exits = cls_multiple_lambda > 0
+    cli.check(
+        cli.divides(micro_batch_size=micro_batch_size or batch_size, batch_size=batch_size),
+        cli.blocks(distill_block if exits else 1, llama_decoder_nums=llama_decoder_nums),
+    )
+    runlog.check_output_dir(folder, overwrite=overwrite, eval_only=eval_only)
+    if eval_only:
+        flags |= runlog.recorded(folder, flags, cli.defaults(main), FIXED)
+    texts = read_template(flags["prompt_template_name"])
+    inputs = read_inputs(domain_type, data_path, item_table)
+
+    import torch
+
+    from datasets import sequences
+    from datasets.prompts import tokenise
+    from models import base
+    from models.llm4rec import build, specify
+    from models.losses import recommendation_loss
+    from utils import checkpoint, training
+    from utils.evaluation import evaluate, finish
+
+    where = training.choose_device(device)
+    half = where.type == "cuda" if bf16 is None else bf16
+    location = base.locate(flags["base_model"], [*read_template("alpaca")])
+    if eval_only:
+        runlog.check_same(folder, inputs.hashes, inputs.table_path)
+        spec = runlog.read_json(folder / "config.json", "run")["model"]
+    else:
+        blocks = {"n_blocks": distill_block if exits else 1, "exit_heads": exits}
+        spec = specify(location, base_model, *tokenise(texts, location), kept=llama_decoder_nums, **blocks, **{name: flags[name] for name in SHAPE})
+    torch.manual_seed(seed)
+    model = build(base=location, item_table=inputs.table(), bf16=half, gradient_checkpointing=gradient_checkpointing, **spec).to(where)
+    samples = sequences.training_samples(inputs.data, flags["train_targets"], flags["max_seq_length"])
+    splits = sequences.evaluation_splits(inputs.data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"])
+    print(sequences.describe(inputs.data, samples, splits), flush=True)
+
+    def loss_fn(rows):
+        out = model(samples.histories(rows).to(where))
+        target = samples.targets(rows).to(where)
+        return recommendation_loss(
+            out, None, model.item_table, target, cls_multiple_lambda=cls_multiple_lambda, block_reduction=block_reduction
+        )
+
+    def ranks(split, limit=None):
+        encode = model.encoder(half)
+        return evaluate(lambda history: encode(history).user, model.item_table, splits[split].batches(eval_batch_size, where, limit))
+
+    fitted = None
+    if not eval_only:
+        config = {
+            "step": "teacher", "domain": inputs.domain, **inputs.hashes,
+            "random_base": base_model in base.BUILT_IN, "model": spec, "flags": flags,
+        }  # fmt: skip
+        runlog.start(folder, config)
+        fitted = training.fit(
+            module=model, loss_fn=loss_fn, counts=ones(len(samples)), evaluate_fn=lambda limit: ranks("valid", limit).metrics(),
+            folder=folder, log=runlog.MetricsLog(folder, tensorboard), meta={"step": "teacher", "layers": spec["layers"]},
+            bf16=half, **training.settings(flags),
+        )  # fmt: skip
+    weights, _ = checkpoint.load(folder / "best")
+    checkpoint.restore(model, weights, folder / "best")
+    return finish(folder, ranks, runlog.about(folder, "teacher", model, fitted))
+
+
+if __name__ == "__main__":
+    cli.run(main)
