@@ -146,7 +146,7 @@ def main(
     counts = sequences.popularity(data).to(where)[:, None]  # [N, 1]: a one-dimensional item table
 
     def popularity_ranks(split):
-        ones = lambda history: counts.new_ones(len(history), 1)  # noqa: E731
+        ones = lambda history: counts.new_ones(len(history), 1)
         return evaluate(ones, counts, splits[split].batches(eval_batch_size, where))
 
     about = runlog.about(folder, "sasrec", model, fitted) | {

@@ -67,6 +67,7 @@ def command(main: Callable) -> Callable:
     @functools.wraps(main)
     def checked(**values: Any) -> Any:
         problems = [_unknown(name, hints) for name in values if name not in hints]
+        problems += [f"--{name} is required" for name, default in defaults(main).items() if default is inspect.Parameter.empty and name not in values]
         for name, value in values.items():
             if name in hints:
                 try:

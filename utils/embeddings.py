@@ -92,6 +92,6 @@ def _unpickle(path: Path):
             return _TensorUnpickler(file).load()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # noqa: BLE001  a broken pickle may raise anything; none of it is ours
+    except Exception as error:
         reason = str(error).split("\n")[0][:160]
         raise UsageError(f"{path}: refused, not a plain pickled tensor ({reason})") from None

@@ -1,0 +1,248 @@
+"""Raw Amazon reviews and metadata -> data/<domain>.csv and data/<domain>.items.csv.
+
+    python -m datasets.process --reviews Sports_and_Outdoors_5.json.gz --meta meta_Sports_and_Outdoors.json.gz --domain_type sport
+    python -m datasets.process --reviews R.json.gz --meta M.json.gz --domain_type gift --min_item 5
+    python -m datasets.process --reviews R.json.gz --domain_type sport --order file      # sequence order as released
+
+The filters are the released notebook's, in its order: rating, rows a user, rows an item, length, repeats, length again.
+Reviews are read as a stream; what stays in memory is about 16 bytes a review and the names of users and items.
+"""
+
+import ast
+import csv
+import gzip
+import html
+import io
+import json
+import lzma
+import re
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from datasets.interactions import canonical_domain, write_csv
+from utils import cli
+from utils.cli import UsageError
+
+BROKEN_SHARE = 0.01  # more broken lines than this are an error
+SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")  # page code that some v2 metadata files carry as a title
+TAG = re.compile(r"</?[A-Za-z][^<>]*(>|$)")  # whole tags, and one that was cut off at the end
+Order = Literal["time", "file"]
+
+
+class Reviews(NamedTuple):
+    """Reviews as codes: user, item int32 [n] into `users` and `items`; time int64 [n], seconds; file order."""
+
+    users: list[str]
+    items: list[str]
+    user: np.ndarray
+    item: np.ndarray
+    time: np.ndarray
+
+    def keep(self, mask: np.ndarray) -> "Reviews":
+        return self._replace(user=self.user[mask], item=self.item[mask], time=self.time[mask])
+
+    def counts(self) -> tuple[int, int, int]:
+        """Users, items, interactions."""
+        return len(np.unique(self.user)), len(np.unique(self.item)), len(self.user)
+
+
+Report = Callable[[str, Reviews], None]
+
+
+def print_counts(stage: str, reviews: Reviews) -> None:
+    """One line: the stage and how many users, items and interactions are left."""
+    users, items, rows = reviews.counts()
+    print(f"{stage:34s} {users:>11,} users {items:>10,} items {rows:>12,} interactions", flush=True)
+
+
+def read_reviews(path: str | Path, min_rating: float) -> tuple[Reviews, int]:
+    """Stream a review file; reviews rated below `min_rating` are left out.
+
+    Returns:
+        the reviews, and how many were rated too low.
+    Raises:
+        UsageError: missing, damaged, or more than 1 % broken lines (the first one is named).
+    """
+    codes: tuple[dict, dict] = ({}, {})
+    user, item, time = array("i"), array("i"), array("q")
+    low = 0
+    for row in _records(Path(path), ("reviewerID", "asin", "overall", "unixReviewTime")):
+        if row["overall"] < min_rating:
+            low += 1
+            continue
+        user.append(codes[0].setdefault(row["reviewerID"], len(codes[0])))
+        item.append(codes[1].setdefault(row["asin"], len(codes[1])))
+        time.append(int(row["unixReviewTime"]))
+    columns = (np.frombuffer(column, dtype) if column else np.empty(0, dtype) for column, dtype in ((user, np.int32), (item, np.int32), (time, np.int64)))
+    return Reviews(list(codes[0]), list(codes[1]), *columns), low
+
+
+def filter_reviews(reviews: Reviews, min_user: int, min_item: int, min_length: int, order: Order, report: Report) -> Reviews:
+    """The released filters in their order; the result is sorted by user, then by time (ties and `file`: file order)."""
+    index = np.arange(len(reviews.user))
+    exact = np.lexsort((index, reviews.time, reviews.item, reviews.user))
+    same = np.zeros(len(index), dtype=bool)
+    earlier, later = exact[:-1], exact[1:]
+    same[later] = np.all([column[earlier] == column[later] for column in (reviews.user, reviews.item, reviews.time)], axis=0)
+    reviews = reviews.keep(~same)
+    report("duplicate reviews dropped", reviews)
+    reviews = reviews.keep(_often(reviews.user, min_user))
+    report(f"users with >= {min_user} reviews", reviews)
+    reviews = reviews.keep(_often(reviews.item, min_item))
+    report(f"items with >= {min_item} reviews", reviews)
+    index = np.arange(len(reviews.user))
+    by_user = np.lexsort((index, reviews.user) if order == "file" else (index, reviews.time, reviews.user))
+    reviews = reviews.keep(by_user)
+    reviews = reviews.keep(_often(reviews.user, min_length))
+    report(f"sequences of >= {min_length}", reviews)
+    _, first = np.unique(reviews.user.astype(np.int64) * max(1, len(reviews.items)) + reviews.item, return_index=True)
+    reviews = reviews.keep(np.sort(first))
+    report("repeats inside a user dropped", reviews)
+    reviews = reviews.keep(_often(reviews.user, min_length))
+    report(f"sequences of >= {min_length} again", reviews)
+    return reviews
+
+
+def read_titles(path: str | Path, wanted: set[str]) -> tuple[dict[str, str], int]:
+    """Clean titles of the wanted items; of several records of one item the first with a title counts.
+
+    Returns:
+        asin -> title, and how many repeated records there were.
+    """
+    titles: dict[str, str] = {}
+    repeats = 0
+    for row in _records(Path(path), ("asin",)):
+        if row["asin"] in wanted:
+            repeats += row["asin"] in titles
+            titles[row["asin"]] = titles.get(row["asin"]) or clean_title(row.get("title"))
+    return titles, repeats
+
+
+def clean_title(title: object) -> str:
+    """Entities resolved, HTML tags and page code removed, white space collapsed; "" where nothing is left."""
+    if not isinstance(title, str) or SCRIPT.search(title):
+        return ""
+    text = TAG.sub(" ", title)
+    return " ".join(html.unescape(html.unescape(text)).split())
+
+
+def write_domain(reviews: Reviews, titles: dict[str, str], path: str | Path) -> None:
+    """Write <domain>.csv and, beside it, <domain>.items.csv (item_id, asin, title); items are numbered by ASIN from 0."""
+    path = Path(path)
+    kept = np.unique(reviews.item)
+    asins = sorted(reviews.items[code] for code in kept)
+    number = {asin: i for i, asin in enumerate(asins)}
+    of_code = np.zeros(len(reviews.items), dtype=np.int64)
+    of_code[kept] = [number[reviews.items[code]] for code in kept]
+    bounds = np.flatnonzero(np.diff(reviews.user, prepend=-1, append=-1))
+    names = [titles.get(asin, "") for asin in asins]
+    sequences = [of_code[reviews.item[a:b]].tolist() for a, b in zip(bounds[:-1], bounds[1:])]
+    users = [reviews.users[reviews.user[a]] for a in bounds[:-1]]
+    write_csv(path, users, sequences, [[names[item] for item in items] for items in sequences])
+    listing = path.with_name(path.name.removesuffix(".csv") + ".items.csv")
+    partial = listing.with_name(f".tmp-{listing.name}")
+    with open(partial, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["item_id", "asin", "title"])
+        writer.writerows((i, asin, name) for i, (asin, name) in enumerate(zip(asins, names)))
+    partial.replace(listing)
+
+
+def _often(codes: np.ndarray, least: int) -> np.ndarray:
+    """Mask of the rows whose code occurs at least `least` times."""
+    return np.bincount(codes)[codes] >= least if len(codes) else np.zeros(0, dtype=bool)
+
+
+def _records(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
+    """The JSON objects of a file, a line each, with a progress bar over its bytes; broken lines are counted and told."""
+    if not path.is_file():
+        raise UsageError(f"file not found: {path}")
+    broken, first, line = 0, 0, 0
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, lambda raw, mode: raw)
+    try:
+        with open(path, "rb") as raw, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, mininterval=1.0) as bar:
+            for line, text in enumerate(io.BufferedReader(opener(raw, "rb"), 2**20), start=1):
+                row = _parse(text, fields)
+                if row is None:
+                    broken, first = broken + 1, first or line
+                else:
+                    yield row
+                if line % 10000 == 0:
+                    bar.update(raw.tell() - bar.n)
+            bar.update(raw.tell() - bar.n)
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise UsageError(f"{path}: damaged after line {line} ({error})") from None
+    if not line:
+        raise UsageError(f"{path}: is empty")
+    if broken > BROKEN_SHARE * line:
+        raise UsageError(f"{path}: {broken:,} of {line:,} lines are broken or lack {', '.join(fields)}, the first is line {first}; is it the right file?")
+    if broken:
+        print(f"{path}: skipped {broken:,} broken lines of {line:,}, the first is line {first}", flush=True)
+
+
+def _parse(text: bytes, fields: tuple[str, ...]) -> dict | None:
+    """A record, or None; the 2014 metadata files are Python literals rather than JSON."""
+    try:
+        row = json.loads(text)
+    except ValueError:
+        if not text.startswith(b"{'"):
+            return None
+        try:
+            row = ast.literal_eval(text.decode("utf-8"))
+        except (ValueError, SyntaxError):
+            return None
+    whole = isinstance(row, dict) and all(isinstance(row.get(field), int | float if field in ("overall", "unixReviewTime") else str) for field in fields)
+    return row if whole else None
+
+
+@cli.command
+def main(
+    *,
+    reviews: str,
+    meta: str | None = None,
+    domain_type: str,
+    min_rating: cli.NonNegativeFloat = 3,
+    min_user: cli.PositiveInt = 5,
+    min_item: cli.PositiveInt = 20,
+    min_length: cli.PositiveInt = 5,
+    order: Literal["time", "file"] = "time",
+    output_dir: str = "data",
+    overwrite: bool = False,
+) -> None:
+    """Turn raw Amazon reviews (v1 or v2, plain, .gz or .xz) into a domain's sequences.
+
+    Args:
+        reviews: the review file, a JSON object a line. meta: the metadata file, for titles; without it titles are empty.
+        domain_type: name of the domain, so of the files written.
+        min_rating: lowest rating kept. min_user, min_item: fewest reviews of a user, then of an item.
+        min_length: shortest sequence. order: by time, or file order as released.
+        output_dir: where the files go. overwrite: replace the domain's files.
+    """
+    path = Path(output_dir) / f"{canonical_domain(domain_type)}.csv"
+    cli.check(
+        (Path(reviews).is_file(), f"--reviews={reviews}: file not found"),
+        (meta is None or Path(meta).is_file(), f"--meta={meta}: file not found"),
+        (overwrite or not path.exists(), f"{path} is there already; --overwrite replaces it"),
+    )
+    raw, low = read_reviews(reviews, min_rating)
+    print(f"{low:,} reviews rated below {min_rating:g} left out")
+    print_counts(f"rating >= {min_rating:g}", raw)
+    kept = filter_reviews(raw, min_user, min_item, min_length, order, print_counts)
+    if not len(kept.user):
+        raise UsageError(f"{reviews}: nothing is left after the filters; lower --min_item or --min_user")
+    wanted = {kept.items[code] for code in np.unique(kept.item)}
+    titles, repeats = read_titles(meta, wanted) if meta else ({}, 0)
+    write_domain(kept, titles, path)
+    named = sum(bool(title) for title in titles.values())
+    print(f"titles: {named:,} of {len(wanted):,} items have one; {repeats:,} repeated metadata records ignored")
+    print(f"wrote {path} and {path.with_suffix('.items.csv')}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
