@@ -24,7 +24,12 @@ FIXED = (
     *SHAPE, *LOSS, "base_model", "llama_decoder_nums_student", "prompt_template_name", "distill_block", "distill_mode",
     "train_targets", "num_candidates", "candidate_seed",
 )  # fmt: skip
-INHERITED = {"base_model": "tiny", "prompt_template_name": "alpaca", "max_seq_length": 30, "llama_decoder_nums_teacher": 8}
+INHERITED = {
+    "base_model": "tiny",
+    "prompt_template_name": "alpaca",
+    "max_seq_length": 30,
+    "llama_decoder_nums_teacher": 8,
+}
 
 
 @cli.command
@@ -133,7 +138,10 @@ def main(
     cli.check(
         cli.divides(micro_batch_size=micro_batch_size or batch_size, batch_size=batch_size),
         cli.blocks(distill_block, llama_decoder_nums_student=llama_decoder_nums_student),
-        (not offline or (teacher_folder / "best").is_dir(), f"teacher not found: {teacher_folder / 'best'}; finetune.py writes it (or name a run with --teacher)"),
+        (
+            not offline or (teacher_folder / "best").is_dir(),
+            f"teacher not found: {teacher_folder / 'best'}; finetune.py writes it (or name a run with --teacher)",
+        ),
     )
     runlog.check_output_dir(folder, overwrite=overwrite, eval_only=eval_only)
     inputs = read_inputs(domain_type, data_path, item_table)
@@ -144,7 +152,9 @@ def main(
         runlog.check_same(teacher_folder, inputs.hashes, inputs.table_path)
         fixed = runlog.read_json(teacher_folder / "config.json", "teacher")
         fixed["flags"]["llama_decoder_nums_teacher"] = fixed["flags"]["llama_decoder_nums"]
-        flags |= runlog.inherit(fixed["flags"], {name: flags[name] for name in INHERITED}, f"the teacher in {teacher_folder}")
+        flags |= runlog.inherit(
+            fixed["flags"], {name: flags[name] for name in INHERITED}, f"the teacher in {teacher_folder}"
+        )
     else:
         flags |= {name: default for name, default in INHERITED.items() if flags[name] is None}
     if aligned:
@@ -170,10 +180,14 @@ def main(
     def specified(kept: int, exit_heads: bool) -> dict:
         ids = (fixed["model"]["prompt_ids"], fixed["model"]["response_ids"]) if offline else tokenise(texts, location)
         blocks = {"n_blocks": distill_block, "exit_heads": exit_heads}
-        return specify(location, flags["base_model"], *ids, kept=kept, **blocks, **{name: flags[name] for name in SHAPE})
+        return specify(
+            location, flags["base_model"], *ids, kept=kept, **blocks, **{name: flags[name] for name in SHAPE}
+        )
 
     def made(spec: dict) -> torch.nn.Module:
-        return build(base=location, item_table=table, bf16=half, gradient_checkpointing=gradient_checkpointing, **spec).to(where)
+        return build(
+            base=location, item_table=table, bf16=half, gradient_checkpointing=gradient_checkpointing, **spec
+        ).to(where)
 
     exits = cls_multiple_lambda > 0
     if eval_only:
@@ -192,17 +206,25 @@ def main(
         guide = made(specified(flags["llama_decoder_nums_teacher"], exits))
         trained = torch.nn.ModuleDict({"student": student, "teacher": guide})
     samples = sequences.training_samples(inputs.data, flags["train_targets"], flags["max_seq_length"])
-    splits = sequences.evaluation_splits(inputs.data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"])
+    splits = sequences.evaluation_splits(
+        inputs.data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"]
+    )
     print(sequences.describe(inputs.data, samples, splits), flush=True)
 
     def loss_fn(rows):
         history, target = samples.histories(rows).to(where), samples.targets(rows).to(where)
         wanted = None if guide is None else guide(history)
-        return recommendation_loss(student(history), wanted, table, target, train_teacher=online, **{name: flags[name] for name in LOSS})
+        return recommendation_loss(
+            student(history), wanted, table, target, train_teacher=online, **{name: flags[name] for name in LOSS}
+        )
 
     def ranks(split, limit=None):
         encode = student.encoder(half)
-        return evaluate(lambda history: encode(history).user, student.item_table, splits[split].batches(eval_batch_size, where, limit))
+        return evaluate(
+            lambda history: encode(history).user,
+            student.item_table,
+            splits[split].batches(eval_batch_size, where, limit),
+        )
 
     fitted = None
     if not eval_only:
@@ -218,7 +240,9 @@ def main(
         )  # fmt: skip
     weights, _ = checkpoint.load(folder / "best")
     if flags["distill_mode"] == "online":  # both were trained; the student's part is the product
-        weights = {name.removeprefix("student."): tensor for name, tensor in weights.items() if not name.startswith("teacher.")}
+        weights = {
+            name.removeprefix("student."): tensor for name, tensor in weights.items() if not name.startswith("teacher.")
+        }
     checkpoint.restore(student, weights, folder / "best")
     return finish(folder, ranks, runlog.about(folder, "student", student, fitted))
 

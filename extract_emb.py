@@ -35,7 +35,10 @@ def main(
     run = Path(sasrec or f"output/{domain}/sasrec")
     path = Path(item_table or f"output/{domain}/sasrec_item.pkl")
     cli.check(
-        ((run / "best").is_dir(), f"SASRec checkpoint not found: {run / 'best'}; train_sr_trad.py writes it (or name a run with --sasrec)"),
+        (
+            (run / "best").is_dir(),
+            f"SASRec checkpoint not found: {run / 'best'}; train_sr_trad.py writes it (or name a run with --sasrec)",
+        ),
         (path.suffix == ".pkl", f"--item_table={path}: must end in .pkl"),
     )
     config = runlog.read_json(run / "config.json", "SASRec run")
@@ -50,7 +53,9 @@ def main(
 
     weights, meta = checkpoint.load(run / "best")
     if "item_embedding.weight" not in weights:
-        raise cli.UsageError(f"{run / 'best'}: no item_embedding.weight, found {', '.join(sorted(weights)[:4])}; not a SASRec run")
+        raise cli.UsageError(
+            f"{run / 'best'}: no item_embedding.weight, found {', '.join(sorted(weights)[:4])}; not a SASRec run"
+        )
     trained = weights["item_embedding.weight"][: data.n_items]  # the last row is the padding
     table = torch.zeros(int(data.item_ids[-1]) + 1, trained.shape[1])
     table[torch.from_numpy(data.item_ids)] = trained
@@ -59,7 +64,9 @@ def main(
         "data_sha256": data.sha256, "sasrec": str(run), "sasrec_step": meta["step"], "sasrec_flags": config["flags"],
     }  # fmt: skip
     embeddings.write_table(path, table, about)
-    print(f"wrote {path}: {len(table):,} rows x {table.shape[1]}, {data.n_items:,} of them items, from {run} step {meta['step']}")
+    print(
+        f"wrote {path}: {len(table):,} rows x {table.shape[1]}, {data.n_items:,} of them items, from {run} step {meta['step']}"
+    )
     return about
 
 

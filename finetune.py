@@ -134,23 +134,41 @@ def main(
         spec = runlog.read_json(folder / "config.json", "run")["model"]
     else:
         blocks = {"n_blocks": distill_block if exits else 1, "exit_heads": exits}
-        spec = specify(location, base_model, *tokenise(texts, location), kept=llama_decoder_nums, **blocks, **{name: flags[name] for name in SHAPE})
+        spec = specify(
+            location,
+            base_model,
+            *tokenise(texts, location),
+            kept=llama_decoder_nums,
+            **blocks,
+            **{name: flags[name] for name in SHAPE},
+        )
     torch.manual_seed(seed)
-    model = build(base=location, item_table=inputs.table(), bf16=half, gradient_checkpointing=gradient_checkpointing, **spec).to(where)
+    model = build(
+        base=location, item_table=inputs.table(), bf16=half, gradient_checkpointing=gradient_checkpointing, **spec
+    ).to(where)
     samples = sequences.training_samples(inputs.data, flags["train_targets"], flags["max_seq_length"])
-    splits = sequences.evaluation_splits(inputs.data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"])
+    splits = sequences.evaluation_splits(
+        inputs.data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"]
+    )
     print(sequences.describe(inputs.data, samples, splits), flush=True)
 
     def loss_fn(rows):
         out = model(samples.histories(rows).to(where))
         target = samples.targets(rows).to(where)
         return recommendation_loss(
-            out, None, model.item_table, target, cls_multiple_lambda=cls_multiple_lambda, block_reduction=block_reduction
+            out,
+            None,
+            model.item_table,
+            target,
+            cls_multiple_lambda=cls_multiple_lambda,
+            block_reduction=block_reduction,
         )
 
     def ranks(split, limit=None):
         encode = model.encoder(half)
-        return evaluate(lambda history: encode(history).user, model.item_table, splits[split].batches(eval_batch_size, where, limit))
+        return evaluate(
+            lambda history: encode(history).user, model.item_table, splits[split].batches(eval_batch_size, where, limit)
+        )
 
     fitted = None
     if not eval_only:

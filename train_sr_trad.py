@@ -95,7 +95,9 @@ def main(
     )
     runlog.check_output_dir(folder, overwrite=overwrite, eval_only=eval_only)
     if eval_only:
-        flags |= runlog.recorded(folder, flags, cli.defaults(main), (*SHAPE, "train_targets", "num_candidates", "candidate_seed"))
+        flags |= runlog.recorded(
+            folder, flags, cli.defaults(main), (*SHAPE, "train_targets", "num_candidates", "candidate_seed")
+        )
     ensure_demo(domain, data_path)
     csv_path = find_csv(domain, data_path)
     data = read_csv(csv_path)
@@ -115,8 +117,12 @@ def main(
     torch.manual_seed(seed)
     every_position = flags["train_targets"] == "all"
     model = SASRec(data.n_items, **{name: flags[name] for name in SHAPE}).to(where)
-    samples = sequences.training_samples(data, "last", flags["max_seq_length"])  # `all` is every position of the same window
-    splits = sequences.evaluation_splits(data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"])
+    samples = sequences.training_samples(
+        data, "last", flags["max_seq_length"]
+    )  # `all` is every position of the same window
+    splits = sequences.evaluation_splits(
+        data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"]
+    )
     print(sequences.describe(data, samples, splits), flush=True)
 
     def loss_fn(rows):

@@ -15,7 +15,15 @@ from models.losses import Output
 class PlainLLM4Rec(nn.Module):
     """[prompt | left-padded items | response] through LlamaModel with an attention mask, for every sample alike."""
 
-    def __init__(self, llama: nn.Module, item_table: Tensor, prompt_ids: list[int], response_ids: list[int], n_blocks: int, exit_heads: bool):
+    def __init__(
+        self,
+        llama: nn.Module,
+        item_table: Tensor,
+        prompt_ids: list[int],
+        response_ids: list[int],
+        n_blocks: int,
+        exit_heads: bool,
+    ):
         super().__init__()
         width, dim = llama.config.hidden_size, item_table.shape[1]
         self.llama, self.n_blocks = llama, n_blocks
@@ -24,7 +32,9 @@ class PlainLLM4Rec(nn.Module):
         self.register_buffer("response_ids", torch.tensor(response_ids))
         self.adapter = nn.Linear(dim, width)
         self.head = nn.Linear(width, dim, bias=False)
-        self.exit_heads = nn.ModuleList([nn.Linear(width, dim, bias=False) for _ in range(n_blocks - 1 if exit_heads else 0)])
+        self.exit_heads = nn.ModuleList(
+            [nn.Linear(width, dim, bias=False) for _ in range(n_blocks - 1 if exit_heads else 0)]
+        )
 
     def forward(self, history: Tensor) -> Output:
         """Left-padded catalogue indices [B, L] -> Output, the same as LLM4Rec's."""
@@ -33,12 +43,24 @@ class PlainLLM4Rec(nn.Module):
         padded = torch.cat([self.item_table, self.item_table.new_zeros(1, self.item_table.shape[1])])
         embed = self.llama.get_input_embeddings()
         tokens = torch.cat(
-            [embed(self.prompt_ids).expand(batch, -1, -1), self.adapter(padded[history]), embed(self.response_ids).expand(batch, -1, -1)], dim=1
+            [
+                embed(self.prompt_ids).expand(batch, -1, -1),
+                self.adapter(padded[history]),
+                embed(self.response_ids).expand(batch, -1, -1),
+            ],
+            dim=1,
         )
-        mask = torch.cat([real.new_ones(batch, len(self.prompt_ids)), real, real.new_ones(batch, len(self.response_ids))], dim=1)
+        mask = torch.cat(
+            [real.new_ones(batch, len(self.prompt_ids)), real, real.new_ones(batch, len(self.response_ids))], dim=1
+        )
         position = torch.arange(tokens.shape[1], device=tokens.device).expand(batch, -1)
         out = self.llama(
-            inputs_embeds=tokens, attention_mask=mask.long(), position_ids=position, output_hidden_states=True, use_cache=False, return_dict=True
+            inputs_embeds=tokens,
+            attention_mask=mask.long(),
+            position_ids=position,
+            output_hidden_states=True,
+            use_cache=False,
+            return_dict=True,
         )
         every = (len(out.hidden_states) - 1) // self.n_blocks
         states = torch.stack([out.hidden_states[k * every][:, -1] for k in range(1, self.n_blocks + 1)], dim=1)
@@ -60,10 +82,25 @@ def plain_twin(model: LLM4Rec, lora: tuple[int, int, list[str]] | None) -> tuple
         from peft import LoraConfig, get_peft_model
 
         r, alpha, targets = lora
-        llama = get_peft_model(llama, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, bias="none", task_type="FEATURE_EXTRACTION"))
+        llama = get_peft_model(
+            llama,
+            LoraConfig(
+                r=r,
+                lora_alpha=alpha,
+                lora_dropout=0.0,
+                target_modules=targets,
+                bias="none",
+                task_type="FEATURE_EXTRACTION",
+            ),
+        )
         prefix = "llama.base_model.model."
     plain = PlainLLM4Rec(
-        llama, model.item_table, decoder.prompt_ids.tolist(), decoder.response_ids.tolist(), decoder.n_blocks, len(model.exit_heads) > 0
+        llama,
+        model.item_table,
+        decoder.prompt_ids.tolist(),
+        decoder.response_ids.tolist(),
+        decoder.n_blocks,
+        len(model.exit_heads) > 0,
     ).to(model.item_table)
     names = {name: name.replace("decoder.llama.", prefix) for name, _ in model.named_parameters()}
     own = dict(plain.named_parameters())

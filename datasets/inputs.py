@@ -43,13 +43,17 @@ def read_inputs(domain_type: str, data_path: str | None, item_table: str | None)
     csv_path = find_csv(domain, data_path)
     table_path = Path(item_table or f"output/{domain}/sasrec_item.pkl")
     if not table_path.is_file():
-        raise UsageError(f"item table not found: {table_path}; extract_emb.py writes it (or name one with --item_table)")
+        raise UsageError(
+            f"item table not found: {table_path}; extract_emb.py writes it (or name one with --item_table)"
+        )
     data = read_csv(csv_path)
     notes = table_path.with_suffix(".json")
     if notes.is_file():
         made_from = json.loads(notes.read_text(encoding="utf-8")).get("data_sha256")
         if made_from != data.sha256:
-            raise UsageError(f"{table_path} was extracted from a CSV with sha256 {str(made_from)[:12]}..., {csv_path} has {data.sha256[:12]}...; run extract_emb.py again")
+            raise UsageError(
+                f"{table_path} was extracted from a CSV with sha256 {str(made_from)[:12]}..., {csv_path} has {data.sha256[:12]}...; run extract_emb.py again"
+            )
     return Inputs(domain, data, table_path, hashlib.sha256(table_path.read_bytes()).hexdigest())
 
 

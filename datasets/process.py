@@ -79,17 +79,24 @@ def read_reviews(path: str | Path, min_rating: float) -> tuple[Reviews, int]:
         user.append(codes[0].setdefault(row["reviewerID"], len(codes[0])))
         item.append(codes[1].setdefault(row["asin"], len(codes[1])))
         time.append(int(row["unixReviewTime"]))
-    columns = (np.frombuffer(column, dtype) if column else np.empty(0, dtype) for column, dtype in ((user, np.int32), (item, np.int32), (time, np.int64)))
+    columns = (
+        np.frombuffer(column, dtype) if column else np.empty(0, dtype)
+        for column, dtype in ((user, np.int32), (item, np.int32), (time, np.int64))
+    )
     return Reviews(list(codes[0]), list(codes[1]), *columns), low
 
 
-def filter_reviews(reviews: Reviews, min_user: int, min_item: int, min_length: int, order: Order, report: Report) -> Reviews:
+def filter_reviews(
+    reviews: Reviews, min_user: int, min_item: int, min_length: int, order: Order, report: Report
+) -> Reviews:
     """The released filters in their order; the result is sorted by user, then by time (ties and `file`: file order)."""
     index = np.arange(len(reviews.user))
     exact = np.lexsort((index, reviews.time, reviews.item, reviews.user))
     same = np.zeros(len(index), dtype=bool)
     earlier, later = exact[:-1], exact[1:]
-    same[later] = np.all([column[earlier] == column[later] for column in (reviews.user, reviews.item, reviews.time)], axis=0)
+    same[later] = np.all(
+        [column[earlier] == column[later] for column in (reviews.user, reviews.item, reviews.time)], axis=0
+    )
     reviews = reviews.keep(~same)
     report("duplicate reviews dropped", reviews)
     reviews = reviews.keep(_often(reviews.user, min_user))
@@ -166,7 +173,10 @@ def _records(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
     broken, first, line = 0, 0, 0
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, lambda raw, mode: raw)
     try:
-        with open(path, "rb") as raw, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, mininterval=1.0) as bar:
+        with (
+            open(path, "rb") as raw,
+            tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, mininterval=1.0) as bar,
+        ):
             for line, text in enumerate(io.BufferedReader(opener(raw, "rb"), 2**20), start=1):
                 row = _parse(text, fields)
                 if row is None:
@@ -181,7 +191,9 @@ def _records(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
     if not line:
         raise UsageError(f"{path}: is empty")
     if broken > BROKEN_SHARE * line:
-        raise UsageError(f"{path}: {broken:,} of {line:,} lines are broken or lack {', '.join(fields)}, the first is line {first}; is it the right file?")
+        raise UsageError(
+            f"{path}: {broken:,} of {line:,} lines are broken or lack {', '.join(fields)}, the first is line {first}; is it the right file?"
+        )
     if broken:
         print(f"{path}: skipped {broken:,} broken lines of {line:,}, the first is line {first}", flush=True)
 
@@ -197,7 +209,9 @@ def _parse(text: bytes, fields: tuple[str, ...]) -> dict | None:
             row = ast.literal_eval(text.decode("utf-8"))
         except (ValueError, SyntaxError):
             return None
-    whole = isinstance(row, dict) and all(isinstance(row.get(field), int | float if field in ("overall", "unixReviewTime") else str) for field in fields)
+    whole = isinstance(row, dict) and all(
+        isinstance(row.get(field), int | float if field in ("overall", "unixReviewTime") else str) for field in fields
+    )
     return row if whole else None
 
 

@@ -53,7 +53,11 @@ class Layout(NamedTuple):
         stop = width.cumsum(0)
         n_items = int(real.sum())
         source = torch.cat(
-            [(real.flatten().cumsum(0) - 1).view_as(real), (n_items + torch.arange(n_response, device=device)).expand(batch, -1)], dim=1
+            [
+                (real.flatten().cumsum(0) - 1).view_as(real),
+                (n_items + torch.arange(n_response, device=device)).expand(batch, -1),
+            ],
+            dim=1,
         )[token]
         position = n_prompt + torch.arange(slots + n_response, device=device).expand(batch, -1)[token]
         widest = int(width.max())
@@ -73,7 +77,14 @@ class Decoder(nn.Module):
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
     """
 
-    def __init__(self, llama: LlamaModel, prompt_ids: list[int], response_ids: list[int], n_blocks: int, gradient_checkpointing: bool = False):
+    def __init__(
+        self,
+        llama: LlamaModel,
+        prompt_ids: list[int],
+        response_ids: list[int],
+        n_blocks: int,
+        gradient_checkpointing: bool = False,
+    ):
         super().__init__()
         self.llama = llama
         self.n_layers, self.n_blocks = len(llama.layers), n_blocks
@@ -136,7 +147,9 @@ class Decoder(nn.Module):
         return step(layer, *inputs)
 
 
-def _inner_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, known: KeyValue | None) -> Tensor:
+def _inner_layer(
+    layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, known: KeyValue | None
+) -> Tensor:
     """One layer over all packed tokens [T, H] -> [T, H]; T = P + S, or S where the prompt is known."""
     query, key, value = _project(layer, layer.input_layernorm(x), rotation)
     n_prompt = len(x) - len(layout.source)
@@ -153,7 +166,9 @@ def _inner_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Te
     return _feed(layer, x, torch.cat(mixed).flatten(1))
 
 
-def _last_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, known: KeyValue | None) -> Tensor:
+def _last_layer(
+    layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, known: KeyValue | None
+) -> Tensor:
     """The last layer for the last token alone: packed [T, H] -> [B, H]; keys and values still come from all tokens."""
     normed = layer.input_layernorm(x)
     n_prompt = len(x) - len(layout.source)
@@ -180,7 +195,9 @@ def _keys_values(layer: LlamaDecoderLayer, normed: Tensor, rotation: tuple[Tenso
     return key, _heads(layer, layer.self_attn.v_proj(normed))
 
 
-def _project(layer: LlamaDecoderLayer, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _project(
+    layer: LlamaDecoderLayer, normed: Tensor, rotation: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     query, key = _heads(layer, layer.self_attn.q_proj(normed)), _heads(layer, layer.self_attn.k_proj(normed))
     query, key = apply_rotary_pos_emb(query, key, *rotation)
     return query, key, _heads(layer, layer.self_attn.v_proj(normed))

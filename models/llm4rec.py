@@ -35,7 +35,9 @@ class LLM4Rec(nn.Module):
         self.register_buffer("item_table", item_table, persistent=False)
         self.adapter = nn.Linear(dim, width)
         self.head = nn.Linear(width, dim, bias=False)
-        self.exit_heads = nn.ModuleList([nn.Linear(width, dim, bias=False) for _ in range(decoder.n_blocks - 1 if exit_heads else 0)])
+        self.exit_heads = nn.ModuleList(
+            [nn.Linear(width, dim, bias=False) for _ in range(decoder.n_blocks - 1 if exit_heads else 0)]
+        )
 
     def forward(self, history: Tensor, prompt: list[KeyValue] | None = None) -> Output:
         """Left-padded catalogue indices [B, L] -> Output."""
@@ -84,7 +86,9 @@ def specify(
     config = read_config(location)
     length = len(prompt_ids) + max_seq_length + len(response_ids)
     if length > config.max_position_embeddings:
-        raise UsageError(f"prompt, items and response are {length} tokens, the base has {config.max_position_embeddings} positions; lower --max_seq_length")
+        raise UsageError(
+            f"prompt, items and response are {length} tokens, the base has {config.max_position_embeddings} positions; lower --max_seq_length"
+        )
     return {
         "layers": select_layers(config.num_hidden_layers, kept, layer_selection, interval_nums),
         "prompt_ids": prompt_ids, "response_ids": response_ids, "n_blocks": n_blocks, "exit_heads": exit_heads,
@@ -133,8 +137,12 @@ def inject_lora(llama: LlamaModel, r: int, alpha: int, dropout: float, targets: 
     names = {name.rpartition(".")[2] for name, module in llama.layers.named_modules() if isinstance(module, nn.Linear)}
     unknown = [target for target in targets if target not in names]
     if unknown:
-        raise UsageError(f"--lora_target_modules: {', '.join(unknown)} matches no projection; there are {', '.join(sorted(names))}")
-    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none"), llama)
+        raise UsageError(
+            f"--lora_target_modules: {', '.join(unknown)} matches no projection; there are {', '.join(sorted(names))}"
+        )
+    inject_adapter_in_model(
+        LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none"), llama
+    )
     for parameter in llama.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -10,6 +10,7 @@ Reduction = Literal["sum", "mean"]
 NormForm = Literal["l2", "squared_l2"]
 TILE = 2**24  # logits held at once (64 MiB in float32)
 
+
 class Output(NamedTuple):
     """What a model says of a batch. user: [B, D], scores are its dot products with the item table; states: [B, E, H],
     last token at the block ends; exits: [B, E - 1, D], the inner exits' user vectors (no rows without exit heads)."""
@@ -17,8 +18,6 @@ class Output(NamedTuple):
     user: Tensor
     states: Tensor
     exits: Tensor
-
-
 
 
 def catalogue_cross_entropy(users: Tensor, item_table: Tensor, target: Tensor) -> Tensor:
@@ -132,7 +131,9 @@ def recommendation_loss(
             parts["align_norm"] = block_distance(teacher.states, student.states, block_reduction, norm_form)
             weights["align_norm"] = norm_lambda
         if logit_lambda:
-            parts["logit_kl"] = logit_kl(_all_exits(teacher, student), _all_exits(student, teacher), item_table, temperature, block_reduction)
+            parts["logit_kl"] = logit_kl(
+                _all_exits(teacher, student), _all_exits(student, teacher), item_table, temperature, block_reduction
+            )
             weights["logit_kl"] = logit_lambda
         with torch.set_grad_enabled(train_teacher and torch.is_grad_enabled()):
             parts["teacher_ce"] = catalogue_cross_entropy(teacher.user, item_table, target)

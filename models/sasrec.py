@@ -18,7 +18,7 @@ class SASRec(nn.Module):
         max_seq_length: L.
         emb_dim: width of the item table, D. hid_dim: width of the blocks.
         norm: `query` as released (only the query is normed, and the residual leaves from it), `pre` or `post`.
-        init_std: standard deviation of the item embedding at the start; 1 as released.
+        init_std: standard deviation of item and position embeddings at the start; 1 as released.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class SASRec(nn.Module):
             self.item_embedding.weight[n_items].zero_()
         self.to_hidden = nn.Linear(emb_dim, hid_dim)
         self.positions = nn.Embedding(max_seq_length, hid_dim)
+        nn.init.normal_(self.positions.weight, std=init_std)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList([Block(hid_dim, num_heads, dropout, norm) for _ in range(num_blocks)])
         self.final_norm = nn.LayerNorm(hid_dim, eps=1e-8)
@@ -70,7 +71,9 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(width, eps=1e-8)
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.feed_norm = nn.LayerNorm(width, eps=1e-8)
-        self.feed = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout), nn.ReLU(), nn.Linear(width, width), nn.Dropout(dropout))
+        self.feed = nn.Sequential(
+            nn.Linear(width, width), nn.Dropout(dropout), nn.ReLU(), nn.Linear(width, width), nn.Dropout(dropout)
+        )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.norm == "post":

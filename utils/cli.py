@@ -67,7 +67,11 @@ def command(main: Callable) -> Callable:
     @functools.wraps(main)
     def checked(**values: Any) -> Any:
         problems = [_unknown(name, hints) for name in values if name not in hints]
-        problems += [f"--{name} is required" for name, default in defaults(main).items() if default is inspect.Parameter.empty and name not in values]
+        problems += [
+            f"--{name} is required"
+            for name, default in defaults(main).items()
+            if default is inspect.Parameter.empty and name not in values
+        ]
         for name, value in values.items():
             if name in hints:
                 try:
@@ -167,7 +171,11 @@ def _unknown(name: str, hints: dict[str, Any]) -> str:
 
 def _options(hint: Any) -> list[Any]:
     """The members of `X | None`, or the hint alone."""
-    return list(typing.get_args(hint)) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else [hint]
+    return (
+        list(typing.get_args(hint))
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else [hint]
+    )
 
 
 def _plain(hint: Any) -> tuple[Any, Range | None]:
@@ -252,12 +260,18 @@ def blocks(distill_block: int, **layers: int) -> tuple[bool, str]:
     """The rule, for `check`, that the number of blocks divides a number of layers, given by its flag's name."""
     ((name, n),) = layers.items()
     divisors = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
-    return n % distill_block == 0, f"--distill_block={distill_block} does not divide {name} {n} ({n} % {distill_block} = {n % distill_block}); use one of {divisors}"
+    return (
+        n % distill_block == 0,
+        f"--distill_block={distill_block} does not divide {name} {n} ({n} % {distill_block} = {n % distill_block}); use one of {divisors}",
+    )
 
 
 def divides(*, micro_batch_size: int, batch_size: int) -> tuple[bool, str]:
     """The rule, for `check`, that whole micro-batches fill a batch."""
-    return batch_size % micro_batch_size == 0, f"--batch_size={batch_size} is not a multiple of --micro_batch_size={micro_batch_size}"
+    return (
+        batch_size % micro_batch_size == 0,
+        f"--batch_size={batch_size} is not a multiple of --micro_batch_size={micro_batch_size}",
+    )
 
 
 def defaults(main: Callable) -> dict[str, Any]:

@@ -94,7 +94,14 @@ def finish(folder: Path, ranks_of: Callable[[str], Ranks], about: dict[str, Any]
         "inference_seconds": round(seconds, 3),
         "inference_users_per_second": round(len(test.sampled) / seconds, 1),
     }
-    np.savez_compressed(folder / "ranks.npz", **{f"{split}_{name}": r.astype(np.int32) for split, ranks in (("valid", valid), ("test", test)) for name, r in ranks._asdict().items()})
+    np.savez_compressed(
+        folder / "ranks.npz",
+        **{
+            f"{split}_{name}": r.astype(np.int32)
+            for split, ranks in (("valid", valid), ("test", test))
+            for name, r in ranks._asdict().items()
+        },
+    )
     write_json(folder / "results.json", results)
     for protocol, metrics in results["test"].items():
         print(f"test {protocol:8s} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)

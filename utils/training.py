@@ -95,7 +95,12 @@ def fit(
         if step % log_steps == 0 or step == total:
             means = {name: float(torch.stack(values).mean()) for name, values in running.items()}
             running.clear()
-            log.add("train", step, means | {"learning_rate": schedule.get_last_lr()[0], "grad_norm": float(norm), "epoch": step / per_epoch})
+            log.add(
+                "train",
+                step,
+                means
+                | {"learning_rate": schedule.get_last_lr()[0], "grad_norm": float(norm), "epoch": step / per_epoch},
+            )
             bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
         schedule.step()
         if _due(step, eval_steps, per_epoch, total):
@@ -103,13 +108,21 @@ def fit(
             module.eval()
             metrics = evaluate_fn(None)
             module.train()
-            log.add("valid", step, {f"{protocol}/{name}": value for protocol, values in metrics.items() for name, value in values.items()})
+            log.add(
+                "valid",
+                step,
+                {f"{protocol}/{name}": value for protocol, values in metrics.items() for name, value in values.items()},
+            )
             mrr = metrics["sampled"]["MRR"]
             waited += 1
             if mrr > best_mrr:
                 best_step, best_mrr, waited = step, mrr, 0
-                checkpoint.save(folder / "best", checkpoint.trained_tensors(module), meta | {"step": step, "valid": metrics})
-            tqdm.write(f"step {step}: valid MRR {mrr:.4f} HR@10 {metrics['sampled']['HR@10']:.4f} (best {best_mrr:.4f} at step {best_step})")
+                checkpoint.save(
+                    folder / "best", checkpoint.trained_tensors(module), meta | {"step": step, "valid": metrics}
+                )
+            tqdm.write(
+                f"step {step}: valid MRR {mrr:.4f} HR@10 {metrics['sampled']['HR@10']:.4f} (best {best_mrr:.4f} at step {best_step})"
+            )
             started = time.perf_counter()
         stopping = patience and waited >= patience
         if stopping or _due(step, save_steps, per_epoch, total):
@@ -124,7 +137,9 @@ def fit(
 def settings(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags of a script that `fit` takes by the same name; micro_batch_size None is the whole batch."""
     names = [name for name in inspect.signature(fit).parameters if name in flags and name != "bf16"]
-    return {name: flags[name] for name in names} | {"micro_batch_size": flags["micro_batch_size"] or flags["batch_size"]}
+    return {name: flags[name] for name in names} | {
+        "micro_batch_size": flags["micro_batch_size"] or flags["batch_size"]
+    }
 
 
 def choose_device(device: str) -> torch.device:
@@ -153,7 +168,9 @@ def _batches(n: int, batch_size: int, total: int, seed: int) -> Iterator[np.ndar
         epoch += 1
 
 
-def _accumulate(loss_fn: Callable, rows: np.ndarray, counts: np.ndarray, micro_batch_size: int, precision) -> dict[str, Tensor]:
+def _accumulate(
+    loss_fn: Callable, rows: np.ndarray, counts: np.ndarray, micro_batch_size: int, precision
+) -> dict[str, Tensor]:
     """Gradients of the mean loss over the batch's targets, micro-batch by micro-batch; the parts, detached."""
     whole = counts[rows].sum()
     parts: dict[str, Tensor] = {}
@@ -188,7 +205,11 @@ def _due(step: int, every: int, per_epoch: int, total: int) -> bool:
 
 def _not_finite(step: int, parts: dict[str, Tensor], norm: Tensor, rows: np.ndarray, folder: Path) -> str:
     shown = ", ".join(f"{name} {float(value):.4g}" for name, value in parts.items())
-    kept = f"the best checkpoint so far is in {folder / 'best'}" if (folder / "best").is_dir() else "no checkpoint was written yet"
+    kept = (
+        f"the best checkpoint so far is in {folder / 'best'}"
+        if (folder / "best").is_dir()
+        else "no checkpoint was written yet"
+    )
     return (
         f"step {step}: the loss or a gradient is not finite ({shown}, gradient norm {float(norm):.4g}; samples"
         f" {', '.join(map(str, rows[:5]))}, ...); {kept}; lower --learning_rate or lengthen --warmup_steps"

@@ -1,0 +1,72 @@
+"""Shared pieces of the tests: small LLaMAs, small domains, the real data where it is."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from models.llm4rec import LLM4Rec, assemble
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(2)
+
+ROOT = Path(__file__).parent.parent
+REAL_DATA = ROOT.parent / "shared" / "data"
+TARGETS = ["gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture
+def float64_norm(monkeypatch):
+    """LLaMA's RMSNorm rounds to float32 inside; to compare in float64, both forms get one that does not."""
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)
+
+
+def small_config(layers: int = 4, kv_heads: int = 4, **changes) -> LlamaConfig:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 60, "initializer_range": 0.3}
+    return LlamaConfig(**(shape | {"num_key_value_heads": kv_heads, "num_hidden_layers": layers} | changes))
+
+
+def small_model(
+    layers: int = 4, kv_heads: int = 4, strategy: str = "full", n_blocks: int = 2, exit_heads: bool = True, n_items: int = 23, dim: int = 6, seed: int = 0,
+    n_prompt: int = 5, n_response: int = 3, **extra,
+) -> LLM4Rec:  # fmt: skip
+    torch.manual_seed(seed)
+    model = assemble(
+        LlamaModel(small_config(layers, kv_heads)), torch.randn(n_items, dim), prompt_ids=list(range(n_prompt)), response_ids=list(range(50, 50 + n_response)),
+        n_blocks=n_blocks, exit_heads=exit_heads, strategy=strategy, lora_r=3, lora_alpha=5, lora_dropout=0.0, lora_target_modules=TARGETS, **extra,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at the start: LoRA would not be felt
+                parameter.normal_(std=0.3)
+    return model.double()
+
+
+def histories(lengths: list[int], n_items: int = 23, slots: int = 8, seed: int = 1) -> torch.Tensor:
+    """Left-padded random histories, [B, slots]."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = torch.full((len(lengths), slots), n_items)
+    for row, n in enumerate(lengths):
+        batch[row, slots - n :] = torch.randint(0, n_items, (n,), generator=generator)
+    return batch
+
+
+def write_sequences(path: Path, sequences: list[list[int]], header: str = "reviewerID,asin") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([header, *(f'u{i},"{items}"' for i, items in enumerate(sequences))]) + "\n")
+    return path
+
+
+def real(name: str) -> Path:
+    path = REAL_DATA / name
+    if not path.exists():
+        pytest.skip(f"real data not here: {path}")
+    return path

@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+
+from datasets.interactions import read_csv
+from datasets.sequences import TEST, VALID, EvaluationSplit, evaluation_splits
+from tests.conftest import write_sequences
+from utils import evaluation
+from utils.cli import RunError
+from utils.evaluation import evaluate
+
+
+@pytest.fixture
+def data(tmp_path):
+    rng = np.random.default_rng(5)
+    sequences = [rng.integers(0, 40, size=rng.integers(4, 12)).tolist() for _ in range(30)]  # with repeats
+    return read_csv(write_sequences(tmp_path / "d.csv", sequences))
+
+
+def naive_ranks(data, split, scores, candidates):
+    """The protocols in plain Python, a user at a time."""
+    found = []
+    for user in range(data.n_users):
+        items = data.items[data.offsets[user] : data.offsets[user + 1]].tolist()
+        target, history, s = items[-split], set(items[:-split]), scores[user].tolist()
+        others = [i for i in range(data.n_items) if i != target]
+        sampled = 1 + sum(s[i] >= s[target] for i in candidates[user] if i >= 0)
+        full = 1 + sum(s[i] >= s[target] for i in others if i not in history)
+        full_all = 1 + sum(s[i] >= s[target] for i in others)
+        found.append((sampled, full, full_all))
+    return np.array(found).T
+
+
+@pytest.mark.parametrize("split", [VALID, TEST])
+@pytest.mark.parametrize("tile", [1, 100, 2**24])
+def test_ranks_equal_a_naive_loop_with_ties_and_repeats(data, split, tile, monkeypatch):
+    monkeypatch.setattr(evaluation, "TILE", tile)
+    torch.manual_seed(0)
+    table = torch.randn(data.n_items, 4).round()  # rounded: many ties
+    view = EvaluationSplit(data, split, max_seq_length=5, seed=3, n_candidates=15)
+
+    def encode(history):
+        return torch.stack([table[h[h < data.n_items]].sum(0) for h in history])
+
+    ranks = evaluate(encode, table, view.batches(7))
+    vectors = torch.cat([encode(batch.history) for batch in view.batches(30)])
+    expected = naive_ranks(data, split, vectors @ table.T, view.candidates(np.arange(data.n_users)))
+    assert np.array_equal(np.stack(ranks), expected)
+
+
+def test_a_constant_model_scores_nothing(data):
+    view = EvaluationSplit(data, TEST, 5, seed=3, n_candidates=15)
+    ranks = evaluate(lambda history: torch.zeros(len(history), 4), torch.ones(data.n_items, 4), view.batches(8))
+    for protocol, metrics in ranks.metrics().items():
+        assert {name: value for name, value in metrics.items() if name != "MRR"} == dict.fromkeys(set(metrics) - {"MRR"}, 0.0), protocol
+    assert (ranks.sampled == 16).all()
+    assert (ranks.full_all == data.n_items).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_scores_are_an_error_not_a_perfect_rank(data, bad):
+    view = EvaluationSplit(data, TEST, 5, seed=3, n_candidates=15)
+    with pytest.raises(RunError, match="not finite|NaN"):
+        evaluate(lambda history: torch.full((len(history), 4), bad), torch.ones(data.n_items, 4), view.batches(8))
+
+
+def test_batch_size_changes_no_rank(data):
+    table = torch.randn(data.n_items, 4, generator=torch.Generator().manual_seed(1))
+    view = evaluation_splits(data, 5, 42, 15)["test"]
+
+    def encode(history):
+        padded = torch.cat([table, torch.zeros(1, 4)])
+        return padded[history].sum(1)
+
+    one, all_at_once = evaluate(encode, table, view.batches(1)), evaluate(encode, table, view.batches(100))
+    assert all(np.array_equal(a, b) for a, b in zip(one, all_at_once))

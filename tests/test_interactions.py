@@ -1,0 +1,119 @@
+import gzip
+import lzma
+
+import numpy as np
+import pytest
+
+from datasets.interactions import find_csv, read_csv, write_csv
+from tests.conftest import real
+from utils.cli import UsageError
+
+GOOD = 'reviewerID,asin,title\nann,"[5, 9, 5, 7]","[]"\nbob,"[9]",""\ncid,"[0, 7, 9, 5, 2]","[""a, \'b\'""]"\n'
+
+
+def test_a_small_file_reads_as_expected(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text(GOOD)
+    data = read_csv(path)
+    assert data.users == ["ann", "cid"]
+    assert data.rows.tolist() == [0, 2]
+    assert data.dropped == 1
+    assert data.item_ids.tolist() == [0, 2, 5, 7, 9]
+    assert data.items.tolist() == [2, 4, 2, 3, 0, 3, 4, 2, 1]
+    assert data.offsets.tolist() == [0, 4, 9]
+
+
+def test_compression_bom_and_line_ends_do_not_matter(tmp_path):
+    (tmp_path / "a.csv").write_text(GOOD)
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(GOOD.encode()))
+    (tmp_path / "c.csv.xz").write_bytes(lzma.compress(GOOD.encode()))
+    (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    a, b, c, d = (read_csv(tmp_path / name) for name in ("a.csv", "b.csv.gz", "c.csv.xz", "d.csv"))
+    for other in (b, c, d):
+        assert np.array_equal(a.items, other.items) and a.users == other.users
+    assert a.sha256 == b.sha256 == c.sha256 != d.sha256
+
+
+BAD = {
+    "empty": ("", "is empty; expected a header with reviewerID,asin"),
+    "header only": ("reviewerID,asin\n", "0 users"),
+    "wrong column": ("reviewerID,asins\nu,[1]\n", "missing column asin; found reviewerID, asins; is 'asins' meant as asin?"),
+    "semicolon": ('reviewerID;asin\nu;"[1]"\n', "looks ';'-separated"),
+    "tab": ('reviewerID\tasin\nu\t"[1]"\n', "looks '\\t'-separated"),
+    "unquoted list": ("reviewerID,asin\nu,[1,2,3]\n", "row 2 has 4 fields, expected 2; quote the list"),
+    "python list": ("reviewerID,asin\nu,\"['a','b']\"\n", "row 2: asin is not a valid JSON list"),
+    "empty cell": ('reviewerID,asin\nv,"[1,2,3,4]"\nu,\n', "row 3: asin is empty"),
+    "number": ("reviewerID,asin\nu,5\n", "row 2: asin is '5', expected a list"),
+    "object": ('reviewerID,asin\nu,"{""a"": 1}"\n', "expected a list"),
+    "nested": ('reviewerID,asin\nu,"[1,[2]]"\n', "row 2: element 1 of asin is '[2]' (list)"),
+    "string ids": ('reviewerID,asin\nu,"[""12""]"\n', "element 0 of asin is '12' (str)"),
+    "float ids": ('reviewerID,asin\nu,"[1.0, 2]"\n', "element 0 of asin is '1.0' (float)"),
+    "nan": ('reviewerID,asin\nu,"[1, NaN]"\n', "element 1 of asin is 'nan' (float)"),
+    "boolean": ('reviewerID,asin\nu,"[true]"\n', "element 0 of asin is 'True' (bool)"),
+    "negative": ('reviewerID,asin\nu,"[1,-3]"\n', "row 2: item id -3 < 0"),
+    "too large": ('reviewerID,asin\nu,"[99999999999999999999]"\n', "item id 99999999999999999999 > "),
+    "5000 digits": (f'reviewerID,asin\nu,"[{"9" * 5000}]"\n', "row 2: asin is not a valid JSON list"),
+    "deep": (f'reviewerID,asin\nu,"{"[" * 100000}"\n', "row 2: asin is not a valid JSON list"),
+    "twice": ('reviewerID,asin\nu,"[1]"\nv,"[2]"\nu,"[3]"\n', "reviewerID 'u' stands in rows 2 and 4"),
+    "all short": ('reviewerID,asin\nu,"[1,2,3]"\n', "no user has 4 items or more"),
+    "all empty": ('reviewerID,asin\nu,"[]"\n', "every user's list is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_in_one_line(tmp_path, name):
+    content, expected = BAD[name]
+    path = tmp_path / "d.csv"
+    path.write_text(content)
+    with pytest.raises(UsageError) as caught:
+        read_csv(path)
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_not_utf8_damaged_and_a_directory(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"reviewerID,asin\nu\xff,[1]\n")
+    with pytest.raises(UsageError, match="not UTF-8 at byte 17"):
+        read_csv(tmp_path / "a.csv")
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(GOOD.encode() * 50)[:-20])
+    with pytest.raises(UsageError, match="damaged .gz file"):
+        read_csv(tmp_path / "b.csv.gz")
+    (tmp_path / "c.csv.xz").write_bytes(b"not xz at all")
+    with pytest.raises(UsageError, match="damaged .xz file"):
+        read_csv(tmp_path / "c.csv.xz")
+    with pytest.raises(UsageError, match="is a directory"):
+        read_csv(tmp_path)
+
+
+def test_where_a_domain_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="available: none"):
+        find_csv("toys")
+    released = tmp_path / "dataset/sequential/toys.csv"
+    released.parent.mkdir(parents=True)
+    released.write_text(GOOD)
+    assert find_csv("toys").resolve() == released
+    with pytest.raises(UsageError, match="available: toys"):
+        find_csv("x")
+    own = tmp_path / "data/toys.csv.gz"
+    own.parent.mkdir()
+    own.write_bytes(gzip.compress(GOOD.encode()))
+    assert find_csv("toys").resolve() == own
+    with pytest.raises(UsageError, match="from --data_path"):
+        find_csv("toys", "nowhere.csv")
+
+
+def test_what_is_written_reads_back_and_is_the_same_bytes(tmp_path):
+    arguments = (["a", "b"], [[3, 1, 2, 0], [1, 2, 3, 0, 4]], [["x"] * 4, ['say "é", no'] * 5])
+    write_csv(tmp_path / "one.csv", *arguments)
+    write_csv(tmp_path / "two.csv", *arguments)
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    data = read_csv(tmp_path / "one.csv")
+    assert data.users == ["a", "b"] and data.items.tolist() == [3, 1, 2, 0, 1, 2, 3, 0, 4]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.csv", "two.csv"]
+
+
+def test_real_beauty_has_its_known_size():
+    data = read_csv(real("amazon2014_beauty.csv.xz"))
+    assert (data.n_users, data.n_items, len(data.items)) == (22363, 12101, 198502)
+    assert data.item_ids[0] == 1

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+
+from models.sasrec import SASRec
+from tests.conftest import histories
+
+SHAPE = {"emb_dim": 6, "hid_dim": 4, "num_blocks": 2, "num_heads": 2, "dropout": 0.5, "init_std": 0.7}
+
+
+def made(norm="query", **changes):
+    torch.manual_seed(0)
+    model = SASRec(23, 8, norm=norm, **(SHAPE | changes)).double().eval()
+    with torch.no_grad():  # norms that do something
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def numpy_states(model, items):
+    """The same forward for one unpadded sequence, written out in numpy."""
+    w = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    n, heads = len(items), model.blocks[0].num_heads
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def layer_norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-8) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def attend(query, source, name):
+        q, k, v = linear(query, f"{name}.query"), linear(source, f"{name}.key"), linear(source, f"{name}.value")
+        out = np.zeros_like(q)
+        for head in range(heads):
+            d = q.shape[1] // heads
+            part = slice(head * d, head * d + d)
+            for t in range(n):
+                score = q[t, part] @ k[: t + 1, part].T / np.sqrt(d)
+                weight = np.exp(score - score.max())
+                out[t, part] = weight / weight.sum() @ v[: t + 1, part]
+        return linear(out, f"{name}.out")
+
+    def feed(x, name):
+        return linear(np.maximum(linear(x, f"{name}.feed.0"), 0), f"{name}.feed.3")
+
+    x = linear(w["item_embedding.weight"][items], "to_hidden") * np.sqrt(6) + w["positions.weight"][-n:]
+    for i in range(2):
+        b = f"blocks.{i}"
+        if model.blocks[0].norm == "query":
+            q = layer_norm(x, f"{b}.attention_norm")
+            x = layer_norm(q + attend(q, x, b), f"{b}.feed_norm")
+            x = x + feed(x, b)
+        elif model.blocks[0].norm == "pre":
+            q = layer_norm(x, f"{b}.attention_norm")
+            x = x + attend(q, q, b)
+            x = x + feed(layer_norm(x, f"{b}.feed_norm"), b)
+        else:
+            x = layer_norm(x + attend(x, x, b), f"{b}.attention_norm")
+            x = layer_norm(x + feed(x, b), f"{b}.feed_norm")
+    return linear(layer_norm(x, "final_norm"), "to_item")
+
+
+@pytest.mark.parametrize("norm", ["query", "pre", "post"])
+def test_an_independent_numpy_forward_agrees(norm):
+    model = made(norm)
+    items = [4, 0, 22, 7, 4]
+    padded = torch.tensor([[23, 23, 23, *items]])
+    states = model.states(padded)[0, 3:].detach().numpy()
+    np.testing.assert_allclose(states, numpy_states(model, items), atol=1e-12)
+    np.testing.assert_allclose(model(padded)[0].detach().numpy(), states[-1], atol=0)
+
+
+@pytest.mark.parametrize("norm", ["query", "pre", "post"])
+def test_a_later_item_changes_nothing_earlier(norm):
+    model, batch = made(norm), histories([8, 5, 3])
+    before = model.states(batch)
+    changed = batch.clone()
+    changed[:, -2] = (changed[:, -2] + 1) % 23
+    after = model.states(changed)
+    assert torch.equal(before[:, :-2], after[:, :-2])
+    assert not torch.allclose(before[:, -2:], after[:, -2:])
+
+
+def test_padding_length_and_neighbours_change_nothing():
+    model, batch = made(), histories([1, 4, 8])
+    together = model(batch)
+    for row, length in enumerate([1, 4, 8]):
+        alone = model(batch[row : row + 1, -length:])
+        torch.testing.assert_close(alone[0], together[row], atol=1e-14, rtol=0)
+
+
+def test_padding_gets_no_gradient_and_is_no_class():
+    model, batch = made().train(), histories([2, 8])
+    model.states(batch)[batch != 23].sum().backward()
+    assert model.item_embedding.weight.grad[23].abs().sum() == 0
+    assert model.item_table.shape == (23, 6)

@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+
+from datasets.interactions import read_csv
+from datasets.sequences import TEST, VALID, EvaluationSplit, popularity, training_samples
+from tests.conftest import write_sequences
+
+PAD = 7  # the ids are 1 .. 7, so catalogue indices 0 .. 6 and the padding 7
+
+
+@pytest.fixture
+def data(tmp_path):
+    return read_csv(write_sequences(tmp_path / "d.csv", [[1, 2, 3, 4, 5, 6, 7], [4, 3, 2, 1]]))
+
+
+def test_the_first_batch_is_the_literal_one(data):
+    samples = training_samples(data, "last", 5)
+    rows = np.array([0, 1])
+    assert samples.histories(rows).tolist() == [[PAD, 0, 1, 2, 3], [PAD, PAD, PAD, PAD, 3]]
+    assert samples.targets(rows).tolist() == [4, 2]
+    assert samples.shifted_targets(rows).tolist() == [[PAD, 1, 2, 3, 4], [PAD, PAD, PAD, PAD, 2]]
+    assert samples.counts().tolist() == [4, 1]
+
+
+def test_long_histories_keep_their_last_items(data):
+    samples = training_samples(data, "last", 2)
+    assert samples.histories(np.array([0])).tolist() == [[2, 3]]
+    assert samples.shifted_targets(np.array([0])).tolist() == [[3, 4]]
+    assert samples.counts().tolist() == [2, 1]
+
+
+def test_all_makes_every_prefix_a_sample(data):
+    samples = training_samples(data, "all", 3)
+    rows = np.arange(len(samples))
+    assert samples.histories(rows).tolist() == [[PAD, PAD, 0], [PAD, 0, 1], [0, 1, 2], [1, 2, 3], [PAD, PAD, 3]]
+    assert samples.targets(rows).tolist() == [1, 2, 3, 4, 2]
+
+
+@pytest.mark.parametrize(
+    "split, history, target, seen",
+    [
+        (VALID, [[1, 2, 3, 4], [PAD, PAD, 3, 2]], [5, 1], [[0, 1, 2, 3, 4], [1, 1, 1, 3, 2]]),
+        (TEST, [[2, 3, 4, 5], [PAD, 3, 2, 1]], [6, 0], [[0, 1, 2, 3, 4, 5], [0, 0, 0, 3, 2, 1]]),
+    ],
+)
+def test_evaluation_batches_are_the_literal_ones(data, split, history, target, seen):
+    (batch,) = EvaluationSplit(data, split, 4, 42, 3).batches(2)
+    assert batch.history.tolist() == history
+    assert batch.target.tolist() == target
+    assert batch.seen.tolist() == seen  # filled up with the target
+
+
+def test_a_limit_gives_the_first_batches(data):
+    view = EvaluationSplit(data, TEST, 4, 42, 3)
+    assert [len(batch.target) for batch in view.batches(1, limit=1)] == [1]
+    assert view.fewest_candidates() == 0
+
+
+def test_popularity_counts_training_items_only(data):
+    assert popularity(data).tolist() == [1, 1, 2, 2, 1, 0, 0]  # users 1-5 of the first, 4-3 of the second
