@@ -27,8 +27,7 @@ def catalogue_cross_entropy(users: Tensor, item_table: Tensor, target: Tensor) -
     tiles and their gradients taken on the spot, the softmax being at hand. Computed in float32 at least, outside autocast.
     """
     with torch.autocast(users.device.type, enabled=False):
-        if users.dtype in (torch.bfloat16, torch.float16):
-            users = users.float()
+        users = _wide(users)
         return _CatalogueCrossEntropy.apply(users, item_table.to(users.dtype), target)
 
 
@@ -63,12 +62,12 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
 
 def block_cosine(teacher: Tensor, student: Tensor, reduction: Reduction) -> Tensor:
     """1 - cos(teacher, student) of states [B, E, H]: mean over users, sum or mean over blocks (paper's D_cos)."""
-    return _over_blocks(1.0 - F.cosine_similarity(teacher.float(), student.float(), dim=-1), reduction)
+    return _over_blocks(1.0 - F.cosine_similarity(_wide(teacher), _wide(student), dim=-1), reduction)
 
 
 def block_distance(teacher: Tensor, student: Tensor, reduction: Reduction, form: NormForm) -> Tensor:
     """L2 distance of states [B, E, H], plain (released code) or squared (paper's D_norm)."""
-    difference = teacher.float() - student.float()
+    difference = _wide(teacher) - _wide(student)
     squared = difference.square().sum(-1)  # [B, E]
     if form == "squared_l2":
         return _over_blocks(squared, reduction)
@@ -89,12 +88,17 @@ def logit_kl(teacher: Tensor, student: Tensor, item_table: Tensor, temperature: 
         teacher, student: user vectors [B, E, D] at E block ends; the teacher's are constants here.
         item_table: [N, D].
     """
-    table = item_table.float().T / temperature
+    table = _wide(item_table).T / temperature
     with torch.autocast(teacher.device.type, enabled=False):
-        wanted = F.log_softmax(teacher.detach().float() @ table, dim=-1)  # [B, E, N]
-        given = F.log_softmax(student.float() @ table, dim=-1)
+        wanted = F.log_softmax(_wide(teacher.detach()) @ table, dim=-1)  # [B, E, N]
+        given = F.log_softmax(_wide(student) @ table, dim=-1)
         divergence = (wanted.exp() * (wanted - given)).sum(-1)
     return temperature**2 * _over_blocks(divergence, reduction)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: losses are not taken in half precision."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _over_blocks(values: Tensor, reduction: Reduction) -> Tensor:

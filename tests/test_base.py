@@ -1,0 +1,206 @@
+"""Reading a base checkpoint: only what is needed, by name, from the shards that hold it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from benchmarks.plain import plain_twin
+from datasets.prompts import Prompt, read_template, tokenise
+from models import base
+from models.llm4rec import build, count_parameters, specify
+from tests.conftest import TARGETS, histories, small_config
+from utils.cli import UsageError
+
+LORA = {"lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.0, "lora_target_modules": TARGETS}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """16 layers in 8 shards of two layers each, a final norm that is not all ones, and a fast tokenizer."""
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(small_config(layers=16))
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shard_of = {}
+    for name in tensors:
+        parts = name.split(".")
+        number = int(parts[2]) // 2 if "layers" in name else (0 if "embed" in name else 7)  # the norm sits in the last shard
+        shard_of[name] = f"model-{number + 1:05d}-of-00008.safetensors"
+    for shard in set(shard_of.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if shard_of[name] == shard}, folder / shard, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
+    word_level = Tokenizer(models.WordLevel({"[UNK]": 0, **{word: i for i, word in enumerate("Below is an instruction item Response".split(), 1)}}, unk_token="[UNK]"))
+    word_level.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=word_level, bos_token="[UNK]").save_pretrained(folder)
+    return folder
+
+
+def copied(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "selection, interval, kept, expected",
+    [("first", 1, 4, [0, 1, 2, 3]), ("interval", 1, 4, [0, 2, 4, 6]), ("interval", 3, 5, [0, 1, 2, 4, 5]), ([15, 0, 7], 1, 3, [15, 0, 7])],
+)
+def test_kept_layers_equal_the_full_load_and_other_shards_may_be_absent(checkpoint, tmp_path, selection, interval, kept, expected):
+    folder = copied(checkpoint, tmp_path)
+    config = base.read_config(str(folder))
+    layers = base.select_layers(config.num_hidden_layers, kept, selection, interval)
+    assert layers == expected
+    needed = {f"model-{i // 2 + 1:05d}-of-00008.safetensors" for i in layers} | {"model-00001-of-00008.safetensors", "model-00008-of-00008.safetensors"}
+    full = LlamaModel.from_pretrained(folder, dtype=torch.float32)
+    for shard in folder.glob("model-*.safetensors"):
+        if shard.name not in needed:
+            shard.unlink()
+    llama = base.load_llama(str(folder), config, layers, torch.float32)
+    assert not any(p.is_meta for p in [*llama.parameters(), *llama.buffers()])
+    full.layers = torch.nn.ModuleList([full.layers[i] for i in layers])
+    for i, layer in enumerate(full.layers):
+        layer.self_attn.layer_idx = i
+    full.config.num_hidden_layers = len(layers)
+    ids = torch.tensor([[1, 5, 9, 2]])
+    assert torch.equal(llama(input_ids=ids, use_cache=False).last_hidden_state, full(input_ids=ids, use_cache=False).last_hidden_state)
+    assert (llama.norm.weight != 1).all()
+    assert [layer.self_attn.layer_idx for layer in llama.layers] == list(range(kept))
+
+
+@pytest.mark.parametrize("selection", ["first", "interval"])
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_a_loaded_recommender_equals_its_plain_twin(checkpoint, selection, strategy, float64_norm):
+    spec = specify(str(checkpoint), "x", [1, 2, 3], [4, 5], kept=4, max_seq_length=8, n_blocks=2, exit_heads=True,
+                   layer_selection=selection, interval_nums=2, train_strategy=strategy, **LORA)  # fmt: skip
+    torch.manual_seed(0)
+    model = build(base=str(checkpoint), item_table=torch.randn(23, 6), bf16=False, **spec).double()
+    plain, _ = plain_twin(model, (3, 5, TARGETS) if strategy == "lora" else None)
+    batch = histories([3, 8, 1])
+    torch.testing.assert_close(model(batch), plain(batch), atol=1e-12, rtol=1e-12)
+
+
+def test_dtype_and_what_is_trained(checkpoint):
+    spec = specify(str(checkpoint), "x", [1], [2], kept=2, max_seq_length=8, n_blocks=1, exit_heads=False,
+                   layer_selection="first", interval_nums=1, train_strategy="auto", **LORA)  # fmt: skip
+    assert spec["strategy"] == "lora"
+    model = build(base=str(checkpoint), item_table=torch.randn(23, 6), bf16=True, **spec)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or name.startswith(("adapter", "head")) for name in trained)
+    assert {name.split(".")[-4] for name in trained if "lora_" in name} == set(TARGETS)
+    assert all(p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16) for p in model.parameters())
+
+
+@pytest.mark.parametrize("kept, selection, interval", [(17, "first", 1), (0, "first", 1), (-1, "first", 1), (9, "interval", 1)])
+def test_layer_counts_out_of_range_are_refused(kept, selection, interval):
+    with pytest.raises(UsageError, match="the base checkpoint has 16 layers"):
+        base.select_layers(16, kept, selection, interval)
+
+
+def test_faulty_checkpoints_are_named(checkpoint, tmp_path):
+    folder = copied(checkpoint, tmp_path)
+    config = base.read_config(str(folder))
+
+    def load(layers=(0, 1)):
+        return base.load_llama(str(folder), config, list(layers), torch.float32)
+
+    (folder / "model-00002-of-00008.safetensors").unlink()
+    load()
+    with pytest.raises(UsageError, match="model-00002-of-00008.safetensors is missing; it holds model.layers.2"):
+        load([0, 1, 2])
+    first = folder / "model-00001-of-00008.safetensors"
+    tensors = load_file(first)
+    removed = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, first)
+    with pytest.raises(UsageError, match="lacks the tensor model.layers.1.mlp.up_proj.weight"):
+        load()
+    save_file(tensors | {"model.layers.1.mlp.up_proj.weight": removed[:5].contiguous()}, first)
+    with pytest.raises(UsageError, match=r"up_proj.weight is \[5, 32\], config.json says \[48, 32\]"):
+        load()
+    first.write_bytes(first.read_bytes()[:100])
+    with pytest.raises(UsageError, match="damaged or not safetensors"):
+        load()
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(UsageError, match="neither model.safetensors.index.json nor model.safetensors"):
+        load()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UsageError, match="model_type gpt2 unsupported"):
+        base.read_config(str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(UsageError, match="has no config.json"):
+        base.read_config(str(folder))
+
+
+def test_unknown_bases():
+    with pytest.raises(UsageError, match="no such folder"):
+        base.locate("./nowhere", [])
+    with pytest.raises(UsageError, match="no such folder"):
+        base.locate("nowhere", [])
+    assert base.locate("meta-llama/Llama-2-7b-hf", []) == "meta-llama/Llama-2-7b-hf"
+
+
+def test_an_unknown_lora_target_is_refused(checkpoint):
+    spec = specify(str(checkpoint), "x", [1], [2], kept=2, max_seq_length=8, n_blocks=1, exit_heads=False, layer_selection="first",
+                   interval_nums=1, train_strategy="lora", **(LORA | {"lora_target_modules": ["gate_proj", "nope"]}))  # fmt: skip
+    with pytest.raises(UsageError, match="nope matches no projection; there are .*gate_proj"):
+        build(base=str(checkpoint), item_table=torch.randn(23, 6), bf16=False, **spec)
+
+
+def test_prompt_ids_are_the_templates_without_special_tokens(checkpoint):
+    texts = read_template("alpaca")
+    assert texts.prompt.endswith("### Instruction:\nGiven the user\u2019s purchase history, predict next possible item to be purchased.\n\n### Input:\n")
+    assert texts.response == "\n### Response:\n"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenise(texts, str(checkpoint))
+    assert ids == Prompt(*(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts))
+    assert tokenise(Prompt("Below is an item", "Response"), str(checkpoint)) == Prompt([1, 2, 3, 5], [6])
+
+
+@pytest.mark.parametrize("content, message", [("{", "not JSON"), ('{"prompt": "a"}', "expected the texts prompt and response, found prompt"), ("[]", "found list")])
+def test_bad_templates_are_refused(tmp_path, content, message):
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        read_template(str(path))
+    with pytest.raises(UsageError, match="available: alpaca"):
+        read_template("nope")
+
+
+def test_a_base_without_tokenizer_is_refused(checkpoint, tmp_path):
+    folder = copied(checkpoint, tmp_path)
+    for path in folder.glob("token*"):
+        path.unlink()
+    with pytest.raises(UsageError, match="no usable tokenizer"):
+        tokenise(read_template("alpaca"), str(folder))
+
+
+def test_built_in_bases_load_like_any_other_and_keep_the_prompts_length(tmp_path):
+    texts = read_template("alpaca")
+    location = base.locate("tiny", [*texts], root=tmp_path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
+    assert base.locate("tiny", [*texts], root=tmp_path) == location
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
+    assert [len(ids) for ids in tokenise(texts, location)] == [62, 7]
+    config = base.read_config(location)
+    llama = base.load_llama(location, config, [0, 1], torch.float32)
+    full = LlamaModel.from_pretrained(location, dtype=torch.float32)
+    assert torch.equal(llama.layers[1].mlp.up_proj.weight, full.layers[1].mlp.up_proj.weight)
+    assert base.locate("tiny", [*texts], root=tmp_path / "again") != location
+    for name, content in before.items():
+        assert (tmp_path / "again/tiny" / name).read_bytes() == content, name
+
+
+@pytest.mark.parametrize("layers, total, lora", [(4, 0.944, 2.90), (8, 1.756, 5.80), (32, 6.631, 23.20)])
+def test_parameter_counts_are_the_papers(layers, total, lora):
+    """LLaMA-2-7B: decoder, embeddings and LoRA in billions, LoRA alone in millions (paper's efficiency table)."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=32, vocab_size=32000)
+    everything, adapters = count_parameters(config, layers, 16, TARGETS)
+    assert round(everything / 1e9, 3) == total
+    assert round(adapters / 1e6, 2) == lora

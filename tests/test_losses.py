@@ -1,0 +1,132 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import losses
+from models.losses import (
+    Output,
+    block_cosine,
+    block_distance,
+    catalogue_cross_entropy,
+    exit_supervision,
+    logit_kl,
+    recommendation_loss,
+)
+from tests.conftest import histories, small_model
+
+
+@pytest.mark.parametrize("tile", [1, 40, 2**24])
+@pytest.mark.parametrize("trained_table", [True, False])
+def test_catalogue_cross_entropy_equals_the_plain_one(tile, trained_table, monkeypatch):
+    monkeypatch.setattr(losses, "TILE", tile)
+    torch.manual_seed(0)
+    users = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(13, 5, dtype=torch.float64, requires_grad=trained_table)
+    target = torch.tensor([0, 12, 3, 3, 5, 0, 1])
+    inputs = [users, table] if trained_table else [users]
+    plain = F.cross_entropy(users @ table.T, target)
+    ours = catalogue_cross_entropy(users, table, target)
+    torch.testing.assert_close(ours, plain, atol=1e-14, rtol=1e-13)
+    wanted = torch.autograd.grad(3 * plain, inputs)
+    given = torch.autograd.grad(3 * ours, inputs)
+    torch.testing.assert_close(given, wanted, atol=1e-14, rtol=1e-12)
+
+
+def test_catalogue_cross_entropy_by_hand():
+    users = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    table = torch.eye(2)
+    expected = (math.log(math.e + 1) - 1 + math.log(1 + math.e**2)) / 2  # -log softmax of (1, 0) at 0 and (0, 2) at 0
+    assert float(catalogue_cross_entropy(users, table, torch.tensor([0, 0]))) == pytest.approx(expected, rel=1e-6)
+
+
+STUDENT = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]])  # [B 1, E 2, H 2]
+TEACHER = torch.tensor([[[0.0, 2.0], [6.0, 8.0]]])
+
+
+def test_alignment_by_hand():
+    # cosines 0 and 1; differences (1, -2) and (-3, -4)
+    assert float(block_cosine(TEACHER, STUDENT, "sum")) == pytest.approx(1.0)
+    assert float(block_cosine(TEACHER, STUDENT, "mean")) == pytest.approx(0.5)
+    assert float(block_distance(TEACHER, STUDENT, "sum", "l2")) == pytest.approx(math.sqrt(5) + 5)
+    assert float(block_distance(TEACHER, STUDENT, "mean", "squared_l2")) == pytest.approx((5 + 25) / 2)
+
+
+def test_equal_models_align_perfectly_and_pull_nowhere():
+    states = torch.randn(4, 3, 5, dtype=torch.float64).float()
+    student = states.clone().requires_grad_()
+    cosine, distance = block_cosine(states, student, "sum"), block_distance(states, student, "sum", "l2")
+    assert float(cosine.detach()) == pytest.approx(0.0, abs=1e-6)
+    assert float(distance.detach()) == 0.0
+    (slope,) = torch.autograd.grad(cosine + distance, student)
+    assert torch.isfinite(slope).all() and slope.abs().max() < 1e-6
+
+
+def test_exits_by_hand():
+    table, target = torch.eye(2), torch.tensor([0])
+    exits = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])  # one user, two exits
+    each = [math.log(math.e + 1) - 1, math.log(1 + math.e**2)]
+    assert float(exit_supervision(exits, table, target, "sum")) == pytest.approx(sum(each), rel=1e-6)
+    assert float(exit_supervision(exits, table, target, "mean")) == pytest.approx(sum(each) / 2, rel=1e-6)
+
+
+def test_logit_kl_by_hand_and_without_gradient_to_the_teacher():
+    teacher = torch.tensor([[[math.log(3.0), 0.0]]], requires_grad=True)  # probabilities 3/4, 1/4
+    student = torch.zeros(1, 1, 2, requires_grad=True)  # 1/2, 1/2
+    value = logit_kl(teacher, student, torch.eye(2), 1.0, "sum")
+    assert float(value.detach()) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+    value.backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+    warm = logit_kl(teacher, student, torch.eye(2), 2.0, "sum")
+    p = math.sqrt(3) / (1 + math.sqrt(3))
+    assert float(warm) == pytest.approx(4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))), rel=1e-5)
+
+
+EVERY = {"distill_lambda": 1.0, "norm_lambda": 0.1, "cls_multiple_lambda": 1.0}  # distill.py's defaults
+
+
+def outputs(train_teacher):
+    teacher, student = small_model(seed=1).train(), small_model(layers=2, seed=2).train()
+    batch = histories([3, 8, 1, 5])
+    with torch.set_grad_enabled(train_teacher):
+        wanted = teacher(batch)
+    return teacher, student, recommendation_loss(student(batch), wanted, student.item_table, torch.tensor([1, 2, 3, 4]), **EVERY, train_teacher=train_teacher)
+
+
+def test_every_part_is_there_with_default_weights_and_the_total_adds_up():
+    _, _, parts = outputs(train_teacher=False)
+    assert set(parts) == {"ce", "exits", "align_cos", "align_norm", "teacher_ce", "total"}
+    assert all(float(value.detach()) > 0 for value in parts.values())
+    expected = parts["ce"] + parts["exits"] + parts["align_cos"] + 0.1 * parts["align_norm"]
+    torch.testing.assert_close(parts["total"], expected)
+
+
+def test_offline_no_gradient_reaches_the_teacher_online_it_reaches_both():
+    teacher, student, parts = outputs(train_teacher=False)
+    parts["total"].backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
+    teacher, student, parts = outputs(train_teacher=True)
+    parts["total"].backward()
+    assert all(p.grad is not None for p in [*teacher.parameters(), *student.parameters()])
+    expected = parts["ce"] + parts["teacher_ce"] + parts["exits"] + parts["teacher_exits"] + parts["align_cos"] + 0.1 * parts["align_norm"]
+    torch.testing.assert_close(parts["total"], expected)
+
+
+def test_a_weight_of_zero_leaves_the_part_out():
+    out = Output(torch.ones(1, 2), STUDENT, torch.ones(1, 1, 2))
+    wanted = Output(torch.ones(1, 2), TEACHER, torch.ones(1, 1, 2))
+    assert set(recommendation_loss(out, wanted, torch.eye(2), torch.tensor([0]))) == {"ce", "teacher_ce", "total"}
+    assert set(recommendation_loss(out, None, torch.eye(2), torch.tensor([0]), **EVERY)) == {"ce", "exits", "total"}
+
+
+def test_logit_kl_is_per_block_only_where_both_have_exits():
+    table, target = torch.eye(2), torch.tensor([0])
+    out = Output(torch.zeros(1, 2), STUDENT, torch.zeros(1, 1, 2))
+    wanted = Output(torch.tensor([[math.log(3.0), 0.0]]), TEACHER, torch.tensor([[[math.log(3.0), 0.0]]]))
+    one = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    both = recommendation_loss(out, wanted, table, target, logit_lambda=1.0)["logit_kl"]
+    final = recommendation_loss(out, wanted._replace(exits=torch.zeros(1, 0, 2)), table, target, logit_lambda=1.0)["logit_kl"]
+    assert float(both) == pytest.approx(2 * one, rel=1e-6)
+    assert float(final) == pytest.approx(one, rel=1e-6)

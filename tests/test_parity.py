@@ -1,0 +1,126 @@
+"""The fast forward equals the plain padded Hugging Face forward, in float64."""
+
+import pytest
+import torch
+
+from benchmarks.plain import plain_twin
+from models.losses import recommendation_loss
+from tests.conftest import TARGETS, histories, small_config, small_model
+
+pytestmark = pytest.mark.usefixtures("float64_norm")
+LENGTHS = {"all lengths": [1, 2, 3, 4, 5, 6, 7, 8], "equal": [4, 4, 4], "shortest": [1, 1], "longest": [8, 8, 8], "one user": [3]}
+LORA = (3, 5, TARGETS)
+WEIGHTS = {"distill_lambda": 1.0, "norm_lambda": 0.1, "cls_multiple_lambda": 0.7, "logit_lambda": 0.5, "temperature": 2.0}
+
+
+def compare_outputs(ours, plain):
+    for name, a, b in zip(ours._fields, ours, plain):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_outputs_scores_losses_and_gradients(lengths, kv_heads, strategy):
+    model = small_model(kv_heads=kv_heads, strategy=strategy, n_blocks=4)
+    plain, names = plain_twin(model, LORA if strategy == "lora" else None)
+    teacher = small_model(layers=8, n_blocks=4, seed=9)
+    plain_teacher, _ = plain_twin(teacher, None)
+    batch, target = histories(lengths), torch.arange(len(lengths))
+    ours, wanted = model.train()(batch), plain.train()(batch)
+    compare_outputs(ours, wanted)
+    torch.testing.assert_close(ours.user @ model.item_table.T, wanted.user @ plain.item_table.T, atol=1e-11, rtol=1e-12)
+    with torch.no_grad():
+        guide, plain_guide = teacher(batch), plain_teacher(batch)
+    parts = recommendation_loss(ours, guide, model.item_table, target, **WEIGHTS)
+    plain_parts = recommendation_loss(wanted, plain_guide, plain.item_table, target, **WEIGHTS)
+    assert set(parts) == {"ce", "exits", "align_cos", "align_norm", "logit_kl", "teacher_ce", "total"}
+    for name in parts:
+        torch.testing.assert_close(parts[name], plain_parts[name], atol=1e-11, rtol=1e-11)
+    slopes = [torch.randn_like(value) for value in ours]
+    sum((value * slope).sum() for value, slope in zip(ours, slopes)).backward()
+    sum((value * slope).sum() for value, slope in zip(wanted, slopes)).backward()
+    own = dict(plain.named_parameters())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lora_A" in name for name in trained) == (strategy == "lora")
+    for name, parameter in trained.items():
+        torch.testing.assert_close(parameter.grad, own[names[name]].grad, atol=1e-9, rtol=1e-9, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("n_prompt, n_response", [(1, 1), (1, 3), (6, 1)])
+def test_short_prompts(n_prompt, n_response):
+    model = small_model(n_prompt=n_prompt, n_response=n_response)
+    plain, _ = plain_twin(model, None)
+    batch = histories([1, 8, 3])
+    compare_outputs(model(batch), plain(batch))
+    compare_outputs(model.encoder()(batch), plain(batch))
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2, 4])
+def test_block_ends(n_blocks):
+    model = small_model(n_blocks=n_blocks, exit_heads=n_blocks > 1)
+    plain, _ = plain_twin(model, None)
+    batch = histories([2, 5])
+    assert model(batch).states.shape == (2, n_blocks, 32)
+    assert model(batch).exits.shape == (2, n_blocks - 1, 6)
+    compare_outputs(model(batch), plain(batch))
+
+
+def test_one_layer():
+    model = small_model(layers=1, n_blocks=1, exit_heads=False)
+    plain, _ = plain_twin(model, None)
+    batch = histories([2, 8, 1])
+    compare_outputs(model(batch), plain(batch))
+    compare_outputs(model.encoder()(batch), plain(batch))
+
+
+def test_a_cached_prompt_is_not_used_up():
+    """Three batches of different widths over one cache, each equal to the forward without a cache."""
+    model = small_model()
+    encode = model.encoder()
+    for lengths in ([8, 1], [2, 2, 2], [5]):
+        batch = histories(lengths, seed=sum(lengths))
+        compare_outputs(encode(batch), model(batch))
+
+
+def test_padding_length_changes_nothing_but_positions():
+    """Fewer slots with the same items shift the response's positions; the plain form says the same."""
+    model = small_model()
+    plain, _ = plain_twin(model, None)
+    for slots in (4, 6, 11):
+        batch = histories([4, 2], slots=slots)
+        compare_outputs(model(batch), plain(batch))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    grads = []
+    for checkpointing in (False, True):
+        model = small_model(gradient_checkpointing=checkpointing).train()
+        model(histories([3, 8, 1])).user.square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) > 0
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-12, rtol=1e-12)
+
+
+def test_bfloat16_autocast_stays_close_to_float32():
+    model = small_model().float()
+    batch = histories([3, 8, 1])
+    exact = model.encoder()(batch).user
+    half = model.encoder(bf16=True)(batch).user.float()
+    assert (half - exact).norm() / exact.norm() < 0.05
+    assert not torch.equal(half, exact)
+
+
+def test_scaled_rotary_embeddings_are_honoured():
+    import tests.conftest as shared
+
+    scaled = small_config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16})
+    original, shared.small_config = shared.small_config, lambda *_: scaled
+    try:
+        model = small_model()
+    finally:
+        shared.small_config = original
+    plain, _ = plain_twin(model, None)
+    batch = histories([3, 8])
+    compare_outputs(model(batch), plain(batch))
+    assert not torch.allclose(model(batch).user, small_model()(batch).user)
