@@ -115,14 +115,15 @@ def main(
         norm_lambda: weight of the distance term (lambda2). cls_multiple_lambda: weight of the exits (lambda3).
         logit_lambda: weight of the KL between catalogue softmaxes, at temperature `temperature`.
         block_reduction: sum (released) or mean (paper) over blocks. norm_form: l2 (released) or squared_l2 (paper).
-        micro_batch_size: users at once; gradients accumulate up to batch_size (default: all at once).
-        max_steps: optimizer steps instead of num_epochs, -1 for none. max_grad_norm: clip gradients, 0 for not.
+        batch_size: users a step; micro_batch_size: users at once, gradients accumulate (default: all at once).
+        num_epochs, max_steps: how long; max_steps counts optimizer steps and wins, -1 for none.
+        learning_rate, lr_scheduler, warmup_steps, weight_decay: of AdamW. max_grad_norm: clip gradients to it, 0 for not.
         patience: evaluations without a better validation MRR before stopping, 0 for never.
         gradient_checkpointing: recompute layers in the backward pass to save memory.
-        eval_steps: steps between evaluations, -1 for every epoch; save_steps: the same for last/.
-        num_candidates, candidate_seed: the sampled protocol's negatives and their draw.
+        eval_steps, save_steps: steps between evaluations, and between writing last/; -1 for every epoch.
+        eval_batch_size: users at once in evaluation. num_candidates, candidate_seed: the sampled protocol's negatives, their draw.
         log_steps: steps between lines of metrics.jsonl. tensorboard: also write TensorBoard events.
-        device: auto is cuda where there is one. bf16: bfloat16, by default on cuda.
+        device: auto is cuda where there is one. bf16: bfloat16, by default on cuda. seed: of weights, order and dropout.
         eval_only: evaluate best/ and write results.json. overwrite: start anew in a folder that holds a run.
     """
     flags = dict(locals())
@@ -152,9 +153,7 @@ def main(
         runlog.check_same(teacher_folder, inputs.hashes, inputs.table_path)
         fixed = runlog.read_json(teacher_folder / "config.json", "teacher")
         fixed["flags"]["llama_decoder_nums_teacher"] = fixed["flags"]["llama_decoder_nums"]
-        flags |= runlog.inherit(
-            fixed["flags"], {name: flags[name] for name in INHERITED}, f"the teacher in {teacher_folder}"
-        )
+        flags |= runlog.inherit(fixed["flags"], {name: flags[name] for name in INHERITED}, f"the teacher in {teacher_folder}")
     else:
         flags |= {name: default for name, default in INHERITED.items() if flags[name] is None}
     if aligned:
@@ -180,14 +179,10 @@ def main(
     def specified(kept: int, exit_heads: bool) -> dict:
         ids = (fixed["model"]["prompt_ids"], fixed["model"]["response_ids"]) if offline else tokenise(texts, location)
         blocks = {"n_blocks": distill_block, "exit_heads": exit_heads}
-        return specify(
-            location, flags["base_model"], *ids, kept=kept, **blocks, **{name: flags[name] for name in SHAPE}
-        )
+        return specify(location, flags["base_model"], *ids, kept=kept, **blocks, **{name: flags[name] for name in SHAPE})
 
     def made(spec: dict) -> torch.nn.Module:
-        return build(
-            base=location, item_table=table, bf16=half, gradient_checkpointing=gradient_checkpointing, **spec
-        ).to(where)
+        return build(base=location, item_table=table, bf16=half, gradient_checkpointing=gradient_checkpointing, **spec).to(where)
 
     exits = cls_multiple_lambda > 0
     if eval_only:
@@ -206,17 +201,13 @@ def main(
         guide = made(specified(flags["llama_decoder_nums_teacher"], exits))
         trained = torch.nn.ModuleDict({"student": student, "teacher": guide})
     samples = sequences.training_samples(inputs.data, flags["train_targets"], flags["max_seq_length"])
-    splits = sequences.evaluation_splits(
-        inputs.data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"]
-    )
+    splits = sequences.evaluation_splits(inputs.data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"])
     print(sequences.describe(inputs.data, samples, splits), flush=True)
 
     def loss_fn(rows):
         history, target = samples.histories(rows).to(where), samples.targets(rows).to(where)
         wanted = None if guide is None else guide(history)
-        return recommendation_loss(
-            student(history), wanted, table, target, train_teacher=online, **{name: flags[name] for name in LOSS}
-        )
+        return recommendation_loss(student(history), wanted, table, target, train_teacher=online, **{name: flags[name] for name in LOSS})
 
     def ranks(split, limit=None):
         encode = student.encoder(half)
@@ -234,17 +225,16 @@ def main(
         }  # fmt: skip
         runlog.start(folder, config)
         fitted = training.fit(
-            module=trained, loss_fn=loss_fn, counts=ones(len(samples)), evaluate_fn=lambda limit: ranks("valid", limit).metrics(),
+            module=trained, loss_fn=loss_fn, counts=ones(len(samples)), ranks_of=ranks,
             folder=folder, log=runlog.MetricsLog(folder, tensorboard), meta={"step": "student", "layers": spec["layers"]},
             bf16=half, **training.settings(flags),
         )  # fmt: skip
     weights, _ = checkpoint.load(folder / "best")
     if flags["distill_mode"] == "online":  # both were trained; the student's part is the product
-        weights = {
-            name.removeprefix("student."): tensor for name, tensor in weights.items() if not name.startswith("teacher.")
-        }
+        weights = {name.removeprefix("student."): tensor for name, tensor in weights.items() if not name.startswith("teacher.")}
     checkpoint.restore(student, weights, folder / "best")
-    return finish(folder, ranks, runlog.about(folder, "student", student, fitted))
+    about = runlog.about(folder, "student", student, fitted) | {"candidates": splits["test"].candidate_counts()}
+    return finish(folder, ranks, about)
 
 
 if __name__ == "__main__":

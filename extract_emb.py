@@ -53,9 +53,7 @@ def main(
 
     weights, meta = checkpoint.load(run / "best")
     if "item_embedding.weight" not in weights:
-        raise cli.UsageError(
-            f"{run / 'best'}: no item_embedding.weight, found {', '.join(sorted(weights)[:4])}; not a SASRec run"
-        )
+        raise cli.UsageError(f"{run / 'best'}: no item_embedding.weight, found {', '.join(sorted(weights)[:4])}; not a SASRec run")
     trained = weights["item_embedding.weight"][: data.n_items]  # the last row is the padding
     table = torch.zeros(int(data.item_ids[-1]) + 1, trained.shape[1])
     table[torch.from_numpy(data.item_ids)] = trained
@@ -64,9 +62,7 @@ def main(
         "data_sha256": data.sha256, "sasrec": str(run), "sasrec_step": meta["step"], "sasrec_flags": config["flags"],
     }  # fmt: skip
     embeddings.write_table(path, table, about)
-    print(
-        f"wrote {path}: {len(table):,} rows x {table.shape[1]}, {data.n_items:,} of them items, from {run} step {meta['step']}"
-    )
+    print(f"wrote {path}: {len(table):,} rows x {table.shape[1]}, {data.n_items:,} of them items, from {run} step {meta['step']}")
     return about
 
 

@@ -88,14 +88,15 @@ def main(
         lora_r, lora_alpha, lora_dropout: LoRA's rank, scale and dropout; lora_target_modules: the projections that get it.
         distill_block: B, blocks with an exit at each inner end, used where cls_multiple_lambda > 0.
         cls_multiple_lambda: weight of the exits' cross-entropy; 0: no exits. block_reduction: sum or mean over exits.
-        micro_batch_size: users at once; gradients accumulate up to batch_size (default: all at once).
-        max_steps: optimizer steps instead of num_epochs, -1 for none. max_grad_norm: clip gradients, 0 for not.
+        batch_size: users a step; micro_batch_size: users at once, gradients accumulate (default: all at once).
+        num_epochs, max_steps: how long; max_steps counts optimizer steps and wins, -1 for none.
+        learning_rate, lr_scheduler, warmup_steps, weight_decay: of AdamW. max_grad_norm: clip gradients to it, 0 for not.
         patience: evaluations without a better validation MRR before stopping, 0 for never.
         gradient_checkpointing: recompute layers in the backward pass to save memory.
-        eval_steps: steps between evaluations, -1 for every epoch; save_steps: the same for last/.
-        num_candidates, candidate_seed: the sampled protocol's negatives and their draw.
+        eval_steps, save_steps: steps between evaluations, and between writing last/; -1 for every epoch.
+        eval_batch_size: users at once in evaluation. num_candidates, candidate_seed: the sampled protocol's negatives, their draw.
         log_steps: steps between lines of metrics.jsonl. tensorboard: also write TensorBoard events.
-        device: auto is cuda where there is one. bf16: bfloat16, by default on cuda.
+        device: auto is cuda where there is one. bf16: bfloat16, by default on cuda. seed: of weights, order and dropout.
         eval_only: evaluate best/ and write results.json. overwrite: start anew in a folder that holds a run.
     """
     flags = dict(locals())
@@ -143,13 +144,9 @@ def main(
             **{name: flags[name] for name in SHAPE},
         )
     torch.manual_seed(seed)
-    model = build(
-        base=location, item_table=inputs.table(), bf16=half, gradient_checkpointing=gradient_checkpointing, **spec
-    ).to(where)
+    model = build(base=location, item_table=inputs.table(), bf16=half, gradient_checkpointing=gradient_checkpointing, **spec).to(where)
     samples = sequences.training_samples(inputs.data, flags["train_targets"], flags["max_seq_length"])
-    splits = sequences.evaluation_splits(
-        inputs.data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"]
-    )
+    splits = sequences.evaluation_splits(inputs.data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"])
     print(sequences.describe(inputs.data, samples, splits), flush=True)
 
     def loss_fn(rows):
@@ -166,9 +163,7 @@ def main(
 
     def ranks(split, limit=None):
         encode = model.encoder(half)
-        return evaluate(
-            lambda history: encode(history).user, model.item_table, splits[split].batches(eval_batch_size, where, limit)
-        )
+        return evaluate(lambda history: encode(history).user, model.item_table, splits[split].batches(eval_batch_size, where, limit))
 
     fitted = None
     if not eval_only:
@@ -178,13 +173,14 @@ def main(
         }  # fmt: skip
         runlog.start(folder, config)
         fitted = training.fit(
-            module=model, loss_fn=loss_fn, counts=ones(len(samples)), evaluate_fn=lambda limit: ranks("valid", limit).metrics(),
-            folder=folder, log=runlog.MetricsLog(folder, tensorboard), meta={"step": "teacher", "layers": spec["layers"]},
+            module=model, loss_fn=loss_fn, counts=ones(len(samples)), ranks_of=ranks, folder=folder,
+            log=runlog.MetricsLog(folder, tensorboard), meta={"step": "teacher", "layers": spec["layers"]},
             bf16=half, **training.settings(flags),
         )  # fmt: skip
     weights, _ = checkpoint.load(folder / "best")
     checkpoint.restore(model, weights, folder / "best")
-    return finish(folder, ranks, runlog.about(folder, "teacher", model, fitted))
+    about = runlog.about(folder, "teacher", model, fitted) | {"candidates": splits["test"].candidate_counts()}
+    return finish(folder, ranks, about)
 
 
 if __name__ == "__main__":

@@ -63,23 +63,22 @@ def main(
     """Train SASRec on a domain's sequences and report popularity beside it.
 
     Args:
-        domain_type: the domain; its CSV is data/<domain>.csv[.gz|.xz] or dataset/sequential/, `demo` is made on first use.
-        data_path: the CSV itself, wherever it is.
-        output_dir: this run's folder, output/<domain>/sasrec by default.
+        domain_type: the domain; its CSV is data/<domain>.csv[.gz|.xz] or in dataset/sequential/; `demo` is made on first use.
+        data_path: the CSV itself, wherever it is. output_dir: this run's folder, output/<domain>/sasrec by default.
         max_seq_length: how many of the last items are read.
-        train_targets: every position (all) or one item a user (last, as released).
-        emb_dim: width of the item table. hid_dim: width of the transformer.
-        num_blocks: transformer blocks. num_heads: attention heads, must divide hid_dim.
-        norm: query (released), pre or post. init_std: spread of the item table at the start (1 as released; with that, all-position training does not take off).
-        micro_batch_size: users at once; gradients accumulate up to batch_size (default: all at once).
+        train_targets: every position is a target (all) or one item a user (last, as released).
+        emb_dim, hid_dim: width of the item table and of the transformer (projections between them unless equal).
+        num_blocks, num_heads, dropout: of the transformer; num_heads must divide hid_dim. norm: query (released), pre or post.
+        init_std: spread of the embeddings at the start (1 as released; all-position training does not take off with it).
+        batch_size: users a step; micro_batch_size: users at once, gradients accumulate (default: all at once).
         num_epochs: at most so many; max_steps: optimizer steps instead, -1 for none.
-        max_grad_norm: clip gradients to this norm, 0 for not.
+        learning_rate, lr_scheduler, warmup_steps, weight_decay: of AdamW. max_grad_norm: clip gradients to it, 0 for not.
         patience: evaluations without a better validation MRR before stopping, 0 for never.
-        eval_steps: steps between evaluations, -1 for every epoch; save_steps: the same for last/.
-        num_candidates: negatives of the sampled protocol. candidate_seed: their draw, apart from `seed` so that all
-            models and seeds meet the same ones.
+        eval_steps, save_steps: steps between evaluations, and between writing last/; -1 for every epoch.
+        eval_batch_size: users at once in evaluation. num_candidates: negatives of the sampled protocol.
+        candidate_seed: their draw, apart from `seed` so that all models and seeds meet the same ones.
         log_steps: steps between lines of metrics.jsonl. tensorboard: also write TensorBoard events.
-        device: auto is cuda where there is one. bf16: autocast to bfloat16.
+        device: auto is cuda where there is one. bf16: autocast to bfloat16. seed: of weights, order and dropout.
         eval_only: evaluate best/ and write results.json. overwrite: start anew in a folder that holds a run.
     """
     flags = dict(locals())
@@ -95,9 +94,7 @@ def main(
     )
     runlog.check_output_dir(folder, overwrite=overwrite, eval_only=eval_only)
     if eval_only:
-        flags |= runlog.recorded(
-            folder, flags, cli.defaults(main), (*SHAPE, "train_targets", "num_candidates", "candidate_seed")
-        )
+        flags |= runlog.recorded(folder, flags, cli.defaults(main), (*SHAPE, "train_targets", "num_candidates", "candidate_seed"))
     ensure_demo(domain, data_path)
     csv_path = find_csv(domain, data_path)
     data = read_csv(csv_path)
@@ -117,12 +114,9 @@ def main(
     torch.manual_seed(seed)
     every_position = flags["train_targets"] == "all"
     model = SASRec(data.n_items, **{name: flags[name] for name in SHAPE}).to(where)
-    samples = sequences.training_samples(
-        data, "last", flags["max_seq_length"]
-    )  # `all` is every position of the same window
-    splits = sequences.evaluation_splits(
-        data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"]
-    )
+    # with `all` every position of the same window is a target, so both read the same samples
+    samples = sequences.training_samples(data, "last", flags["max_seq_length"])
+    splits = sequences.evaluation_splits(data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"])
     print(sequences.describe(data, samples, splits), flush=True)
 
     def loss_fn(rows):
@@ -142,9 +136,7 @@ def main(
         runlog.start(folder, config)
         fitted = training.fit(
             module=model, loss_fn=loss_fn, counts=samples.counts() if every_position else np.ones(len(samples), int),
-            evaluate_fn=lambda limit: ranks("valid", limit).metrics(), folder=folder,
-            log=runlog.MetricsLog(folder, tensorboard), meta=config,
-            bf16=bf16, **training.settings(flags),
+            ranks_of=ranks, folder=folder, log=runlog.MetricsLog(folder, tensorboard), meta=config, bf16=bf16, **training.settings(flags),
         )  # fmt: skip
     weights, _ = checkpoint.load(folder / "best")
     checkpoint.restore(model, weights, folder / "best")
@@ -157,7 +149,7 @@ def main(
 
     about = runlog.about(folder, "sasrec", model, fitted) | {
         "popularity": {split: popularity_ranks(split).metrics() for split in splits},
-        "candidates": {"asked": flags["num_candidates"], "fewest": splits["test"].fewest_candidates()},
+        "candidates": splits["test"].candidate_counts(),
     }
     return finish(folder, ranks, about)
 

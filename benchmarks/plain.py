@@ -32,9 +32,7 @@ class PlainLLM4Rec(nn.Module):
         self.register_buffer("response_ids", torch.tensor(response_ids))
         self.adapter = nn.Linear(dim, width)
         self.head = nn.Linear(width, dim, bias=False)
-        self.exit_heads = nn.ModuleList(
-            [nn.Linear(width, dim, bias=False) for _ in range(n_blocks - 1 if exit_heads else 0)]
-        )
+        self.exit_heads = nn.ModuleList([nn.Linear(width, dim, bias=False) for _ in range(n_blocks - 1 if exit_heads else 0)])
 
     def forward(self, history: Tensor) -> Output:
         """Left-padded catalogue indices [B, L] -> Output, the same as LLM4Rec's."""
@@ -50,9 +48,7 @@ class PlainLLM4Rec(nn.Module):
             ],
             dim=1,
         )
-        mask = torch.cat(
-            [real.new_ones(batch, len(self.prompt_ids)), real, real.new_ones(batch, len(self.response_ids))], dim=1
-        )
+        mask = torch.cat([real.new_ones(batch, len(self.prompt_ids)), real, real.new_ones(batch, len(self.response_ids))], dim=1)
         position = torch.arange(tokens.shape[1], device=tokens.device).expand(batch, -1)
         out = self.llama(
             inputs_embeds=tokens,

@@ -12,9 +12,7 @@ ROUNDS = 4
 BLOCK = 2**24  # cells of working memory (rows x 2^k marks, one byte each)
 
 
-def draw(
-    key: tuple[int, ...], rows: np.ndarray, owner: np.ndarray, met: np.ndarray, n_items: int, n_candidates: int
-) -> np.ndarray:
+def draw(key: tuple[int, ...], rows: np.ndarray, owner: np.ndarray, met: np.ndarray, n_items: int, n_candidates: int) -> np.ndarray:
     """Draw `n_candidates` distinct items for each row.
 
     Args:

@@ -43,9 +43,7 @@ def read_inputs(domain_type: str, data_path: str | None, item_table: str | None)
     csv_path = find_csv(domain, data_path)
     table_path = Path(item_table or f"output/{domain}/sasrec_item.pkl")
     if not table_path.is_file():
-        raise UsageError(
-            f"item table not found: {table_path}; extract_emb.py writes it (or name one with --item_table)"
-        )
+        raise UsageError(f"item table not found: {table_path}; extract_emb.py writes it (or name one with --item_table)")
     data = read_csv(csv_path)
     notes = table_path.with_suffix(".json")
     if notes.is_file():

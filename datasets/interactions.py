@@ -77,14 +77,7 @@ def find_csv(domain: str, data_path: str | None = None) -> Path:
     for path in looked:
         if path.exists():
             return path
-    there = sorted(
-        {
-            path.name.split(".")[0]
-            for folder in FOLDERS
-            for path in Path(folder).glob("*.csv*")
-            if ".items." not in path.name
-        }
-    )
+    there = sorted({path.name.split(".")[0] for folder in FOLDERS for path in Path(folder).glob("*.csv*") if ".items." not in path.name})
     raise UsageError(
         f"data file not found: {looked[0]} (from --domain_type {domain}); looked in {', '.join(FOLDERS)};"
         f" available: {', '.join(there) or 'none'}; --data_path names a file elsewhere"
@@ -116,9 +109,7 @@ def read_csv(path: str | Path) -> Interactions:
     length = np.array(lengths, dtype=np.int64)
     long_enough = length >= MINIMUM_LENGTH
     if not long_enough.any():
-        raise UsageError(
-            f"{path}: no user has {MINIMUM_LENGTH} items or more; leave-one-out needs train, valid and test items"
-        )
+        raise UsageError(f"{path}: no user has {MINIMUM_LENGTH} items or more; leave-one-out needs train, valid and test items")
     return Interactions(
         users=[user for user, kept in zip(names, long_enough) if kept],
         rows=np.array(rows, dtype=np.int64)[long_enough],
@@ -162,9 +153,7 @@ def _rows(path: Path, digest) -> Iterator[tuple[int, str, list[int]]]:
             text = io.TextIOWrapper(io.BufferedReader(_Digesting(raw, digest), 2**20), encoding="utf-8-sig", newline="")
             yield from _parse(path, text)
     except UnicodeDecodeError:
-        raise UsageError(
-            f"{path}: not UTF-8 at byte {_first_bad_byte(path)}; expected a UTF-8 CSV with reviewerID,asin"
-        ) from None
+        raise UsageError(f"{path}: not UTF-8 at byte {_first_bad_byte(path)}; expected a UTF-8 CSV with reviewerID,asin") from None
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise UsageError(f"{path}: damaged {path.suffix} file ({error})") from None
     except csv.Error as error:
@@ -220,9 +209,7 @@ def _item_ids(path: Path, row: int, cell: str) -> list[int]:
     try:
         ids = json.loads(cell)
     except (ValueError, RecursionError):
-        raise UsageError(
-            f"{path}: row {row}: asin is not a valid JSON list ({cell[:40]!r}); use JSON such as [1, 2, 3]"
-        ) from None
+        raise UsageError(f"{path}: row {row}: asin is not a valid JSON list ({cell[:40]!r}); use JSON such as [1, 2, 3]") from None
     if not isinstance(ids, list):
         raise UsageError(f"{path}: row {row}: asin is {cell[:40]!r}, expected a list of whole numbers")
     for position, item in enumerate(ids):

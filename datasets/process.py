@@ -86,17 +86,13 @@ def read_reviews(path: str | Path, min_rating: float) -> tuple[Reviews, int]:
     return Reviews(list(codes[0]), list(codes[1]), *columns), low
 
 
-def filter_reviews(
-    reviews: Reviews, min_user: int, min_item: int, min_length: int, order: Order, report: Report
-) -> Reviews:
+def filter_reviews(reviews: Reviews, min_user: int, min_item: int, min_length: int, order: Order, report: Report) -> Reviews:
     """The released filters in their order; the result is sorted by user, then by time (ties and `file`: file order)."""
     index = np.arange(len(reviews.user))
     exact = np.lexsort((index, reviews.time, reviews.item, reviews.user))
     same = np.zeros(len(index), dtype=bool)
     earlier, later = exact[:-1], exact[1:]
-    same[later] = np.all(
-        [column[earlier] == column[later] for column in (reviews.user, reviews.item, reviews.time)], axis=0
-    )
+    same[later] = np.all([column[earlier] == column[later] for column in (reviews.user, reviews.item, reviews.time)], axis=0)
     reviews = reviews.keep(~same)
     report("duplicate reviews dropped", reviews)
     reviews = reviews.keep(_often(reviews.user, min_user))

@@ -28,14 +28,10 @@ def read_template(name: str) -> Prompt:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         there = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.json")))
-        raise UsageError(
-            f"--prompt_template_name={name}: no file {path}; available: {there}, or a path ending in .json"
-        ) from None
+        raise UsageError(f"--prompt_template_name={name}: no file {path}; available: {there}, or a path ending in .json") from None
     except ValueError:
         raise UsageError(f"{path}: not JSON") from None
-    if not isinstance(content, dict) or any(
-        not isinstance(content.get(text), str) or not content[text] for text in TEXTS
-    ):
+    if not isinstance(content, dict) or any(not isinstance(content.get(text), str) or not content[text] for text in TEXTS):
         found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
         raise UsageError(f"{path}: expected the texts {' and '.join(TEXTS)}, found {found}")
     return Prompt(content["prompt"], content["response"])
@@ -55,9 +51,7 @@ def tokenise(texts: Prompt, base: str) -> Prompt:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().split("\n")[0][:160]
-        raise UsageError(
-            f"--base_model={base}: no usable tokenizer; expected tokenizer.json beside the weights ({reason})"
-        ) from None
+        raise UsageError(f"--base_model={base}: no usable tokenizer; expected tokenizer.json beside the weights ({reason})") from None
     ids = Prompt(*(tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts))
     if not ids.response or not ids.prompt:
         raise UsageError(f"--base_model={base}: its tokenizer makes no tokens of the prompt template")

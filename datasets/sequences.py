@@ -101,9 +101,11 @@ class EvaluationSplit:
         """The smallest number of candidates any user gets."""
         return min(self.n_candidates, self.data.n_items - int(max(_distinct_per_user(self.data))))
 
-    def batches(
-        self, batch_size: int, device: str | torch.device = "cpu", limit: int | None = None
-    ) -> Iterator[EvaluationBatch]:
+    def candidate_counts(self) -> dict[str, int]:
+        """How many candidates were asked for and the fewest a user gets, for results.json."""
+        return {"asked": self.n_candidates, "fewest": self.fewest_candidates()}
+
+    def batches(self, batch_size: int, device: str | torch.device = "cpu", limit: int | None = None) -> Iterator[EvaluationBatch]:
         """All users in order, `batch_size` at a time; at most `limit` batches."""
         samples = self.samples
         every = np.arange(len(samples))[: None if limit is None else limit * batch_size]
@@ -123,9 +125,7 @@ class EvaluationSplit:
         """Negatives of the given users (indices into data.users), int64 [B, K], filled up with -1."""
         starts, stops = self.data.offsets[users], self.data.offsets[users + 1]
         owner = np.repeat(np.arange(len(users)), stops - starts)
-        position = np.arange(len(owner)) + np.repeat(
-            starts - np.concatenate([[0], np.cumsum(stops - starts)[:-1]]), stops - starts
-        )
+        position = np.arange(len(owner)) + np.repeat(starts - np.concatenate([[0], np.cumsum(stops - starts)[:-1]]), stops - starts)
         return draw(
             (self.seed, self.split),
             self.data.rows[users],
@@ -136,14 +136,9 @@ class EvaluationSplit:
         )
 
 
-def evaluation_splits(
-    data: Interactions, max_seq_length: int, seed: int, n_candidates: int
-) -> dict[str, EvaluationSplit]:
+def evaluation_splits(data: Interactions, max_seq_length: int, seed: int, n_candidates: int) -> dict[str, EvaluationSplit]:
     """The validation and the test split, by name."""
-    return {
-        name: EvaluationSplit(data, split, max_seq_length, seed, n_candidates)
-        for name, split in (("valid", VALID), ("test", TEST))
-    }
+    return {name: EvaluationSplit(data, split, max_seq_length, seed, n_candidates) for name, split in (("valid", VALID), ("test", TEST))}
 
 
 def popularity(data: Interactions) -> Tensor:
@@ -155,16 +150,12 @@ def popularity(data: Interactions) -> Tensor:
 
 def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationSplit]) -> str:
     """The domain in a line or two: sizes, what was dropped, candidates where they are fewer than asked for."""
-    lines = [
-        f"{data.n_users:,} users, {data.n_items:,} items, {len(data.items):,} interactions; {len(samples):,} training samples"
-    ]
+    lines = [f"{data.n_users:,} users, {data.n_items:,} items, {len(data.items):,} interactions; {len(samples):,} training samples"]
     if data.dropped:
         lines.append(f"dropped {data.dropped:,} users with fewer than {MINIMUM_LENGTH} items")
     few = splits["test"].fewest_candidates()
     if few < splits["test"].n_candidates:
-        lines.append(
-            f"the catalogue is small: some users have only {few} candidates besides the target, all of them are used"
-        )
+        lines.append(f"the catalogue is small: some users have only {few} candidates besides the target, all of them are used")
     return "\n".join(lines)
 
 

@@ -42,9 +42,7 @@ def main(*, seed: cli.NonNegativeInt = 42, output_dir: str = "output/demo", max_
     off = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
     distill.main(**common, **off, item_table=table, output_dir=folders["student_ce"])
     print(f"\n{comparison(root)}\n")
-    print(
-        "teacher and students stand on a random base (tiny): this shows that the pipeline works, not what language pre-training brings"
-    )
+    print("teacher and students stand on a random base (tiny): this shows that the pipeline works, not what language pre-training brings")
 
 
 def comparison(root: Path) -> str:

@@ -84,11 +84,7 @@ def select_layers(available: int, kept: int, selection: Selection | list[int], i
     elif isinstance(selection, list):
         pool = [i for i in selection if 0 <= i < available]
     if not 1 <= kept <= len(pool):
-        rule = (
-            f" and --layer_selection=interval --interval_nums={interval_nums} leaves {len(pool)}"
-            if selection == "interval"
-            else ""
-        )
+        rule = f" and --layer_selection=interval --interval_nums={interval_nums} leaves {len(pool)}" if selection == "interval" else ""
         raise UsageError(f"{kept} decoder layers asked for, the base checkpoint has {available} layers{rule}")
     return pool[:kept]
 
@@ -137,18 +133,13 @@ def _read_tensors(base: str, names: list[str], dtype: torch.dtype) -> dict[str, 
     else:
         single = _file(base, SINGLE)
         if single is None:
-            raise UsageError(
-                f"--base_model={base}: has neither {INDEX} nor {SINGLE}; weights are read from safetensors only"
-            )
+            raise UsageError(f"--base_model={base}: has neither {INDEX} nor {SINGLE}; weights are read from safetensors only")
         with _opened(single) as shard:
             shard_of = dict.fromkeys(shard.keys(), SINGLE)
     stored = {name: f"model.{name}" if f"model.{name}" in shard_of else name for name in names}
     missing = [stored[name] for name in names if stored[name] not in shard_of]
     if missing:
-        raise UsageError(
-            f"--base_model={base}: lacks the tensor {missing[0]}"
-            + (f" and {len(missing) - 1} more" if missing[1:] else "")
-        )
+        raise UsageError(f"--base_model={base}: lacks the tensor {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
     tensors = {}
     for shard_name in sorted({shard_of[stored[name]] for name in names}):
         mine = [name for name in names if shard_of[stored[name]] == shard_name]
@@ -159,9 +150,7 @@ def _read_tensors(base: str, names: list[str], dtype: torch.dtype) -> dict[str, 
             there = set(shard.keys())
             for name in mine:
                 if stored[name] not in there:
-                    raise UsageError(
-                        f"--base_model={base}: {shard_name} lacks the tensor {stored[name]} that the index places there"
-                    )
+                    raise UsageError(f"--base_model={base}: {shard_name} lacks the tensor {stored[name]} that the index places there")
                 tensors[name] = shard.get_tensor(stored[name]).to(dtype)
     return tensors
 
@@ -189,9 +178,7 @@ def _file(base: str, name: str) -> str | None:
     try:
         return hf_hub_download(base, name)
     except LocalEntryNotFoundError:
-        raise UsageError(
-            f"--base_model={base}: no such folder here, and the Hugging Face hub cannot be reached for {name}"
-        ) from None
+        raise UsageError(f"--base_model={base}: no such folder here, and the Hugging Face hub cannot be reached for {name}") from None
     except EntryNotFoundError:
         return None
     except (GatedRepoError, RepositoryNotFoundError):
@@ -227,12 +214,8 @@ def _train_tokenizer(corpus: list[str]):
 
     tokenizer = Tokenizer(models.BPE())
     single = pre_tokenizers.Split(Regex(r"\n|[^\w\s]"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [single, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([single, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer

@@ -147,9 +147,7 @@ class Decoder(nn.Module):
         return step(layer, *inputs)
 
 
-def _inner_layer(
-    layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, known: KeyValue | None
-) -> Tensor:
+def _inner_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, known: KeyValue | None) -> Tensor:
     """One layer over all packed tokens [T, H] -> [T, H]; T = P + S, or S where the prompt is known."""
     query, key, value = _project(layer, layer.input_layernorm(x), rotation)
     n_prompt = len(x) - len(layout.source)
@@ -166,9 +164,7 @@ def _inner_layer(
     return _feed(layer, x, torch.cat(mixed).flatten(1))
 
 
-def _last_layer(
-    layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, known: KeyValue | None
-) -> Tensor:
+def _last_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, known: KeyValue | None) -> Tensor:
     """The last layer for the last token alone: packed [T, H] -> [B, H]; keys and values still come from all tokens."""
     normed = layer.input_layernorm(x)
     n_prompt = len(x) - len(layout.source)
@@ -195,9 +191,7 @@ def _keys_values(layer: LlamaDecoderLayer, normed: Tensor, rotation: tuple[Tenso
     return key, _heads(layer, layer.self_attn.v_proj(normed))
 
 
-def _project(
-    layer: LlamaDecoderLayer, normed: Tensor, rotation: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _project(layer: LlamaDecoderLayer, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     query, key = _heads(layer, layer.self_attn.q_proj(normed)), _heads(layer, layer.self_attn.k_proj(normed))
     query, key = apply_rotary_pos_emb(query, key, *rotation)
     return query, key, _heads(layer, layer.self_attn.v_proj(normed))

@@ -35,9 +35,7 @@ class LLM4Rec(nn.Module):
         self.register_buffer("item_table", item_table, persistent=False)
         self.adapter = nn.Linear(dim, width)
         self.head = nn.Linear(width, dim, bias=False)
-        self.exit_heads = nn.ModuleList(
-            [nn.Linear(width, dim, bias=False) for _ in range(decoder.n_blocks - 1 if exit_heads else 0)]
-        )
+        self.exit_heads = nn.ModuleList([nn.Linear(width, dim, bias=False) for _ in range(decoder.n_blocks - 1 if exit_heads else 0)])
 
     def forward(self, history: Tensor, prompt: list[KeyValue] | None = None) -> Output:
         """Left-padded catalogue indices [B, L] -> Output."""
@@ -137,12 +135,8 @@ def inject_lora(llama: LlamaModel, r: int, alpha: int, dropout: float, targets: 
     names = {name.rpartition(".")[2] for name, module in llama.layers.named_modules() if isinstance(module, nn.Linear)}
     unknown = [target for target in targets if target not in names]
     if unknown:
-        raise UsageError(
-            f"--lora_target_modules: {', '.join(unknown)} matches no projection; there are {', '.join(sorted(names))}"
-        )
-    inject_adapter_in_model(
-        LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none"), llama
-    )
+        raise UsageError(f"--lora_target_modules: {', '.join(unknown)} matches no projection; there are {', '.join(sorted(names))}")
+    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none"), llama)
     for parameter in llama.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -16,7 +16,7 @@ class SASRec(nn.Module):
     Args:
         n_items: N; index N is the padding.
         max_seq_length: L.
-        emb_dim: width of the item table, D. hid_dim: width of the blocks.
+        emb_dim: width of the item table, D. hid_dim: width of the blocks; where the two are equal there are no projections.
         norm: `query` as released (only the query is normed, and the residual leaves from it), `pre` or `post`.
         init_std: standard deviation of item and position embeddings at the start; 1 as released.
     """
@@ -31,13 +31,14 @@ class SASRec(nn.Module):
         nn.init.normal_(self.item_embedding.weight, std=init_std)
         with torch.no_grad():
             self.item_embedding.weight[n_items].zero_()
-        self.to_hidden = nn.Linear(emb_dim, hid_dim)
+        plain = emb_dim == hid_dim  # no bottleneck: SASRec as its own paper has it, one space for items and users
+        self.to_hidden = nn.Identity() if plain else nn.Linear(emb_dim, hid_dim)
         self.positions = nn.Embedding(max_seq_length, hid_dim)
         nn.init.normal_(self.positions.weight, std=init_std)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList([Block(hid_dim, num_heads, dropout, norm) for _ in range(num_blocks)])
         self.final_norm = nn.LayerNorm(hid_dim, eps=1e-8)
-        self.to_item = nn.Linear(hid_dim, emb_dim)
+        self.to_item = nn.Identity() if plain else nn.Linear(hid_dim, emb_dim)
 
     @property
     def item_table(self) -> Tensor:
@@ -71,9 +72,7 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(width, eps=1e-8)
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.feed_norm = nn.LayerNorm(width, eps=1e-8)
-        self.feed = nn.Sequential(
-            nn.Linear(width, width), nn.Dropout(dropout), nn.ReLU(), nn.Linear(width, width), nn.Dropout(dropout)
-        )
+        self.feed = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout), nn.ReLU(), nn.Linear(width, width), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.norm == "post":

@@ -30,7 +30,13 @@ def float64_norm(monkeypatch):
 
 
 def small_config(layers: int = 4, kv_heads: int = 4, **changes) -> LlamaConfig:
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 60, "initializer_range": 0.3}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "vocab_size": 60,
+        "initializer_range": 0.3,
+    }
     return LlamaConfig(**(shape | {"num_key_value_heads": kv_heads, "num_hidden_layers": layers} | changes))
 
 

@@ -37,9 +37,18 @@ def checkpoint(tmp_path_factory):
         number = int(parts[2]) // 2 if "layers" in name else (0 if "embed" in name else 7)  # the norm sits in the last shard
         shard_of[name] = f"model-{number + 1:05d}-of-00008.safetensors"
     for shard in set(shard_of.values()):
-        save_file({name: tensor for name, tensor in tensors.items() if shard_of[name] == shard}, folder / shard, metadata={"format": "pt"})
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if shard_of[name] == shard},
+            folder / shard,
+            metadata={"format": "pt"},
+        )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
-    word_level = Tokenizer(models.WordLevel({"[UNK]": 0, **{word: i for i, word in enumerate("Below is an instruction item Response".split(), 1)}}, unk_token="[UNK]"))
+    word_level = Tokenizer(
+        models.WordLevel(
+            {"[UNK]": 0, **{word: i for i, word in enumerate(["Below", "is", "an", "instruction", "item", "Response"], 1)}},
+            unk_token="[UNK]",
+        )
+    )
     word_level.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=word_level, bos_token="[UNK]").save_pretrained(folder)
     return folder
@@ -51,14 +60,22 @@ def copied(checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     "selection, interval, kept, expected",
-    [("first", 1, 4, [0, 1, 2, 3]), ("interval", 1, 4, [0, 2, 4, 6]), ("interval", 3, 5, [0, 1, 2, 4, 5]), ([15, 0, 7], 1, 3, [15, 0, 7])],
+    [
+        ("first", 1, 4, [0, 1, 2, 3]),
+        ("interval", 1, 4, [0, 2, 4, 6]),
+        ("interval", 3, 5, [0, 1, 2, 4, 5]),
+        ([15, 0, 7], 1, 3, [15, 0, 7]),
+    ],
 )
 def test_kept_layers_equal_the_full_load_and_other_shards_may_be_absent(checkpoint, tmp_path, selection, interval, kept, expected):
     folder = copied(checkpoint, tmp_path)
     config = base.read_config(str(folder))
     layers = base.select_layers(config.num_hidden_layers, kept, selection, interval)
     assert layers == expected
-    needed = {f"model-{i // 2 + 1:05d}-of-00008.safetensors" for i in layers} | {"model-00001-of-00008.safetensors", "model-00008-of-00008.safetensors"}
+    needed = {f"model-{i // 2 + 1:05d}-of-00008.safetensors" for i in layers} | {
+        "model-00001-of-00008.safetensors",
+        "model-00008-of-00008.safetensors",
+    }
     full = LlamaModel.from_pretrained(folder, dtype=torch.float32)
     for shard in folder.glob("model-*.safetensors"):
         if shard.name not in needed:
@@ -155,7 +172,9 @@ def test_an_unknown_lora_target_is_refused(checkpoint):
 
 def test_prompt_ids_are_the_templates_without_special_tokens(checkpoint):
     texts = read_template("alpaca")
-    assert texts.prompt.endswith("### Instruction:\nGiven the user\u2019s purchase history, predict next possible item to be purchased.\n\n### Input:\n")
+    assert texts.prompt.endswith(
+        "### Instruction:\nGiven the user\u2019s purchase history, predict next possible item to be purchased.\n\n### Input:\n"
+    )
     assert texts.response == "\n### Response:\n"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenise(texts, str(checkpoint))
@@ -163,7 +182,14 @@ def test_prompt_ids_are_the_templates_without_special_tokens(checkpoint):
     assert tokenise(Prompt("Below is an item", "Response"), str(checkpoint)) == Prompt([1, 2, 3, 5], [6])
 
 
-@pytest.mark.parametrize("content, message", [("{", "not JSON"), ('{"prompt": "a"}', "expected the texts prompt and response, found prompt"), ("[]", "found list")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not JSON"),
+        ('{"prompt": "a"}', "expected the texts prompt and response, found prompt"),
+        ("[]", "found list"),
+    ],
+)
 def test_bad_templates_are_refused(tmp_path, content, message):
     path = tmp_path / "mine.json"
     path.write_text(content)

@@ -22,7 +22,7 @@ def test_candidates_are_distinct_in_range_and_never_met():
     met = [(0, 1, 2), (49,), (), (10, 20, 30)]
     for row, items in zip(drawn([5, 6, 7, 8], met), met):
         assert len(set(row)) == 20
-        assert 0 <= row.min() and row.max() < 50
+        assert row.min() >= 0 and row.max() < 50
         assert not set(row) & set(items)
 
 

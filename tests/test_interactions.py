@@ -37,7 +37,10 @@ def test_compression_bom_and_line_ends_do_not_matter(tmp_path):
 BAD = {
     "empty": ("", "is empty; expected a header with reviewerID,asin"),
     "header only": ("reviewerID,asin\n", "0 users"),
-    "wrong column": ("reviewerID,asins\nu,[1]\n", "missing column asin; found reviewerID, asins; is 'asins' meant as asin?"),
+    "wrong column": (
+        "reviewerID,asins\nu,[1]\n",
+        "missing column asin; found reviewerID, asins; is 'asins' meant as asin?",
+    ),
     "semicolon": ('reviewerID;asin\nu;"[1]"\n', "looks ';'-separated"),
     "tab": ('reviewerID\tasin\nu\t"[1]"\n', "looks '\\t'-separated"),
     "unquoted list": ("reviewerID,asin\nu,[1,2,3]\n", "row 2 has 4 fields, expected 2; quote the list"),

@@ -91,7 +91,11 @@ def outputs(train_teacher):
     batch = histories([3, 8, 1, 5])
     with torch.set_grad_enabled(train_teacher):
         wanted = teacher(batch)
-    return teacher, student, recommendation_loss(student(batch), wanted, student.item_table, torch.tensor([1, 2, 3, 4]), **EVERY, train_teacher=train_teacher)
+    return (
+        teacher,
+        student,
+        recommendation_loss(student(batch), wanted, student.item_table, torch.tensor([1, 2, 3, 4]), **EVERY, train_teacher=train_teacher),
+    )
 
 
 def test_every_part_is_there_with_default_weights_and_the_total_adds_up():

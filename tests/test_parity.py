@@ -8,9 +8,21 @@ from models.losses import recommendation_loss
 from tests.conftest import TARGETS, histories, small_config, small_model
 
 pytestmark = pytest.mark.usefixtures("float64_norm")
-LENGTHS = {"all lengths": [1, 2, 3, 4, 5, 6, 7, 8], "equal": [4, 4, 4], "shortest": [1, 1], "longest": [8, 8, 8], "one user": [3]}
+LENGTHS = {
+    "all lengths": [1, 2, 3, 4, 5, 6, 7, 8],
+    "equal": [4, 4, 4],
+    "shortest": [1, 1],
+    "longest": [8, 8, 8],
+    "one user": [3],
+}
 LORA = (3, 5, TARGETS)
-WEIGHTS = {"distill_lambda": 1.0, "norm_lambda": 0.1, "cls_multiple_lambda": 0.7, "logit_lambda": 0.5, "temperature": 2.0}
+WEIGHTS = {
+    "distill_lambda": 1.0,
+    "norm_lambda": 0.1,
+    "cls_multiple_lambda": 0.7,
+    "logit_lambda": 0.5,
+    "temperature": 2.0,
+}
 
 
 def compare_outputs(ours, plain):
@@ -114,7 +126,16 @@ def test_bfloat16_autocast_stays_close_to_float32():
 def test_scaled_rotary_embeddings_are_honoured():
     import tests.conftest as shared
 
-    scaled = small_config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16})
+    scaled = small_config(
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    )
     original, shared.small_config = shared.small_config, lambda *_: scaled
     try:
         model = small_model()

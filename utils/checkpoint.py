@@ -110,8 +110,6 @@ def restore(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -
         if name in tensors and tensors[name].shape != own[name].shape
     ]
     if problems:
-        raise UsageError(
-            f"checkpoint {source} does not fit the model: {'; '.join(problems[:3])} ({len(problems)} differences)"
-        )
+        raise UsageError(f"checkpoint {source} does not fit the model: {'; '.join(problems[:3])} ({len(problems)} differences)")
     for name, parameter in own.items():
         parameter.copy_(tensors[name])

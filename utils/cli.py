@@ -68,9 +68,7 @@ def command(main: Callable) -> Callable:
     def checked(**values: Any) -> Any:
         problems = [_unknown(name, hints) for name in values if name not in hints]
         problems += [
-            f"--{name} is required"
-            for name, default in defaults(main).items()
-            if default is inspect.Parameter.empty and name not in values
+            f"--{name} is required" for name, default in defaults(main).items() if default is inspect.Parameter.empty and name not in values
         ]
         for name, value in values.items():
             if name in hints:
@@ -171,11 +169,7 @@ def _unknown(name: str, hints: dict[str, Any]) -> str:
 
 def _options(hint: Any) -> list[Any]:
     """The members of `X | None`, or the hint alone."""
-    return (
-        list(typing.get_args(hint))
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else [hint]
-    )
+    return list(typing.get_args(hint)) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else [hint]
 
 
 def _plain(hint: Any) -> tuple[Any, Range | None]:
@@ -212,8 +206,9 @@ def _convert(name: str, text: str, hint: Any) -> Any:
         return BOOLEANS[text.lower()]
     if typing.get_origin(kind) is list:
         (element,) = typing.get_args(kind)
-        return [_convert(name, item, element) for item in _split(text)]
-    value: Any = text
+        value = [_convert(name, item, element) for item in _split(text)]
+    else:
+        value = text
     if kind in (int, float):
         try:
             value = kind(text)

@@ -21,9 +21,7 @@ _REBUILD = {
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
     ("collections", "OrderedDict"): collections.OrderedDict,
     # torch's own reducer for storages is a nested pickle; it is opened with the weights-only reader instead
-    ("torch.storage", "_load_from_bytes"): lambda data: torch.load(
-        io.BytesIO(data), weights_only=True, map_location="cpu"
-    ),
+    ("torch.storage", "_load_from_bytes"): lambda data: torch.load(io.BytesIO(data), weights_only=True, map_location="cpu"),
     ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
     ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
     ("numpy._core.numeric", "_frombuffer"): np._core.numeric._frombuffer,
@@ -78,15 +76,11 @@ def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
         found = f"{table.dtype} of shape {tuple(table.shape)}" if table is not None else type(content[KEY]).__name__
         raise UsageError(f"{path}: {KEY} must be floating point of shape [items, dim], found {found}")
     if item_ids[-1] >= len(table):
-        raise UsageError(
-            f"{path}: max id {item_ids[-1]} but the item table has {len(table)} rows (the table of another domain?)"
-        )
+        raise UsageError(f"{path}: max id {item_ids[-1]} but the item table has {len(table)} rows (the table of another domain?)")
     rows = table.detach().float()[torch.from_numpy(item_ids)]
     broken = item_ids[(~torch.isfinite(rows).all(1)).numpy()]
     if len(broken):
-        raise UsageError(
-            f"{path}: rows {', '.join(map(str, broken[:5]))} contain NaN or infinity ({len(broken)} in all)"
-        )
+        raise UsageError(f"{path}: rows {', '.join(map(str, broken[:5]))} contain NaN or infinity ({len(broken)} in all)")
     if not rows.any():
         raise UsageError(f"{path}: every row of an occurring item is zero; the table was not trained")
     return rows.contiguous()

@@ -77,7 +77,7 @@ def rank_tile(scores: Tensor, target: Tensor, seen: Tensor, candidates: Tensor) 
     return torch.stack([sampled, full, full_all])
 
 
-def finish(folder: Path, ranks_of: Callable[[str], Ranks], about: dict[str, Any]) -> dict[str, Any]:
+def finish(folder: Path, ranks_of: Callable[..., Ranks], about: dict[str, Any]) -> dict[str, Any]:
     """Evaluate valid and test, write results.json (`about` + metrics + seconds) and ranks.npz, print the test row.
 
     Args:

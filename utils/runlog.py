@@ -32,9 +32,7 @@ def check_output_dir(folder: str | Path, *, overwrite: bool, eval_only: bool = F
             break
     if eval_only:
         if not (folder / "best").is_dir() and not (folder / ".old-best").is_dir():
-            raise UsageError(
-                f"--eval_only: no checkpoint {folder / 'best'}; train first, or name the run with --output_dir"
-            )
+            raise UsageError(f"--eval_only: no checkpoint {folder / 'best'}; train first, or name the run with --output_dir")
     elif (folder / "config.json").exists() and not overwrite:
         state = "a finished run" if (folder / "results.json").exists() else "an unfinished run"
         raise UsageError(f"--output_dir={folder} holds {state}; --overwrite starts anew, --eval_only evaluates it")
@@ -55,9 +53,7 @@ def start(folder: str | Path, config: dict[str, Any]) -> Path:
 def environment() -> dict[str, Any]:
     """Library versions, Python, platform and the commit of the code."""
     here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {
         "versions": versions | {"python": platform.python_version()},
@@ -114,9 +110,7 @@ def inherit(earlier: dict[str, Any], given: dict[str, Any], source: str) -> dict
     return values
 
 
-def recorded(
-    folder: str | Path, flags: dict[str, Any], defaults: dict[str, Any], names: tuple[str, ...]
-) -> dict[str, Any]:
+def recorded(folder: str | Path, flags: dict[str, Any], defaults: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """What a run in `folder` was started with, for evaluating it again without repeating its flags.
 
     Raises:
@@ -127,9 +121,7 @@ def recorded(
     if missing:
         raise UsageError(f"{Path(folder) / 'config.json'}: has no flag {missing[0]}; it was written by something else")
     problems = [
-        f"--{name}={flags[name]}: the run in {folder} has {run[name]}"
-        for name in names
-        if flags[name] not in (defaults[name], run[name])
+        f"--{name}={flags[name]}: the run in {folder} has {run[name]}" for name in names if flags[name] not in (defaults[name], run[name])
     ]
     if problems:
         raise UsageError("; ".join(problems))
@@ -159,6 +151,7 @@ def about(folder: Path, step: str, module: Any, fitted: Any) -> dict[str, Any]:
         "domain": config["domain"],
         "seed": config["flags"]["seed"],
         "data_sha256": config["data_sha256"],
+        "random_base": config.get("random_base", False),
         "parameters": sum(sizes.values()),
         "trainable_parameters": sum(n for p, n in sizes.items() if p.requires_grad),
     }

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from utils import checkpoint
 from utils.cli import RunError, UsageError
+from utils.evaluation import Ranks
 from utils.runlog import MetricsLog
 
 Scheduler = Literal["cosine", "linear", "constant"]
-Metrics = dict[str, dict[str, float]]
 
 
 class Fitted(NamedTuple):
@@ -35,7 +35,7 @@ def fit(
     module: nn.Module,
     loss_fn: Callable[[np.ndarray], dict[str, Tensor]],
     counts: np.ndarray,
-    evaluate_fn: Callable[[int | None], Metrics],
+    ranks_of: Callable[[str, int | None], Ranks],
     folder: Path,
     log: MetricsLog,
     meta: dict,
@@ -60,7 +60,7 @@ def fit(
     Args:
         loss_fn: sample indices [b] -> parts of the mean loss over the batch's targets, the sum under "total".
         counts: int64 [n], targets of each sample; micro-batches are weighted by it, so accumulation changes nothing.
-        evaluate_fn: None -> validation metrics of all users; a number -> of so many batches, as a rehearsal.
+        ranks_of: (split, at most so many batches) -> ranks; two batches of it are a rehearsal before training.
         meta: stored with every checkpoint.
         max_steps: optimizer steps, -1 for num_epochs whole epochs. eval_steps, save_steps: -1 for every epoch's end.
         patience: evaluations without a better MRR before stopping, 0 for never.
@@ -75,7 +75,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(lr_scheduler, warmup_steps, total))
     precision = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
     module.eval()
-    evaluate_fn(2)
+    ranks_of("valid", 2)
     best_step, best_mrr, waited, seconds = 0, -math.inf, 0, 0.0
     running: dict[str, list[Tensor]] = {}
     started = time.perf_counter()
@@ -98,15 +98,14 @@ def fit(
             log.add(
                 "train",
                 step,
-                means
-                | {"learning_rate": schedule.get_last_lr()[0], "grad_norm": float(norm), "epoch": step / per_epoch},
+                means | {"learning_rate": schedule.get_last_lr()[0], "grad_norm": float(norm), "epoch": step / per_epoch},
             )
             bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
         schedule.step()
         if _due(step, eval_steps, per_epoch, total):
             seconds += time.perf_counter() - started
             module.eval()
-            metrics = evaluate_fn(None)
+            metrics = ranks_of("valid", None).metrics()
             module.train()
             log.add(
                 "valid",
@@ -117,9 +116,7 @@ def fit(
             waited += 1
             if mrr > best_mrr:
                 best_step, best_mrr, waited = step, mrr, 0
-                checkpoint.save(
-                    folder / "best", checkpoint.trained_tensors(module), meta | {"step": step, "valid": metrics}
-                )
+                checkpoint.save(folder / "best", checkpoint.trained_tensors(module), meta | {"step": step, "valid": metrics})
             tqdm.write(
                 f"step {step}: valid MRR {mrr:.4f} HR@10 {metrics['sampled']['HR@10']:.4f} (best {best_mrr:.4f} at step {best_step})"
             )
@@ -137,9 +134,7 @@ def fit(
 def settings(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags of a script that `fit` takes by the same name; micro_batch_size None is the whole batch."""
     names = [name for name in inspect.signature(fit).parameters if name in flags and name != "bf16"]
-    return {name: flags[name] for name in names} | {
-        "micro_batch_size": flags["micro_batch_size"] or flags["batch_size"]
-    }
+    return {name: flags[name] for name in names} | {"micro_batch_size": flags["micro_batch_size"] or flags["batch_size"]}
 
 
 def choose_device(device: str) -> torch.device:
@@ -168,9 +163,7 @@ def _batches(n: int, batch_size: int, total: int, seed: int) -> Iterator[np.ndar
         epoch += 1
 
 
-def _accumulate(
-    loss_fn: Callable, rows: np.ndarray, counts: np.ndarray, micro_batch_size: int, precision
-) -> dict[str, Tensor]:
+def _accumulate(loss_fn: Callable, rows: np.ndarray, counts: np.ndarray, micro_batch_size: int, precision) -> dict[str, Tensor]:
     """Gradients of the mean loss over the batch's targets, micro-batch by micro-batch; the parts, detached."""
     whole = counts[rows].sum()
     parts: dict[str, Tensor] = {}
@@ -205,11 +198,7 @@ def _due(step: int, every: int, per_epoch: int, total: int) -> bool:
 
 def _not_finite(step: int, parts: dict[str, Tensor], norm: Tensor, rows: np.ndarray, folder: Path) -> str:
     shown = ", ".join(f"{name} {float(value):.4g}" for name, value in parts.items())
-    kept = (
-        f"the best checkpoint so far is in {folder / 'best'}"
-        if (folder / "best").is_dir()
-        else "no checkpoint was written yet"
-    )
+    kept = f"the best checkpoint so far is in {folder / 'best'}" if (folder / "best").is_dir() else "no checkpoint was written yet"
     return (
         f"step {step}: the loss or a gradient is not finite ({shown}, gradient norm {float(norm):.4g}; samples"
         f" {', '.join(map(str, rows[:5]))}, ...); {kept}; lower --learning_rate or lengthen --warmup_steps"

@@ -1,0 +1,207 @@
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import distill
+import extract_emb
+import finetune
+import train_sr_trad
+from datasets import process
+from tests.conftest import ROOT
+from utils import cli
+from utils.cli import UsageError, bind
+
+SCRIPTS = {
+    "train_sr_trad.py": train_sr_trad,
+    "extract_emb.py": extract_emb,
+    "finetune.py": finetune,
+    "distill.py": distill,
+}
+
+
+def example(
+    *, rate: cli.PositiveFloat = 1.0, count: cli.PositiveInt | None = None, bf16: bool = True, names: list[str] = ["x"],  # noqa: B006
+    kind: Literal["first", "interval"] = "first", folder: str | None = None,
+) -> None:  # fmt: skip
+    """A signature with every kind of flag."""
+
+
+GOOD = [
+    ("--rate=1e-3", {"rate": 1e-3}),
+    ("--rate 2", {"rate": 2.0}),
+    ("--count=5", {"count": 5}),
+    ("--count=none", {"count": None}),
+    ("--bf16=false", {"bf16": False}),
+    ("--bf16=NO", {"bf16": False}),
+    ("--bf16 0", {"bf16": False}),
+    ("--nobf16", {"bf16": False}),
+    ("--bf16", {"bf16": True}),
+    ("--bf16 --rate=3", {"bf16": True, "rate": 3.0}),
+    ("--names=gate_proj", {"names": ["gate_proj"]}),
+    ("--names=[gate_proj]", {"names": ["gate_proj"]}),
+    ("--names=a,b", {"names": ["a", "b"]}),
+    ('--names ["a","b"]', {"names": ["a", "b"]}),
+    ("--folder=1e5", {"folder": "1e5"}),
+    ("--folder=a,b", {"folder": "a,b"}),
+    ("--kind=interval", {"kind": "interval"}),
+]
+
+
+@pytest.mark.parametrize("line, values", GOOD)
+def test_what_is_typed_is_what_arrives(line, values):
+    assert bind(example, line.split(" ")) == values
+
+
+BAD = [
+    ("--batchsize=4", "unknown flag --batchsize"),
+    ("--count=4.5", "--count=4.5: expected a whole number >= 1"),
+    ("--count=1,000", "--count=1,000: expected a whole number"),
+    ("--count=1_000", "expected a whole number"),
+    ("--count=0", "--count=0: expected a whole number >= 1"),
+    ("--count=abc", "expected a whole number"),
+    ("--count", "--count needs a value"),
+    ("--rate=1e", "--rate=1e: expected a number > 0"),
+    ("--rate=nan", "expected a number > 0"),
+    ("--rate=inf", "expected a number > 0"),
+    ("--rate=-1", "expected a number > 0"),
+    ("--rate=0", "expected a number > 0"),
+    ("--bf16=maybe", "expected true or false"),
+    ("--kind=trune", "expected one of first, interval"),
+    ("--names=", "expected a list"),
+    ("gate_proj", "unexpected word 'gate_proj'"),
+    ("--names gate_proj up_proj", "unexpected word 'up_proj'"),
+    ("-l 3", "unexpected word '-l'"),
+    ("--rate=1 --rate=2", "--rate is given twice"),
+    ("--nmaes=a", "did you mean --names?"),
+]
+
+
+@pytest.mark.parametrize("line, message", BAD)
+def test_a_wrong_line_is_refused(line, message):
+    with pytest.raises(UsageError) as caught:
+        bind(example, line.split(" "))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(UsageError) as caught:
+        bind(example, ["--count=0", "stray", "--bogus=1", "--rate=x"])
+    assert str(caught.value).count(";") == 3
+
+
+def test_calls_in_process_are_checked_too():
+    checked = cli.command(example)
+    with pytest.raises(UsageError, match="--count=0; *|--count=0"):
+        checked(count=0)
+    with pytest.raises(UsageError, match="unknown flag --coutn"):
+        checked(coutn=1)
+    with pytest.raises(UsageError, match="expected true or false"):
+        checked(bf16="false")
+    with pytest.raises(UsageError, match="--reviews is required; --domain_type is required"):
+        process.main()
+    checked(rate=1, count=None, names=["a"])
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "-m datasets.process", "-m experiments.demo"])
+@pytest.mark.parametrize("flag", ["--bogus=7", "--seed=x stray"])
+def test_a_wrong_request_is_answered_at_once_with_status_2_and_one_line(script, flag, tmp_path):
+    words = script.split(" ")
+    command = [sys.executable, *([ROOT / words[0]] if len(words) == 1 else words)]
+    started = time.perf_counter()
+    done = subprocess.run(
+        [*command, *flag.split(" ")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )
+    seconds = time.perf_counter() - started
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+    assert not list(tmp_path.iterdir())
+    assert seconds < 5, "torch or transformers was imported before the flags were checked"
+
+
+def test_no_script_imports_torch_before_its_checks(tmp_path):
+    for script in SCRIPTS:
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script[:-3]}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.strip() == "[]", script
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_flag(script):
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env={"PATH": "", "PAGER": "cat"})
+    assert done.returncode == 0
+    text = done.stdout + done.stderr
+    for flag in cli.defaults(SCRIPTS[script].main):
+        assert f"--{flag}" in text, flag
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read_and_documented(script):
+    """A flag is read by its own name, or through one of the module's tuples of flag names, or by `fit`."""
+    import inspect
+
+    from utils import training
+
+    tree = ast.parse((ROOT / script).read_text())
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    read = {node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    tuples = {name: value for name, value in vars(SCRIPTS[script]).items() if name in ("SHAPE", "LOSS")}
+    read |= {flag for name in read & set(tuples) for flag in tuples[name]}
+    if "settings" in ast.dump(function):
+        read |= set(inspect.signature(training.fit).parameters)
+    read |= {node.slice.value for node in ast.walk(function) if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)}
+    documented = ast.get_docstring(function)
+    for flag in cli.defaults(SCRIPTS[script].main):
+        assert flag in read, f"{script}: --{flag} is never read"
+        assert flag in documented, f"{script}: --{flag} is not documented"
+
+
+BAD_REQUESTS = {
+    "train_sr_trad.py": [
+        ("--domain_type=nope", "available: "),
+        ("--hid_dim=30 --num_heads=4", "--num_heads=4 does not divide --hid_dim=30"),
+        ("--micro_batch_size=100", "--batch_size=256 is not a multiple of --micro_batch_size=100"),
+        ("--dropout=1.5", "--dropout=1.5: expected a number >= 0 and < 1"),
+        ("--domain_type=../x", "must be a plain name"),
+        ("--output_dir=file.txt/run", "file.txt is a file, not a folder"),
+        ("--eval_only", "no checkpoint output/demo/sasrec/best"),
+    ],
+    "extract_emb.py": [
+        ("", "SASRec checkpoint not found: output/demo/sasrec/best; train_sr_trad.py writes it"),
+        ("--sasrec=nowhere", "nowhere/best"),
+    ],
+    "finetune.py": [
+        ("", "item table not found: output/demo/sasrec_item.pkl; extract_emb.py writes it"),
+        ("--prompt_template_name=nope", "available: alpaca"),
+        ("--lora_dropout=1", "expected a number >= 0 and < 1"),
+        ("--cls_multiple_lambda=1 --distill_block=3", "--distill_block=3 does not divide llama_decoder_nums 8"),
+    ],
+    "distill.py": [
+        ("", "teacher not found: output/demo/teacher/best; finetune.py writes it"),
+        (
+            "--distill_block=3",
+            "--distill_block=3 does not divide llama_decoder_nums_student 4 (4 % 3 = 1); use one of 1, 2, 4",
+        ),
+        ("--distill_lambda=-1", "expected a number >= 0"),
+    ],
+}
+
+
+@pytest.mark.parametrize("script, line, message", [(s, line, m) for s, cases in BAD_REQUESTS.items() for line, m in cases])
+def test_bad_requests(script, line, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file.txt").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(SCRIPTS[script].main, line.split(" ") if line else [])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert not Path("output").exists()

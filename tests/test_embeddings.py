@@ -1,0 +1,109 @@
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from utils.cli import UsageError
+from utils.embeddings import read_table, write_table
+
+IDS = np.array([1, 3, 4])
+
+
+def table():
+    t = torch.zeros(5, 2)
+    t[IDS] = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    return t
+
+
+def pickled(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    return path
+
+
+def test_round_trip_and_plain_pickle_reads_it(tmp_path):
+    path = tmp_path / "sasrec_item.pkl"
+    write_table(path, table(), {"domain": "x"})
+    assert torch.equal(read_table(path, IDS), table()[IDS])
+    with open(path, "rb") as file:
+        content = pickle.load(file)  # as the released code reads it
+    assert torch.equal(content["item_embedding"], table()) and content["item_embedding"].dtype == torch.float32
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sasrec_item.json", "sasrec_item.pkl"]
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("kind", ["tensor", "parameter", "array", "half", "strided"])
+def test_what_others_write_is_read(tmp_path, protocol, kind):
+    value = {
+        "tensor": table(), "parameter": torch.nn.Parameter(table()), "array": table().numpy(), "half": table().half(),
+        "strided": torch.cat([table(), table()], dim=1)[:, :2],
+    }[kind]  # fmt: skip
+    path = pickled(tmp_path / "t.pkl", pickle.dumps({"item_embedding": value}, protocol=protocol))
+    assert torch.equal(read_table(path, IDS), table()[IDS])
+
+
+class Runs:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+class Nested:
+    """torch's storage reducer is itself a pickle inside the pickle."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        buffer = io.BytesIO()
+        torch.save(Runs(self.marker), buffer, _use_new_zipfile_serialization=False)
+        return torch.storage._load_from_bytes, (buffer.getvalue(),)
+
+
+@pytest.mark.parametrize("payload", [Runs, Nested])
+def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, payload):
+    marker = tmp_path / "marker"
+    path = pickled(tmp_path / "t.pkl", {"item_embedding": table(), "x": payload(marker)})
+    with pytest.raises(UsageError, match="refused"):
+        read_table(path, IDS)
+    assert not marker.exists()
+
+
+def broken(value, row=3):
+    t = table()
+    t[row] = value
+    return {"item_embedding": t}
+
+
+CASES = {
+    "no key": ({"embedding": table()}, "expected a dict with 'item_embedding', found embedding"),
+    "not a dict": ([table()], "found list"),
+    "not a tensor": ({"item_embedding": [[1.0]]}, "found list"),
+    "one dimension": ({"item_embedding": torch.ones(5)}, r"found torch.float32 of shape \(5,\)"),
+    "integers": ({"item_embedding": torch.ones(5, 2, dtype=torch.long)}, "found torch.int64"),
+    "too few rows": ({"item_embedding": torch.ones(4, 2)}, "max id 4 but the item table has 4 rows"),
+    "nan": (broken(float("nan")), "rows 3 contain NaN"),
+    "overflowed half": ({"item_embedding": (table() * 70000).half()}, "contain NaN or infinity"),
+    "zeros": ({"item_embedding": torch.zeros(5, 2)}, "every row of an occurring item is zero"),
+    "text": (b"hello", "refused, not a plain pickled tensor"),
+    "empty": (b"", "refused"),
+    "cut short": (pickle.dumps({"item_embedding": table()})[:-30], "refused"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_tables_are_refused_in_one_line(tmp_path, name):
+    content, message = CASES[name]
+    path = pickled(tmp_path / "t.pkl", content)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_table(path, IDS)
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_in_a_row_that_no_item_uses_is_no_matter(tmp_path):
+    path = pickled(tmp_path / "t.pkl", broken(float("nan"), row=2))
+    assert torch.equal(read_table(path, IDS), table()[IDS])
