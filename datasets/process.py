@@ -12,7 +12,6 @@ import ast
 import csv
 import gzip
 import html
-import io
 import json
 import lzma
 import re
@@ -173,7 +172,7 @@ def _records(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
             open(path, "rb") as raw,
             tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, mininterval=1.0) as bar,
         ):
-            for line, text in enumerate(io.BufferedReader(opener(raw, "rb"), 2**20), start=1):
+            for line, text in enumerate(opener(raw, "rb"), start=1):
                 row = _parse(text, fields)
                 if row is None:
                     broken, first = broken + 1, first or line

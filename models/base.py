@@ -136,7 +136,8 @@ def _read_tensors(base: str, names: list[str], dtype: torch.dtype) -> dict[str, 
             raise UsageError(f"--base_model={base}: has neither {INDEX} nor {SINGLE}; weights are read from safetensors only")
         with _opened(single) as shard:
             shard_of = dict.fromkeys(shard.keys(), SINGLE)
-    stored = {name: f"model.{name}" if f"model.{name}" in shard_of else name for name in names}
+    prefix = "model." if any(name.startswith("model.") for name in shard_of) else ""  # LlamaForCausalLM's or LlamaModel's
+    stored = {name: prefix + name for name in names}
     missing = [stored[name] for name in names if stored[name] not in shard_of]
     if missing:
         raise UsageError(f"--base_model={base}: lacks the tensor {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))

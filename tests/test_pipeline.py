@@ -1,0 +1,255 @@
+"""The four scripts on a shrunken demo: as subprocesses for the main road, in process for the side roads."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import distill
+import extract_emb
+import finetune
+import train_sr_trad
+from datasets.demo import write_demo
+from tests.conftest import ROOT, TARGETS, small_config
+from utils import checkpoint
+from utils.cli import UsageError
+
+pytestmark = pytest.mark.slow
+RUN = {"config.json", "metrics.jsonl", "results.json", "ranks.npz"} | {
+    f"{kind}/{name}" for kind in ("best", "last") for name in ("weights.safetensors", "meta.json", "manifest.json")
+}
+BASE = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+SHORT = {"max_steps": 3, "eval_batch_size": 64, "batch_size": 32}
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sorted(files(folder))}
+
+
+def script(name: str, *flags: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, ROOT / name, *flags], cwd=cwd, capture_output=True, text=True, env=environment)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A working folder, with a space in its name, where the four scripts ran once with short flags."""
+    folder = tmp_path_factory.mktemp("a house")
+    write_demo(folder / "data/demo.csv", n_users=120, n_items=160)
+    short = ("--max_steps=3", "--eval_batch_size=64", "--batch_size=32")
+    printed = {
+        "sasrec": script("train_sr_trad.py", *short, cwd=folder).stdout,
+        "table": script("extract_emb.py", cwd=folder).stdout,
+        "teacher": script("finetune.py", *short, cwd=folder).stdout,
+        "student": script("distill.py", *short, cwd=folder).stdout,
+    }
+    return folder, printed
+
+
+@pytest.fixture
+def inside(house, tmp_path, monkeypatch):
+    """A copy of the house to spoil, as the current folder."""
+    shutil.copytree(house[0], tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_exactly_these_files_are_written(house):
+    folder, _ = house
+    expected = {"data/demo.csv", "output/demo/sasrec_item.pkl", "output/demo/sasrec_item.json"}
+    expected |= {f"output/demo/{step}/{name}" for step in ("sasrec", "teacher", "student") for name in RUN}
+    expected |= {f"output/base/tiny/{name}" for name in BASE}
+    assert files(folder) == expected
+
+
+def test_results_and_logs_say_what_a_reader_needs(house):
+    folder, printed = house
+    for step in ("sasrec", "teacher", "student"):
+        results = json.loads((folder / f"output/demo/{step}/results.json").read_text())
+        assert results["steps"] == 3 and results["users"] == 120 and results["parameters"] >= results["trainable_parameters"] > 0
+        assert set(results["test"]) == set(results["valid"]) == {"sampled", "full", "full_all"}
+        assert set(results["test"]["full"]) == {"HR@1", "HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR"}
+        assert results["candidates"]["fewest"] < results["candidates"]["asked"] == 999
+        assert "all of them are used" in printed[step]
+        assert f"test sampled  HR@1 {results['test']['sampled']['HR@1']:.4f}" in printed[step]
+        assert results["random_base"] == (step != "sasrec")
+    lines = [json.loads(line) for line in open(folder / "output/demo/student/metrics.jsonl")]
+    parts = next(line for line in lines if line["event"] == "train")
+    for part in ("ce", "exits", "align_cos", "align_norm", "teacher_ce", "total"):
+        assert parts[part] > 0, part
+    assert "inherited from the teacher in output/demo/teacher: base_model tiny" in printed["student"]
+
+
+def test_eval_only_repeats_the_metrics_and_trains_nothing(inside):
+    for step, module in (("sasrec", train_sr_trad), ("teacher", finetune), ("student", distill)):
+        run = inside / f"output/demo/{step}"
+        before = json.loads((run / "results.json").read_text())
+        kept = hashes(run / "best") | hashes(run / "last")
+        after = module.main(eval_only=True)
+        assert hashes(run / "best") | hashes(run / "last") == kept
+        for name in ("valid", "test", "steps", "train_seconds", "parameters", "candidates"):
+            assert after[name] == before[name], (step, name)
+
+
+def test_eval_only_refuses_what_contradicts_the_run(inside):
+    with pytest.raises(UsageError, match="--hid_dim=64: the run in output/demo/sasrec has 32"):
+        train_sr_trad.main(eval_only=True, hid_dim=64)
+    with pytest.raises(UsageError, match="--num_candidates=50: the run .* has 999"):
+        distill.main(eval_only=True, num_candidates=50)
+
+
+def test_a_second_run_is_refused_and_overwrite_gives_the_same_bits(inside):
+    with pytest.raises(UsageError, match="holds a finished run; --overwrite starts anew"):
+        finetune.main(**SHORT)
+    before = hashes(inside / "output/demo/teacher/best")
+    (inside / "output/demo/teacher/notes.txt").write_text("mine")
+    finetune.main(**SHORT, overwrite=True)
+    after = hashes(inside / "output/demo/teacher/best")
+    assert after["weights.safetensors"] == before["weights.safetensors"]
+    assert (inside / "output/demo/teacher/notes.txt").exists()
+
+
+def test_the_teacher_is_never_written_to(inside):
+    before = hashes(inside / "output/demo/teacher") | hashes(inside / "output/base/tiny")
+    distill.main(**SHORT, overwrite=True)
+    assert hashes(inside / "output/demo/teacher") | hashes(inside / "output/base/tiny") == before
+
+
+def test_without_alignment_no_teacher_is_needed(inside):
+    shutil.rmtree(inside / "output/demo/teacher")
+    off = {"distill_lambda": 0.0, "norm_lambda": 0.0}
+    results = distill.main(**SHORT, **off, cls_multiple_lambda=0.0, output_dir="ce")
+    lines = [json.loads(line) for line in open("ce/metrics.jsonl")]
+    assert {"exits", "align_cos", "align_norm", "teacher_ce"}.isdisjoint(lines[0])
+    assert results["steps"] == 3
+    distill.main(**SHORT, **off, output_dir="exits")
+    assert "exits" in json.loads(open("exits/metrics.jsonl").readline())
+    with pytest.raises(UsageError, match="teacher not found"):
+        distill.main(**SHORT, output_dir="x")
+
+
+def test_online_trains_both_and_saves_the_student(inside):
+    shutil.rmtree(inside / "output/demo/teacher")
+    results = distill.main(**SHORT, distill_mode="online", llama_decoder_nums_teacher=8, logit_lambda=0.5, output_dir="online")
+    parts = json.loads(open("online/metrics.jsonl").readline())
+    assert {"ce", "exits", "align_cos", "align_norm", "logit_kl", "teacher_ce", "teacher_exits"} <= set(parts)
+    tensors, _ = checkpoint.load("online/best")
+    assert {name.split(".")[0] for name in tensors} == {"student", "teacher"}
+    again = distill.main(distill_mode="online", eval_only=True, output_dir="online")
+    assert again["test"] == results["test"]
+    assert distill.main(eval_only=True, output_dir="online")["test"] == results["test"]
+
+
+def test_a_teacher_with_exits_allows_logit_kl_at_every_block(inside):
+    finetune.main(**SHORT, cls_multiple_lambda=0.5, distill_block=2, output_dir="guide")
+    assert "exits" in json.loads(open("guide/metrics.jsonl").readline())
+    common = {"teacher": "guide", "logit_lambda": 1.0, "cls_multiple_lambda": 0.0}
+    distill.main(**SHORT, **common, distill_block=2, output_dir="both")
+    distill.main(**SHORT, **common, distill_block=4, output_dir="final")
+    heads = {run: {name for name in checkpoint.load(f"{run}/best")[0] if "exit" in name} for run in ("both", "final")}
+    assert heads == {"both": {"exit_heads.0.weight"}, "final": set()}
+
+
+def test_a_contradiction_with_the_teacher_is_refused_naming_both(inside):
+    with pytest.raises(UsageError, match="--max_seq_length=20 contradicts the teacher in output/demo/teacher, which has 30"):
+        distill.main(max_seq_length=20, overwrite=True)
+    with pytest.raises(UsageError, match="--base_model=small contradicts .*, which has tiny"):
+        distill.main(base_model="small", overwrite=True)
+    with pytest.raises(UsageError, match="--llama_decoder_nums_teacher=4 contradicts .*, which has 8"):
+        distill.main(llama_decoder_nums_teacher=4, overwrite=True)
+
+
+def test_another_domain_or_table_is_refused(inside):
+    write_demo("data/other.csv", n_users=100, n_items=160, seed=1)
+    with pytest.raises(UsageError, match="sasrec_item.pkl was extracted from a CSV with sha256 .*data/other.csv has"):
+        finetune.main(domain_type="other", item_table="output/demo/sasrec_item.pkl")
+    with pytest.raises(UsageError, match="was made from another file: its data_sha256"):
+        extract_emb.main(domain_type="other", sasrec="output/demo/sasrec")
+    train_sr_trad.main(**SHORT, seed=5, overwrite=True)
+    extract_emb.main()
+    with pytest.raises(UsageError, match="output/demo/teacher was made from another file: its table_sha256"):
+        distill.main(overwrite=True)
+
+
+@pytest.mark.parametrize("lost", ["lora_A", "adapter"])
+def test_a_teacher_that_lacks_trained_weights_is_refused(inside, lost):
+    finetune.main(**SHORT, train_strategy="lora", output_dir="lora")
+    tensors, meta = checkpoint.load("lora/best")
+    kept = {name: tensor for name, tensor in tensors.items() if lost not in name}
+    assert len(kept) < len(tensors)
+    checkpoint.save("lora/best", kept, meta)
+    with pytest.raises(UsageError, match=f"does not fit the model: lacks .*{lost}"):
+        distill.main(**SHORT, teacher="lora", overwrite=True)
+
+
+def test_lora_trains_and_saves_adapters_only(inside):
+    finetune.main(**SHORT, train_strategy="lora", output_dir="lora")
+    names = set(checkpoint.load("lora/best")[0])
+    assert names and all("lora_" in name or name.startswith(("adapter.", "head.")) for name in names)
+    assert len([name for name in names if "lora_A" in name]) == 8 * len(TARGETS)
+
+
+def test_a_folder_saved_by_llama_for_causal_lm_is_a_base(inside):
+    """Any LlamaForCausalLM folder with a fast tokenizer, grouped-query attention and half precision on disk."""
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(small_config(layers=6, kv_heads=2, vocab_size=400)).to(torch.bfloat16).save_pretrained("my base")
+    PreTrainedTokenizerFast(tokenizer_file="output/base/tiny/tokenizer.json").save_pretrained("my base")
+    common = {**SHORT, "bf16": False}
+    finetune.main(**common, base_model="./my base", llama_decoder_nums=4, layer_selection="interval", interval_nums=2, output_dir="t")
+    config = json.loads(Path("t/config.json").read_text())
+    assert config["model"]["layers"] == [0, 1, 3, 4] and config["model"]["strategy"] == "lora" and not config["random_base"]
+    assert len(config["model"]["prompt_ids"]) == 62
+    distill.main(**common, teacher="t", llama_decoder_nums_student=2, distill_block=2, output_dir="s")
+    tensors = load_file("my base/model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "layers.1" not in name}, "my base/model.safetensors")
+    with pytest.raises(UsageError, match="lacks the tensor model.layers.1."):
+        distill.main(eval_only=True, output_dir="s")
+
+
+def test_prefixes_as_training_targets_and_interval_flags_reach_the_model(inside):
+    finetune.main(**SHORT, train_targets="all", llama_decoder_nums=2, output_dir="all")
+    train_sr_trad.main(**SHORT, train_targets="last", norm="pre", output_dir="last")
+    assert json.loads(Path("last/config.json").read_text())["flags"]["norm"] == "pre"
+
+
+def test_bfloat16_and_checkpointing_and_micro_batches_run(inside):
+    finetune.main(
+        **SHORT, bf16=True, gradient_checkpointing=True, micro_batch_size=8, llama_decoder_nums=2, tensorboard=True, output_dir="b"
+    )
+    assert any(path.name.startswith("events") for path in Path("b/tensorboard").iterdir())
+
+
+def test_a_gap_in_the_ids_changes_no_metric(inside):
+    """The same sequences with every id i replaced by 3 i + 7."""
+    import csv
+
+    csv.field_size_limit(2**31 - 1)
+    rows = list(csv.DictReader(open("data/demo.csv")))
+    with open("data/gappy.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["reviewerID", "asin"])
+        writer.writerows([row["reviewerID"], json.dumps([3 * i + 7 for i in json.loads(row["asin"])])] for row in rows)
+    results = [train_sr_trad.main(**SHORT, domain_type=domain, overwrite=True) for domain in ("demo", "gappy")]
+    assert results[0]["test"] == results[1]["test"] and results[0]["valid"] == results[1]["valid"]
+    logs = [Path(f"output/{domain}/sasrec/metrics.jsonl").read_text() for domain in ("demo", "gappy")]
+    assert logs[0] == logs[1]
+    extract_emb.main(domain_type="gappy")
+    teacher = [finetune.main(**SHORT, domain_type="gappy", llama_decoder_nums=2)]
+    extract_emb.main()
+    teacher.append(finetune.main(**SHORT, llama_decoder_nums=2, overwrite=True))
+    assert teacher[0]["test"] == teacher[1]["test"]

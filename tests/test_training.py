@@ -1,0 +1,117 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from utils import checkpoint, training
+from utils.cli import RunError
+from utils.evaluation import Ranks
+from utils.runlog import MetricsLog
+
+SETTINGS = {
+    "batch_size": 8, "micro_batch_size": 8, "num_epochs": 2, "max_steps": -1, "learning_rate": 0.1, "lr_scheduler": "cosine",
+    "warmup_steps": 2, "weight_decay": 0.0, "max_grad_norm": 1.0, "eval_steps": -1, "save_steps": -1, "patience": 0,
+    "log_steps": 1, "seed": 3, "bf16": False,
+}  # fmt: skip
+N = 20
+
+
+def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, **changes):
+    """Fit a linear model on fixed data; `mrrs` are the validation MRRs in order (the last one repeats)."""
+    torch.manual_seed(0)
+    inputs, wanted = torch.randn(N, 3, dtype=torch.float64), torch.randn(N, dtype=torch.float64)
+    model = nn.Linear(3, 1).double()
+    counts = np.ones(N, int) if counts is None else counts
+    weight = torch.from_numpy(counts).double()
+    seen, looks, modes = [], [], []
+
+    def loss_fn(rows):
+        seen.append(rows.tolist())
+        error = (model(inputs[rows]).squeeze(1) - wanted[rows]) ** 2
+        loss = (error * weight[rows]).sum() / weight[rows].sum()  # a mean over targets
+        if spoil is not None and len(seen) == spoil:
+            loss = loss * math.nan
+        return {"ce": loss, "total": loss}
+
+    def ranks_of(split, limit):
+        looks.append((split, limit))
+        modes.append(model.training)
+        rank = 1 / mrrs[min(len(looks) - 2, len(mrrs) - 1)] if len(looks) > 1 else 1
+        return Ranks(*(np.array([rank]),) * 3)
+
+    folder = tmp_path / "run"
+    folder.mkdir(exist_ok=True)
+    fitted = training.fit(
+        module=model, loss_fn=loss_fn, counts=counts, ranks_of=ranks_of, folder=folder, log=MetricsLog(folder, False), meta={},
+        **(SETTINGS | changes),
+    )  # fmt: skip
+    assert not any(modes)
+    return model, fitted, seen, looks, folder
+
+
+def test_an_epoch_is_a_permutation_and_the_next_one_another(tmp_path):
+    _, fitted, seen, looks, _ = run(tmp_path)
+    assert [len(rows) for rows in seen] == [8, 8, 4, 8, 8, 4]
+    first, second = sum(seen[:3], []), sum(seen[3:], [])
+    assert sorted(first) == sorted(second) == list(range(N)) and first != second
+    assert fitted.steps == 6
+    assert looks == [("valid", 2), ("valid", None), ("valid", None)]
+
+
+@pytest.mark.parametrize("micro", [4, 2, 1])
+@pytest.mark.parametrize("uneven", [False, True])
+def test_accumulation_changes_nothing(tmp_path, micro, uneven):
+    counts = np.random.default_rng(0).integers(1, 9, N) if uneven else None
+    whole, *_ = run(tmp_path, counts=counts)
+    parts, *_ = run(tmp_path, counts=counts, micro_batch_size=micro)
+    torch.testing.assert_close(parts.weight, whole.weight, atol=1e-13, rtol=1e-13)
+
+
+def test_max_steps_wins_over_epochs_and_the_same_seed_gives_the_same_run(tmp_path):
+    one, fitted, seen, _, _ = run(tmp_path, max_steps=4)
+    assert fitted.steps == 4 and len(seen) == 4
+    two, _, again, _, _ = run(tmp_path, max_steps=4)
+    assert seen == again and torch.equal(one.weight, two.weight)
+    other, _, different, _, _ = run(tmp_path, max_steps=4, seed=4)
+    assert different != seen
+
+
+def test_best_is_the_highest_mrr_and_the_first_of_equals(tmp_path):
+    _, fitted, _, _, folder = run(tmp_path, mrrs=(0.1, 0.5, 0.5, 0.2), num_epochs=4)
+    assert (fitted.best_step, fitted.best_mrr) == (6, 0.5)
+    assert checkpoint.load(folder / "best")[1]["step"] == 6
+    assert checkpoint.load(folder / "last")[1]["step"] == 12
+
+
+def test_patience_counts_evaluations_without_a_better_one(tmp_path):
+    _, fitted, _, _, folder = run(tmp_path, mrrs=(0.1, 0.5, 0.4, 0.5, 0.9), num_epochs=5, patience=2)
+    assert fitted.steps == 12 and fitted.best_step == 6
+    assert checkpoint.load(folder / "last")[1]["step"] == 12
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [("cosine", [0.5, 1.0, 1.0, 0.75, 0.25]), ("linear", [0.5, 1.0, 1.0, 2 / 3, 1 / 3]), ("constant", [0.5, 1, 1, 1, 1])],
+)
+def test_schedule_by_hand(tmp_path, kind, expected):
+    *_, folder = run(tmp_path, max_steps=5, lr_scheduler=kind, learning_rate=1.0)
+    rates = [line["learning_rate"] for line in map(json.loads, open(folder / "metrics.jsonl")) if line["event"] == "train"]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(tmp_path):
+    with pytest.raises(RunError, match=r"step 5: the loss or a gradient is not finite \(ce nan.*; samples .*run/best"):
+        run(tmp_path, spoil=5)
+    assert checkpoint.load(tmp_path / "run/best")[1]["step"] == 3
+    lines = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
+    assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3, 4]
+
+
+def test_metrics_are_on_disk_as_the_run_goes(tmp_path):
+    *_, folder = run(tmp_path)
+    lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    assert [line["event"] for line in lines] == ["train"] * 3 + ["valid"] + ["train"] * 3 + ["valid"]
+    assert lines[3]["sampled/MRR"] == 0.5 and lines[0]["ce"] == lines[0]["total"] > 0
