@@ -12,7 +12,8 @@ tests/test_parity.py) because only work whose result is not used, or is the same
 With LoRA dropout > 0 the prompt's dropout mask is therefore shared by the batch; the expectation is unchanged.
 
 Legend: B batch, L item slots, R response tokens, P prompt tokens, S packed suffix tokens (items and response of all
-users), W widest suffix of the batch, H width, h heads, d head width, E blocks.
+users), T all tokens computed (P + S, or S where the prompt is known), W widest suffix of a group, H width, h heads, d head
+width, E blocks; b, s: B and S of one group.
 """
 
 from collections.abc import Callable
@@ -24,23 +25,35 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
 
+GROUPS, SMALLEST_GROUP = 4, 32  # attention in about four groups of users; measured best on CPU among 1, 4, 8, 16
 KeyValue = tuple[Tensor, Tensor]  # keys (rotated) and values of the prompt in one layer, each [P, h_kv, d]
+
+
+class Group(NamedTuple):
+    """Neighbouring users whose attention is computed together on a padded grid.
+
+    tokens: their slice of the packed suffix tokens; grid [b * W]: index into that slice, left-aligned, arbitrary where
+    there is no token; packed [s]: index of each of the slice's tokens in the flattened grid; width [b]: suffix lengths.
+    """
+
+    tokens: slice
+    grid: Tensor
+    packed: Tensor
+    width: Tensor
 
 
 class Layout(NamedTuple):
     """Where the packed suffix tokens stand; made once per batch.
 
     source [S]: index into [item vectors | response vectors]; position [S]: in the padded layout, counted from the
-    prompt's start; grid [B, W]: index into the packed tokens, left-aligned, arbitrary where there is none; packed [S]:
-    index into the flattened grid; last [B]: the packed index of each user's last token; width [B]: its suffix length.
+    prompt's start; last [B]: packed index of each user's last token; groups: users in order, a few at a time, so that
+    a batch sorted by length pads little.
     """
 
     source: Tensor
     position: Tensor
-    grid: Tensor
-    packed: Tensor
     last: Tensor
-    width: Tensor
+    groups: list[Group]
 
     @classmethod
     def of(cls, real: Tensor, n_prompt: int, n_response: int) -> "Layout":
@@ -50,21 +63,23 @@ class Layout(NamedTuple):
         tail = torch.ones(batch, n_response, dtype=torch.bool, device=device)
         token = torch.cat([real, tail], dim=1)  # [B, L + R]
         width = token.sum(1)
-        stop = width.cumsum(0)
-        n_items = int(real.sum())
-        source = torch.cat(
-            [
-                (real.flatten().cumsum(0) - 1).view_as(real),
-                (n_items + torch.arange(n_response, device=device)).expand(batch, -1),
-            ],
-            dim=1,
-        )[token]
+        last = width.cumsum(0) - 1
+        widths = width.tolist()  # the one wait for the device
+        n_items = sum(widths) - batch * n_response
+        items = (real.flatten().cumsum(0) - 1).view_as(real)
+        response = (n_items + torch.arange(n_response, device=device)).expand(batch, -1)
+        source = torch.cat([items, response], dim=1)[token]
         position = n_prompt + torch.arange(slots + n_response, device=device).expand(batch, -1)[token]
-        widest = int(width.max())
-        column = torch.arange(widest, device=device)
-        grid = ((stop - width)[:, None] + column).clamp(max=int(stop[-1]) - 1)
-        packed = (column < width[:, None]).flatten().nonzero().squeeze(1)
-        return cls(source, position, grid, packed, stop - 1, width)
+        groups, start, size = [], 0, max(SMALLEST_GROUP, -(-batch // GROUPS))
+        for i in range(0, batch, size):
+            part = width[i : i + size]
+            stop = start + sum(widths[i : i + size])
+            column = torch.arange(max(widths[i : i + size]), device=device)
+            first = part.cumsum(0) - part
+            grid = (first[:, None] + column).clamp(max=stop - start - 1).flatten()
+            groups.append(Group(slice(start, stop), grid, (column < part[:, None]).flatten().nonzero().squeeze(1), part))
+            start = stop
+        return cls(source, position, last, groups)
 
 
 class Decoder(nn.Module):
@@ -105,7 +120,7 @@ class Decoder(nn.Module):
         n_prompt, n_response = len(self.prompt_ids), len(self.response_ids)
         layout = Layout.of(real, n_prompt, n_response)
         response = self.llama.embed_tokens(self.response_ids)
-        x = torch.cat([items, response.to(items.dtype)])[layout.source]  # [S, H]
+        x = torch.cat([items, response.to(items.dtype)]).index_select(0, layout.source)  # [S, H]
         position = layout.position
         if prompt is None:  # the prompt's tokens go first in the same packed product
             x = torch.cat([self.llama.embed_tokens(self.prompt_ids).to(x.dtype), x])
@@ -155,12 +170,14 @@ def _inner_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Te
     if known is None:
         known = key[:n_prompt], value[:n_prompt]
         mixed.append(_attend_prompt(layer, query[:n_prompt], *known))
-    keys, values = _with_prompt(known, key[n_prompt:], value[n_prompt:], layout)  # [B, h_kv, P + W, d]
-    queries = query[n_prompt:][layout.grid].transpose(1, 2)  # [B, h, W, d]
-    width = queries.shape[2]
-    causal = torch.ones(width, keys.shape[2], dtype=torch.bool, device=x.device).tril(keys.shape[2] - width)
-    grid = _attention(layer, queries, keys, values, attn_mask=causal)
-    mixed.append(grid.transpose(1, 2).flatten(0, 1)[layout.packed])  # [S, h, d]
+    query, key, value = query[n_prompt:], key[n_prompt:], value[n_prompt:]
+    for group in layout.groups:
+        keys, values = (_with_prompt(shared, own[group.tokens], group) for shared, own in zip(known, (key, value)))
+        queries = _gridded(query[group.tokens], group)  # [b, h, W, d]
+        width = queries.shape[2]
+        causal = torch.ones(width, keys.shape[2], dtype=torch.bool, device=x.device).tril(keys.shape[2] - width)
+        grid = _attention(layer, queries, keys, values, attn_mask=causal)
+        mixed.append(grid.transpose(1, 2).flatten(0, 1).index_select(0, group.packed))  # [s, h, d]
     return _feed(layer, x, torch.cat(mixed).flatten(1))
 
 
@@ -174,11 +191,14 @@ def _last_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Ten
     query, _ = apply_rotary_pos_emb(query, query, rotation[0][last], rotation[1][last])
     if known is None:
         known = key[:n_prompt], value[:n_prompt]
-    keys, values = _with_prompt(known, key[n_prompt:], value[n_prompt:], layout)
-    column = torch.arange(keys.shape[2], device=x.device)
-    mask = column < (len(known[0]) + layout.width)[:, None]  # [B, P + W]
-    mixed = _attention(layer, query[:, :, None], keys, values, attn_mask=mask[:, None, None])  # [B, h, 1, d]
-    return _feed(layer, x[last], mixed.flatten(1))
+    key, value, mixed, done = key[n_prompt:], value[n_prompt:], [], 0
+    for group in layout.groups:
+        keys, values = (_with_prompt(shared, own[group.tokens], group) for shared, own in zip(known, (key, value)))
+        seen = torch.arange(keys.shape[2], device=x.device) < (len(known[0]) + group.width)[:, None]  # [b, P + W]
+        queries = query[done : done + len(group.width), :, None]  # [b, h, 1, d]
+        mixed.append(_attention(layer, queries, keys, values, attn_mask=seen[:, None, None]).squeeze(2))
+        done += len(group.width)
+    return _feed(layer, x[last], torch.cat(mixed).flatten(1))
 
 
 def _heads(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:
@@ -203,13 +223,15 @@ def _attend_prompt(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: 
     return _attention(layer, q, k, v, is_causal=True)[0].transpose(0, 1)
 
 
-def _with_prompt(known: KeyValue, key: Tensor, value: Tensor, layout: Layout) -> KeyValue:
-    """The prompt's and each user's own keys and values, [B, h_kv, P + W, d]; autograd sums the prompt's over users."""
-    users = len(layout.grid)
-    return tuple(
-        torch.cat([shared.to(own.dtype).expand(users, -1, -1, -1), own[layout.grid]], dim=1).transpose(1, 2)
-        for shared, own in zip(known, (key, value))
-    )
+def _gridded(own: Tensor, group: Group) -> Tensor:
+    """Packed [s, h, d] -> padded [b, h, W, d]. index_select: its backward is faster than indexing's."""
+    return own.index_select(0, group.grid).view(len(group.width), -1, *own.shape[1:]).transpose(1, 2)
+
+
+def _with_prompt(shared: Tensor, own: Tensor, group: Group) -> Tensor:
+    """The prompt's keys (or values) before each user's own, [b, h_kv, P + W, d]; autograd sums the prompt's over users."""
+    prompt = shared.to(own.dtype).transpose(0, 1).expand(len(group.width), -1, -1, -1)
+    return torch.cat([prompt, _gridded(own, group)], dim=2)
 
 
 def _attention(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor, **how) -> Tensor:

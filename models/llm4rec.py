@@ -40,8 +40,10 @@ class LLM4Rec(nn.Module):
     def forward(self, history: Tensor, prompt: list[KeyValue] | None = None) -> Output:
         """Left-padded catalogue indices [B, L] -> Output."""
         real = history != len(self.item_table)
+        order = real.sum(1).argsort(stable=True)  # neighbours of like length pad little; undone below
+        history, real = history[order], real[order]
         items = self.adapter(self.item_table[history[real]].to(self.adapter.weight.dtype))
-        states = self.decoder(items, real, prompt)
+        states = self.decoder(items, real, prompt)[order.argsort()]
         user = self.head(states[:, -1])
         exits = [head(states[:, k]) for k, head in enumerate(self.exit_heads)]
         return Output(user, states, torch.stack(exits, dim=1) if exits else user.new_empty(len(user), 0, user.shape[1]))

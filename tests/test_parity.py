@@ -9,6 +9,7 @@ from tests.conftest import TARGETS, histories, small_config, small_model
 
 pytestmark = pytest.mark.usefixtures("float64_norm")
 LENGTHS = {
+    "over groups": [8, 1, 5] * 30,
     "all lengths": [1, 2, 3, 4, 5, 6, 7, 8],
     "equal": [4, 4, 4],
     "shortest": [1, 1],
@@ -38,7 +39,7 @@ def test_outputs_scores_losses_and_gradients(lengths, kv_heads, strategy):
     plain, names = plain_twin(model, LORA if strategy == "lora" else None)
     teacher = small_model(layers=8, n_blocks=4, seed=9)
     plain_teacher, _ = plain_twin(teacher, None)
-    batch, target = histories(lengths), torch.arange(len(lengths))
+    batch, target = histories(lengths), torch.arange(len(lengths)) % 23
     ours, wanted = model.train()(batch), plain.train()(batch)
     compare_outputs(ours, wanted)
     torch.testing.assert_close(ours.user @ model.item_table.T, wanted.user @ plain.item_table.T, atol=1e-11, rtol=1e-12)
