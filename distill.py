@@ -99,32 +99,48 @@ def main(
     is needed or loaded where distill_lambda, norm_lambda and logit_lambda are 0.
 
     Args:
-        domain_type: the domain; data_path: its CSV, wherever it is.
-        item_table: step 2's file, output/<domain>/sasrec_item.pkl by default.
-        teacher: the folder of the step-3 run, output/<domain>/teacher by default.
-        output_dir: this run's folder, output/<domain>/student by default.
+        domain_type: the domain.
+        data_path: its CSV, wherever it is.
+        item_table: step 2's file; output/<domain>/sasrec_item.pkl by default.
+        teacher: the folder of the step-3 run; output/<domain>/teacher by default.
+        output_dir: this run's folder; output/<domain>/student by default.
         train_targets: one target a user (last) or every prefix (all).
         max_seq_length: how many of the last items are read; the teacher's, 30 without one.
-        base_model: the teacher's; tiny without one. prompt_template_name: the teacher's; alpaca without one.
-        llama_decoder_nums_teacher: M; the teacher's, 8 in online mode. llama_decoder_nums_student: N.
-        layer_selection: first or interval. interval_nums: with interval, one layer in interval_nums + 1 is left out.
+        base_model: the teacher's; tiny without one.
+        llama_decoder_nums_teacher: M; the teacher's, 8 in online mode.
+        llama_decoder_nums_student: N, decoder layers kept.
+        layer_selection: the first ones, or at an interval.
+        interval_nums: with interval, one layer in interval_nums + 1 is left out.
+        prompt_template_name: the teacher's; alpaca without one.
         train_strategy: lora (base frozen) or full; auto is full for the built-in random bases, else lora.
-        lora_r, lora_alpha, lora_dropout: LoRA's rank, scale and dropout; lora_target_modules: the projections that get it.
+        lora_r, lora_alpha, lora_dropout: LoRA's rank, scale and dropout.
+        lora_target_modules: the projections that get LoRA.
         distill_mode: offline (the teacher is frozen) or online (both train together from the base).
-        distill_block: B, must divide M and N. distill_lambda: weight of the cosine term (lambda1).
-        norm_lambda: weight of the distance term (lambda2). cls_multiple_lambda: weight of the exits (lambda3).
-        logit_lambda: weight of the KL between catalogue softmaxes, at temperature `temperature`.
-        block_reduction: sum (released) or mean (paper) over blocks. norm_form: l2 (released) or squared_l2 (paper).
-        batch_size: users a step; micro_batch_size: users at once, gradients accumulate (default: all at once).
-        num_epochs, max_steps: how long; max_steps counts optimizer steps and wins, -1 for none.
-        learning_rate, lr_scheduler, warmup_steps, weight_decay: of AdamW. max_grad_norm: clip gradients to it, 0 for not.
-        patience: evaluations without a better validation MRR before stopping, 0 for never.
+        distill_block: B, must divide M and N.
+        distill_lambda: weight of the cosine term (lambda1).
+        norm_lambda: weight of the distance term (lambda2).
+        cls_multiple_lambda: weight of the exits (lambda3).
+        logit_lambda, temperature: weight of the KL between catalogue softmaxes, and its temperature.
+        block_reduction: sum (released) or mean (paper) over blocks.
+        norm_form: l2 (released) or squared_l2 (paper).
+        batch_size: users an optimizer step.
+        micro_batch_size: users at once; gradients accumulate to batch_size (default: all at once).
+        num_epochs: how long to train.
+        max_steps: optimizer steps instead of num_epochs; -1 for none.
+        learning_rate, lr_scheduler, warmup_steps, weight_decay: of AdamW.
+        max_grad_norm: clip gradients to this norm; 0 for not.
+        patience: evaluations without a better validation MRR before stopping; 0 for never.
         gradient_checkpointing: recompute layers in the backward pass to save memory.
         eval_steps, save_steps: steps between evaluations, and between writing last/; -1 for every epoch.
-        eval_batch_size: users at once in evaluation. num_candidates, candidate_seed: the sampled protocol's negatives, their draw.
-        log_steps: steps between lines of metrics.jsonl. tensorboard: also write TensorBoard events.
-        device: auto is cuda where there is one. bf16: bfloat16, by default on cuda. seed: of weights, order and dropout.
-        eval_only: evaluate best/ and write results.json. overwrite: start anew in a folder that holds a run.
+        eval_batch_size: users at once in evaluation.
+        num_candidates, candidate_seed: the sampled protocol's negatives and their draw, the same for all models and seeds.
+        log_steps: steps between lines of metrics.jsonl.
+        tensorboard: also write TensorBoard events.
+        device: auto is cuda where there is one.
+        bf16: bfloat16; by default on cuda.
+        seed: of new weights, sample order and dropout.
+        eval_only: evaluate best/ and write results.json; train nothing.
+        overwrite: start anew in a folder that holds a run.
     """
     flags = dict(locals())
     from datasets.inputs import ones, read_inputs

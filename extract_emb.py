@@ -23,9 +23,10 @@ def main(
     """Spread SASRec's item embeddings over the item ids of the domain's CSV; ids that occur nowhere get zeros.
 
     Args:
-        domain_type: the domain. data_path: its CSV, wherever it is.
-        sasrec: the folder of the step-1 run, output/<domain>/sasrec by default.
-        item_table: the file to write, output/<domain>/sasrec_item.pkl by default.
+        domain_type: the domain.
+        data_path: its CSV, wherever it is.
+        sasrec: the folder of the step-1 run; output/<domain>/sasrec by default.
+        item_table: the file to write; output/<domain>/sasrec_item.pkl by default.
     """
     from datasets.demo import ensure_demo
     from datasets.interactions import canonical_domain, find_csv, read_csv

@@ -76,28 +76,41 @@ def main(
     """Train a teacher (or, with fewer layers, an undistilled small model).
 
     Args:
-        domain_type: the domain; data_path: its CSV, wherever it is.
-        item_table: step 2's file, output/<domain>/sasrec_item.pkl by default.
-        output_dir: this run's folder, output/<domain>/teacher by default.
-        train_targets: one target a user (last) or every prefix (all). max_seq_length: how many of the last items are read.
+        domain_type: the domain.
+        data_path: its CSV, wherever it is.
+        item_table: step 2's file; output/<domain>/sasrec_item.pkl by default.
+        output_dir: this run's folder; output/<domain>/teacher by default.
+        train_targets: one target a user (last) or every prefix (all).
+        max_seq_length: how many of the last items are read.
         base_model: a Hugging Face id, a local folder, or the built-in random bases tiny and small.
-        llama_decoder_nums: M, decoder layers kept. layer_selection: first or interval.
+        llama_decoder_nums: M, decoder layers kept.
+        layer_selection: the first ones, or at an interval.
         interval_nums: with interval, one layer in interval_nums + 1 is left out.
         prompt_template_name: templates/<name>.json, or a path to one.
         train_strategy: lora (base frozen) or full; auto is full for the built-in random bases, else lora.
-        lora_r, lora_alpha, lora_dropout: LoRA's rank, scale and dropout; lora_target_modules: the projections that get it.
+        lora_r, lora_alpha, lora_dropout: LoRA's rank, scale and dropout.
+        lora_target_modules: the projections that get LoRA.
         distill_block: B, blocks with an exit at each inner end, used where cls_multiple_lambda > 0.
-        cls_multiple_lambda: weight of the exits' cross-entropy; 0: no exits. block_reduction: sum or mean over exits.
-        batch_size: users a step; micro_batch_size: users at once, gradients accumulate (default: all at once).
-        num_epochs, max_steps: how long; max_steps counts optimizer steps and wins, -1 for none.
-        learning_rate, lr_scheduler, warmup_steps, weight_decay: of AdamW. max_grad_norm: clip gradients to it, 0 for not.
-        patience: evaluations without a better validation MRR before stopping, 0 for never.
+        cls_multiple_lambda: weight of the exits' cross-entropy; 0 for no exits.
+        block_reduction: sum or mean over the exits.
+        batch_size: users an optimizer step.
+        micro_batch_size: users at once; gradients accumulate to batch_size (default: all at once).
+        num_epochs: how long to train.
+        max_steps: optimizer steps instead of num_epochs; -1 for none.
+        learning_rate, lr_scheduler, warmup_steps, weight_decay: of AdamW.
+        max_grad_norm: clip gradients to this norm; 0 for not.
+        patience: evaluations without a better validation MRR before stopping; 0 for never.
         gradient_checkpointing: recompute layers in the backward pass to save memory.
         eval_steps, save_steps: steps between evaluations, and between writing last/; -1 for every epoch.
-        eval_batch_size: users at once in evaluation. num_candidates, candidate_seed: the sampled protocol's negatives, their draw.
-        log_steps: steps between lines of metrics.jsonl. tensorboard: also write TensorBoard events.
-        device: auto is cuda where there is one. bf16: bfloat16, by default on cuda. seed: of weights, order and dropout.
-        eval_only: evaluate best/ and write results.json. overwrite: start anew in a folder that holds a run.
+        eval_batch_size: users at once in evaluation.
+        num_candidates, candidate_seed: the sampled protocol's negatives and their draw, the same for all models and seeds.
+        log_steps: steps between lines of metrics.jsonl.
+        tensorboard: also write TensorBoard events.
+        device: auto is cuda where there is one.
+        bf16: bfloat16; by default on cuda.
+        seed: of new weights, sample order and dropout.
+        eval_only: evaluate best/ and write results.json; train nothing.
+        overwrite: start anew in a folder that holds a run.
     """
     flags = dict(locals())
     from datasets.inputs import ones, read_inputs

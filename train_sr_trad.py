@@ -63,23 +63,32 @@ def main(
     """Train SASRec on a domain's sequences and report popularity beside it.
 
     Args:
-        domain_type: the domain; its CSV is data/<domain>.csv[.gz|.xz] or in dataset/sequential/; `demo` is made on first use.
-        data_path: the CSV itself, wherever it is. output_dir: this run's folder, output/<domain>/sasrec by default.
+        domain_type: the domain; its CSV is data/<domain>.csv[.gz|.xz] or in dataset/sequential/; demo is made on first use.
+        data_path: the CSV itself, wherever it is.
+        output_dir: this run's folder; output/<domain>/sasrec by default.
         max_seq_length: how many of the last items are read.
         train_targets: every position is a target (all) or one item a user (last, as released).
-        emb_dim, hid_dim: width of the item table and of the transformer (projections between them unless equal).
-        num_blocks, num_heads, dropout: of the transformer; num_heads must divide hid_dim. norm: query (released), pre or post.
+        emb_dim, hid_dim: width of the item table and of the transformer, with projections between them unless equal.
+        num_blocks, num_heads, dropout: of the transformer.
+        norm: query (released), pre or post.
         init_std: spread of the embeddings at the start (1 as released; all-position training does not take off with it).
-        batch_size: users a step; micro_batch_size: users at once, gradients accumulate (default: all at once).
-        num_epochs: at most so many; max_steps: optimizer steps instead, -1 for none.
-        learning_rate, lr_scheduler, warmup_steps, weight_decay: of AdamW. max_grad_norm: clip gradients to it, 0 for not.
-        patience: evaluations without a better validation MRR before stopping, 0 for never.
+        batch_size: users an optimizer step.
+        micro_batch_size: users at once; gradients accumulate to batch_size (default: all at once).
+        num_epochs: how long to train.
+        max_steps: optimizer steps instead of num_epochs; -1 for none.
+        learning_rate, lr_scheduler, warmup_steps, weight_decay: of AdamW.
+        max_grad_norm: clip gradients to this norm; 0 for not.
+        patience: evaluations without a better validation MRR before stopping; 0 for never.
         eval_steps, save_steps: steps between evaluations, and between writing last/; -1 for every epoch.
-        eval_batch_size: users at once in evaluation. num_candidates: negatives of the sampled protocol.
-        candidate_seed: their draw, apart from `seed` so that all models and seeds meet the same ones.
-        log_steps: steps between lines of metrics.jsonl. tensorboard: also write TensorBoard events.
-        device: auto is cuda where there is one. bf16: autocast to bfloat16. seed: of weights, order and dropout.
-        eval_only: evaluate best/ and write results.json. overwrite: start anew in a folder that holds a run.
+        eval_batch_size: users at once in evaluation.
+        num_candidates, candidate_seed: the sampled protocol's negatives and their draw, the same for all models and seeds.
+        log_steps: steps between lines of metrics.jsonl.
+        tensorboard: also write TensorBoard events.
+        device: auto is cuda where there is one.
+        bf16: autocast to bfloat16.
+        seed: of new weights, sample order and dropout.
+        eval_only: evaluate best/ and write results.json; train nothing.
+        overwrite: start anew in a folder that holds a run.
     """
     flags = dict(locals())
     from datasets.demo import ensure_demo

@@ -227,11 +227,15 @@ def main(
     """Turn raw Amazon reviews (v1 or v2, plain, .gz or .xz) into a domain's sequences.
 
     Args:
-        reviews: the review file, a JSON object a line. meta: the metadata file, for titles; without it titles are empty.
+        reviews: the review file, a JSON object a line.
+        meta: the metadata file, for titles; without it titles are empty.
         domain_type: name of the domain, so of the files written.
-        min_rating: lowest rating kept. min_user, min_item: fewest reviews of a user, then of an item.
-        min_length: shortest sequence. order: by time, or file order as released.
-        output_dir: where the files go. overwrite: replace the domain's files.
+        min_rating: lowest rating kept.
+        min_user, min_item: fewest reviews of a user, then of an item.
+        min_length: shortest sequence.
+        order: by time, or file order as released.
+        output_dir: where the files go.
+        overwrite: replace the domain's files.
     """
     path = Path(output_dir) / f"{canonical_domain(domain_type)}.csv"
     cli.check(

@@ -19,7 +19,9 @@ def main(*, seed: cli.NonNegativeInt = 42, output_dir: str = "output/demo", max_
     """Run the four steps on the demo domain and print the table.
 
     Args:
-        seed: of every step. output_dir: where the steps' folders go. max_steps: cut every training short, to try it out.
+        seed: of every step.
+        output_dir: where the steps' folders go.
+        max_steps: cut every training short, to try it out.
     """
     import distill
     import extract_emb

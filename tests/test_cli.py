@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -140,11 +141,13 @@ def test_help_names_every_flag(script):
     assert done.returncode == 0
     text = done.stdout + done.stderr
     for flag in cli.defaults(SCRIPTS[script].main):
-        assert f"--{flag}" in text, flag
+        assert re.search(rf"--{flag}=\w+\n *Type: .*\n( *Default: .*\n)? +\w", text), f"{flag} has no text"
+    if script == "finetune.py":
+        assert "one of first, interval" in text and "a whole number >= 1" in text
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_read_and_documented(script):
+def test_every_flag_is_read(script):
     """A flag is read by its own name, or through one of the module's tuples of flag names, or by `fit`."""
     import inspect
 
@@ -158,10 +161,8 @@ def test_every_flag_is_read_and_documented(script):
     if "settings" in ast.dump(function):
         read |= set(inspect.signature(training.fit).parameters)
     read |= {node.slice.value for node in ast.walk(function) if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)}
-    documented = ast.get_docstring(function)
     for flag in cli.defaults(SCRIPTS[script].main):
         assert flag in read, f"{script}: --{flag} is never read"
-        assert flag in documented, f"{script}: --{flag} is not documented"
 
 
 BAD_REQUESTS = {

@@ -93,7 +93,7 @@ def run(main: Callable, argv: list[str] | None = None) -> None:
     if any(word in ("-h", "--help") for word in argv):
         import fire
 
-        fire.Fire(main, command=["--help"], name=os.path.basename(sys.argv[0]))
+        fire.Fire(_described(main), command=["--help"], name=os.path.basename(sys.argv[0]))
         return
     try:
         main(**bind(main, argv))
@@ -106,6 +106,8 @@ def run(main: Callable, argv: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a full disk, a folder that went away
+        _exit(1, f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
 
 
 def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
@@ -150,6 +152,34 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
             problems.append(str(problem))
     _raise_all(problems)
     return values
+
+
+def _described(main: Callable) -> Callable:
+    """A stand-in of `main` for fire's help page: the words of `_describe` for types, a text for every flag.
+
+    The docstring's lines `a, b: text` under "Args:" stand for each of the flags a and b.
+    """
+    summary, _, lines = inspect.getdoc(main).partition("Args:\n")
+    texts: dict[str, str] = {}
+    names: list[str] = []
+    for line in lines.splitlines():
+        head, colon, text = line.strip().partition(": ")
+        if colon and all(name in defaults(main) for name in head.split(", ")):
+            names = head.split(", ")
+            texts |= dict.fromkeys(names, text)
+        else:
+            texts |= {name: f"{texts[name]} {line.strip()}" for name in names}
+    hints = typing.get_type_hints(main, include_extras=True)
+    flags = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=type(_describe(hints[name]), (), {}))
+        for name, default in defaults(main).items()
+    ]
+
+    def page(**_: Any) -> None: ...
+
+    page.__signature__ = inspect.Signature(flags)
+    page.__doc__ = summary + "Args:\n" + "\n".join(f"    {name}: {text}" for name, text in texts.items())
+    return page
 
 
 def _raise_all(problems: list[str]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,8 +142,10 @@ def choose_device(device: str) -> torch.device:
     """`auto` is cuda where there is one.
 
     Raises:
-        UsageError: cuda is asked for and there is none.
+        UsageError: cuda is asked for and there is none, or torchrun started several processes.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes (torchrun) are not supported yet; start one")
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
