@@ -35,19 +35,18 @@ def locate(base: str, corpus: list[str], root: Path = BUILT_IN_FOLDER) -> str:
     Args:
         corpus: texts that a built-in's tokenizer is made from.
     Raises:
-        UsageError: a path that does not exist.
+        UsageError: a path that does not exist, a hub that does not have it, or not a LLaMA.
     """
     if base in BUILT_IN:
         folder = root / base
         if not (folder / "config.json").exists():
             _write_built_in(folder, BUILT_IN[base], corpus)
         return str(folder)
-    if Path(base).is_dir():
-        return base
-    if base.startswith((".", "/", "~")) or base.count("/") != 1 or base.endswith("/"):
+    if not Path(base).is_dir() and (base.startswith((".", "/", "~")) or base.count("/") != 1 or base.endswith("/")):
         raise UsageError(
             f"--base_model={base}: no such folder, and not one of {', '.join(BUILT_IN)} or a Hugging Face id such as meta-llama/Llama-2-7b-hf"
         )
+    read_config(base)
     return base
 
 
@@ -127,7 +126,7 @@ def prune_config(config: LlamaConfig, n_layers: int) -> LlamaConfig:
 
 def _read_tensors(base: str, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors by their names inside the decoder, from whichever shards hold them."""
-    index = _file(base, INDEX)
+    index = _file(base, INDEX, optional=True)
     if index is not None:
         shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
     else:
@@ -163,8 +162,11 @@ def _opened(path: str):
         raise UsageError(f"{path}: damaged or not safetensors ({str(error)[:120]})") from None
 
 
-def _file(base: str, name: str) -> str | None:
-    """A local path of a file of the base, downloaded from the hub if need be; None where the base has no such file."""
+def _file(base: str, name: str, optional: bool = False) -> str | None:
+    """A local path of a file of the base, downloaded from the hub if need be; None where the base has no such file.
+
+    Offline nobody knows whether the hub has a file that is not in the cache: then an optional one counts as absent.
+    """
     if Path(base).is_dir():
         path = Path(base) / name
         return str(path) if path.is_file() else None
@@ -179,6 +181,8 @@ def _file(base: str, name: str) -> str | None:
     try:
         return hf_hub_download(base, name)
     except LocalEntryNotFoundError:
+        if optional:
+            return None
         raise UsageError(f"--base_model={base}: no such folder here, and the Hugging Face hub cannot be reached for {name}") from None
     except EntryNotFoundError:
         return None

@@ -1,6 +1,5 @@
 """Shared pieces of the tests: small LLaMAs, small domains, the real data where it is."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from models.llm4rec import LLM4Rec, assemble
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(2)
 
 ROOT = Path(__file__).parent.parent

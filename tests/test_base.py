@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -155,12 +156,46 @@ def test_faulty_checkpoints_are_named(checkpoint, tmp_path):
         base.read_config(str(folder))
 
 
+def test_from_the_hub_only_the_needed_files_are_fetched(checkpoint, monkeypatch):
+    fetched = []
+
+    def download(repository, name):
+        assert repository == "someone/llama"
+        fetched.append(name)
+        if not (checkpoint / name).exists():
+            raise huggingface_hub.errors.EntryNotFoundError(name)
+        return str(checkpoint / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    config = base.read_config("someone/llama")
+    llama = base.load_llama("someone/llama", config, [0, 1, 2, 3], torch.float32)
+    assert len(llama.layers) == 4
+    assert set(fetched) == {"config.json", base.INDEX, *(f"model-0000{i}-of-00008.safetensors" for i in (1, 2, 8))}
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (huggingface_hub.errors.LocalEntryNotFoundError("x"), "the Hugging Face hub cannot be reached for config.json"),
+        (OSError("first line\nsecond"), "someone/llama: first line$"),
+    ],
+)
+def test_a_hub_that_fails_is_one_line(monkeypatch, error, message):
+    def download(repository, name):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UsageError, match=message):
+        base.read_config("someone/llama")
+
+
 def test_unknown_bases():
     with pytest.raises(UsageError, match="no such folder"):
         base.locate("./nowhere", [])
     with pytest.raises(UsageError, match="no such folder"):
         base.locate("nowhere", [])
-    assert base.locate("meta-llama/Llama-2-7b-hf", []) == "meta-llama/Llama-2-7b-hf"
+    with pytest.raises(UsageError, match="someone/llama: no such folder here, and the Hugging Face hub cannot be reached"):
+        base.locate("someone/llama", [])
 
 
 def test_an_unknown_lora_target_is_refused(checkpoint):
