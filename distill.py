@@ -14,6 +14,7 @@ from typing import Literal
 
 from utils import cli
 
+PROTOCOL = ("train_targets", "max_seq_length", "num_candidates", "candidate_seed")
 SHAPE = (
     "max_seq_length", "layer_selection", "interval_nums", "train_strategy", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
 )  # fmt: skip
@@ -21,15 +22,9 @@ LOSS = (
     "distill_lambda", "norm_lambda", "cls_multiple_lambda", "logit_lambda", "temperature", "block_reduction", "norm_form",
 )  # fmt: skip
 FIXED = (
-    *SHAPE, *LOSS, "base_model", "llama_decoder_nums_student", "prompt_template_name", "distill_block", "distill_mode",
-    "train_targets", "num_candidates", "candidate_seed",
+    *SHAPE, *LOSS, *PROTOCOL, "base_model", "llama_decoder_nums_student", "prompt_template_name", "distill_block", "distill_mode",
 )  # fmt: skip
-INHERITED = {
-    "base_model": "tiny",
-    "prompt_template_name": "alpaca",
-    "max_seq_length": 30,
-    "llama_decoder_nums_teacher": 8,
-}
+INHERITED = {"base_model": "tiny", "prompt_template_name": "alpaca", "max_seq_length": 30, "llama_decoder_nums_teacher": 8}
 
 
 @cli.command
@@ -184,7 +179,7 @@ def main(
     from models.llm4rec import build, specify
     from models.losses import recommendation_loss
     from utils import checkpoint, training
-    from utils.evaluation import evaluate, finish
+    from utils.evaluation import finish, ranker
 
     where = training.choose_device(device)
     half = where.type == "cuda" if bf16 is None else bf16
@@ -216,22 +211,13 @@ def main(
     elif online:
         guide = made(specified(flags["llama_decoder_nums_teacher"], exits))
         trained = torch.nn.ModuleDict({"student": student, "teacher": guide})
-    samples = sequences.training_samples(inputs.data, flags["train_targets"], flags["max_seq_length"])
-    splits = sequences.evaluation_splits(inputs.data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"])
-    print(sequences.describe(inputs.data, samples, splits), flush=True)
+    samples, splits = sequences.prepare(inputs.data, **{name: flags[name] for name in PROTOCOL})
+    ranks = ranker(lambda: student.user_encoder(half), student.item_table, splits, eval_batch_size, where)
 
     def loss_fn(rows):
         history, target = samples.histories(rows).to(where), samples.targets(rows).to(where)
         wanted = None if guide is None else guide(history)
         return recommendation_loss(student(history), wanted, table, target, train_teacher=online, **{name: flags[name] for name in LOSS})
-
-    def ranks(split, limit=None):
-        encode = student.encoder(half)
-        return evaluate(
-            lambda history: encode(history).user,
-            student.item_table,
-            splits[split].batches(eval_batch_size, where, limit),
-        )
 
     fitted = None
     if not eval_only:

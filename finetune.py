@@ -13,13 +13,11 @@ from typing import Literal
 
 from utils import cli
 
+PROTOCOL = ("train_targets", "max_seq_length", "num_candidates", "candidate_seed")
 SHAPE = (
     "max_seq_length", "layer_selection", "interval_nums", "train_strategy", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
 )  # fmt: skip
-FIXED = (
-    *SHAPE, "base_model", "llama_decoder_nums", "prompt_template_name", "distill_block", "cls_multiple_lambda", "train_targets",
-    "num_candidates", "candidate_seed",
-)  # fmt: skip
+FIXED = (*SHAPE, *PROTOCOL, "base_model", "llama_decoder_nums", "prompt_template_name", "distill_block", "cls_multiple_lambda")
 
 
 @cli.command
@@ -138,7 +136,7 @@ def main(
     from models.llm4rec import build, specify
     from models.losses import recommendation_loss
     from utils import checkpoint, training
-    from utils.evaluation import evaluate, finish
+    from utils.evaluation import finish, ranker
 
     where = training.choose_device(device)
     half = where.type == "cuda" if bf16 is None else bf16
@@ -158,9 +156,8 @@ def main(
         )
     torch.manual_seed(seed)
     model = build(base=location, item_table=inputs.table(), bf16=half, gradient_checkpointing=gradient_checkpointing, **spec).to(where)
-    samples = sequences.training_samples(inputs.data, flags["train_targets"], flags["max_seq_length"])
-    splits = sequences.evaluation_splits(inputs.data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"])
-    print(sequences.describe(inputs.data, samples, splits), flush=True)
+    samples, splits = sequences.prepare(inputs.data, **{name: flags[name] for name in PROTOCOL})
+    ranks = ranker(lambda: model.user_encoder(half), model.item_table, splits, eval_batch_size, where)
 
     def loss_fn(rows):
         out = model(samples.histories(rows).to(where))
@@ -173,10 +170,6 @@ def main(
             cls_multiple_lambda=cls_multiple_lambda,
             block_reduction=block_reduction,
         )
-
-    def ranks(split, limit=None):
-        encode = model.encoder(half)
-        return evaluate(lambda history: encode(history).user, model.item_table, splits[split].batches(eval_batch_size, where, limit))
 
     fitted = None
     if not eval_only:

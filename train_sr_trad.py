@@ -14,6 +14,7 @@ from typing import Literal
 
 from utils import cli
 
+PROTOCOL = ("max_seq_length", "num_candidates", "candidate_seed")
 SHAPE = ("max_seq_length", "emb_dim", "hid_dim", "num_blocks", "num_heads", "dropout", "norm", "init_std")
 
 
@@ -103,7 +104,7 @@ def main(
     )
     runlog.check_output_dir(folder, overwrite=overwrite, eval_only=eval_only)
     if eval_only:
-        flags |= runlog.recorded(folder, flags, cli.defaults(main), (*SHAPE, "train_targets", "num_candidates", "candidate_seed"))
+        flags |= runlog.recorded(folder, flags, cli.defaults(main), (*SHAPE, *PROTOCOL, "train_targets"))
     ensure_demo(domain, data_path)
     csv_path = find_csv(domain, data_path)
     data = read_csv(csv_path)
@@ -117,16 +118,15 @@ def main(
     from models.losses import catalogue_cross_entropy
     from models.sasrec import SASRec
     from utils import checkpoint, training
-    from utils.evaluation import evaluate, finish
+    from utils.evaluation import finish, ranker
 
     where = training.choose_device(device)
     torch.manual_seed(seed)
     every_position = flags["train_targets"] == "all"
     model = SASRec(data.n_items, **{name: flags[name] for name in SHAPE}).to(where)
     # with `all` every position of the same window is a target, so both read the same samples
-    samples = sequences.training_samples(data, "last", flags["max_seq_length"])
-    splits = sequences.evaluation_splits(data, flags["max_seq_length"], flags["candidate_seed"], flags["num_candidates"])
-    print(sequences.describe(data, samples, splits), flush=True)
+    samples, splits = sequences.prepare(data, "last", **{name: flags[name] for name in PROTOCOL})
+    ranks = ranker(lambda: model, model.item_table, splits, eval_batch_size, where)
 
     def loss_fn(rows):
         history = samples.histories(rows).to(where)
@@ -135,9 +135,6 @@ def main(
         targets = samples.shifted_targets(rows).to(where)  # [B, L]
         real = targets != data.n_items
         return {"total": catalogue_cross_entropy(model.states(history)[real], model.item_table, targets[real])}
-
-    def ranks(split, limit=None):
-        return evaluate(model, model.item_table, splits[split].batches(eval_batch_size, where, limit))
 
     fitted = None
     if not eval_only:
@@ -152,12 +149,9 @@ def main(
     model.eval()
     counts = sequences.popularity(data).to(where)[:, None]  # [N, 1]: a one-dimensional item table
 
-    def popularity_ranks(split):
-        ones = lambda history: counts.new_ones(len(history), 1)
-        return evaluate(ones, counts, splits[split].batches(eval_batch_size, where))
-
+    by_popularity = ranker(lambda: lambda history: counts.new_ones(len(history), 1), counts, splits, eval_batch_size, where)
     about = runlog.about(folder, "sasrec", model, fitted) | {
-        "popularity": {split: popularity_ranks(split).metrics() for split in splits},
+        "popularity": {split: by_popularity(split).metrics() for split in splits},
         "candidates": splits["test"].candidate_counts(),
     }
     return finish(folder, ranks, about)

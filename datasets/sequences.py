@@ -136,9 +136,17 @@ class EvaluationSplit:
         )
 
 
-def evaluation_splits(data: Interactions, max_seq_length: int, seed: int, n_candidates: int) -> dict[str, EvaluationSplit]:
-    """The validation and the test split, by name."""
-    return {name: EvaluationSplit(data, split, max_seq_length, seed, n_candidates) for name, split in (("valid", VALID), ("test", TEST))}
+def prepare(
+    data: Interactions, train_targets: TrainTargets, max_seq_length: int, candidate_seed: int, num_candidates: int
+) -> tuple[Samples, dict[str, EvaluationSplit]]:
+    """The training samples and the evaluation splits `valid` and `test`; prints what they are."""
+    samples = training_samples(data, train_targets, max_seq_length)
+    splits = {
+        name: EvaluationSplit(data, split, max_seq_length, candidate_seed, num_candidates)
+        for name, split in (("valid", VALID), ("test", TEST))
+    }
+    print(describe(data, samples, splits), flush=True)
+    return samples, splits
 
 
 def popularity(data: Interactions) -> Tensor:

@@ -72,6 +72,11 @@ class LLM4Rec(nn.Module):
 
         return encode
 
+    def user_encoder(self, bf16: bool = False) -> Callable[[Tensor], Tensor]:
+        """As `encoder`, history -> user vectors [B, D] alone."""
+        encode = self.encoder(bf16)
+        return lambda history: encode(history).user
+
 
 def specify(
     location: str, base_model: str, prompt_ids: list[int], response_ids: list[int], *, kept: int, max_seq_length: int,

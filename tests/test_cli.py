@@ -156,7 +156,7 @@ def test_every_flag_is_read(script):
     tree = ast.parse((ROOT / script).read_text())
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     read = {node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    tuples = {name: value for name, value in vars(SCRIPTS[script]).items() if name in ("SHAPE", "LOSS")}
+    tuples = {name: value for name, value in vars(SCRIPTS[script]).items() if name in ("SHAPE", "LOSS", "PROTOCOL")}
     read |= {flag for name in read & set(tuples) for flag in tuples[name]}
     if "settings" in ast.dump(function):
         read |= set(inspect.signature(training.fit).parameters)

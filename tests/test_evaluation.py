@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from datasets.interactions import read_csv
-from datasets.sequences import TEST, VALID, EvaluationSplit, evaluation_splits
+from datasets.sequences import TEST, VALID, EvaluationSplit
 from tests.conftest import write_sequences
 from utils import evaluation
 from utils.cli import RunError
@@ -66,7 +66,7 @@ def test_non_finite_scores_are_an_error_not_a_perfect_rank(data, bad):
 
 def test_batch_size_changes_no_rank(data):
     table = torch.randn(data.n_items, 4, generator=torch.Generator().manual_seed(1))
-    view = evaluation_splits(data, 5, 42, 15)["test"]
+    view = EvaluationSplit(data, TEST, 5, 42, 15)
 
     def encode(history):
         padded = torch.cat([table, torch.zeros(1, 4)])

@@ -64,6 +64,17 @@ def evaluate(encode: Callable[[Tensor], Tensor], item_table: Tensor, batches: It
     return Ranks(*torch.cat(found, dim=1).cpu().numpy())
 
 
+def ranker(
+    encoder: Callable[[], Callable[[Tensor], Tensor]], item_table: Tensor, splits: dict[str, Any], batch_size: int, device: torch.device
+) -> Callable[..., Ranks]:
+    """A function (split name, at most so many batches) -> Ranks; `encoder()` gives the encode function of the present weights."""
+
+    def ranks_of(split: str, limit: int | None = None) -> Ranks:
+        return evaluate(encoder(), item_table, splits[split].batches(batch_size, device, limit))
+
+    return ranks_of
+
+
 def rank_tile(scores: Tensor, target: Tensor, seen: Tensor, candidates: Tensor) -> Tensor:
     """Ranks [3, b] (sampled, full, full_all) from scores [b, N]; overwrites `scores`."""
     own = scores.gather(1, target[:, None])  # [b, 1]
