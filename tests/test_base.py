@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaModel
 
@@ -51,7 +51,10 @@ def checkpoint(tmp_path_factory):
         )
     )
     word_level.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=word_level, bos_token="[UNK]").save_pretrained(folder)
+    word_level.add_special_tokens(["<s>"])
+    # as LLaMA's: a sentence starts with <s> unless special tokens are declined
+    word_level.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", word_level.token_to_id("<s>"))])
+    PreTrainedTokenizerFast(tokenizer_object=word_level, bos_token="<s>", unk_token="[UNK]").save_pretrained(folder)
     return folder
 
 
@@ -215,6 +218,7 @@ def test_prompt_ids_are_the_templates_without_special_tokens(checkpoint):
     ids = tokenise(texts, str(checkpoint))
     assert ids == Prompt(*(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts))
     assert tokenise(Prompt("Below is an item", "Response"), str(checkpoint)) == Prompt([1, 2, 3, 5], [6])
+    assert tokenizer("Response")["input_ids"] == [tokenizer.bos_token_id, 6]  # what must not happen
 
 
 @pytest.mark.parametrize(
