@@ -10,7 +10,6 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from models.llm4rec import LLM4Rec, assemble
 
-
 ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
