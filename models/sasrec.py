@@ -16,7 +16,7 @@ class SASRec(nn.Module):
     Args:
         n_items: N; index N is the padding.
         max_seq_length: L.
-        emb_dim: width of the item table, D. hid_dim: width of the blocks; where the two are equal the projections start as the identity.
+        emb_dim: width of the item table, D. hid_dim: width of the blocks; where the two are equal there are no projections.
         norm: `query` as released (only the query is normed, and the residual leaves from it), `pre` or `post`.
         init_std: standard deviation of item and position embeddings at the start; 1 as released.
     """
@@ -31,17 +31,14 @@ class SASRec(nn.Module):
         nn.init.normal_(self.item_embedding.weight, std=init_std)
         with torch.no_grad():
             self.item_embedding.weight[n_items].zero_()
-        self.to_hidden = nn.Linear(emb_dim, hid_dim)
+        plain = emb_dim == hid_dim  # no bottleneck: SASRec as its own paper has it, one space for items and users
+        self.to_hidden = nn.Identity() if plain else nn.Linear(emb_dim, hid_dim)
         self.positions = nn.Embedding(max_seq_length, hid_dim)
         nn.init.normal_(self.positions.weight, std=init_std)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList([Block(hid_dim, num_heads, dropout, norm) for _ in range(num_blocks)])
         self.final_norm = nn.LayerNorm(hid_dim, eps=1e-8)
-        self.to_item = nn.Linear(hid_dim, emb_dim)
-        if emb_dim == hid_dim:  # no bottleneck: start as SASRec's own paper has it, items and users in one space
-            for projection in (self.to_hidden, self.to_item):
-                nn.init.eye_(projection.weight)
-                nn.init.zeros_(projection.bias)
+        self.to_item = nn.Identity() if plain else nn.Linear(hid_dim, emb_dim)
 
     @property
     def item_table(self) -> Tensor:
