@@ -24,6 +24,8 @@ def numpy_states(model, items):
     n, heads = len(items), model.blocks[0].num_heads
 
     def linear(x, name):
+        if f"{name}.weight" not in w:  # no bottleneck, no projection
+            return x
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
     def layer_norm(x, name):
@@ -45,7 +47,7 @@ def numpy_states(model, items):
     def feed(x, name):
         return linear(np.maximum(linear(x, f"{name}.feed.0"), 0), f"{name}.feed.3")
 
-    x = linear(w["item_embedding.weight"][items], "to_hidden") * np.sqrt(6) + w["positions.weight"][-n:]
+    x = linear(w["item_embedding.weight"][items], "to_hidden") * np.sqrt(model.item_embedding.embedding_dim) + w["positions.weight"][-n:]
     for i in range(2):
         b = f"blocks.{i}"
         if model.blocks[0].norm == "query":
@@ -63,8 +65,10 @@ def numpy_states(model, items):
 
 
 @pytest.mark.parametrize("norm", ["query", "pre", "post"])
-def test_an_independent_numpy_forward_agrees(norm):
-    model = made(norm)
+@pytest.mark.parametrize("hid_dim", [4, 6])
+def test_an_independent_numpy_forward_agrees(norm, hid_dim):
+    model = made(norm, hid_dim=hid_dim)
+    assert ("to_item.weight" in model.state_dict()) == (hid_dim == 4)
     items = [4, 0, 22, 7, 4]
     padded = torch.tensor([[23, 23, 23, *items]])
     states = model.states(padded)[0, 3:].detach().numpy()
