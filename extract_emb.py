@@ -11,6 +11,8 @@ from pathlib import Path
 
 from utils import cli
 
+LARGEST_GIB = 16  # of a table over all ids; ten million items of 128 numbers are 5 GiB
+
 
 @cli.command
 def main(
@@ -56,6 +58,11 @@ def main(
     if "item_embedding.weight" not in weights:
         raise cli.UsageError(f"{run / 'best'}: no item_embedding.weight, found {', '.join(sorted(weights)[:4])}; not a SASRec run")
     trained = weights["item_embedding.weight"][: data.n_items]  # the last row is the padding
+    gib = (int(data.item_ids[-1]) + 1) * trained.shape[1] * 4 / 2**30
+    if gib > LARGEST_GIB:
+        raise cli.UsageError(
+            f"{csv_path}: ids reach {data.item_ids[-1]} for {data.n_items} items, a table of {gib:.0f} GiB; number the items from 0"
+        )
     table = torch.zeros(int(data.item_ids[-1]) + 1, trained.shape[1])
     table[torch.from_numpy(data.item_ids)] = trained
     about = {

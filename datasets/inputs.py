@@ -1,7 +1,6 @@
 """What steps 3 and 4 read before any model: the domain's sequences and its item table, checked against each other."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 from datasets.demo import ensure_demo
 from datasets.interactions import Interactions, canonical_domain, find_csv, read_csv
 from utils.cli import UsageError
+from utils.runlog import read_json
 
 
 class Inputs(NamedTuple):
@@ -47,7 +47,7 @@ def read_inputs(domain_type: str, data_path: str | None, item_table: str | None)
     data = read_csv(csv_path)
     notes = table_path.with_suffix(".json")
     if notes.is_file():
-        made_from = json.loads(notes.read_text(encoding="utf-8")).get("data_sha256")
+        made_from = read_json(notes, "item table notes").get("data_sha256")
         if made_from != data.sha256:
             raise UsageError(
                 f"{table_path} was extracted from a CSV with sha256 {str(made_from)[:12]}..., {csv_path} has {data.sha256[:12]}...; run extract_emb.py again"

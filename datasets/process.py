@@ -204,10 +204,15 @@ def _parse(text: bytes, fields: tuple[str, ...]) -> dict | None:
             row = ast.literal_eval(text.decode("utf-8"))
         except (ValueError, SyntaxError):
             return None
-    whole = isinstance(row, dict) and all(
-        isinstance(row.get(field), int | float if field in ("overall", "unixReviewTime") else str) for field in fields
-    )
+    whole = isinstance(row, dict) and all(_valid(field, row.get(field)) for field in fields)
     return row if whole else None
+
+
+def _valid(field: str, value: object) -> bool:
+    """Ratings and times are numbers that fit, everything else is text."""
+    if field in ("overall", "unixReviewTime"):
+        return isinstance(value, int | float) and abs(value) < 2**53  # also refuses NaN
+    return isinstance(value, str)
 
 
 @cli.command

@@ -57,7 +57,7 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor):
-        return *(None if grad is None else grad.mul_(upstream) for grad in ctx.grads), None
+        return *(None if grad is None else grad * upstream for grad in ctx.grads), None
 
 
 def block_cosine(teacher: Tensor, student: Tensor, reduction: Reduction) -> Tensor:

@@ -173,6 +173,15 @@ def test_a_contradiction_with_the_teacher_is_refused_naming_both(inside):
         distill.main(llama_decoder_nums_teacher=4, overwrite=True)
 
 
+def test_a_damaged_note_and_ids_without_measure_are_one_line(inside, monkeypatch):
+    monkeypatch.setattr(extract_emb, "LARGEST_GIB", 1e-6)
+    with pytest.raises(UsageError, match="ids reach 160 for 160 items, a table of 0 GiB; number the items from 0"):
+        extract_emb.main()
+    Path("output/demo/sasrec_item.json").write_text("{")
+    with pytest.raises(UsageError, match="sasrec_item.json: damaged, not JSON"):
+        finetune.main(overwrite=True)
+
+
 def test_another_domain_or_table_is_refused(inside):
     write_demo("data/other.csv", n_users=100, n_items=160, seed=1)
     with pytest.raises(UsageError, match="sasrec_item.pkl was extracted from a CSV with sha256 .*data/other.csv has"):

@@ -92,8 +92,8 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
 def test_broken_lines_are_counted_and_too_many_are_an_error(tmp_path, capsys):
     many = [review(f"u{i // 4}", "ABCD"[i % 4], i) for i in range(400)]
     (tmp_path / "few").mkdir()
-    written(tmp_path / "few", lines=[*many[:50], '{"overall": 5.0, "revi', '["a list"]', *many[50:]])
-    assert "r.json.gz: skipped 2 broken lines of 402, the first is line 51" in capsys.readouterr().out
+    written(tmp_path / "few", lines=[*many[:50], '{"overall": 5.0, "revi', '["a list"]', review("u1", "A", float("nan")), *many[50:]])
+    assert "r.json.gz: skipped 3 broken lines of 403, the first is line 51" in capsys.readouterr().out
     (tmp_path / "more").mkdir()
     with pytest.raises(UsageError, match="20 of 420 lines are broken or lack .*, the first is line 401"):
         written(tmp_path / "more", lines=[*many, *["{}"] * 20])
