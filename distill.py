@@ -83,7 +83,7 @@ def main(
     # run
     device: Literal["auto", "cpu", "cuda"] = "auto",
     bf16: bool | None = None,
-    seed: cli.NonNegativeInt = 42,
+    seed: cli.Seed = 42,
     eval_only: bool = False,
     overwrite: bool = False,
 ) -> dict:
@@ -147,22 +147,29 @@ def main(
     folder, teacher_folder = Path(output_dir or root / "student"), Path(teacher or root / "teacher")
     aligned = not eval_only and (distill_lambda > 0 or norm_lambda > 0 or logit_lambda > 0)
     offline, online = aligned and distill_mode == "offline", aligned and distill_mode == "online"
+    n_blocks = distill_block if aligned or (cls_multiple_lambda > 0 and not eval_only) else 1  # plain CE needs no blocks
     cli.check(
         cli.divides(micro_batch_size=micro_batch_size or batch_size, batch_size=batch_size),
-        cli.blocks(distill_block, llama_decoder_nums_student=llama_decoder_nums_student),
+        cli.blocks(n_blocks, llama_decoder_nums_student=llama_decoder_nums_student),
         (
             not offline or (teacher_folder / "best").is_dir(),
             f"teacher not found: {teacher_folder / 'best'}; finetune.py writes it (or name a run with --teacher)",
         ),
     )
-    runlog.check_output_dir(folder, overwrite=overwrite, eval_only=eval_only)
+    runlog.check_output_dir(folder, "student", overwrite=overwrite, eval_only=eval_only)
     inputs = read_inputs(domain_type, data_path, item_table)
     if eval_only:
         runlog.check_same(folder, inputs.hashes, inputs.table_path)
         flags |= runlog.recorded(folder, flags, cli.defaults(main), FIXED)
     elif offline:
-        runlog.check_same(teacher_folder, inputs.hashes, inputs.table_path)
         fixed = runlog.read_json(teacher_folder / "config.json", "teacher")
+        cli.check(
+            (
+                fixed.get("step") == "teacher",
+                f"--teacher={teacher_folder} holds a {fixed.get('step')} run, expected a teacher; finetune.py writes one",
+            )
+        )
+        runlog.check_same(teacher_folder, inputs.hashes, inputs.table_path)
         fixed["flags"]["llama_decoder_nums_teacher"] = fixed["flags"]["llama_decoder_nums"]
         flags |= runlog.inherit(fixed["flags"], {name: flags[name] for name in INHERITED}, f"the teacher in {teacher_folder}")
     else:
@@ -189,7 +196,7 @@ def main(
 
     def specified(kept: int, exit_heads: bool) -> dict:
         ids = (fixed["model"]["prompt_ids"], fixed["model"]["response_ids"]) if offline else tokenise(texts, location)
-        blocks = {"n_blocks": distill_block, "exit_heads": exit_heads}
+        blocks = {"n_blocks": n_blocks, "exit_heads": exit_heads}
         return specify(location, flags["base_model"], *ids, kept=kept, **blocks, **{name: flags[name] for name in SHAPE})
 
     def made(spec: dict) -> torch.nn.Module:

@@ -67,7 +67,7 @@ def main(
     # run
     device: Literal["auto", "cpu", "cuda"] = "auto",
     bf16: bool | None = None,
-    seed: cli.NonNegativeInt = 42,
+    seed: cli.Seed = 42,
     eval_only: bool = False,
     overwrite: bool = False,
 ) -> dict:
@@ -122,7 +122,7 @@ def main(
         cli.divides(micro_batch_size=micro_batch_size or batch_size, batch_size=batch_size),
         cli.blocks(distill_block if exits else 1, llama_decoder_nums=llama_decoder_nums),
     )
-    runlog.check_output_dir(folder, overwrite=overwrite, eval_only=eval_only)
+    runlog.check_output_dir(folder, "teacher", overwrite=overwrite, eval_only=eval_only)
     if eval_only:
         flags |= runlog.recorded(folder, flags, cli.defaults(main), FIXED)
     texts = read_template(flags["prompt_template_name"])

@@ -2,7 +2,7 @@
 
     python train_sr_trad.py                                              # the demo domain, about a minute on 2 cores
     python train_sr_trad.py --domain_type cloth                          # data/cloth.csv[.gz|.xz]
-    python train_sr_trad.py --domain_type cloth --train_targets last --learning_rate 1e-4 --batch_size 1024 \
+    python train_sr_trad.py --domain_type cloth --train_targets last --init_std 1 --learning_rate 1e-4 --batch_size 1024 \
         --num_epochs 50 --patience 0 --seed 9999                         # as first released
     python train_sr_trad.py --domain_type cloth --eval_only              # metrics of best/ again
 
@@ -57,7 +57,7 @@ def main(
     # run
     device: Literal["auto", "cpu", "cuda"] = "auto",
     bf16: bool = False,
-    seed: cli.NonNegativeInt = 42,
+    seed: cli.Seed = 42,
     eval_only: bool = False,
     overwrite: bool = False,
 ) -> dict:
@@ -102,7 +102,7 @@ def main(
         (hid_dim % num_heads == 0, f"--num_heads={num_heads} does not divide --hid_dim={hid_dim}"),
         cli.divides(micro_batch_size=micro_batch_size or batch_size, batch_size=batch_size),
     )
-    runlog.check_output_dir(folder, overwrite=overwrite, eval_only=eval_only)
+    runlog.check_output_dir(folder, "sasrec", overwrite=overwrite, eval_only=eval_only)
     if eval_only:
         flags |= runlog.recorded(folder, flags, cli.defaults(main), (*SHAPE, *PROTOCOL, "train_targets"))
     ensure_demo(domain, data_path)

@@ -52,7 +52,12 @@ def read_inputs(domain_type: str, data_path: str | None, item_table: str | None)
             raise UsageError(
                 f"{table_path} was extracted from a CSV with sha256 {str(made_from)[:12]}..., {csv_path} has {data.sha256[:12]}...; run extract_emb.py again"
             )
-    return Inputs(domain, data, table_path, hashlib.sha256(table_path.read_bytes()).hexdigest())
+    table_sha256 = hashlib.sha256(table_path.read_bytes()).hexdigest()
+    if notes.is_file() and read_json(notes, "item table notes").get("table_sha256", table_sha256) != table_sha256:
+        raise UsageError(
+            f"{table_path} is not the table that {notes} describes; run extract_emb.py again, or remove the .json if the table is your own"
+        )
+    return Inputs(domain, data, table_path, table_sha256)
 
 
 def ones(n: int) -> np.ndarray:

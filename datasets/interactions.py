@@ -73,7 +73,8 @@ def find_csv(domain: str, data_path: str | None = None) -> Path:
         if not path.exists():
             raise UsageError(f"data file not found: {path} (from --data_path)")
         return path
-    looked = [Path(folder) / f"{domain}{suffix}" for folder in FOLDERS for suffix in SUFFIXES]
+    names = [domain, *(alias for alias, canonical in ALIASES.items() if canonical == domain)]
+    looked = [Path(folder) / f"{name}{suffix}" for name in names for folder in FOLDERS for suffix in SUFFIXES]
     for path in looked:
         if path.exists():
             return path

@@ -30,7 +30,7 @@ from utils.cli import UsageError
 
 BROKEN_SHARE = 0.01  # more broken lines than this are an error
 SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")  # page code that some v2 metadata files carry as a title
-TAG = re.compile(r"</?[A-Za-z][^<>]*(>|$)")  # whole tags, and one that was cut off at the end
+TAG = re.compile(r"</?[A-Za-z][^<>]*>|<span\b[^<>]*$")  # whole tags, and one that was cut off at the end
 Order = Literal["time", "file"]
 
 
@@ -130,8 +130,8 @@ def clean_title(title: object) -> str:
     """Entities resolved, HTML tags and page code removed, white space collapsed; "" where nothing is left."""
     if not isinstance(title, str) or SCRIPT.search(title):
         return ""
-    text = TAG.sub(" ", title)
-    return " ".join(html.unescape(html.unescape(text)).split())
+    text = html.unescape(TAG.sub(" ", html.unescape(title)))
+    return " ".join(text.encode("utf-8", "replace").decode().split())  # lone surrogates cannot be written
 
 
 def write_domain(reviews: Reviews, titles: dict[str, str], path: str | Path) -> None:
@@ -197,6 +197,8 @@ def _parse(text: bytes, fields: tuple[str, ...]) -> dict | None:
     """A record, or None; the 2014 metadata files are Python literals rather than JSON."""
     try:
         row = json.loads(text)
+    except RecursionError:
+        return None
     except ValueError:
         if not text.startswith(b"{'"):
             return None

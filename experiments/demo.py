@@ -15,7 +15,7 @@ SCRIPTS = ("sasrec", "teacher", "student", "student_ce")
 
 
 @cli.command
-def main(*, seed: cli.NonNegativeInt = 42, output_dir: str = "output/demo", max_steps: cli.MaxSteps = -1) -> None:
+def main(*, seed: cli.NonNegativeInt = 42, output_dir: str = "output/demo_table", max_steps: cli.MaxSteps = -1) -> None:
     """Run the four steps on the demo domain and print the table.
 
     Args:

@@ -98,6 +98,8 @@ def test_where_a_domain_is_looked_for(tmp_path, monkeypatch):
     assert find_csv("toys").resolve() == released
     with pytest.raises(UsageError, match="available: toys"):
         find_csv("x")
+    (tmp_path / "dataset/sequential/cloths.csv").write_text(GOOD)
+    assert find_csv("cloth").name == "cloths.csv"
     own = tmp_path / "data/toys.csv.gz"
     own.parent.mkdir()
     own.write_bytes(gzip.compress(GOOD.encode()))

@@ -129,6 +129,48 @@ def test_the_teacher_is_never_written_to(inside):
     assert hashes(inside / "output/demo/teacher") | hashes(inside / "output/base/tiny") == before
 
 
+def test_the_offline_teacher_is_frozen_and_in_evaluation_mode(inside, monkeypatch):
+    from models import llm4rec, losses
+
+    finetune.main(**SHORT, train_strategy="lora", lora_dropout=0.5, output_dir="lora")
+    seen, encoders, real_loss, real_encoder = [], [], losses.recommendation_loss, llm4rec.LLM4Rec.encoder
+
+    def encoder(self, *values):
+        encoders.append(self)
+        return real_encoder(self, *values)
+
+    def spy(student, teacher, *values, **named):
+        guide = encoders[0]
+        seen.append(
+            (teacher.user.requires_grad, teacher.states.requires_grad, guide.training, any(p.requires_grad for p in guide.parameters()))
+        )
+        assert student.user.requires_grad
+        return real_loss(student, teacher, *values, **named)
+
+    monkeypatch.setattr(llm4rec.LLM4Rec, "encoder", encoder)
+    monkeypatch.setattr(losses, "recommendation_loss", spy)
+    distill.main(**SHORT, teacher="lora", output_dir="s")
+    assert encoders[0].decoder.n_layers == 8
+    assert seen == [(False,) * 4] * 3
+
+
+def test_no_step_takes_over_another_steps_folder(inside):
+    before = hashes(inside / "output/demo/teacher")
+    with pytest.raises(UsageError, match="output/demo/teacher holds a teacher run, not a student run"):
+        distill.main(**SHORT, output_dir="output/demo/teacher", overwrite=True)
+    with pytest.raises(UsageError, match="holds a teacher run, not a sasrec run"):
+        train_sr_trad.main(**SHORT, output_dir="output/demo/teacher", overwrite=True)
+    assert hashes(inside / "output/demo/teacher") == before
+    with pytest.raises(UsageError, match="--teacher=output/demo/student holds a student run, expected a teacher"):
+        distill.main(**SHORT, teacher="output/demo/student", output_dir="x")
+
+
+def test_a_replaced_table_is_noticed(inside):
+    Path("output/demo/sasrec_item.pkl").write_bytes(Path("output/demo/sasrec_item.pkl").read_bytes() + b" ")
+    with pytest.raises(UsageError, match="is not the table that .*sasrec_item.json describes"):
+        finetune.main(**SHORT, overwrite=True)
+
+
 def test_without_alignment_no_teacher_is_needed(inside):
     shutil.rmtree(inside / "output/demo/teacher")
     off = {"distill_lambda": 0.0, "norm_lambda": 0.0}
@@ -136,6 +178,7 @@ def test_without_alignment_no_teacher_is_needed(inside):
     lines = [json.loads(line) for line in open("ce/metrics.jsonl")]
     assert {"exits", "align_cos", "align_norm", "teacher_ce"}.isdisjoint(lines[0])
     assert results["steps"] == 3
+    distill.main(**SHORT, **off, cls_multiple_lambda=0.0, llama_decoder_nums_student=3, output_dir="three")
     distill.main(**SHORT, **off, output_dir="exits")
     assert "exits" in json.loads(open("exits/metrics.jsonl").readline())
     with pytest.raises(UsageError, match="teacher not found"):

@@ -22,7 +22,7 @@ META = [
     {"asin": "D", "title": "var aPageStart = (new Date()).getTime();"},
     {"asin": "D", "title": "second record of D"},
     {"asin": "E"},
-    {"asin": "Z", "title": "nobody's"},
+    {"asin": "Z", "title": "nobody's \ud800"},
 ]  # fmt: skip
 
 REVIEWS = [
@@ -67,6 +67,17 @@ def test_every_defect_at_once_gives_the_expected_files(tmp_path, capsys):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "title, clean",
+    [
+        ("&lt;b&gt;Bold&lt;/b&gt; x", "Bold x"), ("I <3 You & <Love me", "I <3 You & <Love me"), ("a &amp;amp; b", "a & b"),
+        ("bad \ud800 title", "bad ? title"), (None, ""), (["x"], ""), ("<i></i>", ""),
+    ],
+)  # fmt: skip
+def test_titles(title, clean):
+    assert process.clean_title(title) == clean
+
+
 def test_file_order_as_released(tmp_path):
     data = read_csv(written(tmp_path, order="file") / "hand.csv")
     assert data.items.tolist() == [0, 1, 2, 3, 2, 0, 1, 3]
@@ -92,7 +103,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
 def test_broken_lines_are_counted_and_too_many_are_an_error(tmp_path, capsys):
     many = [review(f"u{i // 4}", "ABCD"[i % 4], i) for i in range(400)]
     (tmp_path / "few").mkdir()
-    written(tmp_path / "few", lines=[*many[:50], '{"overall": 5.0, "revi', '["a list"]', review("u1", "A", float("nan")), *many[50:]])
+    written(tmp_path / "few", lines=[*many[:50], '{"overall": 5.0, "revi', "[" * 100000, review("u1", "A", float("nan")), *many[50:]])
     assert "r.json.gz: skipped 3 broken lines of 403, the first is line 51" in capsys.readouterr().out
     (tmp_path / "more").mkdir()
     with pytest.raises(UsageError, match="20 of 420 lines are broken or lack .*, the first is line 401"):

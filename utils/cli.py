@@ -48,6 +48,7 @@ class Range(NamedTuple):
 
 PositiveInt = Annotated[int, Range(low=1)]
 NonNegativeInt = Annotated[int, Range(low=0)]
+Seed = Annotated[int, Range(low=0, high=2**63 - 1)]
 MaxSteps = Annotated[int, Range(low=-1)]  # -1: no limit, as in the released scripts
 PositiveFloat = Annotated[float, Range(low=0, open_low=True)]
 NonNegativeFloat = Annotated[float, Range(low=0)]

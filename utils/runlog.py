@@ -16,7 +16,7 @@ OWN_FOLDERS = ("best", "last", "tensorboard", ".old-best", ".old-last")
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors", "fire")
 
 
-def check_output_dir(folder: str | Path, *, overwrite: bool, eval_only: bool = False) -> None:
+def check_output_dir(folder: str | Path, step: str, *, overwrite: bool, eval_only: bool = False) -> None:
     """Refuse a folder that cannot be written or that holds another run, before any work.
 
     Raises:
@@ -30,6 +30,10 @@ def check_output_dir(folder: str | Path, *, overwrite: bool, eval_only: bool = F
             if not os.access(part, os.W_OK):
                 raise UsageError(f"--output_dir={folder}: {part} is not writable")
             break
+    if (folder / "config.json").exists():
+        held = read_json(folder / "config.json", "run").get("step")
+        if held != step:
+            raise UsageError(f"--output_dir={folder} holds a {held} run, not a {step} run; choose another folder")
     if eval_only:
         if not (folder / "best").is_dir() and not (folder / ".old-best").is_dir():
             raise UsageError(f"--eval_only: no checkpoint {folder / 'best'}; train first, or name the run with --output_dir")
