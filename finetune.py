@@ -111,7 +111,7 @@ def main(
         overwrite: start anew in a folder that holds a run.
     """
     flags = dict(locals())
-    from datasets.inputs import ones, read_inputs
+    from datasets.inputs import read_inputs
     from datasets.interactions import canonical_domain
     from datasets.prompts import read_template
     from utils import runlog
@@ -179,7 +179,7 @@ def main(
         }  # fmt: skip
         runlog.start(folder, config)
         fitted = training.fit(
-            module=model, loss_fn=loss_fn, counts=ones(len(samples)), ranks_of=ranks, folder=folder,
+            module=model, loss_fn=loss_fn, counts=samples.counts(every_position=False), ranks_of=ranks, folder=folder,
             log=runlog.MetricsLog(folder, tensorboard), meta={"step": "teacher", "layers": spec["layers"]},
             bf16=half, **training.settings(flags),
         )  # fmt: skip

@@ -111,7 +111,6 @@ def main(
     if eval_only:
         runlog.check_same(folder, {"data_sha256": data.sha256}, csv_path)
 
-    import numpy as np
     import torch
 
     from datasets import sequences
@@ -141,7 +140,7 @@ def main(
         config = {"step": "sasrec", "domain": domain, "data_sha256": data.sha256, "flags": flags}
         runlog.start(folder, config)
         fitted = training.fit(
-            module=model, loss_fn=loss_fn, counts=samples.counts() if every_position else np.ones(len(samples), int),
+            module=model, loss_fn=loss_fn, counts=samples.counts(every_position),
             ranks_of=ranks, folder=folder, log=runlog.MetricsLog(folder, tensorboard), meta=config, bf16=bf16, **training.settings(flags),
         )  # fmt: skip
     weights, _ = checkpoint.load(folder / "best")

@@ -4,8 +4,6 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from datasets.demo import ensure_demo
 from datasets.interactions import Interactions, canonical_domain, find_csv, read_csv
 from utils.cli import UsageError
@@ -45,21 +43,17 @@ def read_inputs(domain_type: str, data_path: str | None, item_table: str | None)
     if not table_path.is_file():
         raise UsageError(f"item table not found: {table_path}; extract_emb.py writes it (or name one with --item_table)")
     data = read_csv(csv_path)
+    table_sha256 = hashlib.sha256(table_path.read_bytes()).hexdigest()
     notes = table_path.with_suffix(".json")
     if notes.is_file():
-        made_from = read_json(notes, "item table notes").get("data_sha256")
+        about = read_json(notes, "item table notes")
+        made_from = about.get("data_sha256")
         if made_from != data.sha256:
             raise UsageError(
                 f"{table_path} was extracted from a CSV with sha256 {str(made_from)[:12]}..., {csv_path} has {data.sha256[:12]}...; run extract_emb.py again"
             )
-    table_sha256 = hashlib.sha256(table_path.read_bytes()).hexdigest()
-    if notes.is_file() and read_json(notes, "item table notes").get("table_sha256", table_sha256) != table_sha256:
-        raise UsageError(
-            f"{table_path} is not the table that {notes} describes; run extract_emb.py again, or remove the .json if the table is your own"
-        )
+        if about.get("table_sha256", table_sha256) != table_sha256:
+            raise UsageError(
+                f"{table_path} is not the table that {notes} describes; run extract_emb.py again, or remove the .json if the table is your own"
+            )
     return Inputs(domain, data, table_path, table_sha256)
-
-
-def ones(n: int) -> np.ndarray:
-    """One training target a sample, for utils.training.fit."""
-    return np.ones(n, dtype=np.int64)

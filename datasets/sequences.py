@@ -47,9 +47,9 @@ class Samples:
         """The next item at every position of `histories`, N where that is padding; int64 [B, L]."""
         return self._window(self.end[rows] + 1, self.length[rows], self.max_seq_length)
 
-    def counts(self) -> np.ndarray:
-        """Number of training targets of each sample when every position is one; int64 [n]."""
-        return np.minimum(self.length, self.max_seq_length)
+    def counts(self, every_position: bool = True) -> np.ndarray:
+        """Number of training targets of each sample, every position or the last one alone; int64 [n]."""
+        return np.minimum(self.length, self.max_seq_length if every_position else 1)
 
     def _window(self, end: np.ndarray, length: np.ndarray, width: int) -> Tensor:
         back = np.arange(-width, 0)  # [L]

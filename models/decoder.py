@@ -33,13 +33,15 @@ class Group(NamedTuple):
     """Neighbouring users whose attention is computed together on a padded grid.
 
     tokens: their slice of the packed suffix tokens; grid [b * W]: index into that slice, left-aligned, arbitrary where
-    there is no token; packed [s]: index of each of the slice's tokens in the flattened grid; width [b]: suffix lengths.
+    there is no token; packed [s]: index of each of the slice's tokens in the flattened grid; causal [W, P + W] and seen
+    [b, 1, 1, P + W]: what each grid position, and each user's last token, may look at.
     """
 
     tokens: slice
     grid: Tensor
     packed: Tensor
-    width: Tensor
+    causal: Tensor
+    seen: Tensor
 
 
 class Layout(NamedTuple):
@@ -77,7 +79,11 @@ class Layout(NamedTuple):
             column = torch.arange(max(widths[i : i + size]), device=device)
             first = part.cumsum(0) - part
             grid = (first[:, None] + column).clamp(max=stop - start - 1).flatten()
-            groups.append(Group(slice(start, stop), grid, (column < part[:, None]).flatten().nonzero().squeeze(1), part))
+            inside = column < part[:, None]  # [b, W]
+            prompt = inside.new_ones(len(part), n_prompt)
+            causal = inside.new_ones(len(column), n_prompt + len(column)).tril(n_prompt)
+            seen = torch.cat([prompt, inside], dim=1)[:, None, None]
+            groups.append(Group(slice(start, stop), grid, inside.flatten().nonzero().squeeze(1), causal, seen))
             start = stop
         return cls(source, position, last, groups)
 
@@ -174,9 +180,7 @@ def _inner_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Te
     for group in layout.groups:
         keys, values = (_with_prompt(shared, own[group.tokens], group) for shared, own in zip(known, (key, value)))
         queries = _gridded(query[group.tokens], group)  # [b, h, W, d]
-        width = queries.shape[2]
-        causal = torch.ones(width, keys.shape[2], dtype=torch.bool, device=x.device).tril(keys.shape[2] - width)
-        grid = _attention(layer, queries, keys, values, attn_mask=causal)
+        grid = _attention(layer, queries, keys, values, attn_mask=group.causal)
         mixed.append(grid.transpose(1, 2).flatten(0, 1).index_select(0, group.packed))  # [s, h, d]
     return _feed(layer, x, torch.cat(mixed).flatten(1))
 
@@ -187,17 +191,15 @@ def _last_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Ten
     n_prompt = len(x) - len(layout.source)
     last = layout.last + n_prompt
     key, value = _keys_values(layer, normed, rotation)
-    query = _heads(layer, layer.self_attn.q_proj(normed[last]))
-    query, _ = apply_rotary_pos_emb(query, query, rotation[0][last], rotation[1][last])
+    query = _rotated(_heads(layer, layer.self_attn.q_proj(normed[last])), (rotation[0][last], rotation[1][last]))
     if known is None:
         known = key[:n_prompt], value[:n_prompt]
     key, value, mixed, done = key[n_prompt:], value[n_prompt:], [], 0
     for group in layout.groups:
         keys, values = (_with_prompt(shared, own[group.tokens], group) for shared, own in zip(known, (key, value)))
-        seen = torch.arange(keys.shape[2], device=x.device) < (len(known[0]) + group.width)[:, None]  # [b, P + W]
-        queries = query[done : done + len(group.width), :, None]  # [b, h, 1, d]
-        mixed.append(_attention(layer, queries, keys, values, attn_mask=seen[:, None, None]).squeeze(2))
-        done += len(group.width)
+        queries = query[done : done + len(group.seen), :, None]  # [b, h, 1, d]
+        mixed.append(_attention(layer, queries, keys, values, attn_mask=group.seen).squeeze(2))
+        done += len(group.seen)
     return _feed(layer, x[last], torch.cat(mixed).flatten(1))
 
 
@@ -205,16 +207,19 @@ def _heads(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, layer.self_attn.head_dim))  # [T, h, d]
 
 
+def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys [T, h, d] turned by their positions; the library's function takes both at once."""
+    return apply_rotary_pos_emb(x, x[:, :0], *rotation)[0]
+
+
 def _keys_values(layer: LlamaDecoderLayer, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> KeyValue:
-    key = _heads(layer, layer.self_attn.k_proj(normed))
-    key, _ = apply_rotary_pos_emb(key, key[:, :0], *rotation)
+    key = _rotated(_heads(layer, layer.self_attn.k_proj(normed)), rotation)
     return key, _heads(layer, layer.self_attn.v_proj(normed))
 
 
 def _project(layer: LlamaDecoderLayer, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    query, key = _heads(layer, layer.self_attn.q_proj(normed)), _heads(layer, layer.self_attn.k_proj(normed))
-    query, key = apply_rotary_pos_emb(query, key, *rotation)
-    return query, key, _heads(layer, layer.self_attn.v_proj(normed))
+    query = _rotated(_heads(layer, layer.self_attn.q_proj(normed)), rotation)
+    return query, *_keys_values(layer, normed, rotation)
 
 
 def _attend_prompt(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -225,12 +230,12 @@ def _attend_prompt(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: 
 
 def _gridded(own: Tensor, group: Group) -> Tensor:
     """Packed [s, h, d] -> padded [b, h, W, d]. index_select: its backward is faster than indexing's."""
-    return own.index_select(0, group.grid).view(len(group.width), -1, *own.shape[1:]).transpose(1, 2)
+    return own.index_select(0, group.grid).view(len(group.seen), -1, *own.shape[1:]).transpose(1, 2)
 
 
 def _with_prompt(shared: Tensor, own: Tensor, group: Group) -> Tensor:
     """The prompt's keys (or values) before each user's own, [b, h_kv, P + W, d]; autograd sums the prompt's over users."""
-    prompt = shared.to(own.dtype).transpose(0, 1).expand(len(group.width), -1, -1, -1)
+    prompt = shared.to(own.dtype).transpose(0, 1).expand(len(group.seen), -1, -1, -1)
     return torch.cat([prompt, _gridded(own, group)], dim=2)
 
 
