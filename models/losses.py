@@ -8,7 +8,7 @@ from torch import Tensor
 
 Reduction = Literal["sum", "mean"]
 NormForm = Literal["l2", "squared_l2"]
-TILE = 2**24  # logits held at once (64 MiB in float32)
+TILES = (256, 2048), (1024, 32768)  # rows x items of logits held at once: 2 MiB in float32 on CPU, 128 MiB elsewhere
 
 
 class Output(NamedTuple):
@@ -23,41 +23,95 @@ class Output(NamedTuple):
 def catalogue_cross_entropy(users: Tensor, item_table: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy of user vectors [B, D] against the whole item table [N, D]; target int64 [B]. A scalar.
 
-    Equals F.cross_entropy(users @ item_table.T, target) without holding the [B, N] logits: rows are worked off in
-    tiles and their gradients taken on the spot, the softmax being at hand. Computed in float32 at least, outside autocast.
+    Equals F.cross_entropy(users @ item_table.T, target) without ever holding the [B, N] logits. Computed in float32 at
+    least, outside autocast.
     """
     with torch.autocast(users.device.type, enabled=False):
         users = _wide(users)
-        return _CatalogueCrossEntropy.apply(users, item_table.to(users.dtype), target)
+        return _Surprise.apply(users, item_table.to(users.dtype), target).mean()
 
 
-class _CatalogueCrossEntropy(torch.autograd.Function):
+def sampled_cross_entropy(states: Tensor, item_table: Tensor, target: Tensor, negatives: Tensor) -> Tensor:
+    """Mean cross-entropy of each target against itself and sampled negatives. A scalar.
+
+    Uniform negatives without a correction of the logits, as in the published SASRec rows with sampled softmax; a user's
+    positions share the user's negatives, and a negative that is the target itself does not count.
+
+    Args:
+        states: [B, L, D]; item_table: [N, D]; target: int64 [B, L], N where there is none; negatives: int64 [B, K].
+    """
+    real = target != len(item_table)
+    target = target.clamp(max=len(item_table) - 1)
+    with torch.autocast(states.device.type, enabled=False):
+        states, item_table = _wide(states), _wide(item_table)
+        own = (states * F.embedding(target, item_table)).sum(-1, keepdim=True)  # [B, L, 1]
+        drawn = states @ F.embedding(negatives, item_table).transpose(1, 2)  # [B, L, K]
+        drawn = drawn.masked_fill(negatives[:, None] == target[..., None], -torch.inf)
+        return (torch.cat([own, drawn], dim=-1).logsumexp(-1) - own.squeeze(-1))[real].mean()
+
+
+class _Surprise(torch.autograd.Function):
+    """-log softmax(users @ item_table.T) at each row's target, [B]; without a target the log-partition alone.
+
+    Logits are worked off in tiles of rows x items. With a frozen table one pass suffices: the gradient to a user is the
+    softmax's mean item vector, which a running maximum gathers as flash attention does (Dao et al., 2022, with the table
+    as keys and values). With a trained table the backward pass computes the tiles again.
+    """
+
     @staticmethod
-    def forward(ctx, users: Tensor, item_table: Tensor, target: Tensor) -> Tensor:
-        want_users, want_table, _ = ctx.needs_input_grad
-        user_grad = torch.empty_like(users) if want_users else None
-        table_grad = torch.zeros_like(item_table) if want_table else None
-        total = users.new_zeros(())
-        rows = max(1, TILE // len(item_table))
-        for i in range(0, len(users), rows):
-            part, wanted = users[i : i + rows], target[i : i + rows, None]
-            logits = part @ item_table.T  # [b, N]
-            normaliser = logits.logsumexp(1, keepdim=True)
-            total += (normaliser - logits.gather(1, wanted)).sum()
-            if want_users or want_table:  # softmax - one hot, in place of the logits
-                slope = logits.sub_(normaliser).exp_()
-                slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -1.0)).div_(len(users))
-                if want_users:
-                    torch.mm(slope, item_table, out=user_grad[i : i + rows])
-                if want_table:
-                    table_grad.addmm_(slope.T, part)
-        ctx.grads = user_grad, table_grad
-        return total / len(users)
+    def forward(ctx, users: Tensor, item_table: Tensor, target: Tensor | None) -> Tensor:
+        log_partition, mean = partition(users, item_table, want_mean=ctx.needs_input_grad[0] and not ctx.needs_input_grad[1])
+        ctx.save_for_backward(users, item_table, target, log_partition, mean)
+        return log_partition if target is None else log_partition - (users * item_table[target]).sum(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor):
-        return *(None if grad is None else grad * upstream for grad in ctx.grads), None
+        users, item_table, target, log_partition, mean = ctx.saved_tensors
+        upstream, table_grad = upstream[:, None], None
+        if ctx.needs_input_grad[1]:
+            mean, table_grad = _table_gradient(users, item_table, log_partition, upstream)
+            if target is not None:
+                table_grad.index_add_(0, target, users * -upstream)
+        user_grad = None
+        if ctx.needs_input_grad[0]:
+            user_grad = (mean if target is None else mean - item_table[target]) * upstream
+        return user_grad, table_grad, None
+
+
+def partition(users: Tensor, item_table: Tensor, want_mean: bool = True) -> tuple[Tensor, Tensor | None]:
+    """logsumexp of users @ item_table.T, [B], and the softmax's mean item vector, [B, D]; no gradient."""
+    log_partition, means = [], []
+    rows, items = TILES[users.device.type != "cpu"]
+    for part in users.split(rows):
+        peak = part.new_full((len(part), 1), -torch.inf)
+        mass, mean = torch.zeros_like(peak), torch.zeros_like(part)
+        for tile in item_table.split(items):
+            logits = part @ tile.T
+            higher = torch.maximum(peak, logits.amax(1, keepdim=True))
+            weight, decay = logits.sub_(higher).exp_(), peak.sub_(higher).exp_()
+            mass.mul_(decay).add_(weight.sum(1, keepdim=True))
+            if want_mean:
+                mean.mul_(decay).addmm_(weight, tile)
+            peak = higher
+        log_partition.append(peak.add_(mass.log()).squeeze(1))
+        means.append(mean.div_(mass))
+    return torch.cat(log_partition), torch.cat(means) if want_mean else None
+
+
+def _table_gradient(users: Tensor, item_table: Tensor, log_partition: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax's mean item vector [B, D], and the log-partitions' gradient to the table [N, D]."""
+    mean, table_grad = torch.zeros_like(users), torch.zeros_like(item_table)
+    rows, items = TILES[users.device.type != "cpu"]
+    for i in range(0, len(users), rows):
+        part, level = users[i : i + rows], log_partition[i : i + rows, None]
+        scaled = part * upstream[i : i + rows]
+        for j in range(0, len(item_table), items):
+            tile = item_table[j : j + items]
+            weight = (part @ tile.T).sub_(level).exp_()
+            mean[i : i + rows].addmm_(weight, tile)
+            table_grad[j : j + items].addmm_(weight.T, scaled)
+    return mean, table_grad
 
 
 def block_cosine(teacher: Tensor, student: Tensor, reduction: Reduction) -> Tensor:
@@ -77,8 +131,10 @@ def block_distance(teacher: Tensor, student: Tensor, reduction: Reduction, form:
 
 def exit_supervision(exits: Tensor, item_table: Tensor, target: Tensor, reduction: Reduction) -> Tensor:
     """Catalogue cross-entropy at the inner exits, vectors [B, E - 1, D], summed or averaged over exits (L_ms)."""
-    losses = torch.stack([catalogue_cross_entropy(exits[:, k], item_table, target) for k in range(exits.shape[1])])
-    return losses.sum() if reduction == "sum" else losses.mean()
+    with torch.autocast(exits.device.type, enabled=False):
+        users = _wide(exits).flatten(0, 1)
+        losses = _Surprise.apply(users, item_table.to(users.dtype), target.repeat_interleave(exits.shape[1]))
+    return _over_blocks(losses.view(exits.shape[:2]), reduction)
 
 
 def logit_kl(teacher: Tensor, student: Tensor, item_table: Tensor, temperature: float, reduction: Reduction) -> Tensor:
@@ -88,12 +144,13 @@ def logit_kl(teacher: Tensor, student: Tensor, item_table: Tensor, temperature: 
         teacher, student: user vectors [B, E, D] at E block ends; the teacher's are constants here.
         item_table: [N, D].
     """
-    table = _wide(item_table).T / temperature
     with torch.autocast(teacher.device.type, enabled=False):
-        wanted = F.log_softmax(_wide(teacher.detach()) @ table, dim=-1)  # [B, E, N]
-        given = F.log_softmax(_wide(student) @ table, dim=-1)
-        divergence = (wanted.exp() * (wanted - given)).sum(-1)
-    return temperature**2 * _over_blocks(divergence, reduction)
+        wanted, given = (_wide(users).flatten(0, 1) / temperature for users in (teacher.detach(), student))  # [B * E, D]
+        table = item_table.to(wanted.dtype)
+        # KL = E[wanted . v - given . v] - log Z(wanted) + log Z(given), the mean over the teacher's softmax of items v
+        log_partition, mean = partition(wanted, table)
+        divergence = ((wanted - given) * mean).sum(1) - log_partition + _Surprise.apply(given, table, None)
+    return temperature**2 * _over_blocks(divergence.view(teacher.shape[:2]), reduction)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -13,14 +13,15 @@ from models.losses import (
     exit_supervision,
     logit_kl,
     recommendation_loss,
+    sampled_cross_entropy,
 )
 from tests.conftest import histories, small_model
 
 
-@pytest.mark.parametrize("tile", [1, 40, 2**24])
+@pytest.mark.parametrize("tile", [(1, 1), (3, 4), (256, 2048)])
 @pytest.mark.parametrize("trained_table", [True, False])
 def test_catalogue_cross_entropy_equals_the_plain_one(tile, trained_table, monkeypatch):
-    monkeypatch.setattr(losses, "TILE", tile)
+    monkeypatch.setattr(losses, "TILES", (tile, tile))
     torch.manual_seed(0)
     users = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     table = torch.randn(13, 5, dtype=torch.float64, requires_grad=trained_table)
@@ -40,6 +41,83 @@ def test_catalogue_cross_entropy_by_hand():
     table = torch.eye(2)
     expected = (math.log(math.e + 1) - 1 + math.log(1 + math.e**2)) / 2  # -log softmax of (1, 0) at 0 and (0, 2) at 0
     assert float(catalogue_cross_entropy(users, table, torch.tensor([0, 0]))) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("tile", [(1, 1), (3, 4), (256, 2048)])
+def test_logit_kl_equals_the_plain_one(tile, monkeypatch):
+    monkeypatch.setattr(losses, "TILES", (tile, tile))
+    torch.manual_seed(0)
+    teacher, table = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(13, 4, dtype=torch.float64)
+    student = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    p, q = (F.log_softmax(users @ table.T / 1.7, dim=-1) for users in (teacher, student))
+    plain = 1.7**2 * F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean(0).sum()
+    ours = logit_kl(teacher, student, table, 1.7, "sum")
+    torch.testing.assert_close(ours, plain, atol=1e-13, rtol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(value, student)[0] for value in (ours, plain)), atol=1e-13, rtol=1e-12)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss():
+    users = torch.tensor([[300.0], [-300.0]], requires_grad=True)
+    table, target = torch.linspace(-1, 1, 5000)[:, None], torch.tensor([4999, 4999])
+    plain = F.cross_entropy((users @ table.T).double(), target)
+    ours = catalogue_cross_entropy(users, table, target)
+    assert float(ours.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
+    assert torch.isfinite(torch.autograd.grad(ours, users)[0]).all()
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf])
+def test_a_table_that_is_not_finite_gives_a_loss_that_is_not(spoilt):
+    table = torch.ones(9, 2)
+    table[4] = spoilt
+    assert not torch.isfinite(catalogue_cross_entropy(torch.ones(3, 2), table, torch.tensor([0, 1, 2])))
+
+
+def test_no_tile_of_logits_is_larger_than_said(monkeypatch):
+    """256 rows against 30,000 items: nothing as large as the logits is ever made, with a frozen or a trained table."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.size = max(self.size, out.numel())
+            return out
+
+    for trained in (False, True):
+        users, table = torch.randn(256, 4, requires_grad=True), torch.randn(30000, 4, requires_grad=trained)
+        with Largest() as seen:
+            catalogue_cross_entropy(users, table, torch.arange(256)).backward()
+        rows, items = losses.TILES[0]
+        assert table.numel() <= seen.size <= max(rows * items, table.numel()) < users.shape[0] * table.shape[0]
+
+
+def test_sampled_cross_entropy_by_hand_and_against_a_loop():
+    states = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])  # one user, two positions
+    table = torch.eye(2)
+    # first position: target 0 against negative 1; second: target 1, the negative is the target itself and does not count
+    assert float(sampled_cross_entropy(states, table, torch.tensor([[0, 1]]), torch.tensor([[1]]))) == pytest.approx(
+        math.log(1 + math.exp(-1)) / 2
+    )
+    torch.manual_seed(0)
+    states = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([[9, 9, 1, 2], [9, 3, 3, 8], [0, 1, 2, 4]])
+    negatives = torch.tensor([[1, 1, 7], [3, 5, 0], [8, 4, 4]])
+    each = []
+    for user in range(3):
+        for place in range(4):
+            wanted = int(target[user, place])
+            if wanted < 9:
+                others = [int(item) for item in negatives[user] if item != wanted]
+                scores = table[[wanted, *others]] @ states[user, place]
+                each.append(-F.log_softmax(scores, dim=0)[0])
+    plain = torch.stack(each).mean()
+    ours = sampled_cross_entropy(states, table, target, negatives)
+    torch.testing.assert_close(ours, plain, atol=1e-14, rtol=1e-13)
+    for given, wanted in zip(torch.autograd.grad(ours, [states, table]), torch.autograd.grad(plain, [states, table])):
+        torch.testing.assert_close(given, wanted, atol=1e-14, rtol=1e-12)
 
 
 STUDENT = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]])  # [B 1, E 2, H 2]
