@@ -36,6 +36,8 @@ def main(
     norm: Literal["query", "pre", "post"] = "query",
     init_std: cli.PositiveFloat = 0.02,
     # training
+    loss: Literal["full", "sampled"] = "full",
+    num_negatives: cli.PositiveInt = 256,
     batch_size: cli.PositiveInt = 256,
     micro_batch_size: cli.PositiveInt | None = None,
     num_epochs: cli.PositiveInt = 200,
@@ -73,6 +75,8 @@ def main(
         num_blocks, num_heads, dropout: of the transformer.
         norm: query (released), pre or post.
         init_std: spread of the embeddings at the start (1 as released; all-position training does not take off with it).
+        loss: cross-entropy over the whole catalogue (full) or over the target and uniform negatives (sampled).
+        num_negatives: with sampled, how many negatives a user; its positions share them.
         batch_size: users an optimizer step.
         micro_batch_size: users at once; gradients accumulate to batch_size (default: all at once).
         num_epochs: how long to train.
@@ -114,7 +118,7 @@ def main(
     import torch
 
     from datasets import sequences
-    from models.losses import catalogue_cross_entropy
+    from models.losses import catalogue_cross_entropy, sampled_cross_entropy
     from models.sasrec import SASRec
     from utils import checkpoint, training
     from utils.evaluation import finish, ranker
@@ -129,11 +133,15 @@ def main(
 
     def loss_fn(rows):
         history = samples.histories(rows).to(where)
-        if not every_position:
-            return {"total": catalogue_cross_entropy(model(history), model.item_table, samples.targets(rows).to(where))}
-        targets = samples.shifted_targets(rows).to(where)  # [B, L]
+        if every_position:
+            states, targets = model.states(history), samples.shifted_targets(rows).to(where)  # [B, L, D], [B, L]
+        else:
+            states, targets = model(history)[:, None], samples.targets(rows)[:, None].to(where)  # [B, 1, D], [B, 1]
+        if loss == "sampled":
+            negatives = torch.randint(data.n_items, (len(rows), num_negatives), device=where)  # from --seed's stream, as dropout
+            return {"total": sampled_cross_entropy(states, model.item_table, targets, negatives)}
         real = targets != data.n_items
-        return {"total": catalogue_cross_entropy(model.states(history)[real], model.item_table, targets[real])}
+        return {"total": catalogue_cross_entropy(states[real], model.item_table, targets[real])}
 
     fitted = None
     if not eval_only:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Norm = Literal["query", "pre", "post"]
+PARTS = 8
 
 
 class SASRec(nn.Module):
@@ -46,7 +47,22 @@ class SASRec(nn.Module):
         return self.item_embedding.weight[: self.n_items]
 
     def states(self, history: Tensor) -> Tensor:
-        """Item-space state after every position of left-padded histories [B, L] -> [B, L, D]; padding's is unspecified."""
+        """Item-space state after every position of left-padded histories [B, L] -> [B, L, D]; padding's is unspecified.
+
+        On CPU users are worked off in parts of like length, so that little padding is computed; on a GPU launching the
+        kernels of several parts costs more than their padding.
+        """
+        if history.device.type != "cpu":
+            return self._padded_states(history)
+        length = (history != self.n_items).sum(1)
+        order, parts = length.argsort(stable=True), []
+        for rows in order.chunk(PARTS):
+            longest = max(1, int(length[rows[-1]]))
+            states = self._padded_states(history[rows, -longest:])
+            parts.append(F.pad(states, (0, 0, history.shape[1] - longest, 0)))
+        return torch.cat(parts)[order.argsort()]
+
+    def _padded_states(self, history: Tensor) -> Tensor:
         length = history.shape[1]
         real = history != self.n_items  # [B, L]
         x = self.to_hidden(self.item_embedding(history)) * math.sqrt(self.item_embedding.embedding_dim)

@@ -100,3 +100,16 @@ def test_padding_gets_no_gradient_and_is_no_class():
     model.states(batch)[batch != 23].sum().backward()
     assert model.item_embedding.weight.grad[23].abs().sum() == 0
     assert model.item_table.shape == (23, 6)
+
+
+def test_parts_of_like_length_change_nothing(monkeypatch):
+    import models.sasrec
+
+    lengths = [1, 8, 3, 3, 5, 2, 8, 1, 4, 6, 7]
+    batch, model = histories(lengths), made()
+    parts = model.states(batch)
+    whole = model._padded_states(batch)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(parts[row, -length:], whole[row, -length:], atol=1e-14, rtol=0)
+    monkeypatch.setattr(models.sasrec, "PARTS", 1)
+    torch.testing.assert_close(model.states(batch)[batch != 23], parts[batch != 23], atol=1e-14, rtol=0)
