@@ -2,14 +2,15 @@
 
 Each row gets its own bijection of 0 .. 2^k - 1 (2^k >= N): rounds of multiply by a keyed odd number, add a key, and
 xor-shift, all modulo 2^k. Reading it at 0, 1, 2, ... yields every index exactly once in a pseudo-random order; values
-beyond the catalogue and items that the user met are skipped and the first K others are the candidates. No state, no
-rejection of duplicates, no Python per user, and the same answer whatever the batch.
+beyond the catalogue and items that the user met are skipped and the first K others are the candidates. Where a met item
+stands in that order the inverse bijection tells, so the cost of a row is that of its K candidates, whatever N. No state,
+no rejection of duplicates, no Python per user, and the same answer whatever the batch.
 """
 
 import numpy as np
 
 ROUNDS = 4
-BLOCK = 2**24  # cells of working memory (rows x 2^k marks, one byte each)
+BLOCK = 2**18  # values worked on at once: they stay in the processor's cache
 
 
 def draw(key: tuple[int, ...], rows: np.ndarray, owner: np.ndarray, met: np.ndarray, n_items: int, n_candidates: int) -> np.ndarray:
@@ -25,33 +26,38 @@ def draw(key: tuple[int, ...], rows: np.ndarray, owner: np.ndarray, met: np.ndar
         int64 [B, K]; where fewer than K items are left, all of them, filled up with -1.
     """
     bits = max(1, int(n_items - 1).bit_length())
-    step = max(1, BLOCK >> bits)
-    parts = []
+    size, counts = 1 << bits, np.bincount(owner, minlength=len(rows))
+    longest = int(counts.max(initial=0))
+    enough = min(size, n_candidates + size - n_items + longest)  # a smaller multiple of K nearly always is
+    width = min(enough, int(1.15 * n_candidates * size / max(1, n_items - longest)) + 64)
+    keys, first = _keys(key, rows), np.cumsum(counts) - counts
+    chosen = np.full((len(rows), n_candidates), -1, dtype=np.int64)
+    step = max(1, BLOCK // width)
     for i in range(0, len(rows), step):
-        low, high = np.searchsorted(owner, [i, i + step])
-        barred = np.zeros((len(rows[i : i + step]), 1 << bits), dtype=bool)
-        barred[:, n_items:] = True
-        barred[owner[low:high] - i, met[low:high]] = True
-        parts.append(_first_free(_keys(key, rows[i : i + step]), barred, bits, n_candidates))
-    return np.concatenate(parts) if parts else np.empty((0, n_candidates), dtype=np.int64)
-
-
-def _first_free(keys: np.ndarray, barred: np.ndarray, bits: int, n_candidates: int) -> np.ndarray:
-    """The first K values of each row's bijection that are not barred; keys uint32 [b, 2 * ROUNDS]."""
-    size = 1 << bits
-    worst = int(barred.sum(1).max())
-    take = min(size, n_candidates + worst)  # always enough; usually a small multiple of K suffices
-    guess = min(take, int(1.15 * n_candidates * size / max(1, size - worst)) + 64)
-    for width in (guess, take):
-        values = _permuted(keys, np.arange(width, dtype=np.uint32), bits)  # [b, width]
-        free = ~np.take_along_axis(barred, values.astype(np.int64), axis=1)
-        order = np.cumsum(free, axis=1, dtype=np.int32)
-        if width == take or order[:, -1].min() >= n_candidates:
-            break
-    chosen = np.full((len(keys), n_candidates), -1, dtype=np.int64)
-    row, column = np.nonzero(free & (order <= n_candidates))
-    chosen[row, order[row, column] - 1] = values[row, column]
+        part = slice(i, i + step)
+        pairs = slice(first[i], first[i] + counts[part].sum())
+        barred = owner[pairs] - i, met[pairs]
+        if not _fill(chosen[part], keys[part], barred, n_items, bits, width):
+            _fill(chosen[part], keys[part], barred, n_items, bits, enough)
     return chosen
+
+
+def _fill(chosen: np.ndarray, keys: np.ndarray, barred: tuple[np.ndarray, np.ndarray], n_items: int, bits: int, width: int) -> bool:
+    """Write the first K free values among `width` of each row's bijection into `chosen` [b, K]; False if a row has fewer.
+
+    Args:
+        keys: uint32 [b, 2 * ROUNDS]; barred: pairs (row, item).
+    """
+    values = _permuted(keys, np.arange(width, dtype=np.uint32), bits)  # [b, width]
+    free = values < n_items
+    row, item = barred
+    position = _positions(keys[row], item.astype(np.uint32), bits)
+    near = position < width
+    free[row[near], position[near]] = False
+    place = np.cumsum(free, axis=1, dtype=np.int32)
+    row, column = np.nonzero(free & (place <= chosen.shape[1]))
+    chosen[row, place[row, column] - 1] = values[row, column]
+    return place[:, -1].min() >= chosen.shape[1]
 
 
 def _permuted(keys: np.ndarray, positions: np.ndarray, bits: int) -> np.ndarray:
@@ -63,6 +69,19 @@ def _permuted(keys: np.ndarray, positions: np.ndarray, bits: int) -> np.ndarray:
         values += keys[:, 2 * r + 1, None]
         values &= mask
         values ^= values >> shift  # shift >= 1: invertible
+    return values
+
+
+def _positions(keys: np.ndarray, values: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `_permuted`: where each value stands in its bijection; keys [n, 2 * ROUNDS], values and result uint32 [n]."""
+    mask, shift = np.uint32((1 << bits) - 1), np.uint32((bits + 1) // 2)
+    odd = keys[:, ::2] | np.uint32(1)
+    inverse = odd.copy()  # right modulo 2^3; Newton's step doubles the bits
+    for _ in range(4):
+        inverse *= np.uint32(2) - odd * inverse
+    for r in reversed(range(ROUNDS)):
+        values = values ^ (values >> shift)  # its own inverse, since 2 * shift >= bits
+        values = (values - keys[:, 2 * r + 1]) * inverse[:, r] & mask
     return values
 
 

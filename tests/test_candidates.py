@@ -91,3 +91,28 @@ def test_a_dropped_short_user_does_not_shift_the_others(tmp_path):
     a = EvaluationSplit(whole, TEST, 5, 42, 10).candidates(np.array([2, 3, 4]))
     b = EvaluationSplit(short, TEST, 5, 42, 10).candidates(np.array([1, 2, 3]))
     assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("n_items", [1, 2, 3, 50, 64, 65, 1000])
+def test_the_inverse_tells_where_a_value_stands(n_items):
+    from datasets.candidates import _keys, _permuted, _positions
+
+    bits = max(1, int(n_items - 1).bit_length())
+    keys = _keys((5, 1), np.arange(20))
+    values = _permuted(keys, np.arange(1 << bits, dtype=np.uint32), bits)
+    assert (np.sort(values, axis=1) == np.arange(1 << bits)).all()
+    for place in range(1 << bits):
+        assert (_positions(keys, values[:, place], bits) == place).all()
+
+
+def test_the_draw_equals_a_plain_walk_over_the_order():
+    """Item by item in each row's order, the first K that are in the catalogue and not met."""
+    from datasets.candidates import _keys, _permuted
+
+    rng = np.random.default_rng(0)
+    met = [rng.integers(0, 700, n) for n in (0, 5, 300, 690, 1)]
+    given = drawn(range(5), met=met, n_items=700, k=250)
+    order = _permuted(_keys((7, 1), np.arange(5)), np.arange(1024, dtype=np.uint32), 10)
+    for row in range(5):
+        walk = [int(item) for item in order[row] if item < 700 and item not in met[row]][:250]
+        assert given[row].tolist() == walk + [-1] * (250 - len(walk))
