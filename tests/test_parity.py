@@ -105,10 +105,11 @@ def test_padding_length_changes_nothing_but_positions():
         compare_outputs(model(batch), plain(batch))
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_gradient_checkpointing_changes_no_gradient(strategy):
     grads = []
     for checkpointing in (False, True):
-        model = small_model(gradient_checkpointing=checkpointing).train()
+        model = small_model(strategy=strategy, gradient_checkpointing=checkpointing).train()
         model(histories([3, 8, 1])).user.square().sum().backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(grads[0]) == len(grads[1]) > 0
@@ -146,3 +147,35 @@ def test_scaled_rotary_embeddings_are_honoured():
     batch = histories([3, 8])
     compare_outputs(model(batch), plain(batch))
     assert not torch.allclose(model(batch).user, small_model()(batch).user)
+
+
+def _one_rank(rank, folder, strategy):
+    """A process of two: its half of the batch through DistributedDataParallel; rank 0 saves the averaged gradients."""
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = small_model(strategy=strategy, exit_heads=False).train()
+    parallel = DistributedDataParallel(model)
+    parallel(histories(DDP_LENGTHS)[rank::2]).user.square().sum().backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, f"{folder}/gradients.pt")
+    distributed.destroy_process_group()
+
+
+DDP_LENGTHS = [8, 1, 5, 3, 3, 2, 8, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_two_processes_give_the_gradients_of_one(tmp_path, strategy):
+    """DDP over halves of a batch; the norms round to float32 here, and rows of a product may differ in their last bits."""
+    torch.multiprocessing.spawn(_one_rank, (str(tmp_path), strategy), nprocs=2)
+    given = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    model = small_model(strategy=strategy, exit_heads=False).train()
+    model(histories(DDP_LENGTHS)).user.square().sum().backward()
+    wanted = {name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None}  # DDP averages
+    assert set(given) == set(wanted) and len(wanted) > 10
+    for name in wanted:
+        torch.testing.assert_close(given[name], wanted[name], atol=1e-5, rtol=1e-5, msg=lambda text: f"{name}: {text}")
