@@ -5,10 +5,13 @@
     python distill.py --domain_type cloth --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0   # plain CE, no teacher
     python distill.py --domain_type cloth --distill_mode online --base_model meta-llama/Llama-2-7b-hf
     python distill.py --domain_type cloth --eval_only                    # metrics of best/ again
+    python distill.py --domain_type cloth --distill_lambda 0.5 --output_dir runs/half    # the teacher's states are read, not made again
 
-Reads data/<domain>.csv, output/<domain>/sasrec_item.pkl and output/<domain>/teacher/; writes output/<domain>/student/.
+Reads data/<domain>.csv, output/<domain>/sasrec_item.pkl and output/<domain>/teacher/; writes output/<domain>/student/ and,
+once a teacher, its states on the training samples beside the teacher's folder: output/<domain>/teacher_states/.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +38,7 @@ def main(
     data_path: str | None = None,
     item_table: str | None = None,
     teacher: str | None = None,
+    teacher_cache: str = "auto",
     output_dir: str | None = None,
     train_targets: Literal["last", "all"] = "last",
     max_seq_length: cli.PositiveInt | None = None,
@@ -98,6 +102,8 @@ def main(
         data_path: its CSV, wherever it is.
         item_table: step 2's file; output/<domain>/sasrec_item.pkl by default.
         teacher: the folder of the step-3 run; output/<domain>/teacher by default.
+        teacher_cache: where the frozen teacher's states on the training samples are kept, computed once and reused by later runs;
+            auto is teacher_states/ beside the teacher's folder, off runs the teacher in every step.
         output_dir: this run's folder; output/<domain>/student by default.
         train_targets: one target a user (last) or every prefix (all).
         max_seq_length: how many of the last items are read; the teacher's, 30 without one.
@@ -145,6 +151,7 @@ def main(
 
     root = Path("output") / canonical_domain(domain_type)
     folder, teacher_folder = Path(output_dir or root / "student"), Path(teacher or root / "teacher")
+    cache = {"auto": teacher_folder.parent / "teacher_states", "off": None}.get(teacher_cache, Path(teacher_cache))
     aligned = not eval_only and (distill_lambda > 0 or norm_lambda > 0 or logit_lambda > 0)
     offline, online = aligned and distill_mode == "offline", aligned and distill_mode == "online"
     n_blocks = distill_block if aligned or (cls_multiple_lambda > 0 and not eval_only) else 1  # plain CE needs no blocks
@@ -152,9 +159,10 @@ def main(
         cli.divides(micro_batch_size=micro_batch_size or batch_size, batch_size=batch_size),
         cli.blocks(n_blocks, llama_decoder_nums_student=llama_decoder_nums_student),
         (
-            not offline or (teacher_folder / "best").is_dir(),
+            not offline or (teacher_folder / "best").is_dir() or (cache is not None and cache.is_dir()),
             f"teacher not found: {teacher_folder / 'best'}; finetune.py writes it (or name a run with --teacher)",
         ),
+        (cache is None or cache.is_dir() or not cache.exists(), f"--teacher_cache={cache}: is a file, expected a folder, auto or off"),
     )
     runlog.check_output_dir(folder, "student", overwrite=overwrite, eval_only=eval_only)
     inputs = read_inputs(domain_type, data_path, item_table)
@@ -180,11 +188,11 @@ def main(
 
     import torch
 
-    from datasets import sequences
+    from datasets import sequences, teacher_states
     from datasets.prompts import tokenise
     from models import base
     from models.llm4rec import build, specify
-    from models.losses import recommendation_loss
+    from models.losses import Output, recommendation_loss
     from utils import checkpoint, training
     from utils.evaluation import finish, ranker
 
@@ -209,22 +217,38 @@ def main(
         same_exits = offline and fixed["model"]["exit_heads"] and fixed["model"]["n_blocks"] == distill_block
         spec = specified(flags["llama_decoder_nums_student"], exits or (logit_lambda > 0 and same_exits))
     student = trained = made(spec)
-    guide = None  # the teacher: history -> Output
-    if offline:
-        frozen = made(fixed["model"])
-        checkpoint.restore(frozen, checkpoint.load(teacher_folder / "best")[0], teacher_folder / "best")
-        frozen.regroup(distill_block)
-        guide = frozen.requires_grad_(False).encoder(half)
-    elif online:
-        guide = made(specified(flags["llama_decoder_nums_teacher"], exits))
-        trained = torch.nn.ModuleDict({"student": student, "teacher": guide})
     samples, splits = sequences.prepare(inputs.data, **{name: flags[name] for name in PROTOCOL})
     ranks = ranker(lambda: student.user_encoder(half), student.item_table, splits, eval_batch_size, where)
 
+    def frozen_teacher() -> Callable[[torch.Tensor], Output]:
+        frozen = made(fixed["model"])
+        checkpoint.restore(frozen, checkpoint.load(teacher_folder / "best")[0], teacher_folder / "best")
+        frozen.regroup(distill_block)
+        return frozen.requires_grad_(False).encoder(half)
+
+    if not aligned:
+        wanted = lambda rows, history: None
+    elif online:
+        together = made(specified(flags["llama_decoder_nums_teacher"], exits))
+        trained = torch.nn.ModuleDict({"student": student, "teacher": together})
+        wanted = lambda rows, history: together(history)
+    elif cache is None:
+        live = frozen_teacher()
+        wanted = lambda rows, history: live(history)
+    else:
+        identity = {
+            **inputs.hashes, "weights_sha256": runlog.weights_sha256(teacher_folder), "base": base.identity(location), "bf16": half,
+            "model": fixed["model"], "distill_block": distill_block, "train_targets": train_targets, "max_seq_length": flags["max_seq_length"],
+        }  # fmt: skip
+        states = teacher_states.open_or_build(cache, identity, frozen_teacher, samples, eval_batch_size, where)
+        wanted = lambda rows, history: Output(*states.rows(rows, where))
+
     def loss_fn(rows):
         history, target = samples.histories(rows).to(where), samples.targets(rows).to(where)
-        wanted = None if guide is None else guide(history)
-        return recommendation_loss(student(history), wanted, table, target, train_teacher=online, **{name: flags[name] for name in LOSS})
+        teacher_output = wanted(rows, history)
+        return recommendation_loss(
+            student(history), teacher_output, table, target, train_teacher=online, **{name: flags[name] for name in LOSS}
+        )
 
     fitted = None
     if not eval_only:

@@ -68,6 +68,14 @@ def read_config(base: str) -> LlamaConfig:
     return LlamaConfig(**content)
 
 
+def identity(base: str) -> list:
+    """What tells the base's present files from others, without reading them: names, sizes and times, or the hub's snapshot."""
+    if not Path(base).is_dir():
+        return [base, _file(base, "config.json")]  # in the hub's cache the path holds the commit
+    files = [Path(base) / "config.json", *sorted(Path(base).glob("*.safetensors"))]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 def select_layers(available: int, kept: int, selection: Selection | list[int], interval_nums: int = 1) -> list[int]:
     """Indices of the kept layers, ascending.
 

@@ -1,5 +1,10 @@
 """Shared pieces of the tests: small LLaMAs, small domains, the real data where it is."""
 
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,11 +13,13 @@ from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from datasets.demo import write_demo
 from models.llm4rec import LLM4Rec, assemble
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
+SHORT = {"max_steps": 3, "eval_batch_size": 64, "batch_size": 32}
 
 
 @pytest.fixture
@@ -72,3 +79,41 @@ def real(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"real data not here: {path}")
     return path
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sorted(files(folder))}
+
+
+def script(name: str, *flags: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, ROOT / name, *flags], cwd=cwd, capture_output=True, text=True, env=environment)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory):
+    """A working folder, with a space in its name, where the four scripts ran once with short flags."""
+    folder = tmp_path_factory.mktemp("a house")
+    write_demo(folder / "data/demo.csv", n_users=120, n_items=160)
+    short = ("--max_steps=3", "--eval_batch_size=64", "--batch_size=32")
+    printed = {
+        "sasrec": script("train_sr_trad.py", *short, cwd=folder).stdout,
+        "table": script("extract_emb.py", cwd=folder).stdout,
+        "teacher": script("finetune.py", *short, cwd=folder).stdout,
+        "student": script("distill.py", *short, cwd=folder).stdout,
+    }
+    return folder, printed
+
+
+@pytest.fixture
+def inside(house, tmp_path, monkeypatch):
+    """A copy of the house to spoil, as the current folder."""
+    shutil.copytree(house[0], tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"

@@ -1,11 +1,7 @@
 """The four scripts on a shrunken demo: as subprocesses for the main road, in process for the side roads."""
 
-import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +13,7 @@ import extract_emb
 import finetune
 import train_sr_trad
 from datasets.demo import write_demo
-from tests.conftest import ROOT, TARGETS, small_config
+from tests.conftest import SHORT, TARGETS, files, hashes, small_config
 from utils import checkpoint
 from utils.cli import UsageError
 
@@ -26,52 +22,14 @@ RUN = {"config.json", "metrics.jsonl", "results.json", "ranks.npz"} | {
     f"{kind}/{name}" for kind in ("best", "last") for name in ("weights.safetensors", "meta.json", "manifest.json")
 }
 BASE = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-SHORT = {"max_steps": 3, "eval_batch_size": 64, "batch_size": 32}
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sorted(files(folder))}
-
-
-def script(name: str, *flags: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, ROOT / name, *flags], cwd=cwd, capture_output=True, text=True, env=environment)
-    assert done.returncode == status, done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    """A working folder, with a space in its name, where the four scripts ran once with short flags."""
-    folder = tmp_path_factory.mktemp("a house")
-    write_demo(folder / "data/demo.csv", n_users=120, n_items=160)
-    short = ("--max_steps=3", "--eval_batch_size=64", "--batch_size=32")
-    printed = {
-        "sasrec": script("train_sr_trad.py", *short, cwd=folder).stdout,
-        "table": script("extract_emb.py", cwd=folder).stdout,
-        "teacher": script("finetune.py", *short, cwd=folder).stdout,
-        "student": script("distill.py", *short, cwd=folder).stdout,
-    }
-    return folder, printed
-
-
-@pytest.fixture
-def inside(house, tmp_path, monkeypatch):
-    """A copy of the house to spoil, as the current folder."""
-    shutil.copytree(house[0], tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    return tmp_path / "copy"
-
 
 def test_exactly_these_files_are_written(house):
     folder, _ = house
     expected = {"data/demo.csv", "output/demo/sasrec_item.pkl", "output/demo/sasrec_item.json"}
     expected |= {f"output/demo/{step}/{name}" for step in ("sasrec", "teacher", "student") for name in RUN}
     expected |= {f"output/base/tiny/{name}" for name in BASE}
+    (states,) = (folder / "output/demo/teacher_states").iterdir()
+    expected |= {f"output/demo/teacher_states/{states.name}/{name}" for name in ("user.bin", "states.bin", "exits.bin", "meta.json")}
     assert files(folder) == expected
 
 
@@ -149,7 +107,7 @@ def test_the_offline_teacher_is_frozen_and_in_evaluation_mode(inside, monkeypatc
 
     monkeypatch.setattr(llm4rec.LLM4Rec, "encoder", encoder)
     monkeypatch.setattr(losses, "recommendation_loss", spy)
-    distill.main(**SHORT, teacher="lora", output_dir="s")
+    distill.main(**SHORT, teacher="lora", teacher_cache="off", output_dir="s")
     assert encoders[0].decoder.n_layers == 8
     assert seen == [(False,) * 4] * 3
 
@@ -278,6 +236,15 @@ def test_prefixes_as_training_targets_and_interval_flags_reach_the_model(inside)
     finetune.main(**SHORT, train_targets="all", llama_decoder_nums=2, output_dir="all")
     train_sr_trad.main(**SHORT, train_targets="last", norm="pre", output_dir="last")
     assert json.loads(Path("last/config.json").read_text())["flags"]["norm"] == "pre"
+
+
+def test_sampled_loss_trains_sasrec_and_the_same_seed_gives_the_same_bits(inside):
+    for run in ("one", "two"):
+        train_sr_trad.main(**SHORT, loss="sampled", num_negatives=20, output_dir=run)
+    train_sr_trad.main(**SHORT, loss="sampled", num_negatives=21, output_dir="three")
+    train_sr_trad.main(**SHORT, loss="sampled", num_negatives=20, train_targets="last", output_dir="four")
+    weights = [hashes(Path(run) / "best")["weights.safetensors"] for run in ("one", "two", "three", "four")]
+    assert weights[0] == weights[1] and len(set(weights)) == 3
 
 
 def test_bfloat16_and_checkpointing_and_micro_batches_run(inside):

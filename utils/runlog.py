@@ -157,6 +157,7 @@ def about(folder: Path, step: str, module: Any, fitted: Any) -> dict[str, Any]:
         "data_sha256": config["data_sha256"],
         "random_base": config.get("random_base", False),
         "parameters": sum(sizes.values()),
+        "weights_sha256": weights_sha256(folder),
         "trainable_parameters": sum(n for p, n in sizes.items() if p.requires_grad),
     }
     if fitted is not None:
@@ -165,6 +166,14 @@ def about(folder: Path, step: str, module: Any, fitted: Any) -> dict[str, Any]:
         earlier = read_json(folder / "results.json", "results") if (folder / "results.json").exists() else {}
         trained = {name: earlier.get(name) for name in ("steps", "best_step", "train_seconds")}
     return head | trained
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash of the best checkpoint's weights, by its manifest, or by results.json where the checkpoint was taken away."""
+    manifest = folder / "best" / "manifest.json"
+    if manifest.is_file():
+        return read_json(manifest, "checkpoint")["weights.safetensors"]
+    return read_json(folder / "results.json", "results").get("weights_sha256", "unknown")
 
 
 class MetricsLog:

@@ -68,6 +68,7 @@ def fit(
     Raises:
         RunError: the loss, a gradient or a metric is not finite.
     """
+    torch.manual_seed(seed)  # dropout's stream starts here, whatever was drawn to make the models
     device = next(module.parameters()).device
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)

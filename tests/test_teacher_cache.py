@@ -1,0 +1,201 @@
+"""The frozen teacher's states on disk: the same run as with the teacher itself, complete or absent, never another's."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import distill
+import finetune
+from datasets import teacher_states
+from datasets.sequences import Samples
+from models.losses import Output, recommendation_loss
+from tests.conftest import SHORT, hashes, small_model
+from utils import checkpoint
+from utils.cli import UsageError
+
+CPU = torch.device("cpu")
+WEIGHTS = {"distill_lambda": 1.0, "norm_lambda": 0.1, "cls_multiple_lambda": 0.7, "logit_lambda": 0.5, "temperature": 2.0}
+
+
+def samples(n=50, n_items=23, slots=8):
+    rng = np.random.default_rng(0)
+    length = rng.integers(1, 12, n)
+    end = np.cumsum(length + 1) - 1
+    return Samples(rng.integers(0, n_items, end[-1] + 1).astype(np.int32), end, length, n_items, slots)
+
+
+def never():
+    raise AssertionError("the teacher was loaded")
+
+
+def trained(student, wanted, data, steps=20):
+    """`steps` steps of the whole loss; every part at every step."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    rng, log = np.random.default_rng(1), []
+    for _ in range(steps):
+        rows = rng.choice(len(data), 16, replace=False)
+        parts = recommendation_loss(student(data.histories(rows)), wanted(rows), student.item_table, data.targets(rows), **WEIGHTS)
+        parts["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        log.append({name: float(value.detach()) for name, value in parts.items()})
+    return log
+
+
+@pytest.mark.usefixtures("float64_norm")
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_cached_and_live_teacher_give_the_same_losses_over_20_steps(tmp_path, batch_size):
+    data = samples()
+    encode = small_model(layers=4, n_blocks=2, seed=9).requires_grad_(False).encoder()
+    live = trained(small_model(layers=2, n_blocks=2).train(), lambda rows: encode(data.histories(rows)), data)
+    states = teacher_states.open_or_build(tmp_path, {"a": 1}, lambda: encode, data, batch_size, CPU)
+    cached = trained(small_model(layers=2, n_blocks=2).train(), lambda rows: Output(*states.rows(rows, CPU)), data)
+    assert set(live[0]) == {"ce", "exits", "align_cos", "align_norm", "logit_kl", "teacher_ce", "total"}
+    assert live[0]["total"] != live[-1]["total"]
+    for one, other in zip(live, cached):
+        assert one == pytest.approx(other, rel=1e-10)
+    again = teacher_states.open_or_build(tmp_path, {"a": 1}, never, data, batch_size, CPU)
+    assert trained(small_model(layers=2, n_blocks=2).train(), lambda rows: Output(*again.rows(rows, CPU)), data) == cached
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_states_come_back_bit_for_bit_in_their_dtype_and_without_exits(tmp_path, dtype):
+    data = samples(n_items=10**6)  # all histories differ
+    user, states = torch.randn(50, 3).to(dtype), torch.randn(50, 2, 4).to(dtype)
+    where = {tuple(history): i for i, history in enumerate(data.histories(np.arange(50)).tolist())}
+
+    def encode(history):
+        rows = [where[tuple(row)] for row in history.tolist()]
+        return user[rows], states[rows], user.new_empty(len(rows), 0, 3)
+
+    assert len(where) == 50
+    kept = teacher_states.open_or_build(tmp_path, {}, lambda: encode, data, 8, CPU)
+    rows = np.array([3, 49, 0, 3])
+    for given, expected in zip(kept.rows(rows, CPU), (user[rows], states[rows], user.new_empty(4, 0, 3))):
+        assert given.dtype == dtype and torch.equal(given, expected)
+
+
+def made(tmp_path, data, identity=None, encode=None, calls=None):
+    def teacher():
+        if calls is not None:
+            calls.append(1)
+        return encode or (lambda history: (history[:, -1:].float(), history[:, None].float(), history[:, None, :0].float()))
+
+    return teacher_states.open_or_build(tmp_path, identity or {"teacher": "one"}, teacher, data, 8, CPU)
+
+
+@pytest.mark.parametrize(
+    "name, spoil, reason",
+    [
+        ("states.bin", lambda b: b[:-4], "has a states.bin that was cut short or altered"),
+        ("states.bin", lambda b: b[:9] + bytes([b[9] ^ 1]) + b[10:], "has a states.bin that was cut short or altered"),
+        ("user.bin", lambda b: b"", "has a user.bin that was cut short or altered"),
+        ("user.bin", None, "lacks user.bin"),
+        ("meta.json", lambda b: b[:20], "has no readable meta.json"),
+        ("meta.json", None, "has no readable meta.json"),
+        ("meta.json", lambda b: b.replace(b'"one"', b'"two"'), "belongs to another teacher or other samples"),
+        ("meta.json", lambda b: b.replace(b'"samples": 50', b'"samples": 49'), "belongs to another teacher or other samples"),
+    ],
+)
+def test_a_damaged_stale_or_foreign_file_is_said_and_made_again(tmp_path, capsys, name, spoil, reason):
+    data, calls = samples(), []
+    before = made(tmp_path, data, calls=calls).rows(np.arange(50), CPU)
+    (folder,) = tmp_path.iterdir()
+    content = (folder / name).read_bytes()
+    (folder / name).unlink() if spoil is None else (folder / name).write_bytes(spoil(content))
+    capsys.readouterr()
+    after = made(tmp_path, data, calls=calls).rows(np.arange(50), CPU)
+    assert f"{folder} {reason}; computing them again" in capsys.readouterr().out
+    assert len(calls) == 2 and all(torch.equal(a, b) for a, b in zip(before, after))
+    assert (folder / name).read_bytes() == content
+
+
+def test_another_identity_has_another_folder(tmp_path):
+    data, calls = samples(), []
+    made(tmp_path, data, {"weights": "a"}, calls=calls)
+    made(tmp_path, data, {"weights": "b"}, calls=calls)
+    made(tmp_path, data, {"weights": "a"}, calls=calls)
+    assert len(calls) == 2 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_teacher_that_fails_half_way_leaves_nothing(tmp_path):
+    looks = []
+
+    def encode(history):
+        looks.append(1)
+        if len(looks) == 4:
+            raise KeyboardInterrupt
+        return history[:, :2].float(), history[:, None].float(), history[:, None, :0].float()
+
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, samples(), encode=encode)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(UsageError, match=r"--teacher_cache: .* has 0.00 GiB free, the teacher's states need 0.00 GiB; name a folder .* or use off"):
+        made(tmp_path / "cache", samples())
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_second_run_needs_no_teacher_weights_and_says_so(inside, capsys):
+    shutil.rmtree("output/demo/teacher_states")
+    distill.main(**SHORT, overwrite=True)
+    said = capsys.readouterr().out
+    assert "120 samples x 4 blocks x 64, 0.00 GiB to output/demo/teacher_states/" in said
+    for name in ("output/demo/teacher/best/weights.safetensors", "output/demo/teacher/best", "output/demo/teacher/last"):
+        Path(name).unlink() if Path(name).is_file() else shutil.rmtree(name)
+        distill.main(**SHORT, distill_lambda=0.3, seed=5, output_dir="other", overwrite=True)
+        said = capsys.readouterr().out
+        assert "teacher states: read from output/demo/teacher_states/" in said and "the teacher is not loaded" in said
+    shutil.rmtree("output/demo/teacher_states")
+    with pytest.raises(UsageError, match="teacher not found: output/demo/teacher/best"):
+        distill.main(**SHORT, output_dir="third")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_the_scripts_losses_are_those_of_the_live_teacher(inside, strategy):
+    short = SHORT | {"max_steps": 20, "log_steps": 1}
+    finetune.main(**SHORT, train_strategy=strategy, output_dir="guide/teacher")
+    distill.main(**short, teacher="guide/teacher", train_strategy=strategy, teacher_cache="off", output_dir="live")
+    assert not Path("guide/teacher_states").exists()
+    for run in ("cached", "again"):
+        distill.main(**short, teacher="guide/teacher", train_strategy=strategy, output_dir=run)
+    logs = [[json.loads(line) for line in open(f"{run}/metrics.jsonl")] for run in ("live", "cached", "again")]
+    assert [line.pop("event") for line in logs[0]] == [line.pop("event") for line in logs[1]] == ["train"] * 20 + ["valid"]
+    for one, other in zip(*logs[:2]):
+        assert one == pytest.approx(other, rel=1e-5)
+    assert Path("cached/metrics.jsonl").read_text() == Path("again/metrics.jsonl").read_text()
+    assert hashes(Path("cached/best")) == hashes(Path("again/best"))
+
+
+@pytest.mark.slow
+def test_a_teacher_trained_again_is_not_taken_for_the_first(inside, capsys):
+    finetune.main(**SHORT, seed=7, overwrite=True)
+    capsys.readouterr()
+    distill.main(**SHORT, overwrite=True)
+    assert "teacher states: none in output/demo/teacher_states for this teacher" in capsys.readouterr().out
+    assert len(list(Path("output/demo/teacher_states").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_named_folder_is_used_and_a_file_refused(inside):
+    distill.main(**SHORT, teacher_cache="my states", output_dir="s")
+    assert len(list(Path("my states").iterdir())) == 1
+    with pytest.raises(UsageError, match="--teacher_cache=data/demo.csv: is a file, expected a folder, auto or off"):
+        distill.main(**SHORT, teacher_cache="data/demo.csv", output_dir="t")
+
+
+@pytest.mark.slow
+def test_weights_of_the_run_are_named_in_its_results(inside):
+    results = json.loads(Path("output/demo/teacher/results.json").read_text())
+    manifest = json.loads(Path("output/demo/teacher/best/manifest.json").read_text())
+    assert results["weights_sha256"] == manifest[checkpoint.WEIGHTS]
