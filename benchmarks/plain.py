@@ -1,10 +1,16 @@
-"""The plain form: the padded Hugging Face forward with peft, as a user would write it.
+"""The plain form: the padded Hugging Face forward with peft, and the rest of the pipeline as a user would write it.
 
 The readable specification of the teacher and the student. Tests compare the fast forward with it, benchmarks race it;
 no script imports it. Legend as in models/llm4rec.py.
 """
 
+import json
+import random
+from pathlib import Path
+
+import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaModel
 
@@ -107,3 +113,51 @@ def plain_twin(model: LLM4Rec, lora: tuple[int, int, list[str]] | None) -> tuple
             own[names[name]].copy_(parameter)
             own[names[name]].requires_grad_(parameter.requires_grad)
     return plain, names
+
+
+def plain_loss(student: Output, teacher: Output | None, item_table: Tensor, target: Tensor) -> Tensor:
+    """distill.py's default loss: ce + sum over blocks of (1 - cos) + 0.1 x distances + ce of the exits; ce alone without a teacher."""
+
+    def cross_entropy(users: Tensor) -> Tensor:
+        return F.cross_entropy((users @ item_table.T).float(), target)
+
+    loss = cross_entropy(student.user)
+    if teacher is None:
+        return loss
+    for k in range(student.states.shape[1]):
+        wanted, given = teacher.states[:, k].float(), student.states[:, k].float()
+        loss = loss + (1 - F.cosine_similarity(wanted, given, dim=-1)).mean() + 0.1 * (wanted - given).norm(dim=-1).mean()
+    for k in range(student.exits.shape[1]):
+        loss = loss + cross_entropy(student.exits[:, k])
+    return loss
+
+
+def plain_candidates(pool: set[int], history: list[int], n_candidates: int) -> list[int]:
+    """The released dataset class's way: the pool without the user's items, then a sample of it."""
+    return random.sample(list(pool - set(history)), n_candidates)
+
+
+def plain_ranks(users: Tensor, item_table: Tensor, target: Tensor, seen: list[list[int]]) -> Tensor:
+    """Rank of each target among all items without the user's history: the whole score matrix, sorted; int64 [B], from 1."""
+    scores = users @ item_table.T
+    for row, items in enumerate(seen):
+        own = scores[row, target[row]].clone()
+        scores[row, items] = -torch.inf
+        scores[row, target[row]] = own
+    order = scores.argsort(dim=1, descending=True)
+    return (order == target[:, None]).nonzero()[:, 1] + 1
+
+
+def plain_process(path: Path, min_rating: float, min_user: int, min_item: int, min_length: int) -> pd.DataFrame:
+    """The released notebook's filters in pandas, in time order; a row a user with its list of items numbered from 0."""
+    with open(path, encoding="utf-8") as file:
+        frame = pd.DataFrame([json.loads(line) for line in file])[["reviewerID", "asin", "overall", "unixReviewTime"]]
+    frame = frame[frame.overall >= min_rating].drop_duplicates(["reviewerID", "asin", "unixReviewTime"])
+    frame = frame[frame.groupby("reviewerID").asin.transform("size") >= min_user]
+    frame = frame[frame.groupby("asin").asin.transform("size") >= min_item]
+    frame = frame.sort_values(["reviewerID", "unixReviewTime"], kind="stable")
+    frame = frame[frame.groupby("reviewerID").asin.transform("size") >= min_length]
+    frame = frame.drop_duplicates(["reviewerID", "asin"])
+    frame = frame[frame.groupby("reviewerID").asin.transform("size") >= min_length]
+    frame["item"] = frame.asin.astype("category").cat.codes
+    return frame.groupby("reviewerID", sort=False).item.apply(list).reset_index()

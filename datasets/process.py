@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import orjson
 from tqdm import tqdm
 
 from datasets.interactions import canonical_domain, write_csv
 from utils import cli
 from utils.cli import UsageError
 
+NUMBERS = {"overall", "unixReviewTime"}  # the fields that are numbers; all others are text
 BROKEN_SHARE = 0.01  # more broken lines than this are an error
 SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")  # page code that some v2 metadata files carry as a title
 TAG = re.compile(r"</?[A-Za-z][^<>]*>|<span\b[^<>]*$")  # whole tags, and one that was cut off at the end
@@ -196,25 +198,34 @@ def _records(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
 def _parse(text: bytes, fields: tuple[str, ...]) -> dict | None:
     """A record, or None; the 2014 metadata files are Python literals rather than JSON."""
     try:
-        row = json.loads(text)
+        row = orjson.loads(text)
+    except ValueError:
+        row = _parse_leniently(text)
+    if not isinstance(row, dict):
+        return None
+    for field in fields:
+        value = row.get(field)
+        if field not in NUMBERS:
+            if not isinstance(value, str):
+                return None
+        elif not isinstance(value, int | float) or not abs(value) < 2**53:  # also refuses NaN
+            return None
+    return row
+
+
+def _parse_leniently(text: bytes) -> object:
+    """What orjson, which is strict, does not take: NaN, lone surrogates, huge numbers, Python literals; else None."""
+    try:
+        return json.loads(text)
     except RecursionError:
         return None
     except ValueError:
         if not text.startswith(b"{'"):
             return None
         try:
-            row = ast.literal_eval(text.decode("utf-8"))
+            return ast.literal_eval(text.decode("utf-8"))
         except (ValueError, SyntaxError):
             return None
-    whole = isinstance(row, dict) and all(_valid(field, row.get(field)) for field in fields)
-    return row if whole else None
-
-
-def _valid(field: str, value: object) -> bool:
-    """Ratings and times are numbers that fit, everything else is text."""
-    if field in ("overall", "unixReviewTime"):
-        return isinstance(value, int | float) and abs(value) < 2**53  # also refuses NaN
-    return isinstance(value, str)
 
 
 @cli.command

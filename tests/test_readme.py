@@ -9,6 +9,7 @@ import distill
 import extract_emb
 import finetune
 import train_sr_trad
+from benchmarks import efficiency, throughput
 from datasets import process
 from experiments import demo
 from tests.conftest import ROOT
@@ -17,8 +18,10 @@ from utils import cli
 MAINS = {
     "train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main, "finetune.py": finetune.main,
     "distill.py": distill.main, "datasets.process": process.main, "experiments.demo": demo.main,
+    "benchmarks.throughput": throughput.main, "benchmarks.efficiency": efficiency.main,
 }  # fmt: skip
 PAGES = ["README.md", "train_sr_trad.py", "extract_emb.py", "finetune.py", "distill.py", "datasets/process.py", "experiments/demo.py"]
+PAGES += ["benchmarks/throughput.py", "benchmarks/efficiency.py"]
 
 
 def commands(page):

@@ -1,0 +1,290 @@
+"""The paper's efficiency table: E4SRec with 32, 8 and 4 layers and SLMRec, plain and ours, time, parameters and memory.
+
+    python -m benchmarks.efficiency                                      # CPU: shape small, the same layer counts
+    python -m benchmarks.efficiency --shape llama-2-7b --batch_size 256  # CUDA: LLaMA-2-7B's shape in bfloat16
+
+Weights are random, prompt and response have 62 and 7 tokens, lengths and catalogue are the domain's (the demo's by
+default). Every round builds each row anew, warms it up with a step and times the next, so that rows alternate and only
+one is in memory; medians over rounds. On CUDA each row takes the largest micro-batch that fits (accumulating to the
+batch), as a user would. Writes efficiency.json and efficiency.md into --output_dir.
+"""
+
+import functools
+import gc
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from benchmarks import measure, plain
+from benchmarks.measure import seconds, training_step
+from datasets import sequences, teacher_states
+from datasets.demo import ensure_demo
+from datasets.interactions import find_csv, read_csv
+from models.base import BUILT_IN
+from models.losses import Output, catalogue_cross_entropy, recommendation_loss
+from models.sasrec import SASRec
+from utils import cli
+from utils.runlog import write_json
+from utils.training import choose_device
+
+DIM, SLOTS, BLOCKS = 128, 30, 4
+PROMPT, RESPONSE = list(range(62)), list(range(62, 69))
+SHAPES = BUILT_IN | {"llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}}
+VOCABULARY = {"llama-2-7b": 32000}
+WEIGHTS = {"distill_lambda": 1.0, "norm_lambda": 0.1, "cls_multiple_lambda": 1.0}
+PAPER = {
+    "E4SRec, 32 layers": "3.95 / 0.415 / 0.023 / 6.631",
+    "E4SRec, 4 layers": "0.90 / 0.083 / 0.003 / 0.944",
+    "SLMRec 4 <- 8": "0.60 / 0.052 / 0.003 / 0.944",
+    "SASRec": "0.014 / 0.015 / 0.007 / 0.007",
+}  # training h an epoch / inference h / trainable B / inference B, one A100, training batch 256, inference batch 512
+
+
+class Setting(NamedTuple):
+    """All that a row is built from; sent to the process that measures its memory."""
+
+    csv: str
+    shape: str
+    batch_size: int
+    device: str
+
+
+class Row(NamedTuple):
+    """train and infer take sample indices; parameters as the paper counts them: decoder with embeddings and LoRA, no adapters."""
+
+    train: Callable[[np.ndarray], None]
+    infer: Callable[[np.ndarray], Tensor]
+    trained_parameters: int
+    parameters: int
+
+
+@functools.lru_cache(1)
+def samples_of(setting: Setting) -> sequences.Samples:
+    return sequences.training_samples(read_csv(setting.csv), "last", SLOTS)
+
+
+def batches_of(setting: Setting, n: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.choice(len(samples_of(setting)), setting.batch_size, replace=False) for _ in range(n)]
+
+
+def shape_of(setting: Setting) -> measure.Shape:
+    config = LlamaConfig(
+        **SHAPES[setting.shape], num_hidden_layers=32, vocab_size=VOCABULARY.get(setting.shape, 390), max_position_embeddings=4096, use_cache=False
+    )
+    torch.manual_seed(0)
+    table = nn.Embedding(samples_of(setting).n_items, DIM).weight.detach().mul_(0.1).to(setting.device)
+    return measure.Shape(config, PROMPT, RESPONSE, table, SLOTS)
+
+
+def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Row:
+    """`which` is plain or ours; distilled: the whole loss against cached teacher states, exits too."""
+    shape, samples, device = shape_of(setting), samples_of(setting), torch.device(setting.device)
+    bf16 = device.type == "cuda"
+    model = shape.model(n_layers, "lora", BLOCKS if distilled else 1, distilled, bf16)
+    states = made_up_states(setting, shape) if distilled else None
+    if which == "plain":
+        model = plain.plain_twin(model, (measure.RANK, measure.RANK, measure.TARGETS))[0]
+
+    def loss(rows):
+        history, target = samples.histories(rows).to(device), samples.targets(rows).to(device)
+        if which == "plain":
+            return plain.plain_loss(model(history), None, model.item_table, target)
+        if not distilled:
+            return catalogue_cross_entropy(model(history).user, model.item_table, target)
+        wanted = Output(*states(rows))
+        return recommendation_loss(model(history), wanted, model.item_table, target, **WEIGHTS)["total"]
+
+    @torch.no_grad()
+    def plain_encode(history):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return model.eval()(history).user
+
+    encoder = functools.cache(lambda: plain_encode if which == "plain" else model.user_encoder(bf16))  # made when first asked: the prompt, once
+    decoder = model.llama if which == "plain" else model.decoder
+    sizes = [(p.numel(), p.requires_grad) for p in decoder.parameters()]
+    return Row(
+        training_step(model, loss, bf16), lambda rows: encoder()(samples.histories(rows).to(device)),
+        sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes),
+    )  # fmt: skip
+
+
+def made_up_states(setting: Setting, shape: measure.Shape) -> Callable[[np.ndarray], list[Tensor]]:
+    """Random states of a teacher on the timed samples, read through memory-mapped files as distill.py does."""
+    samples = samples_of(setting)
+    folder = tempfile.TemporaryDirectory()
+    every = np.arange(min(len(samples), 64 * setting.batch_size))
+    part = sequences.Samples(samples.items, samples.end[every], samples.length[every], samples.n_items, SLOTS)
+    width = shape.config.hidden_size
+
+    def encode(history):
+        n = len(history)
+        return torch.randn(n, DIM), torch.randn(n, BLOCKS, width), torch.empty(n, 0, DIM)
+
+    states = teacher_states.open_or_build(Path(folder.name), {}, lambda: encode, part, 4096, torch.device("cpu"))
+    return lambda rows: (folder, states.rows(rows % len(every), torch.device(setting.device)))[1]  # the folder lives as long as this
+
+
+def sasrec_row(setting: Setting) -> Row:
+    samples, device = samples_of(setting), torch.device(setting.device)
+    torch.manual_seed(0)
+    model = SASRec(
+        samples.n_items, SLOTS, emb_dim=DIM, hid_dim=32, num_blocks=2, num_heads=1, dropout=0.5, norm="query", init_std=0.02
+    ).to(device)  # fmt: skip
+
+    def loss(rows):
+        targets = samples.shifted_targets(rows).to(device)
+        real = targets != samples.n_items
+        return catalogue_cross_entropy(model.states(samples.histories(rows).to(device))[real], model.item_table, targets[real])
+
+    @torch.no_grad()
+    def infer(rows):
+        return model.eval()(samples.histories(rows).to(device))
+
+    size = sum(p.numel() for p in model.parameters())
+    return Row(training_step(model, loss), infer, size, size)
+
+
+ROWS: dict[str, Callable[[Setting], Row]] = {
+    **{
+        f"E4SRec, {n} layers, {which}": functools.partial(llm_row, which=which, n_layers=n, distilled=False)
+        for which in ("plain", "ours")
+        for n in (32, 8, 4)
+    },
+    "SLMRec 4 <- 8, ours": functools.partial(llm_row, which="ours", n_layers=4, distilled=True),
+    "SASRec, ours": sasrec_row,
+}
+
+
+def prepare_training(name: str, setting: Setting, micro: int) -> Callable[[], None]:
+    """For measure.peak_memory: two training steps, so that the optimizer's state is there."""
+    row = ROWS[name](setting)
+    return lambda: [row.train(rows[:micro]) for rows in batches_of(setting, 2)]
+
+
+def timed_round(name: str, setting: Setting, micro: int, warm: np.ndarray, rows: np.ndarray) -> tuple[float, float, Row]:
+    """Seconds of a training step over the batch, in micro-batches, and of its inference, each after one that warms up."""
+    row, device = ROWS[name](setting), torch.device(setting.device)
+    parts = [slice(i, i + micro) for i in range(0, len(rows), micro)]
+    times = []
+    for run in (row.train, row.infer):
+        for given in (warm, rows):
+            spent = seconds(lambda: [run(given[part]) for part in parts], device)
+        times.append(spent)
+    return *times, row._replace(train=None, infer=None)
+
+
+def fitting_micro_batch(name: str, setting: Setting) -> int:
+    """The largest halving of the batch that a training step has memory for; the whole batch on CPU."""
+    micro = setting.batch_size
+    while setting.device == "cuda" and micro > 1:
+        try:
+            prepare_training(name, setting, micro)()
+            return micro
+        except torch.OutOfMemoryError:
+            micro //= 2
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+    return micro
+
+
+@cli.command
+def main(
+    *,
+    domain_type: str = "demo",
+    data_path: str | None = None,
+    shape: Literal["tiny", "small", "llama-2-7b"] = "small",
+    batch_size: cli.PositiveInt = 64,
+    repeats: cli.PositiveInt = 3,
+    rows: list[str] = ["all"],  # noqa: B006  read only
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    output_dir: str = "output/benchmarks",
+) -> dict:
+    """Print the paper's efficiency table at a shape, and the ratios to the 32-layer model.
+
+    Args:
+        domain_type, data_path: whose sequence lengths and catalogue are used.
+        shape: of the LLaMA, with random weights.
+        batch_size: users a training step, and an inference batch.
+        repeats: rounds.
+        rows: all, or beginnings of rows' names, such as SASRec.
+        device: auto is cuda where there is one.
+        output_dir: where efficiency.json and efficiency.md go.
+    """
+    names = [name for name in ROWS if rows == ["all"] or any(name.startswith(wanted) for wanted in rows)]
+    cli.check((bool(names), f"--rows={','.join(rows)}: expected all, or beginnings of {'; '.join(ROWS)}"))
+    ensure_demo(domain_type, data_path)
+    setting = Setting(str(find_csv(domain_type, data_path)), shape, batch_size, choose_device(device).type)
+    n = len(samples_of(setting))
+    about = measure.machine(torch.device(setting.device)) | setting._asdict() | {"samples": n, "repeats": repeats}
+    print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+    batches = batches_of(setting, repeats + 1)
+    micro = {name: fitting_micro_batch(name, setting) for name in names}
+    times: dict[str, list] = {name: [] for name in names}
+    for i in range(repeats):
+        for name in names:
+            *spent, row = timed_round(name, setting, micro[name], batches[i], batches[i + 1])
+            times[name].append(spent)
+            if i == 0:
+                print(f"{name:28s} step {spent[0]:8.3f} s  inference {spent[1]:8.3f} s a batch of {batch_size}", flush=True)
+                about.setdefault("rows", {})[name] = {"trained_parameters": row.trained_parameters, "parameters": row.parameters}
+            gc.collect()
+    for name in names:
+        step, infer = np.median(np.array(times[name]), axis=0)
+        about["rows"][name] |= {
+            "micro_batch_size": micro[name], "step_seconds": step, "train_seconds_per_epoch": step * n / batch_size,
+            "inference_seconds": infer * n / batch_size, "tokens_per_second": batch_size * (len(PROMPT) + SLOTS + len(RESPONSE)) / step,
+            "peak_bytes": measure.peak_memory(prepare_training, name, setting, micro[name], with_preparation=True),
+        }  # fmt: skip
+    about["ratios"] = ratios(times)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "efficiency.json", about)
+    (folder / "efficiency.md").write_text(table(about) + "\n", encoding="utf-8")
+    print(f"\n{table(about)}\n\nwrote {folder / 'efficiency.json'} and efficiency.md", flush=True)
+    return about
+
+
+def ratios(times: dict[str, list]) -> dict[str, list[float]]:
+    """32 layers over SLMRec, training and inference, the median of the rounds' ratios; three comparisons kept apart."""
+    compared = {
+        "plain / plain, pruning alone": ("E4SRec, 32 layers, plain", "E4SRec, 4 layers, plain"),
+        "ours / ours, pruning and distillation": ("E4SRec, 32 layers, ours", "SLMRec 4 <- 8, ours"),
+        "plain / ours, all": ("E4SRec, 32 layers, plain", "SLMRec 4 <- 8, ours"),
+        "plain / ours, without distillation": ("E4SRec, 32 layers, plain", "E4SRec, 4 layers, ours"),
+    }
+    return {
+        label: np.median(np.array(times[large]) / np.array(times[small]), axis=0).tolist()
+        for label, (large, small) in compared.items()
+        if large in times and small in times
+    }
+
+
+def table(about: dict) -> str:
+    """Markdown: the rows, then the ratios beside the paper's."""
+    lines = [
+        "| row | train s / epoch | inference s | trained M | inference M | peak MiB | tokens / s | paper: h / h / B / B |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in about["rows"].items():
+        paper = PAPER.get(name.rpartition(", ")[0], "-")
+        lines.append(
+            f"| {name} | {row['train_seconds_per_epoch']:,.1f} | {row['inference_seconds']:,.1f} | {row['trained_parameters'] / 1e6:,.2f} |"
+            f" {row['parameters'] / 1e6:,.2f} | {row['peak_bytes'] / 2**20:,.0f} | {row['tokens_per_second']:,.0f} | {paper} |"
+        )
+    if about["ratios"]:
+        lines += ["", "| 32 layers over 4 | train | inference |", "|---|---|---|"]
+        lines += [f"| {label} | {train:.1f}x | {infer:.1f}x |" for label, (train, infer) in about["ratios"].items()]
+        lines += ["| the paper, one A100 | 6.6x | 8.0x |"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,213 @@
+"""What both benchmarks share: timing side by side, peak memory of a fresh process, models of a shape, and the floor.
+
+Legend: B batch, P prompt tokens, R response tokens, H width, I width of the MLP, D item dim, N items.
+"""
+
+import multiprocessing
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from benchmarks.plain import PlainLLM4Rec, plain_twin
+from models.base import prune_config
+from models.llm4rec import LLM4Rec, assemble
+
+TARGETS = ["gate_proj", "up_proj", "down_proj"]
+RANK = 16
+
+
+class Race(NamedTuple):
+    """Median seconds of ours and of the plain form, and the median of the pairwise ratios plain / ours."""
+
+    ours: float
+    plain: float
+    ratio: float
+
+
+def race(ours: Callable, plain: Callable, inputs: list, device: torch.device, rest: float = 0.0) -> Race:
+    """Run both on every input in turn; the first pair warms up and does not count.
+
+    Args:
+        rest: seconds to wait before each pair.
+    """
+    pairs = []
+    for given in inputs:
+        time.sleep(rest)
+        pairs.append((seconds(lambda: ours(given), device), seconds(lambda: plain(given), device)))
+    fast, slow = np.array(pairs[1:]).T
+    return Race(float(np.median(fast)), float(np.median(slow)), float(np.median(slow / fast)))
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call, with the device's queue empty before and after."""
+    _wait(device)
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def median_seconds(run: Callable[[Any], Any], inputs: list, device: torch.device) -> float:
+    """Median wall time over the inputs but the first."""
+    return float(np.median([seconds(lambda: run(given), device) for given in inputs][1:]))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any, with_preparation: bool = False) -> int:
+    """Most bytes that `prepare(*arguments)()` needs, in a fresh process, beyond what stood there before the call.
+
+    Args:
+        prepare: a function of a module (it is sent to the process by name) that returns what is to be measured.
+        with_preparation: count what `prepare` itself takes, such as weights, too.
+    """
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_measure_peak, args=(theirs, torch.get_num_threads(), prepare, arguments, with_preparation))
+    process.start()
+    theirs.close()
+    try:
+        return mine.recv()
+    except EOFError:
+        raise RuntimeError(f"{prepare.__name__}{arguments}: the measured process died, out of memory perhaps") from None
+    finally:
+        process.join()
+
+
+def _measure_peak(pipe, threads: int, prepare: Callable, arguments: tuple, with_preparation: bool) -> None:
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        run = prepare(*arguments)
+        if not with_preparation:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        run()
+        pipe.send(torch.cuda.max_memory_allocated() - before)
+        return
+    torch.mm(torch.ones(256, 256), torch.ones(256, 256))  # the threads' own buffers
+    before = _memory("VmRSS")
+    run = prepare(*arguments)
+    if not with_preparation:
+        before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew here (getrusage's is the parent's)
+    run()
+    pipe.send(_memory("VmHWM") - before)
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process's resident memory now (VmRSS) or at most (VmHWM)."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) * 1024
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product, the best of several."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(6))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a reader must know of where the figures come from."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
+    return {
+        "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
+
+
+class Shape(NamedTuple):
+    """What the compared models have in common."""
+
+    config: LlamaConfig
+    prompt_ids: list[int]
+    response_ids: list[int]
+    item_table: Tensor  # [N, D]
+    slots: int
+
+    def model(self, n_layers: int, strategy: str, n_blocks: int = 1, exits: bool = False, bf16: bool = False) -> LLM4Rec:
+        """Ours, with random weights; LoRA r=16 on the MLP without dropout, or trained in full."""
+        torch.manual_seed(0)
+        device, before = self.item_table.device, torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16 if bf16 and strategy == "lora" else before)
+        try:
+            with device:
+                llama = LlamaModel(prune_config(self.config, n_layers))
+        finally:
+            torch.set_default_dtype(before)
+        lora = {"lora_r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "lora_target_modules": TARGETS}
+        return assemble(
+            llama, self.item_table, prompt_ids=self.prompt_ids, response_ids=self.response_ids, n_blocks=n_blocks, exit_heads=exits,
+            strategy=strategy, **lora,
+        ).to(device)  # fmt: skip
+
+    def twins(self, n_layers: int, strategy: str, **shape: Any) -> tuple[LLM4Rec, PlainLLM4Rec]:
+        """Ours and the plain form with the same weights."""
+        model = self.model(n_layers, strategy, **shape)
+        return model, plain_twin(model, (RANK, RANK, TARGETS) if strategy == "lora" else None)[0]
+
+    def tokens(self, lengths: np.ndarray) -> tuple[int, int]:
+        """Tokens of a batch that ours computes and that the plain form computes."""
+        prompt, response = len(self.prompt_ids), len(self.response_ids)
+        return prompt + int(lengths.sum()) + len(lengths) * response, len(lengths) * (prompt + self.slots + response)
+
+    def operations(self, lengths: np.ndarray, n_layers: int, strategy: str, training: bool = True) -> float:
+        """Floating-point operations of a training step over a batch (cross-entropy too), or of its inference.
+
+        A product counts 2 operations a multiply-add. Backward: a frozen matrix costs its input's gradient alone (as much
+        as the forward), a trained one as much again; attention twice its forward. Inference has its prompt already.
+        Norms, rotations and AdamW do not count.
+        """
+        width, inner = self.config.hidden_size, self.config.intermediate_size
+        shared = self.config.num_key_value_heads / self.config.num_attention_heads
+        prompt, response = len(self.prompt_ids), len(self.response_ids)
+        batch, own = len(lengths), lengths + response  # tokens of each user
+        tokens = int(own.sum()) + (prompt if training else 0)
+        pairs = float((own * prompt + own * (own + 1) / 2).sum()) + (prompt * (prompt + 1) / 2 if training else 0)
+        last_pairs = float((own + prompt).sum())
+        attention = 2 * 2 * width * (pairs * (n_layers - 1) + last_pairs)
+        key_value, query_out, mlp = 2 * width * width * shared, 2 * width * width, 3 * width * inner
+        layered = tokens * (n_layers - 1) + batch  # token-layers of queries, outputs and MLPs
+        linear = 2 * (tokens * n_layers * key_value + layered * (query_out + mlp))
+        lora = 2 * layered * 3 * RANK * (width + inner) if strategy == "lora" else 0.0
+        items, dim = self.item_table.shape
+        ends = 2 * dim * width * (int(lengths.sum()) + batch)
+        if not training:
+            return linear + attention + lora + ends
+        catalogue = 2 * 2 * batch * items * dim
+        return linear * (2 if strategy == "lora" else 3) + 3 * (attention + lora + ends) + catalogue
+
+
+def training_step(model: nn.Module, loss_of: Callable[[Any], Tensor], bf16: bool = False) -> Callable[[Any], None]:
+    """Loss + backward + clip + AdamW of what is trained in `model`."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    device = parameters[0].device
+    model.train()
+
+    def step(given: Any) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = loss_of(given)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step

@@ -1,0 +1,120 @@
+"""The opponents of the benchmarks compute the same things as ours, the floor is what is computed, and the tables come out."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import efficiency, measure, plain, throughput
+from datasets import process, sequences
+from datasets.demo import write_demo
+from models.losses import catalogue_cross_entropy, recommendation_loss
+from tests.conftest import histories, small_config, small_model
+from utils.evaluation import evaluate
+
+
+def test_the_plain_loss_is_distills_default_loss_in_parity():
+    teacher, student = small_model(layers=4, seed=9), small_model(layers=2)
+    batch, target = histories([3, 8, 1, 5]), torch.tensor([1, 2, 3, 4])
+    with torch.no_grad():
+        wanted = teacher(batch)
+    parts = recommendation_loss(student(batch), wanted, student.item_table, target, **throughput.WEIGHTS)
+    given = plain.plain_loss(student(batch), wanted, student.item_table, target)
+    torch.testing.assert_close(given.double(), parts["total"], atol=1e-5, rtol=1e-6)  # the plain form rounds to float32
+    torch.testing.assert_close(
+        plain.plain_loss(student(batch)._replace(exits=torch.empty(4, 0, 6)), None, student.item_table, target).double(),
+        parts["ce"], atol=1e-5, rtol=1e-6,
+    )  # fmt: skip
+
+
+def test_plain_ranks_and_candidates_agree_with_ours():
+    torch.manual_seed(0)
+    users, table, target = torch.randn(9, 4), torch.randn(50, 4), torch.randint(50, (9,))
+    seen = [[int(t), (int(t) + 7) % 50, 3] for t in target]
+    batch = sequences.EvaluationBatch(users, target, torch.tensor(seen), torch.randint(50, (9, 5)))
+    ours = evaluate(lambda vectors: vectors, table, [batch])
+    assert plain.plain_ranks(users, table, target, seen).tolist() == ours.full.tolist()
+    drawn = plain.plain_candidates(set(range(20)), [3, 4], 18)
+    assert sorted(drawn) == [i for i in range(20) if i not in (3, 4)]
+
+
+def test_plain_process_gives_the_same_sequences(tmp_path):
+    path = tmp_path / "r.json"
+    throughput.write_reviews(path, 6000)
+    frame = plain.plain_process(path, 3, 5, 20, 5)
+    process.main(reviews=str(path), domain_type="made", output_dir=str(tmp_path))
+    ours = pd.read_csv(tmp_path / "made.csv")
+    assert 50 < len(ours) == len(frame)
+    wanted = dict(zip(frame.reviewerID, frame.item))
+    for user, items in zip(ours.reviewerID, ours.asin):
+        assert json.loads(items) == wanted[user]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("strategy, training", [("lora", True), ("full", True), ("lora", False)])
+def test_the_counted_operations_are_those_of_the_products_that_run(strategy, training, kv_heads):
+    """Against torch's counter of matrix products; attention, which it does not see on CPU, is a small part here."""
+    config = small_config(layers=4, kv_heads=kv_heads, hidden_size=128, intermediate_size=344)
+    shape = measure.Shape(config, list(range(20)), [50, 51, 52], torch.randn(300, 8), 12)
+    lengths = [1, 12, 5, 7, 3, 3, 12, 2]
+    batch, target = histories(lengths, n_items=300, slots=12), torch.arange(8)
+    model = shape.model(4, strategy)
+    if not training:
+        encode = model.user_encoder()
+    with FlopCounterMode(display=False) as counter:
+        if training:
+            catalogue_cross_entropy(model(batch).user, model.item_table, target).backward()
+        else:
+            encode(batch)
+    counted = counter.get_total_flops()
+    expected = shape.operations(np.array(lengths), 4, strategy, training)
+    assert counted == pytest.approx(expected, rel=0.05)
+    assert shape.tokens(np.array(lengths)) == (20 + 45 + 8 * 3, 8 * (20 + 12 + 3))
+
+
+def big(n):
+    """For peak_memory: allocates n bytes and gives them back."""
+    return lambda: torch.ones(n // 4).max()
+
+
+def test_peak_memory_sees_an_allocation_that_is_gone_again():
+    peak = measure.peak_memory(big, 300 * 2**20)
+    assert 290 * 2**20 < peak < 360 * 2**20
+
+
+@pytest.mark.slow
+def test_the_throughput_table_comes_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_demo("data/demo.csv", n_users=120, n_items=160)
+    monkeypatch.setattr(throughput, "LARGE", 3000)
+    monkeypatch.setattr(throughput, "reviews", lambda bench: None)
+    result = throughput.main(repeats=1, batch_size=16, teacher_layers=2, student_layers=1, distill_block=1)
+    assert json.loads((tmp_path / "output/benchmarks/throughput.json").read_text()) == json.loads(json.dumps(result))
+    names = [row["row"] for row in result["rows"]]
+    assert len(names) == 3 + 2 + 3 + 1 + 4 + 2 + 2 + 2 == len(set(names))
+    for row in result["rows"]:
+        assert row["ours"] > 0 and row["plain"] > 0 and row["ratio"] > 0
+    first = result["rows"][0]
+    assert (first["prompt"], first["response"]) == (62, 7) and first["token_ratio"] > 3 and first["floor"] > 0
+    page = (tmp_path / "output/benchmarks/throughput.md").read_text().splitlines()
+    assert len(page) == 2 + len(names) and len({line.count("|") for line in page}) == 1
+
+
+@pytest.mark.slow
+def test_the_efficiency_table_comes_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_demo("data/demo.csv", n_users=120, n_items=160)
+    result = efficiency.main(shape="tiny", repeats=1, batch_size=8)
+    assert len(result["rows"]) == 8
+    assert set(result["ratios"]) == {
+        "plain / plain, pruning alone", "ours / ours, pruning and distillation", "plain / ours, all", "plain / ours, without distillation",
+    }  # fmt: skip
+    rows = result["rows"]
+    assert rows["E4SRec, 4 layers, plain"]["parameters"] == rows["SLMRec 4 <- 8, ours"]["parameters"]
+    assert rows["E4SRec, 8 layers, ours"]["trained_parameters"] == 2 * rows["E4SRec, 4 layers, ours"]["trained_parameters"]
+    page = (tmp_path / "output/benchmarks/efficiency.md").read_text()
+    assert "| the paper, one A100 | 6.6x | 8.0x |" in page
+    assert result["samples"] == 120
