@@ -30,18 +30,19 @@ KeyValue = tuple[Tensor, Tensor]  # keys (rotated) and values of the prompt in o
 
 
 class Group(NamedTuple):
-    """Neighbouring users whose attention is computed together on a padded grid.
+    """Neighbouring users whose attention to their own tokens is computed together on a padded grid.
 
-    tokens: their slice of the packed suffix tokens; grid [b * W]: index into that slice, left-aligned, arbitrary where
-    there is no token; packed [s]: index of each of the slice's tokens in the flattened grid; causal [W, P + W] and seen
-    [b, 1, 1, P + W]: what each grid position, and each user's last token, may look at.
+    n_users, n_tokens: b and s; grid [b * W]: index into their packed tokens, left-aligned, arbitrary where there is no
+    token; packed [s]: index of each of their tokens in the flattened grid; later [W, W] and absent [b, 1, 1, W]: what a
+    grid position, and a user's last token, must not look at.
     """
 
-    tokens: slice
+    n_users: int
+    n_tokens: int
     grid: Tensor
     packed: Tensor
-    causal: Tensor
-    seen: Tensor
+    later: Tensor
+    absent: Tensor
 
 
 class Layout(NamedTuple):
@@ -72,19 +73,16 @@ class Layout(NamedTuple):
         response = (n_items + torch.arange(n_response, device=device)).expand(batch, -1)
         source = torch.cat([items, response], dim=1)[token]
         position = n_prompt + torch.arange(slots + n_response, device=device).expand(batch, -1)[token]
-        groups, start, size = [], 0, max(SMALLEST_GROUP, -(-batch // GROUPS))
-        for i in range(0, batch, size):
-            part = width[i : i + size]
-            stop = start + sum(widths[i : i + size])
-            column = torch.arange(max(widths[i : i + size]), device=device)
+        groups = []
+        for part in width.split(max(SMALLEST_GROUP, -(-batch // GROUPS))):
+            n_users, mine = len(part), widths[: len(part)]
+            widths = widths[len(part) :]
+            column = torch.arange(max(mine), device=device)
             first = part.cumsum(0) - part
-            grid = (first[:, None] + column).clamp(max=stop - start - 1).flatten()
+            grid = (first[:, None] + column).clamp(max=sum(mine) - 1).flatten()
             inside = column < part[:, None]  # [b, W]
-            prompt = inside.new_ones(len(part), n_prompt)
-            causal = inside.new_ones(len(column), n_prompt + len(column)).tril(n_prompt)
-            seen = torch.cat([prompt, inside], dim=1)[:, None, None]
-            groups.append(Group(slice(start, stop), grid, inside.flatten().nonzero().squeeze(1), causal, seen))
-            start = stop
+            later = inside.new_ones(len(column), len(column)).triu(1)
+            groups.append(Group(n_users, sum(mine), grid, inside.flatten().nonzero().squeeze(1), later, ~inside[:, None, None]))
         return cls(source, position, last, groups)
 
 
@@ -140,7 +138,7 @@ class Decoder(nn.Module):
             else:
                 x = self._run(_inner_layer, layer, x, rotation, layout, known)
                 if (i + 1) % (self.n_layers // self.n_blocks) == 0:
-                    states.append(x[layout.last + (0 if known is not None else n_prompt)])
+                    states.append(x.index_select(0, layout.last + (0 if known is not None else n_prompt)))
         return torch.stack(states, dim=1)
 
     @torch.no_grad()
@@ -170,18 +168,21 @@ class Decoder(nn.Module):
 
 def _inner_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, known: KeyValue | None) -> Tensor:
     """One layer over all packed tokens [T, H] -> [T, H]; T = P + S, or S where the prompt is known."""
-    query, key, value = _project(layer, layer.input_layernorm(x), rotation)
     n_prompt = len(x) - len(layout.source)
-    mixed = []
+    own_sizes = [group.n_tokens for group in layout.groups]
+    # split, not slices: the gradient of a slice is a tensor of zeros around it, that of a split one cat
+    (prompt_query, *query), (prompt_key, *key), (prompt_value, *value) = (
+        t.split([n_prompt, *own_sizes]) for t in _project(layer, layer.input_layernorm(x), rotation)
+    )
+    mixed, own, level = [], [], []
     if known is None:
-        known = key[:n_prompt], value[:n_prompt]
-        mixed.append(_attend_prompt(layer, query[:n_prompt], *known))
-    query, key, value = query[n_prompt:], key[n_prompt:], value[n_prompt:]
-    for group in layout.groups:
-        keys, values = (_with_prompt(shared, own[group.tokens], group) for shared, own in zip(known, (key, value)))
-        queries = _gridded(query[group.tokens], group)  # [b, h, W, d]
-        grid = _attention(layer, queries, keys, values, attn_mask=group.causal)
-        mixed.append(grid.transpose(1, 2).flatten(0, 1).index_select(0, group.packed))  # [s, h, d]
+        known = prompt_key, prompt_value
+        mixed.append(_attend_prompt(layer, prompt_query, *known))
+    for group, *tokens in zip(layout.groups, query, key, value):
+        grids = _attend(layer, *(_gridded(t, group) for t in tokens), group.later)
+        for parts, grid in zip((own, level), grids):  # [b, h, W, d] and [b, h, W, 1] -> [s, h, d] and [s, h, 1]
+            parts.append(grid.transpose(1, 2).flatten(0, 1).index_select(0, group.packed))
+    mixed.append(_joined(layer, torch.cat(query), known, torch.cat(own), torch.cat(level)))
     return _feed(layer, x, torch.cat(mixed).flatten(1))
 
 
@@ -190,17 +191,19 @@ def _last_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Ten
     normed = layer.input_layernorm(x)
     n_prompt = len(x) - len(layout.source)
     last = layout.last + n_prompt
-    key, value = _keys_values(layer, normed, rotation)
-    query = _rotated(_heads(layer, layer.self_attn.q_proj(normed[last])), (rotation[0][last], rotation[1][last]))
+    (prompt_key, *key), (prompt_value, *value) = (
+        t.split([n_prompt, *(group.n_tokens for group in layout.groups)]) for t in _keys_values(layer, normed, rotation)
+    )
+    query = _heads(layer, layer.self_attn.q_proj(normed.index_select(0, last)))
+    query = _rotated(query, (rotation[0][last], rotation[1][last]))  # [B, h, d]
     if known is None:
-        known = key[:n_prompt], value[:n_prompt]
-    key, value, mixed, done = key[n_prompt:], value[n_prompt:], [], 0
-    for group in layout.groups:
-        keys, values = (_with_prompt(shared, own[group.tokens], group) for shared, own in zip(known, (key, value)))
-        queries = query[done : done + len(group.seen), :, None]  # [b, h, 1, d]
-        mixed.append(_attention(layer, queries, keys, values, attn_mask=group.seen).squeeze(2))
-        done += len(group.seen)
-    return _feed(layer, x[last], torch.cat(mixed).flatten(1))
+        known = prompt_key, prompt_value
+    own, level = [], []
+    for group, queries, *tokens in zip(layout.groups, query.split([group.n_users for group in layout.groups]), key, value):
+        grids = _attend(layer, queries[:, :, None], *(_gridded(t, group) for t in tokens), group.absent)
+        for parts, grid in zip((own, level), grids):
+            parts.append(grid.squeeze(2))  # [b, h, 1, d] -> [b, h, d]
+    return _feed(layer, x.index_select(0, last), _joined(layer, query, known, torch.cat(own), torch.cat(level)).flatten(1))
 
 
 def _heads(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:
@@ -225,25 +228,38 @@ def _project(layer: LlamaDecoderLayer, normed: Tensor, rotation: tuple[Tensor, T
 def _attend_prompt(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal self-attention of the prompt, [P, h, d] -> [P, h, d]."""
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-    return _attention(layer, q, k, v, is_causal=True)[0].transpose(0, 1)
+    k, v = (t.repeat_interleave(layer.self_attn.num_key_value_groups, dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.self_attn.scaling)[0].transpose(0, 1)
+
+
+def _joined(layer: LlamaDecoderLayer, query: Tensor, known: KeyValue, own: Tensor, own_level: Tensor) -> Tensor:
+    """Attention over [prompt | own tokens] from its two parts: tokens [n, h, d] -> [n, h, d].
+
+    All tokens look at the same prompt, so that part is one dense product of all of them with its keys; each part is
+    weighted by its share of the softmax's mass, whose logarithms are the levels (as flash attention joins its tiles).
+    """
+    key, value = (shared.to(query.dtype).transpose(0, 1) for shared in known)  # [h_kv, P, d]
+    grouped = query.unflatten(1, (len(key), -1)).transpose(0, 1)  # [h_kv, n, h / h_kv, d]
+    mixed, level = _attend(layer, grouped.flatten(1, 2), key, value)
+    mixed, level = (t.unflatten(1, grouped.shape[1:3]).transpose(0, 1).flatten(1, 2) for t in (mixed, level))  # [n, h, d], [n, h, 1]
+    share = torch.sigmoid(level - own_level).to(own.dtype)
+    return own + share * (mixed - own)
 
 
 def _gridded(own: Tensor, group: Group) -> Tensor:
     """Packed [s, h, d] -> padded [b, h, W, d]. index_select: its backward is faster than indexing's."""
-    return own.index_select(0, group.grid).view(len(group.seen), -1, *own.shape[1:]).transpose(1, 2)
+    return own.index_select(0, group.grid).view(len(group.absent), -1, *own.shape[1:]).transpose(1, 2)
 
 
-def _with_prompt(shared: Tensor, own: Tensor, group: Group) -> Tensor:
-    """The prompt's keys (or values) before each user's own, [b, h_kv, P + W, d]; autograd sums the prompt's over users."""
-    prompt = shared.to(own.dtype).transpose(0, 1).expand(len(group.seen), -1, -1, -1)
-    return torch.cat([prompt, _gridded(own, group)], dim=2)
-
-
-def _attention(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor, **how) -> Tensor:
-    attention = layer.self_attn
-    if attention.num_key_value_groups > 1:
-        key, value = (t.repeat_interleave(attention.num_key_value_groups, dim=1) for t in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, scale=attention.scaling, **how)
+def _attend(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor, barred: Tensor | None = None) -> KeyValue:
+    """Softmax attention [..., n, d] and the logarithm of its mass [..., n, 1]; where `barred`, no look."""
+    if query.dim() == 4 and (shared := layer.self_attn.num_key_value_groups) > 1:
+        key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
+    scores = (query * layer.self_attn.scaling) @ key.transpose(-1, -2)
+    if barred is not None:
+        scores = scores.masked_fill(barred, -torch.inf)
+    level = scores.logsumexp(-1, keepdim=True)
+    return (scores - level).exp().to(value.dtype) @ value, level
 
 
 def _feed(layer: LlamaDecoderLayer, x: Tensor, mixed: Tensor) -> Tensor:
