@@ -162,3 +162,15 @@ def test_the_notebook_runs_and_shows_its_counts_and_plots(tmp_path, monkeypatch)
     assert "2,871 interactions" in "".join(output.get("text", "") for output in outputs)
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
     assert (tmp_path / "notebook.csv").exists()
+
+
+def test_what_strict_json_refuses_is_read_where_the_fields_are_whole():
+    fields = ("asin", "overall")
+    assert process._parse(b'{"asin": "A", "overall": 5.0, "image": NaN}', fields)["asin"] == "A"
+    assert process._parse(b'{"asin": "A", "overall": 5, "text": "\\ud800"}', fields)["overall"] == 5
+    assert process._parse(b'{"asin": "A", "overall": 5, "big": 123456789012345678901234567890}', fields)["asin"] == "A"
+    assert process._parse(b"{'asin': 'A', 'overall': 5.0}", fields) == {"asin": "A", "overall": 5.0}
+    broken = [b'{"asin": "A", "overall": NaN}', b'{"asin": "A", "overall": 1e300}', b'{"asin": 3, "overall": 5}', b'{"asin": "A"}', b"[1]"]
+    broken += [b"{'asin': f()}", b"[" * 100000, b"\xff"]
+    for line in broken:
+        assert process._parse(line, fields) is None, line[:30]
