@@ -27,6 +27,7 @@ from utils.runlog import read_json
 
 NAMES = ("user", "states", "exits")  # the fields of models.losses.Output
 STORED = {torch.float64: np.int64, torch.float32: np.int32, torch.bfloat16: np.int16, torch.float16: np.int16}  # numpy has no bfloat16
+FORMAT = 1  # goes up when what is stored, or how it is computed, changes its meaning
 WINDOW = 32  # batches sorted by length together while filling; rows are written not far from each other
 
 
@@ -53,6 +54,7 @@ def open_or_build(
     Raises:
         UsageError: the disk lacks room, or `root` cannot be written.
     """
+    identity = identity | {"format": FORMAT}
     folder = root / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     problem = _problem(folder, identity, len(samples)) if folder.exists() else "absent"
     if problem == "absent":
