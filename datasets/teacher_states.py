@@ -104,23 +104,25 @@ def _bits(path: Path, dtype: torch.dtype, shape: list[int], mode: str) -> np.nda
 def _build(folder: Path, identity: dict[str, Any], encode: Callable, samples: Samples, batch_size: int, device: torch.device) -> None:
     """Run the teacher over all samples and put the result in place."""
     batches = _batches(samples.counts(), batch_size)
-    first = encode(samples.histories(batches[0]).to(device))
-    shapes = [[len(samples), *values.shape[1:]] for values in first]
-    _check_room(folder, sum(int(np.prod(shape)) * values.element_size() for shape, values in zip(shapes, first)), shapes[1])
+    first = values = encode(samples.histories(batches[0]).to(device))
+    shapes = [[len(samples), *part.shape[1:]] for part in first]
+    _check_room(folder, sum(int(np.prod(shape)) * part.element_size() for shape, part in zip(shapes, first)), shapes[1])
     partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     partial.mkdir(parents=True, exist_ok=True)
     try:
-        arrays = [_bits(partial / f"{name}.bin", values.dtype, shape, "w+") for name, values, shape in zip(NAMES, first, shapes)]
-        for rows in tqdm(batches, desc="teacher states", unit="batch", dynamic_ncols=True, mininterval=1.0):
-            for array, values in zip(arrays, encode(samples.histories(rows).to(device))):
-                array[rows] = values.cpu().contiguous().view(getattr(torch, array.dtype.name)).numpy()
+        arrays = [_bits(partial / f"{name}.bin", part.dtype, shape, "w+") for name, part, shape in zip(NAMES, first, shapes)]
+        for i, rows in enumerate(tqdm(batches, desc="teacher states", unit="batch", dynamic_ncols=True, mininterval=1.0)):
+            if i:
+                values = encode(samples.histories(rows).to(device))
+            for array, part in zip(arrays, values):
+                array[rows] = part.cpu().contiguous().view(getattr(torch, array.dtype.name)).numpy()
         about = {}
-        for name, array, values in zip(NAMES, arrays, first):
+        for name, array, part in zip(NAMES, arrays, first):
             if isinstance(array, np.memmap):
                 array.flush()
             with open(partial / f"{name}.bin", "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            about[name] = {"dtype": str(values.dtype).removeprefix("torch."), "shape": list(array.shape), "sha256": digest}
+            about[name] = {"dtype": str(part.dtype).removeprefix("torch."), "shape": list(array.shape), "sha256": digest}
         meta = {"identity": identity, "samples": len(samples), "arrays": about}
         with open(partial / "meta.json", "w", encoding="utf-8") as file:
             file.write(json.dumps(meta, indent=2) + "\n")

@@ -258,8 +258,10 @@ def _attend(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor,
     scores = (query * layer.self_attn.scaling) @ key.transpose(-1, -2)
     if barred is not None:
         scores = scores.masked_fill(barred, -torch.inf)
-    level = scores.logsumexp(-1, keepdim=True)
-    return (scores - level).exp().to(value.dtype) @ value, level
+    peak = scores.detach().amax(-1, keepdim=True)  # a constant: it leaves the result, and so the gradient
+    weight = (scores - peak).exp()
+    mass = weight.sum(-1, keepdim=True)
+    return (weight.to(value.dtype) @ value) / mass.to(value.dtype), peak + mass.log()
 
 
 def _feed(layer: LlamaDecoderLayer, x: Tensor, mixed: Tensor) -> Tensor:
