@@ -1,7 +1,7 @@
 """The paper's efficiency table: E4SRec with 32, 8 and 4 layers and SLMRec, plain and ours, time, parameters and memory.
 
     python -m benchmarks.efficiency                                      # CPU: shape small, the same layer counts
-    python -m benchmarks.efficiency --shape llama-2-7b --batch_size 256  # CUDA: LLaMA-2-7B's shape in bfloat16
+    python -m benchmarks.efficiency --shape llama-2-7b --batch_size 256 --eval_batch_size 512   # CUDA: LLaMA-2-7B's shape in bfloat16
 
 Weights are random, prompt and response have 62 and 7 tokens, lengths and catalogue are the domain's (the demo's by
 default). Every round builds each row anew, warms it up with a step and times the next, so that rows alternate and only
@@ -52,6 +52,7 @@ class Setting(NamedTuple):
     csv: str
     shape: str
     batch_size: int
+    eval_batch_size: int
     device: str
 
 
@@ -69,9 +70,9 @@ def samples_of(setting: Setting) -> sequences.Samples:
     return sequences.training_samples(read_csv(setting.csv), "last", SLOTS)
 
 
-def batches_of(setting: Setting, n: int) -> list[np.ndarray]:
+def batches_of(setting: Setting, n: int, batch_size: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    return [rng.choice(len(samples_of(setting)), setting.batch_size, replace=False) for _ in range(n)]
+    return [rng.integers(0, len(samples_of(setting)), batch_size) for _ in range(n)]
 
 
 def shape_of(setting: Setting) -> measure.Shape:
@@ -165,17 +166,16 @@ ROWS: dict[str, Callable[[Setting], Row]] = {
 def prepare_training(name: str, setting: Setting, micro: int) -> Callable[[], None]:
     """For measure.peak_memory: two training steps, so that the optimizer's state is there."""
     row = ROWS[name](setting)
-    return lambda: [row.train(rows[:micro]) for rows in batches_of(setting, 2)]
+    return lambda: [row.train(rows[:micro]) for rows in batches_of(setting, 2, setting.batch_size)]
 
 
-def timed_round(name: str, setting: Setting, micro: int, warm: np.ndarray, rows: np.ndarray) -> tuple[float, float, Row]:
-    """Seconds of a training step over the batch, in micro-batches, and of its inference, each after one that warms up."""
+def timed_round(name: str, setting: Setting, micro: int, number: int) -> tuple[float, float, Row]:
+    """Seconds of a training step over its batch, in micro-batches, and of an inference batch, each after one that warms up."""
     row, device = ROWS[name](setting), torch.device(setting.device)
-    parts = [slice(i, i + micro) for i in range(0, len(rows), micro)]
     times = []
-    for run in (row.train, row.infer):
-        for given in (warm, rows):
-            spent = seconds(lambda: [run(given[part]) for part in parts], device)
+    for run, batch_size, part in ((row.train, setting.batch_size, micro), (row.infer, setting.eval_batch_size, setting.eval_batch_size)):
+        for rows in batches_of(setting, number + 2, batch_size)[number:]:
+            spent = seconds(lambda: [run(rows[i : i + part]) for i in range(0, batch_size, part)], device)
         times.append(spent)
     return *times, row._replace(train=None, infer=None)
 
@@ -202,6 +202,7 @@ def main(
     data_path: str | None = None,
     shape: Literal["tiny", "small", "llama-2-7b"] = "small",
     batch_size: cli.PositiveInt = 64,
+    eval_batch_size: cli.PositiveInt = 256,
     repeats: cli.PositiveInt = 3,
     rows: list[str] = ["all"],  # noqa: B006  read only
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -212,7 +213,8 @@ def main(
     Args:
         domain_type, data_path: whose sequence lengths and catalogue are used.
         shape: of the LLaMA, with random weights.
-        batch_size: users a training step, and an inference batch.
+        batch_size: users a training step.
+        eval_batch_size: users an inference batch.
         repeats: rounds.
         rows: all, or beginnings of rows' names, such as SASRec.
         device: auto is cuda where there is one.
@@ -221,26 +223,25 @@ def main(
     names = [name for name in ROWS if rows == ["all"] or any(name.startswith(wanted) for wanted in rows)]
     cli.check((bool(names), f"--rows={','.join(rows)}: expected all, or beginnings of {'; '.join(ROWS)}"))
     ensure_demo(domain_type, data_path)
-    setting = Setting(str(find_csv(domain_type, data_path)), shape, batch_size, choose_device(device).type)
+    setting = Setting(str(find_csv(domain_type, data_path)), shape, batch_size, eval_batch_size, choose_device(device).type)
     n = len(samples_of(setting))
     about = measure.machine(torch.device(setting.device)) | setting._asdict() | {"samples": n, "repeats": repeats}
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    batches = batches_of(setting, repeats + 1)
     micro = {name: fitting_micro_batch(name, setting) for name in names}
     times: dict[str, list] = {name: [] for name in names}
     for i in range(repeats):
         for name in names:
-            *spent, row = timed_round(name, setting, micro[name], batches[i], batches[i + 1])
+            *spent, row = timed_round(name, setting, micro[name], i)
             times[name].append(spent)
             if i == 0:
-                print(f"{name:28s} step {spent[0]:8.3f} s  inference {spent[1]:8.3f} s a batch of {batch_size}", flush=True)
+                print(f"{name:28s} step of {batch_size} {spent[0]:8.3f} s  inference of {eval_batch_size} {spent[1]:8.3f} s", flush=True)
                 about.setdefault("rows", {})[name] = {"trained_parameters": row.trained_parameters, "parameters": row.parameters}
             gc.collect()
     for name in names:
         step, infer = np.median(np.array(times[name]), axis=0)
         about["rows"][name] |= {
             "micro_batch_size": micro[name], "step_seconds": step, "train_seconds_per_epoch": step * n / batch_size,
-            "inference_seconds": infer * n / batch_size, "tokens_per_second": batch_size * (len(PROMPT) + SLOTS + len(RESPONSE)) / step,
+            "inference_seconds": infer * n / eval_batch_size, "tokens_per_second": batch_size * (len(PROMPT) + SLOTS + len(RESPONSE)) / step,
             "peak_bytes": measure.peak_memory(prepare_training, name, setting, micro[name], with_preparation=True),
         }  # fmt: skip
     about["ratios"] = ratios(times)

@@ -107,7 +107,7 @@ def test_the_throughput_table_comes_out(tmp_path, monkeypatch):
 def test_the_efficiency_table_comes_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_demo("data/demo.csv", n_users=120, n_items=160)
-    result = efficiency.main(shape="tiny", repeats=1, batch_size=8)
+    result = efficiency.main(shape="tiny", repeats=1, batch_size=8, eval_batch_size=16)
     assert len(result["rows"]) == 8
     assert set(result["ratios"]) == {
         "plain / plain, pruning alone", "ours / ours, pruning and distillation", "plain / ours, all", "plain / ours, without distillation",
