@@ -78,40 +78,32 @@ def plain_twin(model: LLM4Rec, lora: tuple[int, int, list[str]] | None) -> tuple
         lora: (r, alpha, targets) of the model's LoRA, None for a model without.
     """
     decoder = model.decoder
-    llama: nn.Module = LlamaModel(decoder.llama.config)
+    device, precision, before = model.item_table.device, decoder.llama.embed_tokens.weight.dtype, torch.get_default_dtype()
+    torch.set_default_dtype(precision)  # a base in half precision is never held in single
+    try:
+        with device:
+            llama: nn.Module = LlamaModel(decoder.llama.config)
+    finally:
+        torch.set_default_dtype(before)
+    for name, buffer in decoder.llama.named_buffers():
+        llama.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer.clone(), persistent=False)
     prefix = "llama."
     if lora is not None:
         from peft import LoraConfig, get_peft_model
 
         r, alpha, targets = lora
-        llama = get_peft_model(
-            llama,
-            LoraConfig(
-                r=r,
-                lora_alpha=alpha,
-                lora_dropout=0.0,
-                target_modules=targets,
-                bias="none",
-                task_type="FEATURE_EXTRACTION",
-            ),
-        )
+        options = {"lora_dropout": 0.0, "target_modules": targets, "bias": "none", "task_type": "FEATURE_EXTRACTION"}
+        llama = get_peft_model(llama, LoraConfig(r=r, lora_alpha=alpha, **options))
         prefix = "llama.base_model.model."
-    plain = PlainLLM4Rec(
-        llama,
-        model.item_table,
-        decoder.prompt_ids.tolist(),
-        decoder.response_ids.tolist(),
-        decoder.n_blocks,
-        len(model.exit_heads) > 0,
-    ).to(model.item_table)
+    prompt, response = decoder.prompt_ids.tolist(), decoder.response_ids.tolist()
+    plain = PlainLLM4Rec(llama, model.item_table, prompt, response, decoder.n_blocks, len(model.exit_heads) > 0).to(device)
     names = {name: name.replace("decoder.llama.", prefix) for name, _ in model.named_parameters()}
     own = dict(plain.named_parameters())
     if set(names.values()) != set(own):
         raise ValueError(f"parameters differ: {sorted(set(names.values()) ^ set(own))[:4]}")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            own[names[name]].copy_(parameter)
-            own[names[name]].requires_grad_(parameter.requires_grad)
+    for name, parameter in model.named_parameters():
+        own[names[name]].data = parameter.detach().clone()
+        own[names[name]].requires_grad_(parameter.requires_grad)
     return plain, names
 
 

@@ -1,5 +1,6 @@
 """The opponents of the benchmarks compute the same things as ours, the floor is what is computed, and the tables come out."""
 
+import copy
 import json
 
 import numpy as np
@@ -73,6 +74,30 @@ def test_the_counted_operations_are_those_of_the_products_that_run(strategy, tra
     expected = shape.operations(np.array(lengths), 4, strategy, training)
     assert counted == pytest.approx(expected, rel=0.05)
     assert shape.tokens(np.array(lengths)) == (20 + 45 + 8 * 3, 8 * (20 + 12 + 3))
+
+
+def test_twins_of_a_half_precision_base_agree():
+    """As on CUDA: the base in bfloat16, LoRA and adapters in float32, under autocast."""
+    shape = measure.Shape(small_config(), list(range(20)), [50, 51, 52], torch.randn(300, 8), 12)
+    ours, theirs = shape.twins(4, "lora", bf16=True)
+    batch = histories([1, 12, 5, 7], n_items=300, slots=12)
+    for model in (ours, theirs):
+        dtypes = {p.dtype for name, p in model.named_parameters() if "layers" in name and "lora" not in name}
+        assert dtypes == {torch.bfloat16}
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            given, wanted = ours(batch).user.float(), theirs(batch).user.float()
+        exact = copy.deepcopy(ours).float()(batch).user
+    errors = [float((rounded - exact).norm() / exact.norm()) for rounded in (given, wanted)]
+    assert 0 < errors[0] < 1.5 * errors[1] < 0.15, errors  # ours rounds no worse than the plain form
+    losses = []
+    for model in (ours, theirs):
+        step = measure.training_step(model, lambda h, model=model: plain.plain_loss(model(h), None, model.item_table, torch.arange(4)), bf16=True)
+        step(batch)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            losses.append(float(plain.plain_loss(model(batch), None, model.item_table, torch.arange(4))))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def big(n):
