@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
 
+from models.losses import wide
+
 GROUPS, SMALLEST_GROUP = 4, 32  # attention in about four groups of users; measured best on CPU among 1, 4, 8, 16
 KeyValue = tuple[Tensor, Tensor]  # keys (rotated) and values of the prompt in one layer, each [P, h_kv, d]
 
@@ -242,8 +244,7 @@ def _joined(layer: LlamaDecoderLayer, query: Tensor, known: KeyValue, own: Tenso
     grouped = query.unflatten(1, (len(key), -1)).transpose(0, 1)  # [h_kv, n, h / h_kv, d]
     mixed, level = _attend(layer, grouped.flatten(1, 2), key, value)
     mixed, level = (t.unflatten(1, grouped.shape[1:3]).transpose(0, 1).flatten(1, 2) for t in (mixed, level))  # [n, h, d], [n, h, 1]
-    share = torch.sigmoid(level - own_level).to(own.dtype)
-    return own + share * (mixed - own)
+    return (own + torch.sigmoid(level - own_level) * (mixed - own)).to(query.dtype)
 
 
 def _gridded(own: Tensor, group: Group) -> Tensor:
@@ -252,16 +253,18 @@ def _gridded(own: Tensor, group: Group) -> Tensor:
 
 
 def _attend(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor, barred: Tensor | None = None) -> KeyValue:
-    """Softmax attention [..., n, d] and the logarithm of its mass [..., n, 1]; where `barred`, no look."""
+    """Softmax attention [..., n, d] and the logarithm of its mass [..., n, 1], in float32 at least; where `barred`, no look."""
     if query.dim() == 4 and (shared := layer.self_attn.num_key_value_groups) > 1:
         key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
-    scores = (query * layer.self_attn.scaling) @ key.transpose(-1, -2)
-    if barred is not None:
-        scores = scores.masked_fill(barred, -torch.inf)
-    peak = scores.detach().amax(-1, keepdim=True)  # a constant: it leaves the result, and so the gradient
-    weight = (scores - peak).exp()
-    mass = weight.sum(-1, keepdim=True)
-    return (weight.to(value.dtype) @ value) / mass.to(value.dtype), peak + mass.log()
+    with torch.autocast(query.device.type, enabled=False):  # scores rounded to half precision would shift the weights by percents
+        query, key, value = wide(query), wide(key), wide(value)
+        scores = (query * layer.self_attn.scaling) @ key.transpose(-1, -2)
+        if barred is not None:
+            scores = scores.masked_fill(barred, -torch.inf)
+        peak = scores.detach().amax(-1, keepdim=True)  # a constant: it leaves the result, and so the gradient
+        weight = (scores - peak).exp()
+        mass = weight.sum(-1, keepdim=True)
+        return weight @ value / mass, peak + mass.log()
 
 
 def _feed(layer: LlamaDecoderLayer, x: Tensor, mixed: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def catalogue_cross_entropy(users: Tensor, item_table: Tensor, target: Tensor) -
     least, outside autocast.
     """
     with torch.autocast(users.device.type, enabled=False):
-        users = _wide(users)
+        users = wide(users)
         return _Surprise.apply(users, item_table.to(users.dtype), target).mean()
 
 
@@ -43,7 +43,7 @@ def sampled_cross_entropy(states: Tensor, item_table: Tensor, target: Tensor, ne
     real = target != len(item_table)
     target = target.clamp(max=len(item_table) - 1)
     with torch.autocast(states.device.type, enabled=False):
-        states, item_table = _wide(states), _wide(item_table)
+        states, item_table = wide(states), wide(item_table)
         own = (states * F.embedding(target, item_table)).sum(-1, keepdim=True)  # [B, L, 1]
         drawn = states @ F.embedding(negatives, item_table).transpose(1, 2)  # [B, L, K]
         drawn = drawn.masked_fill(negatives[:, None] == target[..., None], -torch.inf)
@@ -116,12 +116,12 @@ def _table_gradient(users: Tensor, item_table: Tensor, log_partition: Tensor, up
 
 def block_cosine(teacher: Tensor, student: Tensor, reduction: Reduction) -> Tensor:
     """1 - cos(teacher, student) of states [B, E, H]: mean over users, sum or mean over blocks (paper's D_cos)."""
-    return _over_blocks(1.0 - F.cosine_similarity(_wide(teacher), _wide(student), dim=-1), reduction)
+    return _over_blocks(1.0 - F.cosine_similarity(wide(teacher), wide(student), dim=-1), reduction)
 
 
 def block_distance(teacher: Tensor, student: Tensor, reduction: Reduction, form: NormForm) -> Tensor:
     """L2 distance of states [B, E, H], plain (released code) or squared (paper's D_norm)."""
-    difference = _wide(teacher) - _wide(student)
+    difference = wide(teacher) - wide(student)
     squared = difference.square().sum(-1)  # [B, E]
     if form == "squared_l2":
         return _over_blocks(squared, reduction)
@@ -132,7 +132,7 @@ def block_distance(teacher: Tensor, student: Tensor, reduction: Reduction, form:
 def exit_supervision(exits: Tensor, item_table: Tensor, target: Tensor, reduction: Reduction) -> Tensor:
     """Catalogue cross-entropy at the inner exits, vectors [B, E - 1, D], summed or averaged over exits (L_ms)."""
     with torch.autocast(exits.device.type, enabled=False):
-        users = _wide(exits).flatten(0, 1)
+        users = wide(exits).flatten(0, 1)
         losses = _Surprise.apply(users, item_table.to(users.dtype), target.repeat_interleave(exits.shape[1]))
     return _over_blocks(losses.view(exits.shape[:2]), reduction)
 
@@ -145,7 +145,7 @@ def logit_kl(teacher: Tensor, student: Tensor, item_table: Tensor, temperature: 
         item_table: [N, D].
     """
     with torch.autocast(teacher.device.type, enabled=False):
-        wanted, given = (_wide(users).flatten(0, 1) / temperature for users in (teacher.detach(), student))  # [B * E, D]
+        wanted, given = (wide(users).flatten(0, 1) / temperature for users in (teacher.detach(), student))  # [B * E, D]
         table = item_table.to(wanted.dtype)
         # KL = E[wanted . v - given . v] - log Z(wanted) + log Z(given), the mean over the teacher's softmax of items v
         log_partition, mean = partition(wanted, table)
@@ -153,8 +153,8 @@ def logit_kl(teacher: Tensor, student: Tensor, item_table: Tensor, temperature: 
     return temperature**2 * _over_blocks(divergence.view(teacher.shape[:2]), reduction)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """At least float32: losses are not taken in half precision."""
+def wide(x: Tensor) -> Tensor:
+    """At least float32: neither losses nor softmaxes are taken in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
