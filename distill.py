@@ -103,7 +103,7 @@ def main(
         item_table: step 2's file; output/<domain>/sasrec_item.pkl by default.
         teacher: the folder of the step-3 run; output/<domain>/teacher by default.
         teacher_cache: where the frozen teacher's states on the training samples are kept, computed once and reused by later runs;
-            auto is teacher_states/ beside the teacher's folder, off runs the teacher in every step.
+            auto is teacher_states/ beside the teacher's folder, off runs the teacher in every step (as online mode always does).
         output_dir: this run's folder; output/<domain>/student by default.
         train_targets: one target a user (last) or every prefix (all).
         max_seq_length: how many of the last items are read; the teacher's, 30 without one.
@@ -151,7 +151,7 @@ def main(
 
     root = Path("output") / canonical_domain(domain_type)
     folder, teacher_folder = Path(output_dir or root / "student"), Path(teacher or root / "teacher")
-    cache = {"auto": teacher_folder.parent / "teacher_states", "off": None}.get(teacher_cache, Path(teacher_cache))
+    cache = {"auto": teacher_folder.parent / "teacher_states", "off": None}.get(teacher_cache.lower(), Path(teacher_cache))
     aligned = not eval_only and (distill_lambda > 0 or norm_lambda > 0 or logit_lambda > 0)
     offline, online = aligned and distill_mode == "offline", aligned and distill_mode == "online"
     n_blocks = distill_block if aligned or (cls_multiple_lambda > 0 and not eval_only) else 1  # plain CE needs no blocks
@@ -162,6 +162,7 @@ def main(
             not offline or (teacher_folder / "best").is_dir() or (cache is not None and cache.is_dir()),
             f"teacher not found: {teacher_folder / 'best'}; finetune.py writes it (or name a run with --teacher)",
         ),
+        (bool(teacher_cache), "--teacher_cache=: expected auto, off or a folder"),
         (cache is None or cache.is_dir() or not cache.exists(), f"--teacher_cache={cache}: is a file, expected a folder, auto or off"),
     )
     runlog.check_output_dir(folder, "student", overwrite=overwrite, eval_only=eval_only)
@@ -236,8 +237,10 @@ def main(
         live = frozen_teacher()
         wanted = lambda rows, history: live(history)
     else:
+        teacher_weights = checkpoint.weights_sha256(teacher_folder / "best")  # by results.json where the checkpoint was taken away
+        teacher_weights = teacher_weights or runlog.read_json(teacher_folder / "results.json", "results").get("weights_sha256")
         identity = {
-            **inputs.hashes, "weights_sha256": runlog.weights_sha256(teacher_folder), "base": base.identity(location), "bf16": half,
+            **inputs.hashes, "weights_sha256": teacher_weights, "base": base.identity(location), "bf16": half,
             "model": fixed["model"], "distill_block": distill_block, "train_targets": train_targets, "max_seq_length": flags["max_seq_length"],
         }  # fmt: skip
         states = teacher_states.open_or_build(cache, identity, frozen_teacher, samples, eval_batch_size, where)
@@ -266,7 +269,7 @@ def main(
     if flags["distill_mode"] == "online":  # both were trained; the student's part is the product
         weights = {name.removeprefix("student."): tensor for name, tensor in weights.items() if not name.startswith("teacher.")}
     checkpoint.restore(student, weights, folder / "best")
-    about = runlog.about(folder, "student", student, fitted) | {"candidates": splits["test"].candidate_counts()}
+    about = runlog.about(folder, "student", student, fitted, checkpoint.weights_sha256(folder / "best")) | {"candidates": splits["test"].candidate_counts()}
     return finish(folder, ranks, about)
 
 

@@ -185,7 +185,7 @@ def main(
         )  # fmt: skip
     weights, _ = checkpoint.load(folder / "best")
     checkpoint.restore(model, weights, folder / "best")
-    about = runlog.about(folder, "teacher", model, fitted) | {"candidates": splits["test"].candidate_counts()}
+    about = runlog.about(folder, "teacher", model, fitted, checkpoint.weights_sha256(folder / "best")) | {"candidates": splits["test"].candidate_counts()}
     return finish(folder, ranks, about)
 
 

@@ -157,7 +157,7 @@ def main(
     counts = sequences.popularity(data).to(where)[:, None]  # [N, 1]: a one-dimensional item table
 
     by_popularity = ranker(lambda: lambda history: counts.new_ones(len(history), 1), counts, splits, eval_batch_size, where)
-    about = runlog.about(folder, "sasrec", model, fitted) | {
+    about = runlog.about(folder, "sasrec", model, fitted, checkpoint.weights_sha256(folder / "best")) | {
         "popularity": {split: by_popularity(split).metrics() for split in splits},
         "candidates": splits["test"].candidate_counts(),
     }

@@ -55,7 +55,8 @@ def open_or_build(
         UsageError: the disk lacks room, or `root` cannot be written.
     """
     identity = identity | {"format": FORMAT}
-    folder = root / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    folder = root / _digest(identity)[:16]
+    _sweep(root)
     problem = _problem(folder, identity, len(samples)) if folder.exists() else "absent"
     if problem == "absent":
         print(f"teacher states: none in {root} for this teacher and these samples; computing them once", flush=True)
@@ -74,7 +75,9 @@ def _problem(folder: Path, identity: dict[str, Any], n: int) -> str:
         meta = read_json(folder / "meta.json", "teacher states")
     except UsageError:
         return "has no readable meta.json"
-    if meta.get("identity") != identity or meta.get("samples") != n:
+    if meta.pop("sha256", None) != _digest(meta):
+        return "has a meta.json that was altered"
+    if meta["identity"] != identity or meta["samples"] != n:
         return "belongs to another teacher or other samples"
     for name in NAMES:
         path = folder / f"{name}.bin"
@@ -84,6 +87,21 @@ def _problem(folder: Path, identity: dict[str, Any], n: int) -> str:
             if hashlib.file_digest(file, "sha256").hexdigest() != meta["arrays"][name]["sha256"]:
                 return f"has a {path.name} that was cut short or altered"
     return ""
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sweep(root: Path) -> None:
+    """Remove what processes that died while filling left behind."""
+    for partial in root.glob(".tmp-*"):
+        try:
+            os.kill(int(partial.name.rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(partial, ignore_errors=True)
+        except (PermissionError, ValueError):
+            continue
 
 
 def _mapped(folder: Path) -> TeacherStates:
@@ -98,6 +116,10 @@ def _bits(path: Path, dtype: torch.dtype, shape: list[int], mode: str) -> np.nda
     if not np.prod(shape):
         path.touch()
         return np.empty(shape, STORED[dtype])
+    if mode == "w+":  # claim the room now: a disk that fills up under a memory map kills the process without a word
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * dtype.itemsize)
+        mode = "r+"
     return np.memmap(path, STORED[dtype], mode, shape=tuple(shape))
 
 
@@ -125,7 +147,7 @@ def _build(folder: Path, identity: dict[str, Any], encode: Callable, samples: Sa
             about[name] = {"dtype": str(part.dtype).removeprefix("torch."), "shape": list(array.shape), "sha256": digest}
         meta = {"identity": identity, "samples": len(samples), "arrays": about}
         with open(partial / "meta.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps(meta, indent=2) + "\n")
+            file.write(json.dumps(meta | {"sha256": _digest(meta)}, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)

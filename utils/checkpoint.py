@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.cli import UsageError
+from utils.runlog import read_json
 
 WEIGHTS, META, MANIFEST = "weights.safetensors", "meta.json", "manifest.json"
 
@@ -65,6 +66,32 @@ def _replace(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _present(folder: str | Path) -> Path:
+    """The folder, or the old checkpoint beside it where a run died between the two renames."""
+    folder = Path(folder)
+    old = folder.with_name(f".old-{folder.name}")
+    return old if not folder.exists() and old.exists() else folder
+
+
+def weights_sha256(folder: str | Path) -> str | None:
+    """Hash of a checkpoint's weights, verified where they are there, by the manifest alone where they were taken away.
+
+    Returns:
+        None where there is no manifest either.
+    Raises:
+        UsageError: the weights are not those of the manifest.
+    """
+    folder = _present(folder)
+    if not (folder / MANIFEST).is_file():
+        return None
+    expected = read_json(folder / MANIFEST, "checkpoint").get(WEIGHTS)
+    if (folder / WEIGHTS).is_file():
+        with open(folder / WEIGHTS, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise UsageError(f"checkpoint {folder}: {WEIGHTS} does not match its sha256; it was cut short or altered")
+    return expected
+
+
 def load(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint after checking every file against the manifest.
 
@@ -73,10 +100,7 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     from safetensors.torch import load as deserialise
 
-    folder = Path(folder)
-    old = folder.with_name(f".old-{folder.name}")
-    if not folder.exists() and old.exists():  # died between the two renames
-        folder = old
+    folder = _present(folder)
     if not folder.is_dir():
         raise UsageError(f"checkpoint not found: {folder}")
     contents = {}

@@ -146,7 +146,7 @@ def check_same(folder: str | Path, now: dict[str, str], source: str | Path) -> N
             )
 
 
-def about(folder: Path, step: str, module: Any, fitted: Any) -> dict[str, Any]:
+def about(folder: Path, step: str, module: Any, fitted: Any, weights_sha256: str) -> dict[str, Any]:
     """The head of results.json: which run, how large, how it was trained (kept from before where it was only evaluated)."""
     config = read_json(folder / "config.json", "run")
     sizes = {p: p.numel() for p in module.parameters()}
@@ -157,7 +157,7 @@ def about(folder: Path, step: str, module: Any, fitted: Any) -> dict[str, Any]:
         "data_sha256": config["data_sha256"],
         "random_base": config.get("random_base", False),
         "parameters": sum(sizes.values()),
-        "weights_sha256": weights_sha256(folder),
+        "weights_sha256": weights_sha256,
         "trainable_parameters": sum(n for p, n in sizes.items() if p.requires_grad),
     }
     if fitted is not None:
@@ -166,14 +166,6 @@ def about(folder: Path, step: str, module: Any, fitted: Any) -> dict[str, Any]:
         earlier = read_json(folder / "results.json", "results") if (folder / "results.json").exists() else {}
         trained = {name: earlier.get(name) for name in ("steps", "best_step", "train_seconds")}
     return head | trained
-
-
-def weights_sha256(folder: Path) -> str:
-    """Hash of the best checkpoint's weights, by its manifest, or by results.json where the checkpoint was taken away."""
-    manifest = folder / "best" / "manifest.json"
-    if manifest.is_file():
-        return read_json(manifest, "checkpoint")["weights.safetensors"]
-    return read_json(folder / "results.json", "results").get("weights_sha256", "unknown")
 
 
 class MetricsLog:
