@@ -65,34 +65,39 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any, with_preparation: bool = False) -> int:
-    """Most bytes that `prepare(*arguments)()` needs, in a fresh process, beyond what stood there before the call.
+def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any, device: torch.device, with_preparation: bool = False) -> int | None:
+    """Most bytes on the device that `prepare(*arguments)()` needs, in a fresh process, beyond what stood there before the call.
 
     Args:
         prepare: a function of a module (it is sent to the process by name) that returns what is to be measured.
         with_preparation: count what `prepare` itself takes, such as weights, too.
+    Returns:
+        None where the process died, or ran out of memory.
     """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the child needs the room
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
-    process = context.Process(target=_measure_peak, args=(theirs, torch.get_num_threads(), prepare, arguments, with_preparation))
+    given = (theirs, torch.get_num_threads(), prepare, arguments, device.type, with_preparation)
+    process = context.Process(target=_measure_peak, args=given)
     process.start()
     theirs.close()
     try:
         return mine.recv()
     except EOFError:
-        raise RuntimeError(f"{prepare.__name__}{arguments}: the measured process died, out of memory perhaps") from None
+        return None
     finally:
         process.join()
 
 
-def _measure_peak(pipe, threads: int, prepare: Callable, arguments: tuple, with_preparation: bool) -> None:
+def _measure_peak(pipe, threads: int, prepare: Callable, arguments: tuple, device: str, with_preparation: bool) -> None:
     torch.set_num_threads(threads)
-    if torch.cuda.is_available():
+    if device == "cuda":
         before = torch.cuda.memory_allocated()
         run = prepare(*arguments)
         if not with_preparation:
             before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats()
         run()
         pipe.send(torch.cuda.max_memory_allocated() - before)
         return
@@ -195,17 +200,18 @@ class Shape(NamedTuple):
         return linear * (2 if strategy == "lora" else 3) + 3 * (attention + lora + ends) + catalogue
 
 
-def training_step(model: nn.Module, loss_of: Callable[[Any], Tensor], bf16: bool = False) -> Callable[[Any], None]:
-    """Loss + backward + clip + AdamW of what is trained in `model`."""
+def training_step(model: nn.Module, loss_of: Callable[[Any], Tensor], bf16: bool = False) -> Callable[..., None]:
+    """Loss + backward of every micro-batch given, then clip + AdamW of what is trained in `model`, once."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     device = parameters[0].device
     model.train()
 
-    def step(given: Any) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = loss_of(given)
-        loss.backward()
+    def step(*micro_batches: Any) -> None:
+        for given in micro_batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = loss_of(given)
+            (loss / len(micro_batches)).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -33,7 +33,7 @@ from models.losses import Output, catalogue_cross_entropy, recommendation_loss
 from models.sasrec import SASRec
 from utils import cli
 from utils.evaluation import evaluate
-from utils.runlog import write_json
+from utils.runlog import check_output_dir, write_json
 from utils.training import choose_device
 
 DIM = 128
@@ -59,20 +59,27 @@ class Bench:
     def race(self, ours, theirs, inputs: list | None = None) -> Race:
         return race(ours, theirs, self.batches if inputs is None else inputs, self.device, self.rest)
 
-    def add(self, name: str, unit: str, timed: Race, per: float = 1.0, operations: float | None = None, **more: Any) -> None:
-        """A row; `per` turns seconds into the unit: units a call for a rate, 1 for seconds, 1000 for milliseconds."""
+    def add(
+        self, name: str, unit: str, timed: Race, per: float = 1.0, operations: float | None = None, llm: bool = False, **more: Any
+    ) -> None:  # fmt: skip
+        """A row; `per` turns seconds into the unit: units a call for a rate, 1 for seconds, 1000 for milliseconds.
+
+        Args:
+            operations: that must be done, for the floor. llm: also tell prompt, response, lengths and tokens.
+        """
         rate = unit.endswith("/s")
         ours, theirs = ((per / t if rate else per * t) for t in (timed.ours, timed.plain))
         row = {"row": name, "unit": unit, "ours": ours, "plain": theirs, "ratio": timed.ratio}
-        if operations is not None:
+        if llm:
             lengths = [self.samples.counts()[rows] for rows in self.batches[1:]]
             tokens = np.array([self.shape.tokens(n) for n in lengths])
             row |= {
-                "prompt": len(self.shape.prompt_ids), "response": len(self.shape.response_ids),
+                "prompt": len(self.shape.prompt_ids), "response": len(self.shape.response_ids), "tokens": float(tokens[:, 0].mean()),
                 "mean_history": float(np.mean(np.concatenate(lengths))), "token_ratio": float((tokens[:, 1] / tokens[:, 0]).mean()),
-                "tokens": float(tokens[:, 0].mean()), "gflop": operations / 1e9, "floor": operations / self.rate * (per if not rate else 1.0),
-                "of_matrix_rate": operations / self.rate / timed.ours,
             }  # fmt: skip
+        if operations is not None:
+            floor = operations / self.rate
+            row |= {"gflop": operations / 1e9, "floor_ms": floor * 1e3, "of_matrix_rate": floor / timed.ours}
         self.rows.append(row | more)
         print(f"{name:58s} {ours:12.2f} {theirs:12.2f} {unit:8s} {timed.ratio:7.2f} x", flush=True)
 
@@ -87,7 +94,7 @@ class Bench:
 
 def steps(bench: Bench, teacher_layers: int, student_layers: int) -> None:
     """Training steps with cross-entropy alone, LoRA and full."""
-    for n_layers, strategy in ((teacher_layers, "lora"), (student_layers, "lora"), (student_layers, "full")):
+    for who, n_layers, strategy in (("teacher", teacher_layers, "lora"), ("student", student_layers, "lora"), ("student", student_layers, "full")):
         ours, theirs = bench.shape.twins(n_layers, strategy)
 
         def loss(rows):
@@ -99,8 +106,7 @@ def steps(bench: Bench, teacher_layers: int, student_layers: int) -> None:
             return plain.plain_loss(theirs(history), None, theirs.item_table, target)
 
         timed = bench.race(training_step(ours, loss), training_step(theirs, plain_loss))
-        who = {teacher_layers: "teacher", student_layers: "student"}[n_layers]
-        bench.add(f"{who} train step, {n_layers} layers, {strategy}", "ms", timed, 1e3, bench.operations(n_layers, strategy))
+        bench.add(f"{who} train step, {n_layers} layers, {strategy}", "ms", timed, 1e3, bench.operations(n_layers, strategy), llm=True)
 
 
 def layouts(bench: Bench, n_layers: int) -> None:
@@ -119,7 +125,7 @@ def layouts(bench: Bench, n_layers: int) -> None:
     step = functools.partial(training_step, model)
     for n_buckets in (4, 8):
         timed = bench.race(step(lambda rows: loss(rows, 0)), step(lambda rows: loss(rows, n_buckets)))
-        bench.add(f"student train step, packed against {n_buckets} buckets", "ms", timed, 1e3)
+        bench.add(f"student train step, packed against {n_buckets} buckets", "ms", timed, 1e3, llm=True)
 
 
 def distillation(bench: Bench, teacher_layers: int, student_layers: int, n_blocks: int) -> None:
@@ -152,12 +158,13 @@ def distillation(bench: Bench, teacher_layers: int, student_layers: int, n_block
     per_epoch = len(bench.samples) / len(bench.batches[0])
     live = bench.race(training_step(student, lambda rows: loss(rows, lambda r, h: encode(h))), plain_step)
     first_epoch = Race(timed.ours + fill / per_epoch, timed.plain, timed.plain / (timed.ours + fill / per_epoch))
-    break_even = fill / per_epoch / (live.ours - timed.ours)
+    saved = live.ours - timed.ours
+    break_even = fill / per_epoch / saved if saved > 0 else float("inf")
     name = f"distill step {student_layers} <- {teacher_layers}"
-    bench.add(f"{name}, cached teacher", "ms", timed, 1e3, own)
+    bench.add(f"{name}, cached teacher", "ms", timed, 1e3, own, llm=True)
     filled = f"{name}, first epoch and the pass that fills the cache (breaks even after {break_even:.1f})"
-    bench.add(filled, "ms", first_epoch, 1e3, break_even_epochs=break_even, fill_seconds=fill)
-    bench.add(f"{name}, live teacher", "ms", live, 1e3, own + bench.operations(teacher_layers, "lora", training=False))
+    bench.add(filled, "ms", first_epoch, 1e3, llm=True, break_even_epochs=break_even, fill_seconds=fill)
+    bench.add(f"{name}, live teacher", "ms", live, 1e3, own + bench.operations(teacher_layers, "lora", training=False), llm=True)
 
 
 def states_of_batches(bench: Bench, encode, folder: Path):
@@ -178,7 +185,7 @@ def inference(bench: Bench, n_layers: int) -> None:
         return theirs(bench.batch(rows)[0]).user
 
     timed = bench.race(lambda rows: encode(bench.batch(rows)[0]), plain_encode)
-    bench.add(f"inference, {n_layers} layers", "users/s", timed, len(bench.batches[0]), bench.operations(n_layers, "lora", training=False))
+    bench.add(f"inference, {n_layers} layers", "users/s", timed, len(bench.batches[0]), bench.operations(n_layers, "lora", training=False), llm=True)
 
 
 def catalogue(bench: Bench, n_rows: int = 256) -> None:
@@ -189,11 +196,12 @@ def catalogue(bench: Bench, n_rows: int = 256) -> None:
         timed = bench.race(
             lambda _: catalogue_cross_entropy(users, table, target).backward(), lambda _: plain_cross_entropy(users, table, target), again
         )
-        peaks = [measure.peak_memory(cross_entropy_peak, which, n_rows, n_items, trained, bench.device.type) for which in ("ours", "plain")]
+        arguments = (n_rows, n_items, trained, bench.device.type)
+        peaks = [measure.peak_memory(cross_entropy_peak, which, *arguments, device=bench.device) or 0 for which in ("ours", "plain")]
         own = table.numel() * 4 if trained else 0
         bench.add(
             f"catalogue CE, {n_rows} x {n_items:,} x {DIM}, {'trained' if trained else 'frozen'} table", "ms", timed, 1e3,
-            peak_mib=peaks[0] / 2**20, plain_peak_mib=peaks[1] / 2**20, table_gradient_mib=own / 2**20, peak_share=(peaks[0] - own) / peaks[1],
+            peak_mib=peaks[0] / 2**20, plain_peak_mib=peaks[1] / 2**20, table_gradient_mib=own / 2**20, peak_share=(peaks[0] - own) / max(peaks[1], 1),
         )  # fmt: skip
 
 
@@ -270,10 +278,7 @@ def sasrec(bench: Bench, batch_size: int = 256) -> None:
         )
         targets = float(np.mean([bench.samples.counts()[rows].sum() for rows in batches]))
         product = 2 * 4 * targets * bench.data.n_items * DIM  # logits twice, two gradients
-        bench.add(
-            f"SASRec epoch, width {hid_dim}, {loss_name} catalogue", "s", timed, per_epoch, gflop=product * per_epoch / 1e9,
-            of_matrix_rate=product / bench.rate / timed.ours,
-        )  # fmt: skip
+        bench.add(f"SASRec epoch, width {hid_dim}, {loss_name} catalogue", "s", timed, per_epoch, product)
 
 
 def reviews(bench: Bench, n_rows: int = 200_000) -> None:
@@ -313,15 +318,15 @@ def write_reviews(path: Path, n_rows: int) -> None:
 def table(bench: Bench) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| row | unit | ours | plain | ratio | P + R | mean history | token ratio | floor | of matrix rate | peak MiB, ours / plain |",
+        "| row | unit | ours | plain | ratio | P + R | mean history | token ratio | floor of a batch | of matrix rate | peak MiB, ours / plain |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in bench.rows:
         numbers = [f"{row[name]:,.2f}" if row[name] < 100 else f"{row[name]:,.0f}" for name in ("ours", "plain")]
-        tokens = ["-"] * 4
+        tokens = ["-"] * 3
         if "prompt" in row:
-            floor = f"{row['floor']:.0f} ms" if row["unit"] == "ms" else f"{row['floor'] * 1e3:.0f} ms a batch"
-            tokens = [f"{row['prompt']} + {row['response']}", f"{row['mean_history']:.1f}", f"{row['token_ratio']:.2f}", floor]
+            tokens = [f"{row['prompt']} + {row['response']}", f"{row['mean_history']:.1f}", f"{row['token_ratio']:.2f}"]
+        tokens.append(f"{row['floor_ms']:.0f} ms" if "floor_ms" in row else "-")
         reached = f"{row['of_matrix_rate']:.2f}" if "of_matrix_rate" in row else "-"
         peak = f"{row['peak_mib']:,.0f} / {row['plain_peak_mib']:,.0f} ({row['peak_share']:.3f})" if "peak_mib" in row else "-"
         lines.append(f"| {row['row']} | {row['unit']} | {' | '.join(numbers)} | {row['ratio']:.2f}x | {' | '.join(tokens)} | {reached} | {peak} |")
@@ -374,6 +379,8 @@ def main(
         cli.blocks(distill_block, student_layers=student_layers),
         cli.blocks(distill_block, teacher_layers=teacher_layers),
     )
+    folder = Path(output_dir)
+    check_output_dir(folder, "benchmark", overwrite=True)
     ensure_demo(domain_type, data_path)
     where = choose_device(device)
     data = read_csv(find_csv(domain_type, data_path))
@@ -388,7 +395,6 @@ def main(
     for name in rows:
         parts[name](bench)
     result = about | {"data": str(find_csv(domain_type, data_path)), "rows": bench.rows}
-    folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "throughput.json", result)
     (folder / "throughput.md").write_text(table(bench) + "\n", encoding="utf-8")
