@@ -65,6 +65,16 @@ def test_large_logits_neither_overflow_nor_lose_the_loss():
     assert torch.isfinite(torch.autograd.grad(ours, users)[0]).all()
 
 
+def test_a_confident_row_has_a_small_loss():
+    """The target's logit is read from another product than the partition's: an error of the logits' last bits, no more."""
+    torch.manual_seed(0)
+    table = torch.randn(5000, 128)
+    users, target = table[:64] * 0.25 + 0.001 * torch.randn(64, 128), torch.arange(64)  # own logit about 32, the others' spread about 3
+    exact = float(F.cross_entropy(users.double() @ table.double().T, target))
+    assert 0 < exact < 1e-3
+    assert float(catalogue_cross_entropy(users, table, target)) == pytest.approx(exact, abs=2e-5)
+
+
 @pytest.mark.parametrize("spoilt", [math.nan, math.inf])
 def test_a_table_that_is_not_finite_gives_a_loss_that_is_not(spoilt):
     table = torch.ones(9, 2)
