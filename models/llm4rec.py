@@ -127,30 +127,16 @@ def assemble(
     """As `build`, around a LLaMA that is already in memory (or on the meta device, to count)."""
     llama.requires_grad_(strategy == "full")
     if strategy == "lora":
+        from models.lora import inject_lora  # peft takes a while to import
+
         inject_lora(llama, lora_r, lora_alpha, lora_dropout, lora_target_modules)
     return LLM4Rec(Decoder(llama, prompt_ids, response_ids, n_blocks, gradient_checkpointing), item_table, exit_heads)
 
 
-def inject_lora(llama: LlamaModel, r: int, alpha: int, dropout: float, targets: list[str]) -> None:
-    """Put LoRA (peft, float32, no bias) on every projection named in `targets`.
-
-    Raises:
-        UsageError: a name that matches no module; peft would ignore it.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    names = {name.rpartition(".")[2] for name, module in llama.layers.named_modules() if isinstance(module, nn.Linear)}
-    unknown = [target for target in targets if target not in names]
-    if unknown:
-        raise UsageError(f"--lora_target_modules: {', '.join(unknown)} matches no projection; there are {', '.join(sorted(names))}")
-    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none"), llama)
-    for parameter in llama.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
 def count_parameters(config: LlamaConfig, n_layers: int, r: int, targets: list[str]) -> tuple[int, int]:
     """(decoder and embeddings with LoRA, LoRA alone), counted on the meta device; as in the paper's Table of efficiency."""
+    from models.lora import inject_lora
+
     with torch.device("meta"):
         llama = LlamaModel(prune_config(config, n_layers))
         llama.requires_grad_(False)

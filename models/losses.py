@@ -9,6 +9,7 @@ from torch import Tensor
 Reduction = Literal["sum", "mean"]
 NormForm = Literal["l2", "squared_l2"]
 TILES = (256, 2048), (1024, 32768)  # rows x items of logits held at once: 2 MiB in float32 on CPU, 128 MiB elsewhere
+WHOLE_ROWS, FEWEST_ROWS = (2**20, 2**26), 32  # the same for tiles of whole rows, worth it from so many rows on
 
 
 class Output(NamedTuple):
@@ -28,7 +29,11 @@ def catalogue_cross_entropy(users: Tensor, item_table: Tensor, target: Tensor) -
     """
     with torch.autocast(users.device.type, enabled=False):
         users = wide(users)
-        return _Surprise.apply(users, item_table.to(users.dtype), target).mean()
+        item_table = item_table.to(users.dtype)
+        whole = WHOLE_ROWS[users.device.type != "cpu"] // len(item_table)
+        if item_table.requires_grad and torch.is_grad_enabled() and whole >= FEWEST_ROWS:
+            return _MeanSurprise.apply(users, item_table, target, whole)
+        return _Surprise.apply(users, item_table, target).mean()
 
 
 def sampled_cross_entropy(states: Tensor, item_table: Tensor, target: Tensor, negatives: Tensor) -> Tensor:
@@ -48,6 +53,34 @@ def sampled_cross_entropy(states: Tensor, item_table: Tensor, target: Tensor, ne
         drawn = states @ F.embedding(negatives, item_table).transpose(1, 2)  # [B, L, K]
         drawn = drawn.masked_fill(negatives[:, None] == target[..., None], -torch.inf)
         return (torch.cat([own, drawn], dim=-1).logsumexp(-1) - own.squeeze(-1))[real].mean()
+
+
+class _MeanSurprise(torch.autograd.Function):
+    """The mean of `_Surprise` where the table is trained and small: tiles of whole rows, whose gradients are taken on the spot.
+
+    Saves the second computation of the logits and their exponentials; costs a copy of the table's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, users: Tensor, item_table: Tensor, target: Tensor, rows: int) -> Tensor:
+        user_grad, table_grad, total = torch.empty_like(users), torch.zeros_like(item_table), users.new_zeros(())
+        for i in range(0, len(users), rows):
+            part, wanted = users[i : i + rows], target[i : i + rows, None]
+            logits = part @ item_table.T  # [b, N]
+            peak, own = logits.amax(1, keepdim=True), logits.gather(1, wanted)
+            weight = logits.sub_(peak).exp_()
+            mass = weight.sum(1, keepdim=True)
+            total += (peak + mass.log() - own).sum()
+            slope = weight.div_(mass * len(users)).scatter_add_(1, wanted, torch.full_like(own, -1 / len(users)))
+            torch.mm(slope, item_table, out=user_grad[i : i + rows])
+            table_grad.addmm_(slope.T, part)
+        ctx.grads = user_grad, table_grad
+        return total / len(users)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream: Tensor):
+        return *(grad * upstream for grad in ctx.grads), None, None
 
 
 class _Surprise(torch.autograd.Function):

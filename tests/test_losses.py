@@ -20,8 +20,11 @@ from tests.conftest import histories, small_model
 
 @pytest.mark.parametrize("tile", [(1, 1), (3, 4), (256, 2048)])
 @pytest.mark.parametrize("trained_table", [True, False])
-def test_catalogue_cross_entropy_equals_the_plain_one(tile, trained_table, monkeypatch):
+@pytest.mark.parametrize("whole_rows", [1, 3 * 13, 2**20])
+def test_catalogue_cross_entropy_equals_the_plain_one(tile, trained_table, whole_rows, monkeypatch):
     monkeypatch.setattr(losses, "TILES", (tile, tile))
+    monkeypatch.setattr(losses, "WHOLE_ROWS", (whole_rows, whole_rows))
+    monkeypatch.setattr(losses, "FEWEST_ROWS", 1)
     torch.manual_seed(0)
     users = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     table = torch.randn(13, 5, dtype=torch.float64, requires_grad=trained_table)
@@ -100,7 +103,7 @@ def test_no_tile_of_logits_is_larger_than_said(monkeypatch):
         with Largest() as seen:
             catalogue_cross_entropy(users, table, torch.arange(256)).backward()
         rows, items = losses.TILES[0]
-        assert table.numel() <= seen.size <= max(rows * items, table.numel()) < users.shape[0] * table.shape[0]
+        assert table.numel() <= seen.size <= max(rows * items, losses.WHOLE_ROWS[0], table.numel()) < users.shape[0] * table.shape[0]
 
 
 def test_sampled_cross_entropy_by_hand_and_against_a_loop():

@@ -183,3 +183,26 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, strategy):
     assert set(given) == set(wanted) and len(wanted) > 10
     for name in wanted:
         torch.testing.assert_close(given[name], wanted[name], atol=1e-5, rtol=1e-5, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_fused_lora_is_pefts_layer(dropout):
+    """The same parameters, outputs and gradients as the layer of peft that it stands in for, dropout drawn alike."""
+    from peft.tuners.lora import Linear
+
+    from models.lora import FusedLinear
+
+    model = small_model(strategy="lora").train()
+    fused = [module for module in model.modules() if type(module) is FusedLinear]
+    assert len(fused) == 4 * len(TARGETS) and not [module for module in model.modules() if type(module) is Linear]
+    for layer in fused[:3]:
+        if dropout:
+            layer.lora_dropout["default"] = torch.nn.Dropout(dropout)
+        x = torch.randn(7, layer.in_features, dtype=torch.float64, requires_grad=True)
+        inputs = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        results = []
+        for forward in (FusedLinear.forward, Linear.forward):
+            torch.manual_seed(5)
+            out = forward(layer, x)
+            results.append((out, torch.autograd.grad(out.square().sum(), inputs)))
+        torch.testing.assert_close(*results, atol=1e-12, rtol=1e-12)
