@@ -32,7 +32,7 @@ from models.base import BUILT_IN
 from models.losses import Output, catalogue_cross_entropy, recommendation_loss
 from models.sasrec import SASRec
 from utils import cli
-from utils.runlog import check_output_dir, write_json
+from utils.runlog import check_output_dir
 from utils.training import choose_device
 
 DIM, SLOTS, BLOCKS = 128, 30, 4
@@ -251,10 +251,7 @@ def main(
             "padded_tokens_per_second": None if name.startswith("SASRec") else batch_size * padded / step,
         }  # fmt: skip
     about["ratios"] = ratios(times, batch_size / eval_batch_size)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "efficiency.json", about)
-    (folder / "efficiency.md").write_text(table(about) + "\n", encoding="utf-8")
-    print(f"\n{table(about)}\n\nwrote {folder / 'efficiency.json'} and efficiency.md", flush=True)
+    measure.write_report(folder, "efficiency", about, table(about))
     return about
 
 

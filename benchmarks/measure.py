@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from benchmarks.plain import PlainLLM4Rec, plain_twin
 from models.base import prune_config
 from models.llm4rec import LLM4Rec, assemble
+from utils.runlog import write_json
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 RANK = 16
@@ -53,11 +54,6 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     run()
     _wait(device)
     return time.perf_counter() - started
-
-
-def median_seconds(run: Callable[[Any], Any], inputs: list, device: torch.device) -> float:
-    """Median wall time over the inputs but the first."""
-    return float(np.median([seconds(lambda: run(given), device) for given in inputs][1:]))
 
 
 def _wait(device: torch.device) -> None:
@@ -136,6 +132,14 @@ def machine(device: torch.device) -> dict[str, Any]:
 def _processor() -> str:
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {len(names)} cores"
+
+
+def write_report(folder: Path, name: str, result: dict[str, Any], table: str) -> None:
+    """Leave the figures as <name>.json and the table as <name>.md in `folder`, and print the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{name}.json", result)
+    (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n\nwrote {folder / name}.json and {name}.md", flush=True)
 
 
 class Shape(NamedTuple):

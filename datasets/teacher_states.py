@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from datasets.sequences import Samples
 from utils.cli import UsageError
-from utils.runlog import read_json
+from utils.runlog import file_sha256, read_json
 
 NAMES = ("user", "states", "exits")  # the fields of models.losses.Output
 STORED = {torch.float64: np.int64, torch.float32: np.int32, torch.bfloat16: np.int16, torch.float16: np.int16}  # numpy has no bfloat16
@@ -83,9 +83,8 @@ def _problem(folder: Path, identity: dict[str, Any], n: int) -> str:
         path = folder / f"{name}.bin"
         if not path.is_file():
             return f"lacks {path.name}"
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != meta["arrays"][name]["sha256"]:
-                return f"has a {path.name} that was cut short or altered"
+        if file_sha256(path) != meta["arrays"][name]["sha256"]:
+            return f"has a {path.name} that was cut short or altered"
     return ""
 
 
@@ -142,8 +141,7 @@ def _build(folder: Path, identity: dict[str, Any], encode: Callable, samples: Sa
         for name, array, part in zip(NAMES, arrays, first):
             if isinstance(array, np.memmap):
                 array.flush()
-            with open(partial / f"{name}.bin", "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = file_sha256(partial / f"{name}.bin")
             about[name] = {"dtype": str(part.dtype).removeprefix("torch."), "shape": list(array.shape), "sha256": digest}
         meta = {"identity": identity, "samples": len(samples), "arrays": about}
         with open(partial / "meta.json", "w", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.cli import UsageError
-from utils.runlog import read_json
+from utils.runlog import file_sha256, read_json
 
 WEIGHTS, META, MANIFEST = "weights.safetensors", "meta.json", "manifest.json"
 
@@ -85,10 +85,8 @@ def weights_sha256(folder: str | Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return None
     expected = read_json(folder / MANIFEST, "checkpoint").get(WEIGHTS)
-    if (folder / WEIGHTS).is_file():
-        with open(folder / WEIGHTS, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise UsageError(f"checkpoint {folder}: {WEIGHTS} does not match its sha256; it was cut short or altered")
+    if (folder / WEIGHTS).is_file() and file_sha256(folder / WEIGHTS) != expected:
+        raise UsageError(f"checkpoint {folder}: {WEIGHTS} does not match its sha256; it was cut short or altered")
     return expected
 
 

@@ -1,5 +1,6 @@
 """A run's folder: config.json, metrics.jsonl, results.json, ranks.npz, and the rules of taking it over."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -72,6 +73,12 @@ def write_json(path: str | Path, content: Any) -> None:
     partial = path.with_name(f".tmp-{path.name}")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file, read as a stream."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
