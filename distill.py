@@ -25,7 +25,7 @@ LOSS = (
     "distill_lambda", "norm_lambda", "cls_multiple_lambda", "logit_lambda", "temperature", "block_reduction", "norm_form",
 )  # fmt: skip
 FIXED = (
-    *SHAPE, *LOSS, *PROTOCOL, "base_model", "llama_decoder_nums_student", "prompt_template_name", "distill_block", "distill_mode",
+    *SHAPE, *LOSS, *PROTOCOL, "base_model", "llama_decoder_nums_student", "student_init", "prompt_template_name", "distill_block", "distill_mode",
 )  # fmt: skip
 INHERITED = {"base_model": "tiny", "prompt_template_name": "alpaca", "max_seq_length": 30, "llama_decoder_nums_teacher": 8}
 
@@ -46,8 +46,9 @@ def main(
     base_model: str | None = None,
     llama_decoder_nums_teacher: cli.PositiveInt | None = None,
     llama_decoder_nums_student: cli.PositiveInt = 4,
-    layer_selection: Literal["first", "interval"] = "first",
+    layer_selection: cli.LayerSelection = "first",
     interval_nums: cli.PositiveInt = 1,
+    student_init: Literal["base", "teacher"] = "base",
     prompt_template_name: str | None = None,
     train_strategy: Literal["auto", "lora", "full"] = "auto",
     lora_r: cli.PositiveInt = 16,
@@ -110,8 +111,10 @@ def main(
         base_model: the teacher's; tiny without one.
         llama_decoder_nums_teacher: M; the teacher's, 8 in online mode.
         llama_decoder_nums_student: N, decoder layers kept.
-        layer_selection: the first ones, or at an interval.
+        layer_selection: which layers: first, interval, last, influence (those that change their input most), or numbers such as 0,2,4,6.
         interval_nums: with interval, one layer in interval_nums + 1 is left out.
+        student_init: start from the base's layers, or from the trained teacher's (then layer_selection chooses among these),
+            with its item adapter and head.
         prompt_template_name: the teacher's; alpaca without one.
         train_strategy: lora (base frozen) or full; auto is full for the built-in random bases, else lora.
         lora_r, lora_alpha, lora_dropout: LoRA's rank, scale and dropout.
@@ -153,11 +156,14 @@ def main(
     folder, teacher_folder = Path(output_dir or root / "student"), Path(teacher or root / "teacher")
     cache = {"auto": teacher_folder.parent / "teacher_states", "off": None}.get(teacher_cache.lower(), Path(teacher_cache))
     aligned = not eval_only and (distill_lambda > 0 or norm_lambda > 0 or logit_lambda > 0)
-    offline, online = aligned and distill_mode == "offline", aligned and distill_mode == "online"
+    inherits = student_init == "teacher" and not eval_only  # the teacher's layers are the student's start
+    online = distill_mode == "online" and (aligned or inherits)
+    offline = distill_mode == "offline" and (aligned or inherits)
     n_blocks = distill_block if aligned or (cls_multiple_lambda > 0 and not eval_only) else 1  # plain CE needs no blocks
     cli.check(
         cli.divides(micro_batch_size=micro_batch_size or batch_size, batch_size=batch_size),
         cli.blocks(n_blocks, llama_decoder_nums_student=llama_decoder_nums_student),
+        (not (online and inherits), "--student_init=teacher starts from a trained teacher: use --distill_mode=offline"),
         (
             not offline or (teacher_folder / "best").is_dir() or (cache is not None and cache.is_dir()),
             f"teacher not found: {teacher_folder / 'best'}; finetune.py writes it (or name a run with --teacher)",
@@ -192,8 +198,9 @@ def main(
     from datasets import sequences, teacher_states
     from datasets.prompts import tokenise
     from models import base
-    from models.llm4rec import build, specify
+    from models.llm4rec import build, kept_of, specify
     from models.losses import Output, recommendation_loss
+    from models.selection import CALIBRATION, block_influence
     from utils import checkpoint, training
     from utils.evaluation import finish, ranker
 
@@ -201,12 +208,16 @@ def main(
     half = where.type == "cuda" if bf16 is None else bf16
     location = base.locate(flags["base_model"], [*read_template("alpaca")])
     table = inputs.table().to(where)
+    samples, splits = sequences.prepare(inputs.data, **{name: flags[name] for name in PROTOCOL})
     torch.manual_seed(seed)
 
-    def specified(kept: int, exit_heads: bool) -> dict:
+    def specified(kept: int, exit_heads: bool, **choice) -> dict:
         ids = (fixed["model"]["prompt_ids"], fixed["model"]["response_ids"]) if offline else tokenise(texts, location)
-        blocks = {"n_blocks": n_blocks, "exit_heads": exit_heads}
-        return specify(location, flags["base_model"], *ids, kept=kept, **blocks, **{name: flags[name] for name in SHAPE})
+        return specify(
+            location, flags["base_model"], *ids, kept=kept, n_blocks=n_blocks, exit_heads=exit_heads,
+            influence=lambda: block_influence(location, *ids, samples.spread(CALIBRATION).to(where), table, half, seed),
+            **{name: flags[name] for name in SHAPE} | choice,
+        )  # fmt: skip
 
     def made(spec: dict) -> torch.nn.Module:
         return build(base=location, item_table=table, bf16=half, gradient_checkpointing=gradient_checkpointing, **spec).to(where)
@@ -216,9 +227,13 @@ def main(
         spec = runlog.read_json(folder / "config.json", "run")["model"]
     else:
         same_exits = offline and fixed["model"]["exit_heads"] and fixed["model"]["n_blocks"] == distill_block
-        spec = specified(flags["llama_decoder_nums_student"], exits or (logit_lambda > 0 and same_exits))
+        choose_from = fixed["model"]["layers"] if inherits else None
+        spec = specified(flags["llama_decoder_nums_student"], exits or (logit_lambda > 0 and same_exits), teacher_layers=choose_from)
     student = trained = made(spec)
-    samples, splits = sequences.prepare(inputs.data, **{name: flags[name] for name in PROTOCOL})
+    if inherits:
+        kept = kept_of(checkpoint.load(teacher_folder / "best")[0], choose_from, spec["layers"])
+        heads = {name: tensor for name, tensor in checkpoint.trained_tensors(student).items() if name.startswith("exit_heads.")}
+        checkpoint.restore(student, kept | heads, teacher_folder / "best")
     ranks = ranker(lambda: student.user_encoder(half), student.item_table, splits, eval_batch_size, where)
 
     def frozen_teacher() -> Callable[[torch.Tensor], Output]:
@@ -230,7 +245,8 @@ def main(
     if not aligned:
         wanted = lambda rows, history: None
     elif online:
-        together = made(specified(flags["llama_decoder_nums_teacher"], exits))
+        everywhere = {"layer_selection": "first"} if layer_selection[0] in "[0123456789" else {}  # a list names the student's layers
+        together = made(specified(flags["llama_decoder_nums_teacher"], exits, **everywhere))
         trained = torch.nn.ModuleDict({"student": student, "teacher": together})
         wanted = lambda rows, history: together(history)
     elif cache is None:

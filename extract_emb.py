@@ -67,7 +67,8 @@ def main(
     table[torch.from_numpy(data.item_ids)] = trained
     about = {
         "domain": domain, "dim": table.shape[1], "rows": len(table), "items": data.n_items,
-        "data_sha256": data.sha256, "sasrec": str(run), "sasrec_step": meta["step"], "sasrec_flags": config["flags"],
+        "data_sha256": data.sha256, "sasrec": str(run), "sasrec_step": meta["step"],
+        "sasrec_sha256": checkpoint.weights_sha256(run / "best"), "sasrec_flags": config["flags"],
     }  # fmt: skip
     embeddings.write_table(path, table, about)
     print(f"wrote {path}: {len(table):,} rows x {table.shape[1]}, {data.n_items:,} of them items, from {run} step {meta['step']}")

@@ -33,7 +33,7 @@ def main(
     # model
     base_model: str = "tiny",
     llama_decoder_nums: cli.PositiveInt = 8,
-    layer_selection: Literal["first", "interval"] = "first",
+    layer_selection: cli.LayerSelection = "first",
     interval_nums: cli.PositiveInt = 1,
     prompt_template_name: str = "alpaca",
     train_strategy: Literal["auto", "lora", "full"] = "auto",
@@ -82,7 +82,7 @@ def main(
         max_seq_length: how many of the last items are read.
         base_model: a Hugging Face id, a local folder, or the built-in random bases tiny and small.
         llama_decoder_nums: M, decoder layers kept.
-        layer_selection: the first ones, or at an interval.
+        layer_selection: which layers: first, interval, last, influence (those that change their input most), or numbers such as 0,2,4,6.
         interval_nums: with interval, one layer in interval_nums + 1 is left out.
         prompt_template_name: templates/<name>.json, or a path to one.
         train_strategy: lora (base frozen) or full; auto is full for the built-in random bases, else lora.
@@ -135,28 +135,27 @@ def main(
     from models import base
     from models.llm4rec import build, specify
     from models.losses import recommendation_loss
+    from models.selection import CALIBRATION, block_influence
     from utils import checkpoint, training
     from utils.evaluation import finish, ranker
 
     where = training.choose_device(device)
     half = where.type == "cuda" if bf16 is None else bf16
     location = base.locate(flags["base_model"], [*read_template("alpaca")])
+    table = inputs.table()
+    samples, splits = sequences.prepare(inputs.data, **{name: flags[name] for name in PROTOCOL})
     if eval_only:
         runlog.check_same(folder, inputs.hashes, inputs.table_path)
         spec = runlog.read_json(folder / "config.json", "run")["model"]
     else:
-        blocks = {"n_blocks": distill_block if exits else 1, "exit_heads": exits}
+        ids = tokenise(texts, location)
         spec = specify(
-            location,
-            base_model,
-            *tokenise(texts, location),
-            kept=llama_decoder_nums,
-            **blocks,
+            location, base_model, *ids, kept=llama_decoder_nums, n_blocks=distill_block if exits else 1, exit_heads=exits,
+            influence=lambda: block_influence(location, *ids, samples.spread(CALIBRATION).to(where), table, half, seed),
             **{name: flags[name] for name in SHAPE},
-        )
+        )  # fmt: skip
     torch.manual_seed(seed)
-    model = build(base=location, item_table=inputs.table(), bf16=half, gradient_checkpointing=gradient_checkpointing, **spec).to(where)
-    samples, splits = sequences.prepare(inputs.data, **{name: flags[name] for name in PROTOCOL})
+    model = build(base=location, item_table=table, bf16=half, gradient_checkpointing=gradient_checkpointing, **spec).to(where)
     ranks = ranker(lambda: model.user_encoder(half), model.item_table, splits, eval_batch_size, where)
 
     def loss_fn(rows):

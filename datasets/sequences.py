@@ -51,6 +51,10 @@ class Samples:
         """Number of training targets of each sample, every position or the last one alone; int64 [n]."""
         return np.minimum(self.length, self.max_seq_length if every_position else 1)
 
+    def spread(self, n: int) -> Tensor:
+        """The histories of `n` samples (or all) at even distances, to calibrate on; int64 [n, L]."""
+        return self.histories(np.unique(np.linspace(0, len(self) - 1, n).astype(np.int64)))
+
     def _window(self, end: np.ndarray, length: np.ndarray, width: int) -> Tensor:
         back = np.arange(-width, 0)  # [L]
         position = np.maximum(end[:, None] + back, 0)

@@ -1,4 +1,4 @@
-"""Base checkpoints: where they are, which layers are kept, and reading only the tensors that are needed.
+"""Base checkpoints: where they are, and reading only the tensors that are needed.
 
 A base is a Hugging Face id, a local folder in the Hugging Face layout, or a built-in random LLaMA (`tiny`, `small`) that
 is written once to disk and then read like any other.
@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +17,6 @@ from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbe
 
 from utils.cli import UsageError
 
-Selection = Literal["first", "interval"]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BUILT_IN = {
     "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 4},
@@ -74,26 +72,6 @@ def identity(base: str) -> list:
         return [base, _file(base, "config.json")]  # in the hub's cache the path holds the commit
     files = [Path(base) / "config.json", *sorted(Path(base).glob("*.safetensors"))]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def select_layers(available: int, kept: int, selection: Selection | list[int], interval_nums: int = 1) -> list[int]:
-    """Indices of the kept layers, ascending.
-
-    `first` keeps 0 .. kept - 1; `interval` keeps the layers with (i + 1) % (interval_nums + 1) != 0, then the first
-    `kept` of these; a list is taken as it is.
-
-    Raises:
-        UsageError: more layers are asked for than there are to choose from.
-    """
-    pool = list(range(available))
-    if selection == "interval":
-        pool = [i for i in pool if (i + 1) % (interval_nums + 1) != 0]
-    elif isinstance(selection, list):
-        pool = [i for i in selection if 0 <= i < available]
-    if not 1 <= kept <= len(pool):
-        rule = f" and --layer_selection=interval --interval_nums={interval_nums} leaves {len(pool)}" if selection == "interval" else ""
-        raise UsageError(f"{kept} decoder layers asked for, the base checkpoint has {available} layers{rule}")
-    return pool[:kept]
 
 
 def load_llama(base: str, config: LlamaConfig, layers: list[int], dtype: torch.dtype) -> LlamaModel:

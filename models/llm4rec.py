@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from models.base import BUILT_IN, Selection, load_llama, prune_config, read_config, select_layers
+from models.base import BUILT_IN, load_llama, prune_config, read_config
 from models.decoder import Decoder, KeyValue
 from models.losses import Output
+from models.selection import select_layers
 from utils.cli import UsageError
 
 Strategy = Literal["lora", "full"]
@@ -80,11 +81,14 @@ class LLM4Rec(nn.Module):
 
 def specify(
     location: str, base_model: str, prompt_ids: list[int], response_ids: list[int], *, kept: int, max_seq_length: int,
-    n_blocks: int, exit_heads: bool, layer_selection: Selection, interval_nums: int, train_strategy: str, lora_r: int,
-    lora_alpha: int, lora_dropout: float, lora_target_modules: list[str],
+    n_blocks: int, exit_heads: bool, layer_selection: str, interval_nums: int, train_strategy: str, lora_r: int,
+    lora_alpha: int, lora_dropout: float, lora_target_modules: list[str], influence: Callable[[], list[float]] | None = None,
+    teacher_layers: list[int] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What `build` needs to make the same model again, as JSON: layer indices, token ids, blocks, what is trained.
 
+    Args:
+        influence: see models.selection.select_layers; teacher_layers: choose among these alone, to start from the teacher's.
     Raises:
         UsageError: the base lacks the layers or the positions asked for.
     """
@@ -94,8 +98,9 @@ def specify(
         raise UsageError(
             f"prompt, items and response are {length} tokens, the base has {config.max_position_embeddings} positions; lower --max_seq_length"
         )
+    pool, owner = (teacher_layers, "the teacher") if teacher_layers else ([*range(config.num_hidden_layers)], "the base checkpoint")
     return {
-        "layers": select_layers(config.num_hidden_layers, kept, layer_selection, interval_nums),
+        "layers": select_layers(pool, kept, layer_selection, interval_nums, influence, owner),
         "prompt_ids": prompt_ids, "response_ids": response_ids, "n_blocks": n_blocks, "exit_heads": exit_heads,
         # LoRA on frozen random weights means little: a built-in base is trained in full unless told otherwise
         "strategy": train_strategy if train_strategy != "auto" else ("full" if base_model in BUILT_IN else "lora"),
@@ -131,6 +136,24 @@ def assemble(
 
         inject_lora(llama, lora_r, lora_alpha, lora_dropout, lora_target_modules)
     return LLM4Rec(Decoder(llama, prompt_ids, response_ids, n_blocks, gradient_checkpointing), item_table, exit_heads)
+
+
+def kept_of(tensors: dict[str, Tensor], theirs: list[int], mine: list[int]) -> dict[str, Tensor]:
+    """A trained teacher's tensors under the names of a model that keeps fewer of its layers; its exit heads are left out.
+
+    Args:
+        tensors: the teacher's trained ones, by name; theirs, mine: numbers in the base of the layers of either model.
+    """
+    number = {str(theirs.index(layer)): str(place) for place, layer in enumerate(mine)}
+    head = "decoder.llama.layers."
+    kept = {}
+    for name, tensor in tensors.items():
+        place, _, rest = name.removeprefix(head).partition(".")
+        if not name.startswith(head):
+            kept[name] = tensor
+        elif place in number:
+            kept[f"{head}{number[place]}.{rest}"] = tensor
+    return {name: tensor for name, tensor in kept.items() if not name.startswith("exit_heads.")}
 
 
 def count_parameters(config: LlamaConfig, n_layers: int, r: int, targets: list[str]) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from benchmarks.plain import plain_twin
 from datasets.prompts import Prompt, read_template, tokenise
 from models import base
 from models.llm4rec import build, count_parameters, specify
+from models.selection import select_layers
 from tests.conftest import TARGETS, histories, small_config
 from utils.cli import UsageError
 
@@ -68,13 +69,14 @@ def copied(checkpoint, tmp_path):
         ("first", 1, 4, [0, 1, 2, 3]),
         ("interval", 1, 4, [0, 2, 4, 6]),
         ("interval", 3, 5, [0, 1, 2, 4, 5]),
-        ([15, 0, 7], 1, 3, [15, 0, 7]),
+        ("0,7,15", 1, 3, [0, 7, 15]),
+        ("last", 1, 3, [13, 14, 15]),
     ],
 )
 def test_kept_layers_equal_the_full_load_and_other_shards_may_be_absent(checkpoint, tmp_path, selection, interval, kept, expected):
     folder = copied(checkpoint, tmp_path)
     config = base.read_config(str(folder))
-    layers = base.select_layers(config.num_hidden_layers, kept, selection, interval)
+    layers = select_layers([*range(config.num_hidden_layers)], kept, selection, interval)
     assert layers == expected
     needed = {f"model-{i // 2 + 1:05d}-of-00008.safetensors" for i in layers} | {
         "model-00001-of-00008.safetensors",
@@ -119,10 +121,10 @@ def test_dtype_and_what_is_trained(checkpoint):
     assert all(p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16) for p in model.parameters())
 
 
-@pytest.mark.parametrize("kept, selection, interval", [(17, "first", 1), (0, "first", 1), (-1, "first", 1), (9, "interval", 1)])
+@pytest.mark.parametrize("kept, selection, interval", [(17, "first", 1), (0, "first", 1), (-1, "last", 1), (9, "interval", 1)])
 def test_layer_counts_out_of_range_are_refused(kept, selection, interval):
     with pytest.raises(UsageError, match="the base checkpoint has 16 layers"):
-        base.select_layers(16, kept, selection, interval)
+        select_layers([*range(16)], kept, selection, interval)
 
 
 def test_faulty_checkpoints_are_named(checkpoint, tmp_path):

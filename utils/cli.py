@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -46,6 +47,18 @@ class Range(NamedTuple):
         return " and ".join(part for part in (low, high) if part) or "finite"
 
 
+class WordOrNumbers(NamedTuple):
+    """One of some words, or whole numbers such as 0,2,4,6."""
+
+    words: tuple[str, ...]
+
+    def admits(self, value: str) -> bool:
+        return value in self.words or re.fullmatch(r"\d+(,\d+)*|\[\d+(,\d+)*\]", value.replace(" ", "")) is not None
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.words)}, or numbers such as 0,2,4,6"
+
+
 PositiveInt = Annotated[int, Range(low=1)]
 NonNegativeInt = Annotated[int, Range(low=0)]
 Seed = Annotated[int, Range(low=0, high=2**63 - 1)]
@@ -53,6 +66,7 @@ MaxSteps = Annotated[int, Range(low=-1)]  # -1: no limit, as in the released scr
 PositiveFloat = Annotated[float, Range(low=0, open_low=True)]
 NonNegativeFloat = Annotated[float, Range(low=0)]
 DropRate = Annotated[float, Range(low=0, high=1, open_high=True)]
+LayerSelection = Annotated[str, WordOrNumbers(("first", "interval", "last", "influence"))]
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -134,11 +148,11 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
             name, equals, text = name[2:], "=", "false"
         if name not in hints:
             problems.append(_unknown(name, hints))
-            if not equals and words and not words[0].startswith("--"):
+            if not equals and words and not _is_flag(words[0]):
                 words.pop(0)
             continue
         if not equals:
-            if words and not words[0].startswith("--") and not (_is_bool(hints[name]) and words[0] not in BOOLEANS):
+            if words and not _is_flag(words[0]) and not (_is_bool(hints[name]) and words[0] not in BOOLEANS):
                 text = words.pop(0)
             elif _is_bool(hints[name]):
                 text = "true"
@@ -203,13 +217,18 @@ def _options(hint: Any) -> list[Any]:
     return list(typing.get_args(hint)) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else [hint]
 
 
-def _plain(hint: Any) -> tuple[Any, Range | None]:
-    """The type that is not None, and its Range if the annotation carries one."""
+def _plain(hint: Any) -> tuple[Any, Range | WordOrNumbers | None]:
+    """The type that is not None, and its limits if the annotation carries any."""
     (hint,) = [option for option in _options(hint) if option is not type(None)]
     if typing.get_origin(hint) is Annotated:
         kind, limits = typing.get_args(hint)
         return kind, limits
     return hint, None
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word is `--name` or `--name=...`; flags for another script in quotes, with a space in them, are a value."""
+    return word.startswith("--") and not re.match(r"--[\w-]+\s", word)
 
 
 def _is_bool(hint: Any) -> bool:
@@ -223,6 +242,8 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(kind) is list:
         return "a list such as a,b or [a,b]"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    if isinstance(limits, WordOrNumbers):
+        return str(limits)
     return f"{words} {limits}" if limits else words
 
 

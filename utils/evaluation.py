@@ -53,15 +53,24 @@ def evaluate(encode: Callable[[Tensor], Tensor], item_table: Tensor, batches: It
     Raises:
         RunError: a score is not finite.
     """
-    found, columns = [], item_table.float().T
-    for batch in batches:
-        users = encode(batch.history).float()  # [B, D]
-        rows = max(1, TILES[users.device.type != "cpu"] // len(item_table))
-        for i in range(0, len(users), rows):
-            part = slice(i, i + rows)
-            scores = users[part] @ columns  # [b, N]
-            found.append(rank_tile(scores, batch.target[part], batch.seen[part], batch.candidates[part]))
-    return Ranks(*torch.cat(found, dim=1).cpu().numpy())
+    columns = item_table.float().T
+    return collect(rank_users(encode(batch.history), columns, batch) for batch in batches)
+
+
+def rank_users(users: Tensor, columns: Tensor, batch: EvaluationBatch) -> Tensor:
+    """Ranks [3, B] (sampled, full, full_all) of one batch from its user vectors [B, D] and the table's columns, float32 [D, N]."""
+    rows = max(1, TILES[users.device.type != "cpu"] // columns.shape[1])
+    tiles = []
+    for i in range(0, len(users), rows):
+        part = slice(i, i + rows)
+        scores = users[part].float() @ columns  # [b, N]
+        tiles.append(rank_tile(scores, batch.target[part], batch.seen[part], batch.candidates[part]))
+    return torch.cat(tiles, dim=1)
+
+
+def collect(found: Iterable[Tensor]) -> Ranks:
+    """The ranks of all batches, each [3, B], as one."""
+    return Ranks(*torch.cat(list(found), dim=1).cpu().numpy())
 
 
 def ranker(

@@ -1,0 +1,67 @@
+"""The paper's ablation and what its readers asked for: which parts of the loss, which blocks, layers and start bring what.
+
+    python -m experiments.ablation                                       # the demo domain and base tiny, a few minutes on 2 cores
+    python -m experiments.ablation --rows ce,cos,cos_norm,cos_ms,slmrec  # the paper's five rows alone
+    python -m experiments.ablation --domain_type cloth --base_model meta-llama/Llama-2-7b-hf --seeds 0,1,2 \
+        --teacher_flags "--num_epochs 3 --warmup_steps 100" --student_flags "--learning_rate 3e-3 --max_steps 1500"
+
+Below --output_dir (output/<domain>/paper by default) each seed has one SASRec, one item table, one teacher and the teacher's
+states, made once and shared by its rows. What is finished is read, not run again, so that a broken suite goes on. Ends with
+the report over that folder. Rows: ce, cos, cos_norm, cos_ms, slmrec (all three parts), ce_ms (exits without a teacher),
+logit_kl, slmrec_logit_kl, online, blocks_1, blocks_2, interval, last, influence (the base's layers), ce_from_teacher,
+from_teacher, from_teacher_interval (the trained teacher's layers).
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from utils import cli
+
+
+@cli.command
+def main(
+    *,
+    domain_type: str = "demo",
+    data_path: str | None = None,
+    base_model: str = "tiny",
+    rows: list[str] = ["all"],  # noqa: B006  read, never changed
+    seeds: list[int] = [42],  # noqa: B006
+    sasrec_flags: str = "",
+    teacher_flags: str = "",
+    student_flags: str = "--num_epochs 8",
+    output_dir: str | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    overwrite: bool = False,
+) -> Path:
+    """Run every row that is not there yet, for every seed, and write the report.
+
+    Args:
+        domain_type, data_path: the domain, and its CSV wherever it is.
+        base_model: of teacher and students.
+        rows: which rows; all by default.
+        seeds: a run of everything for each, SASRec included.
+        sasrec_flags, teacher_flags, student_flags: further flags of train_sr_trad.py, finetune.py and distill.py, in quotes.
+        output_dir: where the runs go; output/<domain>/paper by default.
+        device: auto is cuda where there is one.
+        overwrite: run again what is finished.
+    """
+    from experiments.rows import ABLATION
+
+    unknown = [name for name in rows if name not in (*ABLATION, "all")]
+    cli.check((not unknown, f"--rows: there is no row {', '.join(unknown)}; choose from {', '.join(ABLATION)}"))
+    from experiments import report
+    from experiments.runs import open_suite
+
+    texts = {"sasrec": sasrec_flags, "teacher": teacher_flags, "student": student_flags}
+    suite = open_suite(domain_type, data_path, output_dir, base_model, device, texts, overwrite)
+    for seed in seeds:
+        suite.item_table(seed)
+        teacher = suite.run("teacher", seed, "teacher")
+        for name, flags in ABLATION.items():
+            if name in rows or "all" in rows:
+                suite.run("student", seed, name, teacher=str(teacher), **flags)
+    return report.main(runs=str(suite.root))
+
+
+if __name__ == "__main__":
+    cli.run(main)

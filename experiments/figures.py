@@ -1,0 +1,113 @@
+"""The report's and the motivational experiment's figures."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    from experiments.report import Row
+
+PANELS = (("sampled", "MRR"), ("sampled", "HR@10"), ("full", "NDCG@10"))
+PARTS = {
+    "ce": "cross-entropy", "align_cos": "1 - cosine", "align_norm": "distance", "exits": "exits' cross-entropy",
+    "logit_kl": "logit KL", "teacher_ce": "teacher's cross-entropy", "total": "total (SASRec: cross-entropy)",
+}  # fmt: skip
+
+
+def metrics(rows: "list[Row]", path: Path) -> Path:
+    """A dot a row, a whisker for the standard deviation over seeds, small dots for the seeds."""
+    fig, axes = plt.subplots(1, len(PANELS), figsize=(12, 1.2 + 0.34 * len(rows)), sharey=True, layout="constrained")
+    for ax, (protocol, name) in zip(axes, PANELS):
+        for y, row in enumerate(rows):
+            values = [run.results["test"][protocol][name] for run in row.runs.values()]
+            ax.plot(values, [y] * len(values), "o", color="0.7", markersize=4)
+            ax.errorbar(np.mean(values), y, xerr=np.std(values, ddof=1) if len(values) > 1 else None, fmt="o", color="C0", capsize=3)
+        ax.set_xlabel(f"{name}, {'1 + 999 candidates' if protocol == 'sampled' else 'whole catalogue'}")
+        ax.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(rows)), [row.label for row in rows])
+    axes[0].invert_yaxis()
+    return _save(fig, path)
+
+
+def curves(rows: "list[Row]", path: Path) -> Path:
+    """Every part of the loss and the validation MRR against optimizer steps, of each row's first seed."""
+    series: dict[str, dict[str, tuple[list, list]]] = {}
+    for row in rows:
+        run = next(iter(row.runs.values()))
+        for event in _log(run.folder / "metrics.jsonl"):
+            values = {"valid MRR": event.get("sampled/MRR")} if event["event"] == "valid" else {name: event.get(name) for name in PARTS}
+            for name, value in values.items():
+                if value is not None and not (name == "total" and run.config["step"] != "sasrec"):
+                    steps, points = series.setdefault(name, {}).setdefault(row.label, ([], []))
+                    steps.append(event["step"] / run.results["steps"])
+                    points.append(value)
+    names = ["valid MRR", *[name for name in PARTS if name in series]]
+    names = [name for name in names if name in series]
+    if not names:
+        names, series = ["valid MRR"], {"valid MRR": {}}
+    columns = min(3, len(names))
+    fig, axes = plt.subplots(math.ceil(len(names) / columns), columns, figsize=(4.6 * columns, 3.2 * math.ceil(len(names) / columns)), squeeze=False)
+    styles = {row.label: {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]} for i, row in enumerate(rows)}
+    for ax, name in zip(axes.flat, names):
+        for text, (steps, points) in series[name].items():
+            ax.plot(steps, points, **styles[text], marker="." if len(points) < 20 else "", linewidth=1.2)
+        ax.set_title(PARTS.get(name, "validation MRR, 1 + 999 candidates"), fontsize=10)
+        ax.set_xlabel("share of the run's steps")
+        ax.grid(alpha=0.3)
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    handles = [plt.Line2D([], [], label=row.label, **styles[row.label]) for row in rows]
+    fig.tight_layout()
+    per_row = 3
+    fig.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncol=per_row, fontsize=8, frameon=False)
+    return _save(fig, path)
+
+
+def motivation(points: list[dict[str, Any]], band: dict[str, tuple[float, float, float]], paper: dict[int, tuple] | None, path: Path) -> Path:
+    """Fig. 2: metrics against the number of layers, trained with so many (top) and read off after so many (bottom).
+
+    Args:
+        points: rows of motivation.csv, with part, layers, and a value a metric.
+        band: metric -> SASRec's (mean, low, high). paper: layers -> HR@10, NDCG@10, MRR of the paper's cloth.
+    """
+    names = list(band)
+    fig, axes = plt.subplots(2, len(names), figsize=(4.4 * len(names), 6.6), layout="constrained")
+    lines = {"trained": ("trained with the first N layers", "C0"), "raw": ("states as they are", "C1"), "normed": ("states through the final norm", "C2")}
+    for column, name in enumerate(names):
+        for line, parts in enumerate((("trained",), ("raw", "normed"))):
+            ax, (mean, low, high) = axes[line, column], band[name]
+            ax.axhspan(low, high, color="0.85")
+            ax.axhline(mean, color="0.5", linewidth=1, label="SASRec, 95 % over users")
+            for part in parts:
+                mine = [point for point in points if point["part"] == part]
+                layers = sorted({point["layers"] for point in mine})
+                values = [[point[name] for point in mine if point["layers"] == n] for n in layers]
+                errors = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
+                ax.errorbar(layers, [np.mean(v) for v in values], yerr=errors, marker="o", capsize=3, label=lines[part][0], color=lines[part][1])
+            if paper and not line:
+                at = list(paper)
+                ax.plot(at, [paper[n][column] for n in at], "k--", marker="x", label="the paper's (cloth, LLaMA)")
+            ax.set_xticks(layers)
+            ax.set_xlabel("N, layers trained" if not line else "layer after which users are scored")
+            ax.set_ylabel(f"{name}, 1 + 999 candidates")
+            ax.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    axes[1, 0].legend(fontsize=8)
+    return _save(fig, path)
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _save(fig: Any, path: Path) -> Path:
+    fig.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(fig)
+    return path

@@ -1,0 +1,106 @@
+"""What the experiments share: the scripts' runs below one folder, a folder a seed; a finished run is read, not repeated."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import distill
+import extract_emb
+import finetune
+import train_sr_trad
+from datasets.demo import ensure_demo
+from datasets.interactions import canonical_domain, find_csv, read_csv
+from utils import cli, runlog
+
+SCRIPTS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
+PLACES = ("output_dir", "item_table", "teacher", "teacher_cache", "data_path")  # where things are; what they are is hashed
+HARMLESS = ("overwrite", "eval_only", "log_steps", "tensorboard", "device", "save_steps", "eval_batch_size")  # change no result
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Runs of one domain: root/seed<S>/{sasrec, sasrec_item.pkl, teacher, ...}.
+
+    data: the scripts' domain_type and data_path; data_sha256: of that CSV; extra: script's step -> flags it always gets;
+    overwrite: run again what is finished.
+    """
+
+    root: Path
+    data: dict[str, Any]
+    data_sha256: str
+    extra: dict[str, dict[str, Any]]
+    overwrite: bool
+
+    def run(self, step: str, seed: int, name: str, **flags: Any) -> Path:
+        """Run a step into its folder, unless a finished run with the same flags, data and table is there.
+
+        Raises:
+            UsageError: the folder holds a run with other flags or from other files.
+        """
+        folder, main = self.folder(seed) / name, SCRIPTS[step]
+        inputs = {"data_sha256": self.data_sha256}
+        flags = self.data | self.extra[step] | flags | {"seed": seed, "output_dir": str(folder)}
+        if step != "sasrec":
+            flags["item_table"] = str(self.table(seed))
+            inputs["table_sha256"] = runlog.file_sha256(self.table(seed))
+        done = (folder / "results.json").is_file() and not self.overwrite
+        if done:
+            _check_flags(folder, main, flags)
+            runlog.check_same(folder, inputs, "what is there now")
+        print(f"\n== {folder}: {'finished before' if done else step}", flush=True)
+        if not done:
+            main(**flags, overwrite=True)
+        return folder
+
+    def item_table(self, seed: int) -> Path:
+        """Steps 1 and 2."""
+        table = self.table(seed)
+        sasrec = self.run("sasrec", seed, "sasrec")
+        trained = runlog.read_json(sasrec / "results.json", "SASRec results")["weights_sha256"]
+        notes = table.with_suffix(".json")
+        if not table.is_file() or not notes.is_file() or runlog.read_json(notes, "item table notes").get("sasrec_sha256") != trained:
+            extract_emb.main(**self.data, sasrec=str(sasrec), item_table=str(table))
+        return table
+
+    def folder(self, seed: int) -> Path:
+        return self.root / f"seed{seed}"
+
+    def table(self, seed: int) -> Path:
+        return self.folder(seed) / "sasrec_item.pkl"
+
+
+def open_suite(
+    domain_type: str, data_path: str | None, output_dir: str | None, base_model: str, device: str, texts: dict[str, str], overwrite: bool
+) -> Suite:
+    """Check the flags meant for each script and find the data, before any work.
+
+    Args:
+        texts: script's step -> a command line's flags for it, e.g. {"sasrec": "--num_epochs 3"}.
+    Raises:
+        UsageError: a flag that its script does not have, or the data is missing.
+    """
+    extra: dict[str, dict[str, Any]] = {}
+    for step, text in texts.items():
+        try:
+            extra[step] = cli.bind(SCRIPTS[step], shlex.split(text))
+        except (cli.UsageError, ValueError) as error:
+            raise cli.UsageError(f"--{step}_flags={text}: {error}") from None
+        own = [name for name in extra[step] if name in (*PLACES, "domain_type", "seed", "base_model", "device", "overwrite", "eval_only")]
+        if own:
+            raise cli.UsageError(f"--{step}_flags={text}: --{own[0]} is set by the experiment")
+        extra[step] |= {"device": device} | ({"base_model": base_model} if step != "sasrec" else {})
+    domain = canonical_domain(domain_type)
+    ensure_demo(domain, data_path)
+    root = Path(output_dir or f"output/{domain}/paper")
+    data = {"domain_type": domain, "data_path": data_path}
+    return Suite(root, data, read_csv(find_csv(domain, data_path)).sha256, extra, overwrite)
+
+
+def _check_flags(folder: Path, main: Callable, flags: dict[str, Any]) -> None:
+    run = runlog.read_json(folder / "config.json", "run")["flags"]
+    wanted = {name: value for name, value in (cli.defaults(main) | flags).items() if name not in (*PLACES, *HARMLESS) and value is not None}
+    other = [f"--{name}={value} (it has {run[name]})" for name, value in wanted.items() if name in run and run[name] != value]
+    if other:
+        raise cli.UsageError(f"{folder} holds a finished run without {', '.join(other)}; --overwrite, or choose another --output_dir")

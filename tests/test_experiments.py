@@ -1,0 +1,252 @@
+"""The experiments: rows and names, significance, the report, and each experiment on a shrunken demo."""
+
+import json
+import math
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import distill
+import extract_emb
+import finetune
+import train_sr_trad
+from datasets import process
+from experiments import ablation, motivation, report, rows
+from tests.conftest import ROOT
+from utils import cli
+
+STUDENT = cli.defaults(distill.main) | {"llama_decoder_nums_teacher": 8, "base_model": "tiny", "max_seq_length": 30, "prompt_template_name": "alpaca"}
+SHORT = "--max_steps 3 --eval_batch_size 64 --batch_size 32"
+PAPERS = ("cloth", "movie", "music", "sport")
+
+
+@pytest.mark.parametrize(
+    "step, flags, expected",
+    [
+        ("sasrec", {"train_targets": "all", "init_std": 0.02}, "SASRec"),
+        ("sasrec", {"train_targets": "last", "init_std": 1.0}, "SASRec, as released"),
+        ("teacher", cli.defaults(finetune.main), "E4SRec-like, 8 layers"),
+        ("teacher", cli.defaults(finetune.main) | {"cls_multiple_lambda": 1.0}, "8 layers: CE + L_ms"),
+        ("student", STUDENT, "SLMRec 4 <- 8"),
+        ("student", STUDENT | rows.OFF, "E4SRec-like, 4 layers"),
+        ("student", STUDENT | rows.OFF | {"student_init": "teacher"}, "4 layers: CE, from the teacher's layers"),
+        ("student", STUDENT | rows.ABLATION["cos_ms"], "4 <- 8: D_cos + L_ms"),
+        ("student", STUDENT | rows.ABLATION["ce_ms"], "4 layers: CE + L_ms"),
+        ("student", STUDENT | rows.ABLATION["logit_kl"], "4 <- 8: logit KL"),
+        ("student", STUDENT | rows.ABLATION["online"], "SLMRec 4 <- 8, online"),
+        ("student", STUDENT | {"llama_decoder_nums_student": 2, "distill_block": 2, "train_targets": "all"}, "SLMRec 2 <- 8, B = 2, every prefix"),
+    ],
+)  # fmt: skip
+def test_rows_are_called_what_they_are(step, flags, expected):
+    assert rows.label(step, flags) == expected
+
+
+def test_every_row_of_the_ablation_binds_and_has_a_name_of_its_own():
+    names = []
+    for flags in rows.ABLATION.values():
+        cli.bind(distill.main, [f"--{name}={value}" for name, value in flags.items()])
+        names.append(rows.label("student", STUDENT | flags))
+    assert len(set(names)) == len(names)
+    assert {"D_cos", "D_cos + D_norm", "D_cos + L_ms"} == {name.removeprefix("4 <- 8: ") for name in names if name in rows.PAPER["cloth"]} - {
+        "SLMRec 4 <- 8",
+        "E4SRec-like, 4 layers",
+    }
+
+
+def test_the_papers_figures_are_those_of_its_page():
+    """Read again from shared/paper.md where it is: every figure of both tables."""
+    page = ROOT.parent / "shared" / "paper.md"
+    if not page.exists():
+        pytest.skip(f"not here: {page}")
+    names = {"SASRec": "SASRec", "E4SRec (32 layers)": "E4SRec-like, 32 layers", "E4SRec_8": "E4SRec-like, 8 layers",
+             "E4SRec_4": "E4SRec-like, 4 layers", "SLMRec 4<-8": "SLMRec 4 <- 8",
+             "D_cos": "4 <- 8: D_cos", "D_cos + D_norm": "4 <- 8: D_cos + D_norm", "D_cos + L_ms": "4 <- 8: D_cos + L_ms"}  # fmt: skip
+    found = 0
+    for line in page.read_text().split("## Main table")[1].split("## Efficiency")[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and cells[0] in names:
+            for domain, cell in zip(PAPERS, cells[1:]):
+                assert rows.PAPER[domain][names[cells[0]]] == tuple(map(float, cell.split())), (domain, cells[0])
+                found += 1
+    assert found == 8 * 4
+
+
+def test_paired_bootstrap_on_what_can_be_worked_out():
+    mean, low, high, p = report.paired_bootstrap(np.full(50, 0.25), 100)
+    assert (mean, low, high, p) == (0.25, 0.25, 0.25, 0.0)
+    assert report.paired_bootstrap(np.zeros(50), 100) == (0.0, 0.0, 0.0, 1.0)
+    rng = np.random.default_rng(5)
+    difference = rng.normal(0.02, 1.0, 4000)
+    mean, low, high, p = report.paired_bootstrap(difference, 4000)
+    error = difference.std() / math.sqrt(len(difference))  # the normal interval, which the bootstrap's must come near
+    assert mean == difference.mean()
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error) and high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
+    assert p == pytest.approx(math.erfc(mean / error / math.sqrt(2)), abs=0.03)
+    assert report.paired_bootstrap(-difference, 4000)[3] == pytest.approx(p, abs=1e-9)
+    whole, chunk = report.paired_bootstrap(difference, 64), report.CHUNK
+    try:
+        report.CHUNK = 4000 * 10
+        assert report.paired_bootstrap(difference, 64) == whole
+    finally:
+        report.CHUNK = chunk
+
+
+def test_mean_and_spread():
+    assert report.spread([0.1, 0.2, 0.3]) == "0.2000 ± 0.1000"
+    assert (report.spread([0.25]), report.spread([])) == ("0.2500", "-")
+
+
+def fake_run(folder, step, flags, seed, ranks, domain="cloth", **extra):
+    """A finished run with the given test ranks under every protocol."""
+    from utils.metrics import summarise
+
+    folder.mkdir(parents=True)
+    flags = flags | {"seed": seed}
+    metrics = {protocol: summarise(np.array(ranks), (1, 5, 10, 20)) for protocol in ("sampled", "full", "full_all")}
+    results = {"seed": seed, "users": len(ranks), "test": metrics, "valid": metrics, "parameters": 10, "trainable_parameters": 4, "steps": 2,
+               "best_step": 2, "train_seconds": 1.5, "inference_users_per_second": 7.0, "random_base": step != "sasrec", **extra}  # fmt: skip
+    layers = [*range(flags.get("llama_decoder_nums", flags.get("llama_decoder_nums_student", 0)))]
+    (folder / "config.json").write_text(json.dumps({"step": step, "domain": domain, "data_sha256": "d" * 64, "flags": flags, "model": {"layers": layers}}))
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "metrics.jsonl").write_text(json.dumps({"event": "train", "step": 2, "ce": 3.0, "total": 3.0}) + "\n")
+    np.savez(folder / "ranks.npz", test_sampled=np.array(ranks), test_full=np.array(ranks))
+
+
+def test_the_report_over_seeds_beside_the_paper(tmp_path):
+    teacher = cli.defaults(finetune.main) | {"domain_type": "cloth"}
+    for seed, ranks in ((0, [1, 1, 2, 20]), (1, [1, 2, 4, 20])):
+        fake_run(tmp_path / f"seed{seed}/slmrec", "student", STUDENT, seed, ranks)
+        fake_run(tmp_path / f"seed{seed}/ce", "student", STUDENT | rows.OFF, seed, [2, 2, 4, 20])
+    fake_run(tmp_path / "seed0/teacher", "teacher", teacher, 0, [1, 1, 1, 1])
+    fake_run(tmp_path / "four", "teacher", teacher | {"llama_decoder_nums": 4}, 0, [2, 2, 4, 20])  # the same as ce of seed 0
+    fake_run(tmp_path / "slow", "student", STUDENT | {"learning_rate": 1e-5}, 0, [20, 20, 20, 20])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text('{"step": "student"}')
+    text = report.main(runs=str(tmp_path), resamples=50).read_text()
+    assert text == report.main(runs=str(tmp_path), resamples=50).read_text()
+    table = [line.strip("|").split("|") for line in text.split("### Significance")[0].splitlines() if line.startswith("| ")]
+    lines = {cells[0].strip(): [cell.strip() for cell in cells] for cells in table}
+    # HR@1: 2/4 and 1/4; MRR: (1 + 1 + 1/2 + 1/20)/4 = .6375, (1 + 1/2 + 1/4 + 1/20)/4 = .45
+    assert lines["SLMRec 4 <- 8"][1:3] == ["0, 1", "0.3750 ± 0.1768"] and lines["SLMRec 4 <- 8"][7] == "0.5437 ± 0.1326"
+    assert lines["SLMRec 4 <- 8"][-4:] == ["0.1669", "0.1947", "0.1807", "0.1874"]
+    assert lines["E4SRec-like, 4 layers"][1] == "0, 1" and lines["E4SRec-like, 8 layers"][1] == "0"
+    assert lines["SASRec"][1] == "not run" and lines["SASRec"][2] == "-" and lines["SASRec"][-4] == "0.1308"
+    assert lines["SLMRec 4 <- 8 [slow]"][1] == "0"
+    assert "random base" in text and "broken is unfinished" in text and "has the flags and the seed of" in text
+    # slmrec against ce: (1 - 1/2) + (1 - 1/2) + (1/2 - 1/4) + 0 = 1.25 and 0.5 + 0 + 0 + 0; mean over seeds and users .875 / 4
+    assert "| SLMRec 4 <- 8 | E4SRec-like, 4 layers | +0.2188 |" in text
+    assert "| SLMRec 4 <- 8 | E4SRec-like, 8 layers | -0.3625 |" in text  # seed 0 alone: -(0 + 0 + 1/2 + 19/20) / 4
+    assert (tmp_path / "report_cloth_metrics.png").stat().st_size > 5000 and (tmp_path / "report_cloth_curves.png").stat().st_size > 5000
+
+
+def test_the_report_goes_between_the_markers_and_what_it_reads_is_kept(tmp_path):
+    fake_run(tmp_path / "runs/seed0/slmrec", "student", STUDENT, 0, [1, 300], domain="x")
+    page = tmp_path / "page.md"
+    page.write_text(f"mine\n{report.START}\nold\n{report.END}\nmine too\n")
+    report.main(runs=str(tmp_path / "runs"), keep=str(tmp_path / "kept"), resamples=10)
+    assert np.load(tmp_path / "kept/seed0/slmrec/ranks.npz")["test_sampled"].dtype == np.uint16
+    report.main(runs=str(tmp_path / "kept"), into=str(page), resamples=10)
+    text = page.read_text()
+    assert text.startswith(f"mine\n{report.START}\n\n## x") and text.endswith(f"{report.END}\nmine too\n") and "old" not in text
+    assert "](kept/report_x_metrics.png)" in text and (tmp_path / "kept/report_x_metrics.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "module, flags, line",
+    [
+        (report, {"runs": "nowhere"}, "--runs=nowhere: no such folder"),
+        (report, {"runs": "."}, "no results.json below it"),
+        (report, {"runs": ".", "into": "page.md"}, "--into=page.md: expected a file with the lines"),
+        (ablation, {"rows": ["ce", "cosine"]}, "there is no row cosine; choose from ce, cos"),
+        (ablation, {"student_flags": "--bogus 3"}, "--student_flags=--bogus 3: unknown flag --bogus"),
+        (ablation, {"teacher_flags": "--seed 3"}, "--seed is set by the experiment"),
+        (ablation, {"sasrec_flags": "--norm 'pre"}, "--sasrec_flags=--norm 'pre: No closing quotation"),
+        (motivation, {"layers": [0, 2]}, "--layers: expected whole numbers >= 1, got 0"),
+        (motivation, {"teacher_flags": "--llama_decoder_nums 3"}, "the number of layers is --layers here"),
+    ],
+)
+def test_wrong_requests_are_refused_before_any_work(module, flags, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(cli.UsageError) as error:
+        module.main(**flags)
+    assert line in str(error.value)
+    assert not Path("output").exists()
+
+
+@pytest.mark.slow
+def test_ablation_shares_the_teacher_and_goes_on_where_it_stopped(inside, capsys):
+    flags = {"rows": ["ce", "slmrec", "blocks_2"], "seeds": [0, 1], "sasrec_flags": SHORT, "teacher_flags": SHORT, "student_flags": SHORT}
+    path = ablation.main(**flags)
+    root = Path("output/demo/paper")
+    assert path == root / "report.md" and "| SLMRec 4 <- 8 | 0, 1 |" in path.read_text()
+    assert len(list((root / "seed0/teacher_states").iterdir())) == 2  # four blocks and two, one pass each
+    stamps = {run: run.stat().st_mtime_ns for run in root.rglob("results.json")}
+    assert len(stamps) == 2 * 5
+    (root / "seed1/ce/results.json").unlink()  # as if stopped there
+    capsys.readouterr()
+    ablation.main(**flags)
+    printed = capsys.readouterr().out
+    assert printed.count("finished before") == 9 and "seed1/ce: student" in printed
+    assert {run for run in stamps if run.stat().st_mtime_ns != stamps[run]} == {root / "seed1/ce/results.json"}
+    with pytest.raises(cli.UsageError, match=r"seed0/ce holds a finished run without --learning_rate=0.5 \(it has 0.001\); --overwrite"):
+        ablation.main(**flags | {"student_flags": SHORT + " --learning_rate 0.5"})
+
+
+@pytest.mark.slow
+def test_motivation_scores_every_layer_with_one_head(inside):
+    path = motivation.main(layers=[2, 1], sasrec_flags=SHORT, teacher_flags=SHORT, eval_batch_size=50)
+    assert path.stat().st_size > 5000
+    lines = [line.split(",") for line in (path.parent / "motivation.csv").read_text().splitlines()]
+    assert lines[0] == ["part", "layers", "seed", "HR@10", "NDCG@10", "MRR"]
+    values = {(part, int(n)): list(map(float, rest)) for part, n, _, *rest in lines[1:]}
+    assert set(values) == {(part, n) for part in ("trained", "raw", "normed") for n in (1, 2)}
+    test = json.loads((path.parent / "seed42/layers_2/results.json").read_text())["test"]["sampled"]
+    expected = [pytest.approx(test[name], abs=1e-6) for name in ("HR@10", "NDCG@10", "MRR")]
+    assert values["raw", 2] == values["normed", 2] == values["trained", 2] == expected
+    assert values["raw", 1] != values["normed", 1]
+
+
+def commands(script, **environment):
+    done = subprocess.run(["bash", script], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "DRY": "1", **environment})
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line[2:])[1:] for line in done.stdout.splitlines() if line.startswith("+ ")]
+
+
+@pytest.mark.parametrize("smoke", ["", "1"])
+@pytest.mark.parametrize("domain", PAPERS)
+def test_a_reproductions_flags_bind_and_its_paths_agree(domain, smoke):
+    """Every file that a command reads is one that an earlier command wrote, and the student gets the paper's settings."""
+    mains = {"train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main, "finetune.py": finetune.main,
+             "distill.py": distill.main, "datasets.process": process.main, "experiments.report": report.main}  # fmt: skip
+    written, bound = set(), []
+    for words in commands(ROOT / f"experiments/reproduce_{domain}.sh", SEEDS="0 1", **({"SMOKE": "1"} if smoke else {})):
+        name, *rest = words[1:] if words[0] == "-m" else words
+        flags = cli.bind(mains[name], rest)
+        for place in ("sasrec", "teacher"):
+            assert flags.get(place) is None or flags[place] in written, (place, flags[place])
+        if name in ("finetune.py", "distill.py"):
+            assert flags["item_table"] in written
+        if name == "experiments.report":
+            assert all(place.startswith(flags["runs"]) for place in written)
+        else:
+            written.add(flags.get("output_dir") or flags.get("item_table") or "output")
+            written.discard("output")
+        bound.append((name, flags))
+    assert [name for name, _ in bound][-1] == "experiments.report"
+    student = [flags for name, flags in bound if name == "distill.py"][-1]
+    if smoke:
+        assert student["domain_type"] == "demo"
+    else:
+        assert bound[0][0] == "datasets.process" and bound[0][1]["domain_type"] == domain
+        paper = {"cloth": (3e-3, 1500, 50, 1.0), "movie": (1e-3, None, 50, 1.0), "music": (2e-3, 800, 100, 0.01), "sport": (2e-3, 2000, 50, 0.1)}
+        assert (student["learning_rate"], student.get("max_steps"), student["warmup_steps"], student["cls_multiple_lambda"]) == paper[domain]
+
+
+def test_a_reproduction_without_its_raw_files_says_where_to_get_them(tmp_path):
+    environment = {"PATH": "/usr/bin:/bin", "RAW": str(tmp_path)}
+    done = subprocess.run(["bash", ROOT / "experiments/reproduce_music.sh"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and re.search(r"error: neither data/music.csv nor .*CDs_and_Vinyl_5.json.gz is there; get it", done.stderr)

@@ -1,0 +1,112 @@
+"""Which layers are kept, and a student that starts from its teacher's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import LlamaModel
+
+import distill
+import finetune
+from models.llm4rec import kept_of
+from models.selection import block_influence, select_layers
+from tests.conftest import SHORT, histories, small_config
+from utils import checkpoint
+from utils.cli import UsageError
+
+
+def test_influence_keeps_the_most_influential_in_their_order_of_the_earlier_of_equals():
+    values = [0.3, 0.1, 0.9, 0.3, 0.0, 0.5]
+    assert select_layers([*range(6)], 3, "influence", influence=lambda: values) == [0, 2, 5]
+    assert select_layers([1, 3, 4], 2, "influence", influence=lambda: values) == [1, 3]
+    assert select_layers([0, 1, 2, 3, 4, 5], 2, "interval", 1, influence=None) == [0, 2]
+    assert select_layers([0, 2, 4, 6], 2, "last") == [4, 6]
+
+
+@pytest.mark.parametrize(
+    "selection, kept, line",
+    [
+        ("0,2", 3, "--layer_selection=0,2 names 2 layers, 3 decoder layers are asked for"),
+        ("2,0", 2, "expected ascending numbers"),
+        ("1,1", 2, "expected ascending numbers, each once"),
+        ("[0,8]", 2, "has no layer 8; it has 0 to 7, 8 layers"),
+        ("last", 9, "9 decoder layers asked for, the base checkpoint has 8 layers"),
+        ("influence", 9, "9 decoder layers asked for"),
+    ],
+)
+def test_what_does_not_fit_is_named(selection, kept, line):
+    with pytest.raises(UsageError) as error:
+        select_layers([*range(8)], kept, selection)
+    assert line in str(error.value)
+
+
+def test_block_influence_is_that_of_the_plain_forward(tmp_path):
+    """Hooks on the whole model, user by user without padding, positions of the padded layout."""
+    torch.manual_seed(0)
+    llama = LlamaModel(small_config(layers=5))
+    llama.save_pretrained(tmp_path)
+    table, batch = torch.randn(23, 6), histories([3, 8, 1, 5])
+    prompt, response = [1, 2, 3], [50, 51]
+    found = block_influence(str(tmp_path), prompt, response, batch, table, False, seed=9)
+
+    torch.manual_seed(9)
+    adapter = torch.nn.Linear(6, llama.config.hidden_size)
+    cosines = [[] for _ in llama.layers]
+    for number, layer in enumerate(llama.layers):
+        layer.register_forward_hook(
+            lambda module, args, out, number=number: cosines[number].append(F.cosine_similarity(args[0], out, dim=-1)[0])
+        )
+    for row in batch:
+        items = row[row != 23]
+        tokens = torch.cat([llama.embed_tokens(torch.tensor(prompt)), adapter(table[items]), llama.embed_tokens(torch.tensor(response))])
+        position = torch.cat([torch.arange(3), torch.arange(3 + 8 - len(items), 3 + 8 + 2)])
+        causal = torch.full((len(tokens), len(tokens)), -torch.inf).triu(1)[None, None]
+        llama(inputs_embeds=tokens[None], attention_mask=causal, position_ids=position[None], use_cache=False)
+    expected = [float(1 - torch.cat(values).mean().detach()) for values in cosines]
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert len({round(value, 4) for value in expected}) == 5
+
+
+def test_the_kept_layers_of_a_teacher_under_the_students_names():
+    tensors = {f"decoder.llama.layers.{i}.w": torch.tensor(float(i)) for i in range(4)}
+    tensors |= {"adapter.weight": torch.ones(1), "exit_heads.0.weight": torch.ones(1)}
+    kept = kept_of(tensors, [0, 2, 4, 6], [2, 6])  # the teacher's layers 1 and 3
+    assert {name: float(tensor) for name, tensor in kept.items()} == {
+        "decoder.llama.layers.0.w": 1.0, "decoder.llama.layers.1.w": 3.0, "adapter.weight": 1.0,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_a_student_starts_where_the_teachers_layers_are(inside, strategy):
+    """A learning rate of almost nothing leaves the start visible in the checkpoint."""
+    finetune.main(**SHORT, train_strategy=strategy, output_dir="t")
+    still = {**SHORT, "learning_rate": 1e-12, "warmup_steps": 0, "train_strategy": strategy, "teacher": "t"}
+    result = distill.main(**still, student_init="teacher", layer_selection="1,3,5,7", output_dir="s")
+    teacher, student = checkpoint.load("t/best")[0], checkpoint.load("s/best")[0]
+    inner = "mlp.up_proj.weight" if strategy == "full" else "mlp.up_proj.lora_A.default.weight"
+    for mine, theirs in enumerate([1, 3, 5, 7]):
+        name = "decoder.llama.layers.{}." + inner
+        torch.testing.assert_close(student[name.format(mine)], teacher[name.format(theirs)], atol=1e-8, rtol=0)
+    torch.testing.assert_close(student["adapter.weight"], teacher["adapter.weight"], atol=1e-8, rtol=0)
+    assert json.loads(Path("s/config.json").read_text())["model"]["layers"] == [1, 3, 5, 7]
+    assert distill.main(eval_only=True, output_dir="s")["test"] == result["test"]
+    plain = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
+    distill.main(**still, **plain, student_init="teacher", layer_selection="last", output_dir="ce")
+    assert json.loads(Path("ce/config.json").read_text())["model"]["layers"] == [4, 5, 6, 7]
+    distill.main(**still, **plain, layer_selection="influence", output_dir="i")
+    layers = json.loads(Path("i/config.json").read_text())["model"]["layers"]
+    assert len(layers) == 4 and layers == sorted(layers)
+
+
+@pytest.mark.slow
+def test_starting_from_a_teacher_refuses_what_cannot_be(inside):
+    with pytest.raises(UsageError, match="--student_init=teacher starts from a trained teacher: use --distill_mode=offline"):
+        distill.main(**SHORT, student_init="teacher", distill_mode="online", overwrite=True)
+    finetune.main(**SHORT, llama_decoder_nums=4, output_dir="t")
+    with pytest.raises(UsageError, match="the teacher has no layer 5; it has 0 to 3, 4 layers"):
+        distill.main(**SHORT, teacher="t", student_init="teacher", layer_selection="1,3,5,7", output_dir="s")
+    distill.main(**SHORT, distill_mode="online", llama_decoder_nums_student=2, distill_block=2, layer_selection="1,3", output_dir="o")
+    assert json.loads(Path("o/config.json").read_text())["model"]["layers"] == [1, 3]
