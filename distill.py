@@ -161,7 +161,7 @@ def main(
     offline = distill_mode == "offline" and (aligned or inherits)
     n_blocks = distill_block if aligned or (cls_multiple_lambda > 0 and not eval_only) else 1  # plain CE needs no blocks
     cli.check(
-        cli.divides(micro_batch_size=micro_batch_size or batch_size, batch_size=batch_size),
+        cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size),
         cli.blocks(n_blocks, llama_decoder_nums_student=llama_decoder_nums_student),
         (not (online and inherits), "--student_init=teacher starts from a trained teacher: use --distill_mode=offline"),
         (
@@ -171,7 +171,7 @@ def main(
         (bool(teacher_cache), "--teacher_cache=: expected auto, off or a folder"),
         (cache is None or cache.is_dir() or not cache.exists(), f"--teacher_cache={cache}: is a file, expected a folder, auto or off"),
     )
-    runlog.check_output_dir(folder, "student", overwrite=overwrite, eval_only=eval_only)
+    runlog.check_output_dir(folder, "student", flags, overwrite=overwrite, eval_only=eval_only)
     inputs = read_inputs(domain_type, data_path, item_table)
     if eval_only:
         runlog.check_same(folder, inputs.hashes, inputs.table_path)
@@ -209,7 +209,6 @@ def main(
     location = base.locate(flags["base_model"], [*read_template("alpaca")])
     table = inputs.table().to(where)
     samples, splits = sequences.prepare(inputs.data, **{name: flags[name] for name in PROTOCOL})
-    torch.manual_seed(seed)
 
     def specified(kept: int, exit_heads: bool, **choice) -> dict:
         ids = (fixed["model"]["prompt_ids"], fixed["model"]["response_ids"]) if offline else tokenise(texts, location)
@@ -229,6 +228,17 @@ def main(
         same_exits = offline and fixed["model"]["exit_heads"] and fixed["model"]["n_blocks"] == distill_block
         choose_from = fixed["model"]["layers"] if inherits else None
         spec = specified(flags["llama_decoder_nums_student"], exits or (logit_lambda > 0 and same_exits), teacher_layers=choose_from)
+    teacher_weights = None
+    if offline:  # by results.json where the checkpoint was taken away and its states are kept
+        teacher_weights = checkpoint.weights_sha256(teacher_folder / "best")
+        teacher_weights = teacher_weights or runlog.read_json(teacher_folder / "results.json", "results").get("weights_sha256")
+    config = {
+        "step": "student", "domain": inputs.domain, **inputs.hashes, "random_base": flags["base_model"] in base.BUILT_IN,
+        "base": base.contents(location), "bf16": half, "model": spec, "flags": flags, "teacher_sha256": teacher_weights,
+        "teacher": str(teacher_folder) if offline else distill_mode if online else None,
+    }  # fmt: skip
+    resume = not eval_only and runlog.unfinished(folder, config, overwrite)
+    torch.manual_seed(seed)
     student = trained = made(spec)
     if inherits:
         kept = kept_of(checkpoint.load(teacher_folder / "best")[0], choose_from, spec["layers"])
@@ -253,8 +263,6 @@ def main(
         live = frozen_teacher()
         wanted = lambda rows, history: live(history)
     else:
-        teacher_weights = checkpoint.weights_sha256(teacher_folder / "best")  # by results.json where the checkpoint was taken away
-        teacher_weights = teacher_weights or runlog.read_json(teacher_folder / "results.json", "results").get("weights_sha256")
         identity = {
             **inputs.hashes, "weights_sha256": teacher_weights, "base": base.identity(location), "bf16": half,
             "model": fixed["model"], "distill_block": distill_block, "train_targets": train_targets, "max_seq_length": flags["max_seq_length"],
@@ -271,15 +279,11 @@ def main(
 
     fitted = None
     if not eval_only:
-        config = {
-            "step": "student", "domain": inputs.domain, **inputs.hashes, "random_base": flags["base_model"] in base.BUILT_IN,
-            "teacher": str(teacher_folder) if offline else distill_mode if online else None, "model": spec, "flags": flags,
-        }  # fmt: skip
-        runlog.start(folder, config)
+        runlog.start(folder, config, resume)
         fitted = training.fit(
             module=trained, loss_fn=loss_fn, counts=samples.counts(every_position=False), ranks_of=ranks,
-            folder=folder, log=runlog.MetricsLog(folder, tensorboard), meta={"step": "student", "layers": spec["layers"]},
-            bf16=half, **training.settings(flags),
+            users_of=lambda rows: sequences.users_of(inputs.data, samples, rows), folder=folder,
+            log=runlog.MetricsLog(folder, tensorboard), meta={"layers": spec["layers"]}, resume=resume, bf16=half, **training.settings(flags),
         )  # fmt: skip
     weights, _ = checkpoint.load(folder / "best")
     if flags["distill_mode"] == "online":  # both were trained; the student's part is the product

@@ -119,10 +119,10 @@ def main(
     folder = Path(output_dir or f"output/{canonical_domain(domain_type)}/teacher")
     exits = cls_multiple_lambda > 0
     cli.check(
-        cli.divides(micro_batch_size=micro_batch_size or batch_size, batch_size=batch_size),
+        cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size),
         cli.blocks(distill_block if exits else 1, llama_decoder_nums=llama_decoder_nums),
     )
-    runlog.check_output_dir(folder, "teacher", overwrite=overwrite, eval_only=eval_only)
+    runlog.check_output_dir(folder, "teacher", flags, overwrite=overwrite, eval_only=eval_only)
     if eval_only:
         flags |= runlog.recorded(folder, flags, cli.defaults(main), FIXED)
     texts = read_template(flags["prompt_template_name"])
@@ -154,6 +154,11 @@ def main(
             influence=lambda: block_influence(location, *ids, samples.spread(CALIBRATION).to(where), table, half, seed),
             **{name: flags[name] for name in SHAPE},
         )  # fmt: skip
+    config = {
+        "step": "teacher", "domain": inputs.domain, **inputs.hashes, "random_base": flags["base_model"] in base.BUILT_IN,
+        "base": base.contents(location), "bf16": half, "model": spec, "flags": flags,
+    }  # fmt: skip
+    resume = not eval_only and runlog.unfinished(folder, config, overwrite)
     torch.manual_seed(seed)
     model = build(base=location, item_table=table, bf16=half, gradient_checkpointing=gradient_checkpointing, **spec).to(where)
     ranks = ranker(lambda: model.user_encoder(half), model.item_table, splits, eval_batch_size, where)
@@ -172,15 +177,11 @@ def main(
 
     fitted = None
     if not eval_only:
-        config = {
-            "step": "teacher", "domain": inputs.domain, **inputs.hashes,
-            "random_base": base_model in base.BUILT_IN, "model": spec, "flags": flags,
-        }  # fmt: skip
-        runlog.start(folder, config)
+        runlog.start(folder, config, resume)
         fitted = training.fit(
-            module=model, loss_fn=loss_fn, counts=samples.counts(every_position=False), ranks_of=ranks, folder=folder,
-            log=runlog.MetricsLog(folder, tensorboard), meta={"step": "teacher", "layers": spec["layers"]},
-            bf16=half, **training.settings(flags),
+            module=model, loss_fn=loss_fn, counts=samples.counts(every_position=False), ranks_of=ranks,
+            users_of=lambda rows: sequences.users_of(inputs.data, samples, rows), folder=folder,
+            log=runlog.MetricsLog(folder, tensorboard), meta={"layers": spec["layers"]}, resume=resume, bf16=half, **training.settings(flags),
         )  # fmt: skip
     weights, _ = checkpoint.load(folder / "best")
     checkpoint.restore(model, weights, folder / "best")

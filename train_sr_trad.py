@@ -104,9 +104,9 @@ def main(
     folder = Path(output_dir or f"output/{domain}/sasrec")
     cli.check(
         (hid_dim % num_heads == 0, f"--num_heads={num_heads} does not divide --hid_dim={hid_dim}"),
-        cli.divides(micro_batch_size=micro_batch_size or batch_size, batch_size=batch_size),
+        cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size),
     )
-    runlog.check_output_dir(folder, "sasrec", overwrite=overwrite, eval_only=eval_only)
+    runlog.check_output_dir(folder, "sasrec", flags, overwrite=overwrite, eval_only=eval_only)
     if eval_only:
         flags |= runlog.recorded(folder, flags, cli.defaults(main), (*SHAPE, *PROTOCOL, "train_targets"))
     ensure_demo(domain, data_path)
@@ -124,6 +124,8 @@ def main(
     from utils.evaluation import finish, ranker
 
     where = training.choose_device(device)
+    config = {"step": "sasrec", "domain": domain, "data_sha256": data.sha256, "flags": flags}
+    resume = not eval_only and runlog.unfinished(folder, config, overwrite)
     torch.manual_seed(seed)
     every_position = flags["train_targets"] == "all"
     model = SASRec(data.n_items, **{name: flags[name] for name in SHAPE}).to(where)
@@ -145,11 +147,10 @@ def main(
 
     fitted = None
     if not eval_only:
-        config = {"step": "sasrec", "domain": domain, "data_sha256": data.sha256, "flags": flags}
-        runlog.start(folder, config)
+        runlog.start(folder, config, resume)
         fitted = training.fit(
-            module=model, loss_fn=loss_fn, counts=samples.counts(every_position),
-            ranks_of=ranks, folder=folder, log=runlog.MetricsLog(folder, tensorboard), meta=config, bf16=bf16, **training.settings(flags),
+            module=model, loss_fn=loss_fn, counts=samples.counts(every_position), users_of=lambda rows: sequences.users_of(data, samples, rows), ranks_of=ranks,
+            folder=folder, log=runlog.MetricsLog(folder, tensorboard), meta={"items": data.n_items}, resume=resume, bf16=bf16, **training.settings(flags),
         )  # fmt: skip
     weights, _ = checkpoint.load(folder / "best")
     checkpoint.restore(model, weights, folder / "best")

@@ -225,7 +225,7 @@ def main(
     unknown = [wanted for wanted in rows if wanted != "all" and not any(name.startswith(wanted) for name in ROWS)]
     cli.check((not unknown, f"--rows={','.join(unknown)}: expected all, or beginnings of {'; '.join(ROWS)}"))
     folder = Path(output_dir)
-    check_output_dir(folder, "benchmark", overwrite=True)
+    check_output_dir(folder, "benchmark", {}, overwrite=True)
     ensure_demo(domain_type, data_path)
     setting = Setting(str(find_csv(domain_type, data_path)), shape, batch_size, eval_batch_size, choose_device(device).type)
     lengths = samples_of(setting).counts()

@@ -379,7 +379,7 @@ def main(
         cli.blocks(distill_block, teacher_layers=teacher_layers),
     )
     folder = Path(output_dir)
-    check_output_dir(folder, "benchmark", overwrite=True)
+    check_output_dir(folder, "benchmark", {}, overwrite=True)
     ensure_demo(domain_type, data_path)
     where = choose_device(device)
     data = read_csv(find_csv(domain_type, data_path))

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -228,7 +229,7 @@ def write_csv(path: str | Path, users: list[str], sequences: list[list[int]], ti
     """Write a sequence CSV (JSON lists, \\n line ends) atomically; the same input gives the same bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tmp-{path.name}")
+    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     with open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["reviewerID", "asin", "title"])

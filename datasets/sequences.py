@@ -109,11 +109,17 @@ class EvaluationSplit:
         """How many candidates were asked for and the fewest a user gets, for results.json."""
         return {"asked": self.n_candidates, "fewest": self.fewest_candidates()}
 
-    def batches(self, batch_size: int, device: str | torch.device = "cpu", limit: int | None = None) -> Iterator[EvaluationBatch]:
-        """All users in order, `batch_size` at a time; at most `limit` batches."""
+    def batches(
+        self, batch_size: int, device: str | torch.device = "cpu", limit: int | None = None, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[EvaluationBatch]:
+        """All users in order, `batch_size` at a time; at most `limit` batches.
+
+        Args:
+            share: (r, n) gives batches r, r + n, r + 2 n, ... alone.
+        """
         samples = self.samples
         every = np.arange(len(samples))[: None if limit is None else limit * batch_size]
-        for i in range(0, len(every), batch_size):
+        for i in range(share[0] * batch_size, len(every), share[1] * batch_size):
             rows = every[i : i + batch_size]
             target = samples.targets(rows)
             seen = samples._window(samples.end[rows], samples.length[rows], int(samples.length[rows].max()))
@@ -151,6 +157,11 @@ def prepare(
     }
     print(describe(data, samples, splits), flush=True)
     return samples, splits
+
+
+def users_of(data: Interactions, samples: Samples, rows: np.ndarray) -> list[str]:
+    """The reviewerID of each sample."""
+    return [data.users[i] for i in np.searchsorted(data.offsets, samples.end[rows], side="right") - 1]
 
 
 def popularity(data: Interactions) -> Tensor:

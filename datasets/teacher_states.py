@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets.sequences import Samples
+from utils import distributed
 from utils.cli import UsageError
 from utils.runlog import file_sha256, read_json
 
@@ -56,16 +57,18 @@ def open_or_build(
     """
     identity = identity | {"format": FORMAT}
     folder = root / _digest(identity)[:16]
-    _sweep(root)
-    problem = _problem(folder, identity, len(samples)) if folder.exists() else "absent"
-    if problem == "absent":
-        print(f"teacher states: none in {root} for this teacher and these samples; computing them once", flush=True)
-    elif problem:
-        print(f"teacher states: {folder} {problem}; computing them again", flush=True)
-    else:
-        print(f"teacher states: read from {folder}; the teacher is not loaded", flush=True)
-    if problem:
-        _build(folder, identity, teacher(), samples, batch_size, device)
+    if distributed.is_first():  # the others wait
+        _sweep(root)
+        problem = _problem(folder, identity, len(samples)) if folder.exists() else "absent"
+        if problem == "absent":
+            print(f"teacher states: none in {root} for this teacher and these samples; computing them once", flush=True)
+        elif problem:
+            print(f"teacher states: {folder} {problem}; computing them again", flush=True)
+        else:
+            print(f"teacher states: read from {folder}; the teacher is not loaded", flush=True)
+        if problem:
+            _build(folder, identity, teacher(), samples, batch_size, device)
+    distributed.barrier()
     return _mapped(folder)
 
 

@@ -66,6 +66,11 @@ def read_config(base: str) -> LlamaConfig:
     return LlamaConfig(**content)
 
 
+def contents(base: str) -> list:
+    """What tells a base from another wherever and whenever it was written: file names and sizes, or the hub's snapshot."""
+    return [entry[:2] for entry in identity(base)] if Path(base).is_dir() else identity(base)
+
+
 def identity(base: str) -> list:
     """What tells the base's present files from others, without reading them: names, sizes and times, or the hub's snapshot."""
     if not Path(base).is_dir():
@@ -195,9 +200,13 @@ def _write_built_in(folder: Path, shape: dict[str, int], corpus: list[str]) -> N
     partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     llama.save_pretrained(partial)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(partial)
-    if not folder.exists():
+    try:
         partial.rename(folder)
-    shutil.rmtree(partial, ignore_errors=True)
+    except OSError:  # another process was faster
+        if not (folder / "config.json").exists():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _train_tokenizer(corpus: list[str]):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from utils import checkpoint
-from utils.cli import UsageError
+from utils.cli import RunError, UsageError
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(saved, monkeypatch):
     _, folder = saved
     before = checkpoint.load(folder)[1]
     monkeypatch.setattr(checkpoint.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError):
+    with pytest.raises(RunError, match=r"No space left on device\): [\d,]+ bytes needed, [\d,]+ free; the checkpoint that was there stays"):
         checkpoint.save(folder, {"weight": torch.ones(2, 3)}, {"step": 8})
     assert checkpoint.load(folder)[1] == before
     assert [p.name for p in folder.parent.iterdir()] == ["best"]

@@ -19,7 +19,7 @@ from utils.cli import UsageError
 
 pytestmark = pytest.mark.slow
 RUN = {"config.json", "metrics.jsonl", "results.json", "ranks.npz"} | {
-    f"{kind}/{name}" for kind in ("best", "last") for name in ("weights.safetensors", "meta.json", "manifest.json")
+    f"{kind}/{name}" for kind in ("best", "last") for name in ("weights.safetensors", "state.safetensors", "meta.json", "manifest.json")
 }
 BASE = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 

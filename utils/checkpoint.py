@@ -4,20 +4,22 @@ Written under a temporary name with a manifest (sha256 of each file) last, flush
 run that dies at any instant leaves the old checkpoint or the new one, never half of one.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from utils.cli import UsageError
+from utils.cli import RunError, UsageError
 from utils.runlog import file_sha256, read_json
 
-WEIGHTS, META, MANIFEST = "weights.safetensors", "meta.json", "manifest.json"
+WEIGHTS, STATE, META, MANIFEST = "weights.safetensors", "state.safetensors", "meta.json", "manifest.json"
+NAMES = ("last", "best")
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -25,32 +27,50 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
-def save(folder: str | Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write `tensors` and `meta` as the checkpoint `folder`, replacing the one that is there.
+def save(folder: str | Path, tensors: dict[str, Tensor], meta: dict[str, Any], state: dict[str, Tensor] | None = None) -> None:
+    """Write the checkpoint `folder`, replacing the one that is there.
 
+    Args:
+        tensors: what was trained; state: what training needs beside it to go on (optimizer, random generators).
     Raises:
-        OSError: the disk is full or the folder cannot be written; the old checkpoint stays.
+        RunError: the disk is full; the old checkpoint stays.
     """
     from safetensors.torch import save as serialise
 
     folder = Path(folder)
     partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    files = {WEIGHTS: serialise(_on_cpu(tensors)), META: (json.dumps(meta, indent=2) + "\n").encode()}
+    if state is not None:
+        files[STATE] = serialise(_on_cpu(state))
+    files[MANIFEST] = json.dumps({name: hashlib.sha256(data).hexdigest() for name, data in files.items()}).encode()
     try:
-        files = {
-            WEIGHTS: serialise({name: t.detach().cpu().contiguous() for name, t in tensors.items()}),
-            META: (json.dumps(meta, indent=2) + "\n").encode(),
-        }
-        files[MANIFEST] = json.dumps({name: hashlib.sha256(data).hexdigest() for name, data in files.items()}).encode()
+        partial.mkdir(parents=True)
         for name, data in files.items():
             with open(partial / name, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         _replace(partial, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RunError(_no_room(folder, sum(map(len, files.values())), error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _no_room(folder: Path, needed: int, error: OSError) -> str:
+    kept = f"the checkpoint that was there stays in {folder}" if folder.exists() else "no checkpoint was there before"
+    free = shutil.disk_usage(folder.parent).free
+    return (
+        f"{folder} cannot be written ({error.strerror}): {needed:,} bytes needed, {free:,} free; {kept};"
+        " make room and start again with the same flags"
+    )
 
 
 def _replace(partial: Path, folder: Path) -> None:
@@ -91,29 +111,93 @@ def weights_sha256(folder: str | Path) -> str | None:
 
 
 def load(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint after checking every file against the manifest.
+    """Trained tensors and meta of a checkpoint, after checking both files against the manifest.
 
     Raises:
         UsageError: the folder is missing, or a file is missing, cut short or altered.
     """
-    from safetensors.torch import load as deserialise
+    contents = _verified(folder, (WEIGHTS, META))
+    return _tensors(folder, WEIGHTS, contents), json.loads(contents[META])
 
+
+class Saved(NamedTuple):
+    """A checkpoint to go on from: its folder's name (last or best), trained tensors, state, meta."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    state: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+def newest(run: str | Path) -> tuple[Saved | None, list[str]]:
+    """The newest checkpoint of an unfinished run that verifies, and a note on each that was passed over.
+
+    Returns:
+        None where the run has no checkpoint at all: it starts from the beginning.
+    Raises:
+        UsageError: there are checkpoints and none to go on from, or the best one was lost and cannot be made again.
+    """
+    run = Path(run)
+    saved, notes, best_step = [], [], None
+    for name in NAMES:
+        if not _present(run / name).exists():
+            continue
+        try:
+            contents = _verified(run / name, (WEIGHTS, STATE, META))
+            meta = json.loads(contents[META])
+            saved.append(Saved(name, _tensors(run / name, WEIGHTS, contents), _tensors(run / name, STATE, contents), meta))
+            best_step = meta["step"] if name == "best" else best_step
+        except UsageError as problem:
+            notes.append(str(problem))
+            best_step = _claimed_step(run / name) if name == "best" else best_step
+    if not saved:
+        if notes:
+            raise UsageError(f"{'; '.join(notes)}; nothing to go on from: --overwrite starts anew")
+        return None, []
+    found = max(saved, key=lambda each: each.meta["step"])  # of equal ones the first, last
+    lost = found.meta["best_step"] > 0 and (best_step is None or (best_step <= found.meta["step"] and all(each.name != "best" for each in saved)))
+    if lost:  # steps after this checkpoint come again, and a best one among them; earlier ones do not
+        raise UsageError(f"{run / 'best'}: the best checkpoint is missing or damaged ({'; '.join(notes) or 'missing'}); --overwrite starts anew")
+    return found, notes
+
+
+def _claimed_step(folder: Path) -> int | None:
+    try:
+        return read_json(_present(folder) / META, "checkpoint").get("step")
+    except UsageError:
+        return None
+
+
+def _verified(folder: str | Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    """Bytes of the named files, each as its manifest says."""
     folder = _present(folder)
     if not folder.is_dir():
         raise UsageError(f"checkpoint not found: {folder}")
     contents = {}
-    for name in (MANIFEST, WEIGHTS, META):
+    for name in (MANIFEST, *names):
         if not (folder / name).is_file():
             raise UsageError(f"checkpoint {folder} is incomplete: {name} is missing")
         contents[name] = (folder / name).read_bytes()
     try:
         manifest = json.loads(contents[MANIFEST])
+        if not isinstance(manifest, dict):
+            raise ValueError
     except ValueError:
         raise UsageError(f"checkpoint {folder}: {MANIFEST} is damaged") from None
-    for name in (WEIGHTS, META):
+    for name in names:
         if manifest.get(name) != hashlib.sha256(contents[name]).hexdigest():
             raise UsageError(f"checkpoint {folder}: {name} does not match its sha256; it was cut short or altered")
-    return deserialise(contents[WEIGHTS]), json.loads(contents[META])
+    return contents
+
+
+def _tensors(folder: str | Path, name: str, contents: dict[str, bytes]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as deserialise
+
+    try:
+        return deserialise(contents[name])
+    except SafetensorError as error:
+        raise UsageError(f"checkpoint {folder}: {name} is not a safetensors file ({error})") from None
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
+from utils import distributed
+
 
 class UsageError(Exception):
     """The request is wrong (flag, file, folder): one line for the user, exit status 2."""
@@ -26,6 +28,14 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """The run failed (non-finite loss, disk full, ...): one line for the user, exit status 1."""
+
+
+class Stopped(Exception):
+    """A signal ended the run in good order: its number, and a line for the user; exit status 128 + number."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class Range(NamedTuple):
@@ -105,6 +115,9 @@ def check(*rules: tuple[bool, str]) -> None:
 def run(main: Callable, argv: list[str] | None = None) -> None:
     """Bind the command line to `main`'s signature, run it, and turn expected errors into one line and a status."""
     argv = sys.argv[1:] if argv is None else argv
+    if not distributed.is_first():  # one process talks
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the end
     if any(word in ("-h", "--help") for word in argv):
         import fire
 
@@ -113,9 +126,16 @@ def run(main: Callable, argv: list[str] | None = None) -> None:
     try:
         main(**bind(main, argv))
     except UsageError as error:
-        _exit(2, f"error: {error}")
+        _exit(2, f"error: {error}" if distributed.is_first() else "")  # the others meet the same
     except RunError as error:
-        _exit(1, f"error: {error}")
+        _exit(1, f"error: {_who()}{error}")
+    except Stopped as stop:
+        _exit(128 + stop.number, f"stopped: {stop}" if distributed.is_first() else "")
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        advice = "lower --micro_batch_size, --eval_batch_size or --max_seq_length, or set --gradient_checkpointing"
+        _exit(1, f"error: {_who()}out of memory ({str(error).splitlines()[0][:160] if str(error) else 'MemoryError'}); {advice}")
     except KeyboardInterrupt:
         _exit(130, "interrupted")
     except BrokenPipeError:
@@ -203,8 +223,18 @@ def _raise_all(problems: list[str]) -> None:
 
 
 def _exit(status: int, line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if line:
+        print(line, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def _who() -> str:
+    return f"process {distributed.rank()}: " if distributed.world() > 1 else ""
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's, CUDA's (torch.OutOfMemoryError) and the CPU allocator's, which is a plain RuntimeError."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _unknown(name: str, hints: dict[str, Any]) -> str:
@@ -313,12 +343,13 @@ def blocks(distill_block: int, **layers: int) -> tuple[bool, str]:
     )
 
 
-def divides(*, micro_batch_size: int, batch_size: int) -> tuple[bool, str]:
-    """The rule, for `check`, that whole micro-batches fill a batch."""
-    return (
-        batch_size % micro_batch_size == 0,
-        f"--batch_size={batch_size} is not a multiple of --micro_batch_size={micro_batch_size}",
-    )
+def divides(*, micro_batch_size: int | None, batch_size: int) -> tuple[bool, str]:
+    """The rule, for `check`, that whole micro-batches of every process fill a batch."""
+    processes = distributed.world()
+    shown = f"{processes} processes" if processes > 1 else ""
+    if micro_batch_size:
+        shown += f"{' x ' if shown else ''}--micro_batch_size={micro_batch_size}"
+    return batch_size % ((micro_batch_size or 1) * processes) == 0, f"--batch_size={batch_size} is not a multiple of {shown}"
 
 
 def defaults(main: Callable) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import collections
 import hashlib
 import io
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def write_table(path: str | Path, table: Tensor, about: dict) -> None:
     data = pickle.dumps({KEY: table.detach().cpu().float().contiguous().clone()}, protocol=4)
     notes = json.dumps(about | {"table_sha256": hashlib.sha256(data).hexdigest()}, indent=2) + "\n"
     for target, content in ((path, data), (path.with_suffix(".json"), notes.encode())):
-        partial = target.with_name(f".tmp-{target.name}")
+        partial = target.with_name(f".tmp-{target.name}-{os.getpid()}")
         partial.write_bytes(content)
         partial.replace(target)
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils import distributed
 from utils.cli import RunError
 from utils.metrics import summarise
-from utils.runlog import write_json
+from utils.runlog import CLOCK, unlock, write_json
 
 Metrics = dict[str, dict[str, float]]
 
@@ -54,7 +55,7 @@ def evaluate(encode: Callable[[Tensor], Tensor], item_table: Tensor, batches: It
         RunError: a score is not finite.
     """
     columns = item_table.float().T
-    return collect(rank_users(encode(batch.history), columns, batch) for batch in batches)
+    return collect([rank_users(encode(batch.history), columns, batch) for batch in batches], item_table.device)
 
 
 def rank_users(users: Tensor, columns: Tensor, batch: EvaluationBatch) -> Tensor:
@@ -68,9 +69,18 @@ def rank_users(users: Tensor, columns: Tensor, batch: EvaluationBatch) -> Tensor
     return torch.cat(tiles, dim=1)
 
 
-def collect(found: Iterable[Tensor]) -> Ranks:
-    """The ranks of all batches, each [3, B], as one."""
-    return Ranks(*torch.cat(list(found), dim=1).cpu().numpy())
+def collect(found: list[Tensor], device: torch.device | str = "cpu") -> Ranks:
+    """The ranks of all batches, each [3, B], as one; of several processes, which took every world-th batch each, in their order."""
+    if distributed.world() > 1:
+        sizes = distributed.gather([part.shape[1] for part in found])
+        order = [(i, r) for r, mine in enumerate(sizes) for i in range(len(mine))]
+        whole = []
+        for i, r in sorted(order):
+            own = r == distributed.rank()
+            whole.append(found[i] if own else torch.zeros(3, sizes[r][i], dtype=torch.int64, device=device))
+        distributed.sum_in_place(whole)
+        found = whole
+    return Ranks(*torch.cat(found, dim=1).cpu().numpy())
 
 
 def ranker(
@@ -79,7 +89,8 @@ def ranker(
     """A function (split name, at most so many batches) -> Ranks; `encoder()` gives the encode function of the present weights."""
 
     def ranks_of(split: str, limit: int | None = None) -> Ranks:
-        return evaluate(encoder(), item_table, splits[split].batches(batch_size, device, limit))
+        share = (distributed.rank(), distributed.world())
+        return evaluate(encoder(), item_table, splits[split].batches(batch_size, device, limit, share))
 
     return ranks_of
 
@@ -115,15 +126,13 @@ def finish(folder: Path, ranks_of: Callable[..., Ranks], about: dict[str, Any]) 
         "inference_seconds": round(seconds, 3),
         "inference_users_per_second": round(len(test.sampled) / seconds, 1),
     }
-    np.savez_compressed(
-        folder / "ranks.npz",
-        **{
-            f"{split}_{name}": r.astype(np.int32)
-            for split, ranks in (("valid", valid), ("test", test))
-            for name, r in ranks._asdict().items()
-        },
-    )
-    write_json(folder / "results.json", results)
+    if distributed.is_first():
+        found = {f"{split}_{name}": r.astype(np.int32) for split, ranks in (("valid", valid), ("test", test)) for name, r in ranks._asdict().items()}
+        np.savez_compressed(folder / "ranks.npz", **found)
+        write_json(folder / "results.json", results)  # with it the run is finished, where it was trained to its end
+        if results["steps"] is not None:
+            (folder / CLOCK).unlink(missing_ok=True)
+        unlock(folder)
     for protocol, metrics in results["test"].items():
         print(f"test {protocol:8s} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
     print(f"wrote {folder / 'results.json'}", flush=True)

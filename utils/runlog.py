@@ -1,5 +1,6 @@
 """A run's folder: config.json, metrics.jsonl, results.json, ranks.npz, and the rules of taking it over."""
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -8,20 +9,28 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from utils import distributed
 from utils.cli import UsageError
 
-OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz")
+OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", "clock.json")
 OWN_FOLDERS = ("best", "last", "tensorboard", ".old-best", ".old-last")
+LOCK, CLOCK = ".lock", "clock.json"
+PLACES = ("output_dir", "data_path", "item_table", "teacher", "teacher_cache")  # where things are; what they are is hashed
+HARMLESS = ("overwrite", "eval_only", "device", "tensorboard", "eval_batch_size")  # change no trained number
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors", "fire")
 
+_locks: dict[Path, TextIO] = {}  # folders that this process holds
 
-def check_output_dir(folder: str | Path, step: str, *, overwrite: bool, eval_only: bool = False) -> None:
+
+def check_output_dir(folder: str | Path, step: str, flags: dict[str, Any], *, overwrite: bool, eval_only: bool = False) -> None:
     """Refuse a folder that cannot be written or that holds another run, before any work.
 
+    An unfinished run of the same flags passes: `unfinished` says later whether its files are the same too.
+
     Raises:
-        UsageError: naming the folder and what to do.
+        UsageError: naming the folder, what differs and what to do.
     """
     folder = Path(folder)
     for part in (folder, *folder.parents):
@@ -31,28 +40,131 @@ def check_output_dir(folder: str | Path, step: str, *, overwrite: bool, eval_onl
             if not os.access(part, os.W_OK):
                 raise UsageError(f"--output_dir={folder}: {part} is not writable")
             break
-    if (folder / "config.json").exists():
-        held = read_json(folder / "config.json", "run").get("step")
-        if held != step:
-            raise UsageError(f"--output_dir={folder} holds a {held} run, not a {step} run; choose another folder")
+    _refuse_locked(folder)
+    run = read_json(folder / "config.json", "run") if (folder / "config.json").exists() else None
+    if run is not None and run.get("step") != step:
+        raise UsageError(f"--output_dir={folder} holds a {run.get('step')} run, not a {step} run; choose another folder")
     if eval_only:
         if not (folder / "best").is_dir() and not (folder / ".old-best").is_dir():
             raise UsageError(f"--eval_only: no checkpoint {folder / 'best'}; train first, or name the run with --output_dir")
-    elif (folder / "config.json").exists() and not overwrite:
-        state = "a finished run" if (folder / "results.json").exists() else "an unfinished run"
-        raise UsageError(f"--output_dir={folder} holds {state}; --overwrite starts anew, --eval_only evaluates it")
+    elif run is not None and not overwrite:
+        other = differences(run, flags)
+        if finished(folder):
+            raise UsageError(
+                f"--output_dir={folder} holds a finished run{' with other flags: ' + other if other else ''};"
+                " --overwrite starts anew, --eval_only evaluates it"
+            )
+        if other:
+            raise UsageError(f"--output_dir={folder} holds an unfinished run with other flags: {other}; give its flags to go on, or --overwrite")
 
 
-def start(folder: str | Path, config: dict[str, Any]) -> Path:
-    """Clear what an earlier run left in `folder` (its own files only) and write config.json."""
+def finished(folder: str | Path) -> bool:
+    """Whether training in `folder` came to its end; evaluating an unfinished run does not make it one."""
+    path = Path(folder) / "results.json"
+    return path.is_file() and read_json(path, "results").get("steps") is not None
+
+
+def differences(run: dict[str, Any], flags: dict[str, Any]) -> str:
+    """Where the flags that were given differ from those of a run's config.json; None stands for what is inherited."""
+    recorded = run.get("flags", {})
+    return ", ".join(
+        f"--{name}={value} (the run has {recorded[name]})"
+        for name, value in flags.items()
+        if name not in (*PLACES, *HARMLESS) and value is not None and name in recorded and recorded[name] != value
+    )
+
+
+def unfinished(folder: str | Path, config: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `folder` holds an unfinished run of just this configuration, to go on with.
+
+    Raises:
+        UsageError: it holds one made from other files or flags; what differs is named.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in OWN_FILES:
-        (folder / name).unlink(missing_ok=True)
-    for name in OWN_FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    write_json(folder / "config.json", config | environment())
-    return folder
+    if overwrite or not (folder / "config.json").exists():
+        return False
+    run = read_json(folder / "config.json", "run")
+    plain = json.loads(json.dumps(config))
+    changed = [name for name in plain if name not in ("flags", "teacher") and run.get(name) != plain[name]]
+    other = [f"{name} is {_short(plain[name])} (the run has {_short(run.get(name))})" for name in changed]
+    other += [text for text in [differences(run, plain["flags"])] if text]
+    if other:
+        raise UsageError(f"--output_dir={folder} holds an unfinished run from something else: {'; '.join(other)}; --overwrite starts anew")
+    versions = environment()["versions"]
+    before = run.get("versions", {})
+    newer = [f"{name} {before.get(name)} -> {version}" for name, version in versions.items() if before.get(name) != version]
+    if newer:
+        print(f"going on with other library versions, so not bit for bit: {', '.join(newer)}", flush=True)
+    return True
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def start(folder: str | Path, config: dict[str, Any], resume: bool) -> None:
+    """Take the folder: lock it, clear what an earlier run left (its own files only) and write config.json.
+
+    Args:
+        resume: keep everything, sweep half-written checkpoints alone. With several processes the first one does it all.
+    Raises:
+        UsageError: another process is at work in it.
+    """
+    distributed.barrier()  # every process has looked at the folder before it changes
+    folder = Path(folder)
+    if distributed.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
+        for partial in folder.glob(".tmp-*"):
+            shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+        if not resume:
+            for name in OWN_FILES:
+                (folder / name).unlink(missing_ok=True)
+            for name in OWN_FOLDERS:
+                shutil.rmtree(folder / name, ignore_errors=True)
+            write_json(folder / "config.json", config | environment())
+    distributed.barrier()
+
+
+def _refuse_locked(folder: Path) -> None:
+    path = folder / LOCK
+    if not path.exists() or folder.resolve() in _locks:
+        return
+    with open(path, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--output_dir={folder}: process {file.read().strip() or '?'} is at work in it; wait, or choose another folder") from None
+
+
+def _lock(folder: Path) -> None:
+    """Hold the folder until `unlock` or the process's end; the lock of a dead process is free by itself."""
+    if folder.resolve() in _locks:
+        return
+    while True:
+        _refuse_locked(folder)
+        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  held open
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            continue
+        if (folder / LOCK).exists() and os.fstat(file.fileno()).st_ino == (folder / LOCK).stat().st_ino:
+            break
+        file.close()  # its holder removed it in between
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {platform.node()}\n")
+    file.flush()
+    _locks[folder.resolve()] = file
+
+
+def unlock(folder: str | Path) -> None:
+    """Give the folder back."""
+    file = _locks.pop(Path(folder).resolve(), None)
+    if file is not None:
+        (Path(folder) / LOCK).unlink(missing_ok=True)
+        file.close()
 
 
 def environment() -> dict[str, Any]:
@@ -70,7 +182,7 @@ def environment() -> dict[str, Any]:
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON atomically."""
     path = Path(path)
-    partial = path.with_name(f".tmp-{path.name}")
+    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
 
@@ -176,21 +288,49 @@ def about(folder: Path, step: str, module: Any, fitted: Any, weights_sha256: str
 
 
 class MetricsLog:
-    """Appends a JSON line per event to metrics.jsonl and, where asked, numbers to TensorBoard."""
+    """Appends a JSON line per event to metrics.jsonl and, where asked, numbers to TensorBoard; the first process alone."""
 
     def __init__(self, folder: str | Path, tensorboard: bool) -> None:
         self.path = Path(folder) / "metrics.jsonl"
-        self.writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        self.tensorboard, self.writer = tensorboard, None
 
-            self.writer = SummaryWriter(str(Path(folder) / "tensorboard"))
+    def cut(self, step: int) -> None:
+        """Drop what was logged after `step`: those steps come again."""
+        if not distributed.is_first() or not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if (event := _event(line)) is not None and event["step"] <= step]
+        partial = self.path.with_name(f".tmp-{self.path.name}")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.replace(self.path)
+
+    def clock(self, seconds: float) -> None:
+        """Note the seconds trained so far; apart from the checkpoints, which are the same bytes whatever the time."""
+        write_json(self.path.with_name(CLOCK), {"seconds": seconds})
+
+    def seconds(self) -> float:
+        path = self.path.with_name(CLOCK)
+        return read_json(path, "clock")["seconds"] if path.is_file() else 0.0
 
     def add(self, event: str, step: int, values: dict[str, Any]) -> None:
+        if not distributed.is_first():
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        if self.tensorboard and self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step)
         if self.writer is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     self.writer.add_scalar(f"{event}/{name}", value, step)
             self.writer.flush()
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, None where a kill tore it."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
