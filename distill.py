@@ -17,10 +17,9 @@ from typing import Literal
 
 from utils import cli
 
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 PROTOCOL = ("train_targets", "max_seq_length", "num_candidates", "candidate_seed")
-SHAPE = (
-    "max_seq_length", "layer_selection", "interval_nums", "train_strategy", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-)  # fmt: skip
+SHAPE = ("max_seq_length", "layer_selection", "interval_nums", "train_strategy", *LORA)
 LOSS = (
     "distill_lambda", "norm_lambda", "cls_multiple_lambda", "logit_lambda", "temperature", "block_reduction", "norm_form",
 )  # fmt: skip
@@ -78,8 +77,8 @@ def main(
     patience: cli.NonNegativeInt = 0,
     gradient_checkpointing: bool = False,
     # evaluation and logs
-    eval_steps: cli.MaxSteps = 100,
-    save_steps: cli.MaxSteps = 100,
+    eval_steps: cli.Interval = 100,
+    save_steps: cli.Interval = 100,
     eval_batch_size: cli.PositiveInt = 512,
     num_candidates: cli.PositiveInt = 999,
     candidate_seed: cli.NonNegativeInt = 42,
@@ -238,6 +237,14 @@ def main(
         "teacher": str(teacher_folder) if offline else distill_mode if online else None,
     }  # fmt: skip
     resume = not eval_only and runlog.unfinished(folder, config, overwrite)
+    if spec["strategy"] == "full":
+        runlog.without_effect(flags, cli.defaults(main), LORA, "the base is trained in full; --train_strategy=lora uses them")
+    if not logit_lambda:
+        runlog.without_effect(flags, cli.defaults(main), ("temperature",), "of the logit KL, whose --logit_lambda is 0")
+    if exits and n_blocks == 1 and not eval_only:
+        print(f"without effect: --cls_multiple_lambda={cls_multiple_lambda} (with --distill_block=1 there is no inner exit)", flush=True)
+    if aligned and flags["llama_decoder_nums_teacher"] < llama_decoder_nums_student:
+        print(f"the teacher has {flags['llama_decoder_nums_teacher']} layers, fewer than the student's {llama_decoder_nums_student}", flush=True)
     torch.manual_seed(seed)
     student = trained = made(spec)
     if inherits:

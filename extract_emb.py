@@ -44,6 +44,7 @@ def main(
         ),
         (path.suffix == ".pkl", f"--item_table={path}: must end in .pkl"),
     )
+    runlog.check_place(path.parent, "--item_table")
     config = runlog.read_json(run / "config.json", "SASRec run")
     ensure_demo(domain, data_path)
     csv_path = find_csv(domain, data_path)

@@ -13,10 +13,9 @@ from typing import Literal
 
 from utils import cli
 
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 PROTOCOL = ("train_targets", "max_seq_length", "num_candidates", "candidate_seed")
-SHAPE = (
-    "max_seq_length", "layer_selection", "interval_nums", "train_strategy", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-)  # fmt: skip
+SHAPE = ("max_seq_length", "layer_selection", "interval_nums", "train_strategy", *LORA)
 FIXED = (*SHAPE, *PROTOCOL, "base_model", "llama_decoder_nums", "prompt_template_name", "distill_block", "cls_multiple_lambda")
 
 
@@ -57,8 +56,8 @@ def main(
     patience: cli.NonNegativeInt = 0,
     gradient_checkpointing: bool = False,
     # evaluation and logs
-    eval_steps: cli.MaxSteps = 100,
-    save_steps: cli.MaxSteps = 100,
+    eval_steps: cli.Interval = 100,
+    save_steps: cli.Interval = 100,
     eval_batch_size: cli.PositiveInt = 512,
     num_candidates: cli.PositiveInt = 999,
     candidate_seed: cli.NonNegativeInt = 42,
@@ -159,6 +158,8 @@ def main(
         "base": base.contents(location), "bf16": half, "model": spec, "flags": flags,
     }  # fmt: skip
     resume = not eval_only and runlog.unfinished(folder, config, overwrite)
+    if spec["strategy"] == "full":
+        runlog.without_effect(flags, cli.defaults(main), LORA, "the base is trained in full; --train_strategy=lora uses them")
     torch.manual_seed(seed)
     model = build(base=location, item_table=table, bf16=half, gradient_checkpointing=gradient_checkpointing, **spec).to(where)
     ranks = ranker(lambda: model.user_encoder(half), model.item_table, splits, eval_batch_size, where)

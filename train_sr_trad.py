@@ -49,8 +49,8 @@ def main(
     max_grad_norm: cli.NonNegativeFloat = 0.0,
     patience: cli.NonNegativeInt = 10,
     # evaluation and logs
-    eval_steps: cli.MaxSteps = -1,
-    save_steps: cli.MaxSteps = -1,
+    eval_steps: cli.Interval = -1,
+    save_steps: cli.Interval = -1,
     eval_batch_size: cli.PositiveInt = 512,
     num_candidates: cli.PositiveInt = 999,
     candidate_seed: cli.NonNegativeInt = 42,

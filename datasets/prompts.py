@@ -49,7 +49,7 @@ def tokenise(texts: Prompt, base: str) -> Prompt:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers raises a plain Exception for a damaged file
         reason = str(error).strip().split("\n")[0][:160]
         raise UsageError(f"--base_model={base}: no usable tokenizer; expected tokenizer.json beside the weights ({reason})") from None
     ids = Prompt(*(tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts))

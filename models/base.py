@@ -61,9 +61,13 @@ def read_config(base: str) -> LlamaConfig:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
         raise UsageError(f"{path}: damaged, not JSON") from None
-    if content.get("model_type") != "llama":
-        raise UsageError(f"--base_model={base}: model_type {content.get('model_type')} unsupported, expected llama")
-    return LlamaConfig(**content)
+    found = content.get("model_type") if isinstance(content, dict) else None
+    if found != "llama":
+        raise UsageError(f"--base_model={base}: model_type {found} unsupported, expected llama")
+    try:
+        return LlamaConfig(**content)
+    except Exception as error:  # transformers checks fields in several ways
+        raise UsageError(f"{path}: not a LLaMA's configuration ({_line(error)})") from None
 
 
 def contents(base: str) -> list:
@@ -119,7 +123,7 @@ def _read_tensors(base: str, names: list[str], dtype: torch.dtype) -> dict[str, 
     """Tensors by their names inside the decoder, from whichever shards hold them."""
     index = _file(base, INDEX, optional=True)
     if index is not None:
-        shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        shard_of = _weight_map(index)
     else:
         single = _file(base, SINGLE)
         if single is None:
@@ -146,11 +150,25 @@ def _read_tensors(base: str, names: list[str], dtype: torch.dtype) -> dict[str, 
     return tensors
 
 
+def _weight_map(index: str) -> dict[str, str]:
+    try:
+        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        weight_map = None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()):
+        raise UsageError(f"{index}: damaged, expected JSON with a weight_map from tensors to files")
+    return weight_map
+
+
 def _opened(path: str):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path}: damaged or not safetensors ({str(error)[:120]})") from None
+        raise UsageError(f"{path}: damaged or not safetensors ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _file(base: str, name: str, optional: bool = False) -> str | None:
@@ -182,7 +200,7 @@ def _file(base: str, name: str, optional: bool = False) -> str | None:
             f"--base_model={base}: not found on the Hugging Face hub, or gated; ask for access and run `hf auth login`"
         ) from None
     except OSError as error:
-        raise UsageError(f"--base_model={base}: {str(error).splitlines()[0][:160]}") from None
+        raise UsageError(f"--base_model={base}: {_line(error)}") from None
 
 
 def _write_built_in(folder: Path, shape: dict[str, int], corpus: list[str]) -> None:

@@ -22,14 +22,15 @@ TARGETS = ["gate_proj", "up_proj", "down_proj"]
 SHORT = {"max_steps": 3, "eval_batch_size": 64, "batch_size": 32}
 
 
+def exact_norm(self, x):
+    """LLaMA's RMSNorm without its rounding to float32 inside."""
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
 @pytest.fixture
 def float64_norm(monkeypatch):
-    """LLaMA's RMSNorm rounds to float32 inside; to compare in float64, both forms get one that does not."""
-
-    def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)
+    """To compare in float64, both forms get a norm that does not round."""
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", exact_norm)
 
 
 def small_config(layers: int = 4, kv_heads: int = 4, **changes) -> LlamaConfig:

@@ -45,8 +45,8 @@ def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, **changes):
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
     fitted = training.fit(
-        module=model, loss_fn=loss_fn, counts=counts, ranks_of=ranks_of, folder=folder, log=MetricsLog(folder, False), meta={},
-        **(SETTINGS | changes),
+        module=model, loss_fn=loss_fn, counts=counts, users_of=lambda rows: [f"u{row}" for row in rows], ranks_of=ranks_of,
+        folder=folder, log=MetricsLog(folder, False), meta={}, resume=False, **(SETTINGS | changes),
     )  # fmt: skip
     assert not any(modes)
     return model, fitted, seen, looks, folder
@@ -103,7 +103,7 @@ def test_schedule_by_hand(tmp_path, kind, expected):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(tmp_path):
-    with pytest.raises(RunError, match=r"step 5: the loss or a gradient is not finite \(ce nan.*; samples .*run/best"):
+    with pytest.raises(RunError, match=r"step 5: the loss or a gradient is not finite \(ce nan.*; batch of 8 samples .* of users u\d+, .*kept: .*run/best"):
         run(tmp_path, spoil=5)
     assert checkpoint.load(tmp_path / "run/best")[1]["step"] == 3
     lines = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]

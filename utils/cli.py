@@ -57,6 +57,19 @@ class Range(NamedTuple):
         return " and ".join(part for part in (low, high) if part) or "finite"
 
 
+class PositiveOr(NamedTuple):
+    """A whole number from 1, or one that stands for something else."""
+
+    other: int
+    meaning: str
+
+    def admits(self, value: int) -> bool:
+        return value >= 1 or value == self.other
+
+    def __str__(self) -> str:
+        return f">= 1, or {self.other} for {self.meaning}"
+
+
 class WordOrNumbers(NamedTuple):
     """One of some words, or whole numbers such as 0,2,4,6."""
 
@@ -72,7 +85,8 @@ class WordOrNumbers(NamedTuple):
 PositiveInt = Annotated[int, Range(low=1)]
 NonNegativeInt = Annotated[int, Range(low=0)]
 Seed = Annotated[int, Range(low=0, high=2**63 - 1)]
-MaxSteps = Annotated[int, Range(low=-1)]  # -1: no limit, as in the released scripts
+MaxSteps = Annotated[int, PositiveOr(-1, "num_epochs")]  # -1 as in the released scripts
+Interval = Annotated[int, PositiveOr(-1, "every epoch")]
 PositiveFloat = Annotated[float, Range(low=0, open_low=True)]
 NonNegativeFloat = Annotated[float, Range(low=0)]
 DropRate = Annotated[float, Range(low=0, high=1, open_high=True)]
@@ -247,7 +261,7 @@ def _options(hint: Any) -> list[Any]:
     return list(typing.get_args(hint)) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else [hint]
 
 
-def _plain(hint: Any) -> tuple[Any, Range | WordOrNumbers | None]:
+def _plain(hint: Any) -> tuple[Any, Range | PositiveOr | WordOrNumbers | None]:
     """The type that is not None, and its limits if the annotation carries any."""
     (hint,) = [option for option in _options(hint) if option is not type(None)]
     if typing.get_origin(hint) is Annotated:
@@ -298,7 +312,7 @@ def _convert(name: str, text: str, hint: Any) -> Any:
             raise wrong from None
         if "_" in text:
             raise wrong
-    _check(name, value, hint)
+    _check(name, value, hint, text)
     return value
 
 
@@ -313,9 +327,9 @@ def _split(text: str) -> list[str]:
     return [item.strip().strip("'\"") for item in text.strip().strip("[]()").split(",") if item.strip()]
 
 
-def _check(name: str, value: Any, hint: Any) -> None:
+def _check(name: str, value: Any, hint: Any, typed: str | None = None) -> None:
     kind, limits = _plain(hint)
-    wrong = UsageError(f"--{name}={value}: expected {_describe(hint)}")
+    wrong = UsageError(f"--{name}={value if typed is None else typed}: expected {_describe(hint)}")
     if value is None and type(None) in _options(hint):
         return
     if typing.get_origin(kind) is Literal:

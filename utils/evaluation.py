@@ -54,8 +54,15 @@ def evaluate(encode: Callable[[Tensor], Tensor], item_table: Tensor, batches: It
     Raises:
         RunError: a score is not finite.
     """
-    columns = item_table.float().T
-    return collect([rank_users(encode(batch.history), columns, batch) for batch in batches], item_table.device)
+    columns, found, done = item_table.float().T, [], 0
+    for batch in batches:
+        users = encode(batch.history)
+        if not torch.isfinite(users).all():
+            row = int((~torch.isfinite(users)).any(1).nonzero()[0])
+            raise RunError(f"the vector of user {done + row} of this process is NaN or infinite: the model holds non-finite values")
+        found.append(rank_users(users, columns, batch))
+        done += len(users)
+    return collect(found, item_table.device)
 
 
 def rank_users(users: Tensor, columns: Tensor, batch: EvaluationBatch) -> Tensor:

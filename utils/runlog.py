@@ -33,13 +33,7 @@ def check_output_dir(folder: str | Path, step: str, flags: dict[str, Any], *, ov
         UsageError: naming the folder, what differs and what to do.
     """
     folder = Path(folder)
-    for part in (folder, *folder.parents):
-        if part.exists():
-            if not part.is_dir():
-                raise UsageError(f"--output_dir={folder}: {part} is a file, not a folder")
-            if not os.access(part, os.W_OK):
-                raise UsageError(f"--output_dir={folder}: {part} is not writable")
-            break
+    check_place(folder, "--output_dir")
     _refuse_locked(folder)
     run = read_json(folder / "config.json", "run") if (folder / "config.json").exists() else None
     if run is not None and run.get("step") != step:
@@ -56,6 +50,22 @@ def check_output_dir(folder: str | Path, step: str, flags: dict[str, Any], *, ov
             )
         if other:
             raise UsageError(f"--output_dir={folder} holds an unfinished run with other flags: {other}; give its flags to go on, or --overwrite")
+
+
+def check_place(folder: str | Path, flag: str) -> None:
+    """Refuse a folder that cannot be made or written to.
+
+    Raises:
+        UsageError: naming the flag, the folder and the part of its path that is in the way.
+    """
+    folder = Path(folder)
+    for part in (folder, *folder.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise UsageError(f"{flag}={folder}: {part} is a file, not a folder")
+            if not os.access(part, os.W_OK):
+                raise UsageError(f"{flag}={folder}: {part} is not writable")
+            return
 
 
 def finished(folder: str | Path) -> bool:
@@ -231,6 +241,13 @@ def inherit(earlier: dict[str, Any], given: dict[str, Any], source: str) -> dict
     shown = ", ".join(f"{name} {value}" for name, value in values.items() if not isinstance(value, (list, dict)))
     print(f"inherited from {source}: {shown}", flush=True)
     return values
+
+
+def without_effect(flags: dict[str, Any], defaults: dict[str, Any], names: tuple[str, ...], why: str) -> None:
+    """Say which of the named flags were given and have nothing to act on."""
+    given = [f"--{name}={flags[name]}" for name in names if flags[name] != defaults[name]]
+    if given:
+        print(f"without effect: {', '.join(given)} ({why})", flush=True)
 
 
 def recorded(folder: str | Path, flags: dict[str, Any], defaults: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

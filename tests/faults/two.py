@@ -1,0 +1,58 @@
+"""What the tests of several processes run under torchrun: two.py NAME ..., see NAME below."""
+
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402  the path is set first
+import torch  # noqa: E402
+from transformers.models.llama import modeling_llama  # noqa: E402
+
+from models.losses import recommendation_loss  # noqa: E402
+from tests.conftest import exact_norm, histories, small_model  # noqa: E402
+from utils import cli, distributed, runlog, training  # noqa: E402
+from utils.evaluation import Ranks  # noqa: E402
+
+
+def float64(folder: str) -> None:
+    """Twenty steps of a small double-precision LLM4Rec without dropout; an odd number of samples, so that the last batch is uneven."""
+    distributed.start("cpu")
+    modeling_llama.LlamaRMSNorm.forward = exact_norm
+    model = small_model(strategy="lora")
+    batch, target = histories([1 + i % 8 for i in range(21)]), torch.arange(21) % 23
+
+    def loss_fn(rows: np.ndarray) -> dict:
+        return recommendation_loss(model(batch[rows]), None, model.item_table, target[rows], cls_multiple_lambda=0.5)
+
+    runlog.start(folder, {"step": "test", "flags": {}}, False)
+    training.fit(
+        module=model, loss_fn=loss_fn, counts=np.ones(21, int), users_of=lambda rows: [], ranks_of=lambda *_: Ranks(*(np.array([2]),) * 3),
+        folder=Path(folder), log=runlog.MetricsLog(folder, False), meta={}, resume=False, batch_size=8, micro_batch_size=2, num_epochs=1,
+        max_steps=20, learning_rate=0.01, lr_scheduler="cosine", warmup_steps=2, weight_decay=0.0, max_grad_norm=1.0, eval_steps=10,
+        save_steps=10, patience=0, log_steps=1, seed=1, bf16=False,
+    )  # fmt: skip
+
+
+def dying(script: str, *flags: str) -> None:
+    """The script, whose second process is killed in its third step."""
+    step, taken = torch.optim.AdamW.step, []
+
+    def dies(self, *args, **kwargs):
+        taken.append(1)
+        if len(taken) == 3 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **kwargs)
+
+    torch.optim.AdamW.step = dies
+    cli.run(importlib.import_module(script).main, list(flags))
+
+
+if __name__ == "__main__":
+    {"float64": float64, "dying": dying}[sys.argv[1]](*sys.argv[2:])
+    print(json.dumps("done"))
