@@ -27,8 +27,8 @@ def main(
     rows: list[str] = ["all"],  # noqa: B006  read, never changed
     seeds: list[int] = [42],  # noqa: B006
     sasrec_flags: str = "",
-    teacher_flags: str = "",
-    student_flags: str = "--num_epochs 8",
+    teacher_flags: str = "--num_epochs 10",
+    student_flags: str = "--num_epochs 5",
     output_dir: str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     overwrite: bool = False,
@@ -40,7 +40,7 @@ def main(
         base_model: of teacher and students.
         rows: which rows; all by default.
         seeds: a run of everything for each, SASRec included.
-        sasrec_flags, teacher_flags, student_flags: further flags of train_sr_trad.py, finetune.py and distill.py, in quotes.
+        sasrec_flags, teacher_flags, student_flags: flags of train_sr_trad.py, finetune.py and distill.py, in quotes.
         output_dir: where the runs go; output/<domain>/paper by default.
         device: auto is cuda where there is one.
         overwrite: run again what is finished.

@@ -28,7 +28,7 @@ def main(
     layers: list[int] = [1, 2, 4, 8],  # noqa: B006  read, never changed
     seeds: list[int] = [42],  # noqa: B006
     sasrec_flags: str = "",
-    teacher_flags: str = "",
+    teacher_flags: str = "--num_epochs 10",
     output_dir: str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     eval_batch_size: cli.PositiveInt = 512,
@@ -41,7 +41,7 @@ def main(
         base_model: of every model.
         layers: the numbers of layers; the largest is the model of (b).
         seeds: a run of everything for each, SASRec included.
-        sasrec_flags, teacher_flags: further flags of train_sr_trad.py and finetune.py, in quotes.
+        sasrec_flags, teacher_flags: flags of train_sr_trad.py and finetune.py, in quotes.
         output_dir: where the runs go; output/<domain>/paper by default.
         device: auto is cuda where there is one.
         eval_batch_size: users at once in (b).

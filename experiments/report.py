@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.rows import ABLATION, COLUMNS, MAIN, PAPER, label, plain_ce
-from experiments.runs import HARMLESS, PLACES, SCRIPTS
+from experiments.runs import SCRIPTS
 from utils import cli, runlog
 
 START, END = "<!-- report: made by experiments.report, do not edit -->", "<!-- end of report -->"
 SAMPLED, FULL = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR"), ("HR@10", "NDCG@10", "MRR")
 KEPT = ("config.json", "results.json", "metrics.jsonl")
+NO_PART = (*runlog.PLACES, *runlog.HARMLESS, "log_steps", "save_steps", "seed", "domain_type")  # flags that make no other row
 NOT_RUN = "not run"
 CHUNK = 2**24  # resampled users held at once
 
@@ -49,7 +50,7 @@ class Run(NamedTuple):
     def key(self) -> str:
         """What the run is, whatever its seed and place. A student trained by cross-entropy alone is what finetune.py trains."""
         step, flags = self.config["step"], self.config["flags"]
-        names = set(flags) - {*PLACES, *HARMLESS, "seed", "domain_type"}
+        names = set(flags) - {*NO_PART}
         if step != "sasrec" and plain_ce(step, flags):
             step = "llm"
             names &= set(cli.defaults(SCRIPTS["teacher"])) & set(cli.defaults(SCRIPTS["student"]))
@@ -112,7 +113,7 @@ def read_runs(root: Path) -> tuple[list[Run], list[str]]:
         config = runlog.read_json(path, "run")
         if config.get("step") not in SCRIPTS:
             continue
-        if not (folder / "results.json").is_file():
+        if not runlog.finished(folder):
             notes.append(f"{folder.relative_to(root)} is unfinished")
             continue
         found.append(Run(folder, config, runlog.read_json(folder / "results.json", "results")))

@@ -2,7 +2,7 @@
 #   DOMAIN, CATEGORY (the raw files' name) or DATA (a CSV), and flags: SASREC, TEACHER, STUDENT, LOSS (of the student).
 # From outside, all optional: SMOKE=1 (two minutes on the demo domain), DRY=1 (print the commands only), SEEDS="0 1 2",
 # BASE, RAW (folder of the raw files), PYTHON, LAUNCH="torchrun --nproc_per_node=8" (in front of steps 3 and 4).
-# A run that is finished is not repeated, so a broken reproduction is started again as it is.
+# A finished run is not repeated and a broken one goes on, so a broken reproduction is started again as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,7 +23,7 @@ run() { # print a command and run it
 step() { # a run's folder, then its command: skipped where the folder holds a finished run
     local folder=$1
     shift
-    if [ -f "$folder/results.json" ]; then echo "= $folder is finished"; else run "$@" --output_dir "$folder" --overwrite; fi
+    if [ -f "$folder/results.json" ]; then echo "= $folder is finished"; else run "$@" --output_dir "$folder"; fi
 }
 
 if [ -n "${CATEGORY:-}" ] && [ ! -e "data/$DOMAIN.csv" ] && [ ! -e "dataset/sequential/$DOMAIN.csv" ]; then

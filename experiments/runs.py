@@ -1,7 +1,6 @@
 """What the experiments share: the scripts' runs below one folder, a folder a seed; a finished run is read, not repeated."""
 
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from datasets.interactions import canonical_domain, find_csv, read_csv
 from utils import cli, runlog
 
 SCRIPTS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
-PLACES = ("output_dir", "item_table", "teacher", "teacher_cache", "data_path")  # where things are; what they are is hashed
-HARMLESS = ("overwrite", "eval_only", "log_steps", "tensorboard", "device", "save_steps", "eval_batch_size")  # change no result
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Suite:
     overwrite: bool
 
     def run(self, step: str, seed: int, name: str, **flags: Any) -> Path:
-        """Run a step into its folder, unless a finished run with the same flags, data and table is there.
+        """Run a step into its folder, unless a finished run with the same flags, data and table is there; an unfinished one goes on.
 
         Raises:
             UsageError: the folder holds a run with other flags or from other files.
@@ -45,13 +42,15 @@ class Suite:
         if step != "sasrec":
             flags["item_table"] = str(self.table(seed))
             inputs["table_sha256"] = runlog.file_sha256(self.table(seed))
-        done = (folder / "results.json").is_file() and not self.overwrite
+        done = runlog.finished(folder) and not self.overwrite
         if done:
-            _check_flags(folder, main, flags)
+            other = runlog.differences(runlog.read_json(folder / "config.json", "run"), cli.defaults(main) | flags)
+            if other:
+                raise cli.UsageError(f"{folder} holds a finished run with other flags: {other}; --overwrite, or choose another --output_dir")
             runlog.check_same(folder, inputs, "what is there now")
         print(f"\n== {folder}: {'finished before' if done else step}", flush=True)
         if not done:
-            main(**flags, overwrite=True)
+            main(**flags, overwrite=self.overwrite)
         return folder
 
     def item_table(self, seed: int) -> Path:
@@ -87,7 +86,7 @@ def open_suite(
             extra[step] = cli.bind(SCRIPTS[step], shlex.split(text))
         except (cli.UsageError, ValueError) as error:
             raise cli.UsageError(f"--{step}_flags={text}: {error}") from None
-        own = [name for name in extra[step] if name in (*PLACES, "domain_type", "seed", "base_model", "device", "overwrite", "eval_only")]
+        own = [name for name in extra[step] if name in (*runlog.PLACES, "domain_type", "seed", "base_model", "device", "overwrite", "eval_only")]
         if own:
             raise cli.UsageError(f"--{step}_flags={text}: --{own[0]} is set by the experiment")
         extra[step] |= {"device": device} | ({"base_model": base_model} if step != "sasrec" else {})
@@ -96,11 +95,3 @@ def open_suite(
     root = Path(output_dir or f"output/{domain}/paper")
     data = {"domain_type": domain, "data_path": data_path}
     return Suite(root, data, read_csv(find_csv(domain, data_path)).sha256, extra, overwrite)
-
-
-def _check_flags(folder: Path, main: Callable, flags: dict[str, Any]) -> None:
-    run = runlog.read_json(folder / "config.json", "run")["flags"]
-    wanted = {name: value for name, value in (cli.defaults(main) | flags).items() if name not in (*PLACES, *HARMLESS) and value is not None}
-    other = [f"--{name}={value} (it has {run[name]})" for name, value in wanted.items() if name in run and run[name] != value]
-    if other:
-        raise cli.UsageError(f"{folder} holds a finished run without {', '.join(other)}; --overwrite, or choose another --output_dir")

@@ -192,7 +192,7 @@ def test_ablation_shares_the_teacher_and_goes_on_where_it_stopped(inside, capsys
     printed = capsys.readouterr().out
     assert printed.count("finished before") == 9 and "seed1/ce: student" in printed
     assert {run for run in stamps if run.stat().st_mtime_ns != stamps[run]} == {root / "seed1/ce/results.json"}
-    with pytest.raises(cli.UsageError, match=r"seed0/ce holds a finished run without --learning_rate=0.5 \(it has 0.001\); --overwrite"):
+    with pytest.raises(cli.UsageError, match=r"seed0/ce holds a finished run with other flags: --learning_rate=0.5 \(the run has 0.001\); --overwrite"):
         ablation.main(**flags | {"student_flags": SHORT + " --learning_rate 0.5"})
 
 

@@ -11,17 +11,19 @@ import finetune
 import train_sr_trad
 from benchmarks import efficiency, throughput
 from datasets import process
-from experiments import demo
+from experiments import ablation, demo, motivation, report
 from tests.conftest import ROOT
 from utils import cli
 
 MAINS = {
     "train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main, "finetune.py": finetune.main,
     "distill.py": distill.main, "datasets.process": process.main, "experiments.demo": demo.main,
+    "experiments.ablation": ablation.main, "experiments.motivation": motivation.main, "experiments.report": report.main,
     "benchmarks.throughput": throughput.main, "benchmarks.efficiency": efficiency.main,
 }  # fmt: skip
 PAGES = ["README.md", "train_sr_trad.py", "extract_emb.py", "finetune.py", "distill.py", "datasets/process.py", "experiments/demo.py"]
 PAGES += ["benchmarks/throughput.py", "benchmarks/efficiency.py"]
+PAGES += ["experiments/ablation.py", "experiments/motivation.py", "experiments/report.py"]
 
 
 def commands(page):
