@@ -28,7 +28,7 @@ def main(
     seeds: list[int] = [42],  # noqa: B006
     sasrec_flags: str = "",
     teacher_flags: str = "--num_epochs 10",
-    student_flags: str = "--num_epochs 5",
+    student_flags: str = "--num_epochs 10",
     output_dir: str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     overwrite: bool = False,

@@ -79,7 +79,11 @@ def motivation(points: list[dict[str, Any]], band: dict[str, tuple[float, float,
     """
     names = list(band)
     fig, axes = plt.subplots(2, len(names), figsize=(4.4 * len(names), 6.6), layout="constrained")
-    lines = {"trained": ("trained with the first N layers", "C0"), "raw": ("states as they are", "C1"), "normed": ("states through the final norm", "C2")}
+    lines = {  # the two of the lower half may lie on each other: a wide line below, a thin one above
+        "trained": {"label": "trained with the first N layers", "color": "C0"},
+        "raw": {"label": "states as they are", "color": "C1", "linewidth": 5, "markersize": 10, "alpha": 0.5},
+        "normed": {"label": "states through the final norm", "color": "C2", "linestyle": "--", "markersize": 4},
+    }
     for column, name in enumerate(names):
         for line, parts in enumerate((("trained",), ("raw", "normed"))):
             ax, (mean, low, high) = axes[line, column], band[name]
@@ -90,7 +94,7 @@ def motivation(points: list[dict[str, Any]], band: dict[str, tuple[float, float,
                 layers = sorted({point["layers"] for point in mine})
                 values = [[point[name] for point in mine if point["layers"] == n] for n in layers]
                 errors = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
-                ax.errorbar(layers, [np.mean(v) for v in values], yerr=errors, marker="o", capsize=3, label=lines[part][0], color=lines[part][1])
+                ax.errorbar(layers, [np.mean(v) for v in values], yerr=errors, marker="o", capsize=3, **lines[part])
             if paper and not line:
                 at = list(paper)
                 ax.plot(at, [paper[n][column] for n in at], "k--", marker="x", label="the paper's (cloth, LLaMA)")

@@ -136,13 +136,14 @@ def by_domain(runs: list[Run], notes: list[str]) -> dict[str, list[Row]]:
 
 
 def _named(rows: list[dict[int, Run]]) -> list[Row]:
-    """Rows of equal label are told apart by their folders' name; the one that most seeds have keeps the plain label."""
+    """Rows of equal label are told apart by their folders' name. The plain label goes to the one that most seeds have, of
+    equals to the one trained by distill.py: with the students' settings, it is what they are compared with."""
     by_label = defaultdict(list)
     for row in rows:
         by_label[next(iter(row.values())).label].append(row)
     named = []
     for text, same in by_label.items():
-        same.sort(key=len, reverse=True)
+        same.sort(key=lambda row: (len(row), any(run.config["step"] == "student" for run in row.values())), reverse=True)
         for i, row in enumerate(same):
             named.append(Row(text if i == 0 else f"{text} [{next(iter(row.values())).folder.name}]", dict(sorted(row.items()))))
     return named

@@ -80,7 +80,7 @@ def label(step: str, flags: dict[str, Any]) -> str:
     layers = flags["llama_decoder_nums" if step == "teacher" else "llama_decoder_nums_student"]
     extras = []
     if plain_ce(step, flags):
-        name = f"E4SRec-like, {layers} layers"
+        name = f"E4SRec-like, {layers} layer{'s' if layers > 1 else ''}"
     elif step == "teacher":
         name = f"{layers} layers: CE + L_ms"
     else:

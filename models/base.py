@@ -71,8 +71,10 @@ def read_config(base: str) -> LlamaConfig:
 
 
 def contents(base: str) -> list:
-    """What tells a base from another wherever and whenever it was written: file names and sizes, or the hub's snapshot."""
-    return [entry[:2] for entry in identity(base)] if Path(base).is_dir() else identity(base)
+    """What tells a base from another wherever and whenever it was written: file names and sizes, or the hub's commit."""
+    if Path(base).is_dir():
+        return [entry[:2] for entry in identity(base)]
+    return [base, Path(_file(base, "config.json")).parent.name]
 
 
 def identity(base: str) -> list:

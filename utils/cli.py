@@ -148,8 +148,8 @@ def run(main: Callable, argv: list[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        advice = "lower --micro_batch_size, --eval_batch_size or --max_seq_length, or set --gradient_checkpointing"
-        _exit(1, f"error: {_who()}out of memory ({str(error).splitlines()[0][:160] if str(error) else 'MemoryError'}); {advice}")
+        reason = str(error).splitlines()[0][:160] if str(error) else "MemoryError"
+        _exit(1, f"error: {_who()}out of memory ({reason}); lower --micro_batch_size (or --batch_size), --eval_batch_size or --max_seq_length")
     except KeyboardInterrupt:
         _exit(130, "interrupted")
     except BrokenPipeError:
