@@ -160,7 +160,7 @@ def main(
     offline = distill_mode == "offline" and (aligned or inherits)
     n_blocks = distill_block if aligned or (cls_multiple_lambda > 0 and not eval_only) else 1  # plain CE needs no blocks
     cli.check(
-        cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size),
+        eval_only and (True, "") or cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size),
         cli.blocks(n_blocks, llama_decoder_nums_student=llama_decoder_nums_student),
         (not (online and inherits), "--student_init=teacher starts from a trained teacher: use --distill_mode=offline"),
         (
@@ -184,6 +184,7 @@ def main(
             )
         )
         runlog.check_same(teacher_folder, inputs.hashes, inputs.table_path)
+        runlog.tell_unfinished(teacher_folder, "teacher")
         fixed["flags"]["llama_decoder_nums_teacher"] = fixed["flags"]["llama_decoder_nums"]
         flags |= runlog.inherit(fixed["flags"], {name: flags[name] for name in INHERITED}, f"the teacher in {teacher_folder}")
     else:
@@ -205,6 +206,8 @@ def main(
 
     where = training.choose_device(device)
     half = where.type == "cuda" if bf16 is None else bf16
+    if eval_only:
+        half = runlog.recorded_precision(folder, bf16, half)
     location = base.locate(flags["base_model"], [*read_template("alpaca")])
     table = inputs.table().to(where)
     samples, splits = sequences.prepare(inputs.data, **{name: flags[name] for name in PROTOCOL})
@@ -233,7 +236,7 @@ def main(
         teacher_weights = teacher_weights or runlog.read_json(teacher_folder / "results.json", "results").get("weights_sha256")
     config = {
         "step": "student", "domain": inputs.domain, **inputs.hashes, "random_base": flags["base_model"] in base.BUILT_IN,
-        "base": base.contents(location), "bf16": half, "model": spec, "flags": flags, "teacher_sha256": teacher_weights,
+        "base": base.contents(location), "bf16": half, "model": spec, "flags": flags, "teacher_sha256": teacher_weights, "cached": cache is not None,
         "teacher": str(teacher_folder) if offline else distill_mode if online else None,
     }  # fmt: skip
     resume = not eval_only and runlog.unfinished(folder, config, overwrite)
@@ -248,6 +251,8 @@ def main(
     torch.manual_seed(seed)
     student = trained = made(spec)
     if inherits:
+        ours, theirs = (([model[name] for name in ("strategy", *LORA)]) for model in (spec, fixed["model"]))
+        cli.check((ours == theirs, f"--student_init=teacher: the teacher was trained with strategy and lora_* {theirs}, not {ours}"))
         kept = kept_of(checkpoint.load(teacher_folder / "best")[0], choose_from, spec["layers"])
         heads = {name: tensor for name, tensor in checkpoint.trained_tensors(student).items() if name.startswith("exit_heads.")}
         checkpoint.restore(student, kept | heads, teacher_folder / "best")
@@ -262,7 +267,7 @@ def main(
     if not aligned:
         wanted = lambda rows, history: None
     elif online:
-        everywhere = {"layer_selection": "first"} if layer_selection[0] in "[0123456789" else {}  # a list names the student's layers
+        everywhere = {} if layer_selection in cli.LAYER_WORDS else {"layer_selection": "first"}  # a list names the student's layers
         together = made(specified(flags["llama_decoder_nums_teacher"], exits, **everywhere))
         trained = torch.nn.ModuleDict({"student": student, "teacher": together})
         wanted = lambda rows, history: together(history)
@@ -286,7 +291,7 @@ def main(
 
     fitted = None
     if not eval_only:
-        runlog.start(folder, config, resume)
+        runlog.start(folder, config, resume, overwrite)
         fitted = training.fit(
             module=trained, loss_fn=loss_fn, counts=samples.counts(every_position=False), ranks_of=ranks,
             users_of=lambda rows: sequences.users_of(inputs.data, samples, rows), folder=folder,

@@ -56,6 +56,7 @@ def main(
     from utils import checkpoint, embeddings
 
     weights, meta = checkpoint.load(run / "best")
+    runlog.tell_unfinished(run, "SASRec run")
     if "item_embedding.weight" not in weights:
         raise cli.UsageError(f"{run / 'best'}: no item_embedding.weight, found {', '.join(sorted(weights)[:4])}; not a SASRec run")
     trained = weights["item_embedding.weight"][: data.n_items]  # the last row is the padding

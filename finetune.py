@@ -118,7 +118,7 @@ def main(
     folder = Path(output_dir or f"output/{canonical_domain(domain_type)}/teacher")
     exits = cls_multiple_lambda > 0
     cli.check(
-        cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size),
+        eval_only and (True, "") or cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size),
         cli.blocks(distill_block if exits else 1, llama_decoder_nums=llama_decoder_nums),
     )
     runlog.check_output_dir(folder, "teacher", flags, overwrite=overwrite, eval_only=eval_only)
@@ -140,6 +140,8 @@ def main(
 
     where = training.choose_device(device)
     half = where.type == "cuda" if bf16 is None else bf16
+    if eval_only:
+        half = runlog.recorded_precision(folder, bf16, half)
     location = base.locate(flags["base_model"], [*read_template("alpaca")])
     table = inputs.table()
     samples, splits = sequences.prepare(inputs.data, **{name: flags[name] for name in PROTOCOL})
@@ -178,7 +180,7 @@ def main(
 
     fitted = None
     if not eval_only:
-        runlog.start(folder, config, resume)
+        runlog.start(folder, config, resume, overwrite)
         fitted = training.fit(
             module=model, loss_fn=loss_fn, counts=samples.counts(every_position=False), ranks_of=ranks,
             users_of=lambda rows: sequences.users_of(inputs.data, samples, rows), folder=folder,

@@ -104,7 +104,7 @@ def main(
     folder = Path(output_dir or f"output/{domain}/sasrec")
     cli.check(
         (hid_dim % num_heads == 0, f"--num_heads={num_heads} does not divide --hid_dim={hid_dim}"),
-        cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size),
+        eval_only and (True, "") or cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size),
     )
     runlog.check_output_dir(folder, "sasrec", flags, overwrite=overwrite, eval_only=eval_only)
     if eval_only:
@@ -147,7 +147,7 @@ def main(
 
     fitted = None
     if not eval_only:
-        runlog.start(folder, config, resume)
+        runlog.start(folder, config, resume, overwrite)
         fitted = training.fit(
             module=model, loss_fn=loss_fn, counts=samples.counts(every_position), users_of=lambda rows: sequences.users_of(data, samples, rows), ranks_of=ranks,
             folder=folder, log=runlog.MetricsLog(folder, tensorboard), meta={"items": data.n_items}, resume=resume, bf16=bf16, **training.settings(flags),

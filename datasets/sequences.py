@@ -142,7 +142,7 @@ class EvaluationSplit:
             owner,
             self.data.items[position],
             self.data.n_items,
-            self.n_candidates,
+            min(self.n_candidates, self.data.n_items),  # more there are not
         )
 
 

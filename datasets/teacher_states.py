@@ -8,6 +8,7 @@ and weights of the loss. A folder is complete or absent: written under a tempora
 Legend: n training samples, E blocks, H LLM width, D item dim.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -58,6 +59,7 @@ def open_or_build(
     identity = identity | {"format": FORMAT}
     folder = root / _digest(identity)[:16]
     if distributed.is_first():  # the others wait
+        waiting = _alone(root)
         _sweep(root)
         problem = _problem(folder, identity, len(samples)) if folder.exists() else "absent"
         if problem == "absent":
@@ -68,6 +70,7 @@ def open_or_build(
             print(f"teacher states: read from {folder}; the teacher is not loaded", flush=True)
         if problem:
             _build(folder, identity, teacher(), samples, batch_size, device)
+        os.close(waiting)
     distributed.barrier()
     return _mapped(folder)
 
@@ -89,6 +92,25 @@ def _problem(folder: Path, identity: dict[str, Any], n: int) -> str:
         if file_sha256(path) != meta["arrays"][name]["sha256"]:
             return f"has a {path.name} that was cut short or altered"
     return ""
+
+
+def _alone(root: Path) -> int:
+    """Wait until no other run looks for its states, or fills them, below `root`; free again when the descriptor is closed.
+
+    Raises:
+        UsageError: the folder cannot be made.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root, os.O_RDONLY)
+    except OSError as error:
+        raise UsageError(f"--teacher_cache: {root} cannot be written ({error.strerror}); name a folder, or use off") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"teacher states: another run is at work in {root}, waiting", flush=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -1,12 +1,13 @@
 """The report's and the motivational experiment's figures."""
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
+
+from utils.runlog import parsed_event
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -108,7 +109,8 @@ def motivation(points: list[dict[str, Any]], band: dict[str, tuple[float, float,
 
 
 def _log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [event for line in lines if (event := parsed_event(line)) is not None]
 
 
 def _save(fig: Any, path: Path) -> Path:

@@ -12,6 +12,7 @@ is in the table, marked. Writes report.md and, for each domain, metrics and curv
 
 import json
 import shutil
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +28,7 @@ START, END = "<!-- report: made by experiments.report, do not edit -->", "<!-- e
 SAMPLED, FULL = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR"), ("HR@10", "NDCG@10", "MRR")
 KEPT = ("config.json", "results.json", "metrics.jsonl")
 NO_PART = (*runlog.PLACES, *runlog.HARMLESS, "log_steps", "save_steps", "seed", "domain_type")  # flags that make no other row
+NEEDED = {"test", "valid", "users", "parameters", "trainable_parameters"}
 NOT_RUN = "not run"
 CHUNK = 2**24  # resampled users held at once
 
@@ -90,10 +92,11 @@ def main(
         raise cli.UsageError(f"--runs={runs}: no results.json below it; train_sr_trad.py, finetune.py and distill.py write them")
     folder = Path(output_dir) if output_dir else root
     folder.mkdir(parents=True, exist_ok=True)
+    domains = by_domain(found, notes)
     if keep:
-        for run in found:
+        for run in [run for rows in domains.values() for row in rows for run in row.runs.values()]:
             _keep(run, Path(keep) / run.folder.relative_to(root))
-    sections = [_section(domain, rows, folder, resamples) for domain, rows in by_domain(found, notes).items()]
+    sections = [_section(domain, rows, folder, resamples) for domain, rows in domains.items()]
     report = "\n\n".join([*sections, *([f"Passed over: {'; '.join(notes)}."] if notes else [])]) + "\n"
     (folder / "report.md").write_text("# Report\n\n" + report, encoding="utf-8")
     if page is not None:
@@ -110,13 +113,21 @@ def read_runs(root: Path) -> tuple[list[Run], list[str]]:
     found, notes = [], []
     for path in sorted(root.rglob("config.json")):
         folder = path.parent
-        config = runlog.read_json(path, "run")
-        if config.get("step") not in SCRIPTS:
+        try:
+            config = runlog.read_json(path, "run")
+            if config.get("step") not in list(SCRIPTS):
+                continue
+            if not runlog.finished(folder):
+                notes.append(f"{folder.relative_to(root)} is unfinished")
+                continue
+            run = Run(folder, config, runlog.read_json(folder / "results.json", "results"))
+            if run.seed != config["flags"]["seed"] or not run.label or not run.key or not set(run.results) >= NEEDED:
+                raise KeyError
+        except (cli.UsageError, KeyError, TypeError, AttributeError) as problem:
+            reason = str(problem) if isinstance(problem, cli.UsageError) else "its config.json or results.json lacks something"
+            notes.append(f"{folder.relative_to(root)}: {reason}")
             continue
-        if not runlog.finished(folder):
-            notes.append(f"{folder.relative_to(root)} is unfinished")
-            continue
-        found.append(Run(folder, config, runlog.read_json(folder / "results.json", "results")))
+        found.append(run)
     return sorted(found, key=lambda run: (run.folder / "results.json").stat().st_mtime), notes
 
 
@@ -139,7 +150,7 @@ def _named(rows: list[dict[int, Run]]) -> list[Row]:
     """Rows of equal label are told apart by their folders' name. The plain label goes to the one that most seeds have, of
     equals to the one trained by distill.py: with the students' settings, it is what they are compared with."""
     by_label = defaultdict(list)
-    for row in rows:
+    for row in sorted(rows, key=lambda row: str(next(iter(row.values())).folder)):
         by_label[next(iter(row.values())).label].append(row)
     named = []
     for text, same in by_label.items():
@@ -155,7 +166,7 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int) -> str:
     random_base = any(run.results.get("random_base") for row in rows for run in row.runs.values())
     popularity = next((run.results["popularity"]["test"] for row in rows for run in row.runs.values() if "popularity" in run.results), None)
     ablation = [_ablation_label(flags) for flags in ABLATION.values()]
-    others = [row.label for row in rows if row.label not in (*MAIN, *ablation)]
+    others = sorted(row.label for row in rows if row.label not in (*MAIN, *ablation))
     users = next(iter(rows[0].runs.values())).results["users"]
     seeds = sorted({seed for row in rows for seed in row.runs})
     parts = [
@@ -279,11 +290,11 @@ def paired_bootstrap(difference: np.ndarray, resamples: int, seed: int = 0) -> t
 
 
 def _ranks(folder: Path, protocol: str) -> np.ndarray | None:
-    path = folder / "ranks.npz"
-    if not path.is_file():
+    try:
+        with np.load(folder / "ranks.npz", allow_pickle=False) as ranks:
+            return ranks[f"test_{protocol}"].astype(np.float64)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # absent or torn: the comparison is left out
         return None
-    with np.load(path, allow_pickle=False) as ranks:
-        return ranks[f"test_{protocol}"].astype(np.float64)
 
 
 def _keep(run: Run, folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import load_llama, read_config
-from utils.cli import UsageError
+from utils.cli import LAYER_WORDS, UsageError
 
 CALIBRATION = 64  # samples that the block influence is measured on
 
@@ -32,7 +32,7 @@ def select_layers(
         UsageError: more layers are asked for than there are to choose from, or a list that does not fit.
     """
     rest = [layer for i, layer in enumerate(pool) if (i + 1) % (interval_nums + 1) != 0] if selection == "interval" else pool
-    if selection[:1] in "[0123456789":
+    if selection not in LAYER_WORDS:
         return _listed(pool, kept, selection, owner)
     if not 1 <= kept <= len(rest):
         rule = f" and --layer_selection=interval --interval_nums={interval_nums} leaves {len(rest)}" if selection == "interval" else ""

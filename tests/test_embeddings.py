@@ -1,11 +1,15 @@
+import collections
 import io
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from utils.cli import UsageError
 from utils.embeddings import read_table, write_table
 
@@ -107,3 +111,44 @@ def test_bad_tables_are_refused_in_one_line(tmp_path, name):
 def test_nan_in_a_row_that_no_item_uses_is_no_matter(tmp_path):
     path = pickled(tmp_path / "t.pkl", broken(float("nan"), row=2))
     assert torch.equal(read_table(path, IDS), table()[IDS])
+
+
+def test_the_same_table_gives_the_same_bytes_in_every_process(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hashlib, torch; from utils.embeddings import write_table;"
+        "keep = [torch.randn(100) for _ in range(int(sys.argv[1]))]; write_table('t.pkl', torch.arange(20.).reshape(5, 4), {});"
+        "print(hashlib.sha256(open('t.pkl', 'rb').read()).hexdigest())"
+    )
+    found = {subprocess.run([sys.executable, "-c", code, n], cwd=tmp_path, capture_output=True, text=True).stdout for n in ("1", "77")}
+    assert len(found) == 1 and len(found.pop()) == 65
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array([[object()] * 4] * 5, dtype=object), np.array([["a"] * 4] * 5), np.ones((5, 4), dtype=np.longdouble), np.ones((5, 4), dtype=np.complex64),
+        torch.ones(5, 4).to_sparse(),
+    ],
+    ids=["objects", "texts", "long double", "complex", "sparse"],
+)  # fmt: skip
+def test_tables_of_other_kinds_are_refused_in_one_line(tmp_path, value):
+    (tmp_path / "t.pkl").write_bytes(pickle.dumps({"item_embedding": value}))
+    with pytest.raises(UsageError) as error:
+        read_table(tmp_path / "t.pkl", np.arange(5))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_cannot_lay_objects_over_its_own_bytes(tmp_path):
+    """numpy.ndarray called with a dtype of objects and a buffer makes pointers of bytes: following one ends the process."""
+
+    class Forged:
+        def __reduce__(self):
+            return collections.OrderedDict, (Pointers(),)
+
+    class Pointers:
+        def __reduce__(self):
+            return np.ndarray, ((1,), np.dtype("O"), b"A" * 8)
+
+    (tmp_path / "t.pkl").write_bytes(pickle.dumps({"item_embedding": Forged()}))
+    with pytest.raises(UsageError, match="refused, not a plain pickled tensor"):
+        read_table(tmp_path / "t.pkl", np.arange(5))

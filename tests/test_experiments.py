@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -126,6 +127,12 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
     fake_run(tmp_path / "slow", "student", STUDENT | {"learning_rate": 1e-5}, 0, [20, 20, 20, 20])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text('{"step": "student"}')
+    for name, config, results in (("odd", '{"step": ["a"]}', "{}"), ("bare", '{"step": "student"}', '{"steps": 3}'), ("list", "[1]", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+        (tmp_path / name / "results.json").write_text(results)
+    (tmp_path / "seed1/ce/metrics.jsonl").write_text('{"event": "train", "st')
+    (tmp_path / "seed1/ce/ranks.npz").write_bytes(b"torn")
     text = report.main(runs=str(tmp_path), resamples=50).read_text()
     assert text == report.main(runs=str(tmp_path), resamples=50).read_text()
     table = [line.strip("|").split("|") for line in text.split("### Significance")[0].splitlines() if line.startswith("| ")]
@@ -137,6 +144,10 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
     assert lines["SASRec"][1] == "not run" and lines["SASRec"][2] == "-" and lines["SASRec"][-4] == "0.1308"
     assert lines["SLMRec 4 <- 8 [slow]"][1] == "0"
     assert "random base" in text and "broken is unfinished" in text and "has the flags and the seed of" in text
+    assert "bare: its config.json or results.json lacks something" in text and "list/config.json: damaged" in text
+    assert "| SLMRec 4 <- 8 | E4SRec-like, 4 layers |" not in text.split("### Significance")[1]  # the ranks of one seed are torn
+    shutil.copyfile(tmp_path / "seed0/ce/ranks.npz", tmp_path / "seed1/ce/ranks.npz")
+    text = report.main(runs=str(tmp_path), resamples=50).read_text()
     # slmrec against ce: (1 - 1/2) + (1 - 1/2) + (1/2 - 1/4) + 0 = 1.25 and 0.5 + 0 + 0 + 0; mean over seeds and users .875 / 4
     assert "| SLMRec 4 <- 8 | E4SRec-like, 4 layers | +0.2188 |" in text
     assert "| SLMRec 4 <- 8 | E4SRec-like, 8 layers | -0.3625 |" in text  # seed 0 alone: -(0 + 0 + 1/2 + 19/20) / 4
@@ -250,3 +261,15 @@ def test_a_reproduction_without_its_raw_files_says_where_to_get_them(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "RAW": str(tmp_path)}
     done = subprocess.run(["bash", ROOT / "experiments/reproduce_music.sh"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and re.search(r"error: neither data/music.csv nor .*CDs_and_Vinyl_5.json.gz is there; get it", done.stderr)
+
+
+@pytest.mark.slow
+def test_the_page_of_results_comes_again_from_the_committed_runs(tmp_path):
+    """Tables and significance word for word; figures are drawn anew."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    page = tmp_path / "docs/results.md"
+    committed = page.read_text()
+    before, _, rest = committed.partition(report.START)
+    page.write_text(before + report.START + "\n" + report.END + rest.partition(report.END)[2])
+    report.main(runs=str(tmp_path / "docs/results"), into=str(page))
+    assert page.read_text() == committed

@@ -23,7 +23,7 @@ MAINS = {
 }  # fmt: skip
 PAGES = ["README.md", "train_sr_trad.py", "extract_emb.py", "finetune.py", "distill.py", "datasets/process.py", "experiments/demo.py"]
 PAGES += ["benchmarks/throughput.py", "benchmarks/efficiency.py"]
-PAGES += ["experiments/ablation.py", "experiments/motivation.py", "experiments/report.py"]
+PAGES += ["experiments/ablation.py", "experiments/motivation.py", "experiments/report.py", "docs/results.md"]
 
 
 def commands(page):

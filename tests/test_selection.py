@@ -13,7 +13,7 @@ import finetune
 from models.llm4rec import kept_of
 from models.selection import block_influence, select_layers
 from tests.conftest import SHORT, histories, small_config
-from utils import checkpoint
+from utils import checkpoint, cli
 from utils.cli import UsageError
 
 
@@ -31,7 +31,7 @@ def test_influence_keeps_the_most_influential_in_their_order_of_the_earlier_of_e
         ("0,2", 3, "--layer_selection=0,2 names 2 layers, 3 decoder layers are asked for"),
         ("2,0", 2, "expected ascending numbers"),
         ("1,1", 2, "expected ascending numbers, each once"),
-        ("[0,8]", 2, "has no layer 8; it has 0 to 7, 8 layers"),
+        ("[0, 8]", 2, "has no layer 8; it has 0 to 7, 8 layers"),
         ("last", 9, "9 decoder layers asked for, the base checkpoint has 8 layers"),
         ("influence", 9, "9 decoder layers asked for"),
     ],
@@ -110,3 +110,16 @@ def test_starting_from_a_teacher_refuses_what_cannot_be(inside):
         distill.main(**SHORT, teacher="t", student_init="teacher", layer_selection="1,3,5,7", output_dir="s")
     distill.main(**SHORT, distill_mode="online", llama_decoder_nums_student=2, distill_block=2, layer_selection="1,3", output_dir="o")
     assert json.loads(Path("o/config.json").read_text())["model"]["layers"] == [1, 3]
+
+
+@pytest.mark.parametrize("typed", [" 0,2,4,6", "0 2,4,6,7", "\u0660,\u0662", "0,2,", "[0,2", "firsts", "-1,2"])
+def test_a_list_that_is_none_is_refused_with_the_words_there_are(typed):
+    with pytest.raises(UsageError, match="expected one of first, interval, last, influence, or numbers such as 0,2,4,6"):
+        cli.bind(finetune.main, [f"--layer_selection={typed}"])
+
+
+@pytest.mark.slow
+def test_a_start_from_the_teachers_layers_needs_its_lora(inside):
+    finetune.main(**SHORT, train_strategy="lora", output_dir="t")
+    with pytest.raises(UsageError, match="--student_init=teacher: the teacher was trained with strategy and lora_"):
+        distill.main(**SHORT, teacher="t", train_strategy="lora", lora_alpha=64, student_init="teacher", output_dir="s")

@@ -74,10 +74,13 @@ def _no_room(folder: Path, needed: int, error: OSError) -> str:
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Rename `partial` to `folder`; the old folder steps aside first, since a rename cannot replace a full folder."""
+    """Rename `partial` to `folder`; the old folder steps aside first, since a rename cannot replace a full folder.
+
+    Where a run died between the two renames the one that stepped aside is all there is: it stays until the new one is there.
+    """
     old = folder.with_name(f".old-{folder.name}")
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     partial.rename(folder)
     descriptor = os.open(folder.parent, os.O_RDONLY)

@@ -49,11 +49,11 @@ class Range(NamedTuple):
     def admits(self, value: float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return math.isfinite(value) and above and below
+        return above and below and -math.inf < value < math.inf
 
     def __str__(self) -> str:
         low = "" if self.low == -math.inf else f"{'>' if self.open_low else '>='} {self.low:g}"
-        high = "" if self.high == math.inf else f"{'<' if self.open_high else '<='} {self.high:g}"
+        high = "" if self.high in (math.inf, LARGEST) else f"{'<' if self.open_high else '<='} {self.high:g}"
         return " and ".join(part for part in (low, high) if part) or "finite"
 
 
@@ -64,7 +64,7 @@ class PositiveOr(NamedTuple):
     meaning: str
 
     def admits(self, value: int) -> bool:
-        return value >= 1 or value == self.other
+        return 1 <= value <= LARGEST or value == self.other
 
     def __str__(self) -> str:
         return f">= 1, or {self.other} for {self.meaning}"
@@ -76,21 +76,24 @@ class WordOrNumbers(NamedTuple):
     words: tuple[str, ...]
 
     def admits(self, value: str) -> bool:
-        return value in self.words or re.fullmatch(r"\d+(,\d+)*|\[\d+(,\d+)*\]", value.replace(" ", "")) is not None
+        numbers = r"[0-9]+( *, *[0-9]+)*"
+        return value in self.words or re.fullmatch(rf"{numbers}|\[{numbers}\]", value) is not None
 
     def __str__(self) -> str:
         return f"one of {', '.join(self.words)}, or numbers such as 0,2,4,6"
 
 
-PositiveInt = Annotated[int, Range(low=1)]
-NonNegativeInt = Annotated[int, Range(low=0)]
+LARGEST = 2**31 - 1  # of whole numbers that count something
+PositiveInt = Annotated[int, Range(low=1, high=LARGEST)]
+NonNegativeInt = Annotated[int, Range(low=0, high=LARGEST)]
 Seed = Annotated[int, Range(low=0, high=2**63 - 1)]
 MaxSteps = Annotated[int, PositiveOr(-1, "num_epochs")]  # -1 as in the released scripts
 Interval = Annotated[int, PositiveOr(-1, "every epoch")]
 PositiveFloat = Annotated[float, Range(low=0, open_low=True)]
 NonNegativeFloat = Annotated[float, Range(low=0)]
 DropRate = Annotated[float, Range(low=0, high=1, open_high=True)]
-LayerSelection = Annotated[str, WordOrNumbers(("first", "interval", "last", "influence"))]
+LAYER_WORDS = ("first", "interval", "last", "influence")
+LayerSelection = Annotated[str, WordOrNumbers(LAYER_WORDS)]
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 

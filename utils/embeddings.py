@@ -17,18 +17,36 @@ from utils.cli import UsageError
 
 KEY = "item_embedding"
 
+_ARRAY = object()  # stands for numpy.ndarray: calling the class itself would let a file lay objects over bytes of its choice
+
+
+def _empty_array(kind: object, shape: tuple, code: bytes) -> np.ndarray:
+    """numpy's own first step of unpickling an array, for plain arrays alone."""
+    if kind is not _ARRAY:
+        raise pickle.UnpicklingError("an array of an unknown kind")
+    return np._core.multiarray._reconstruct(np.ndarray, (0,), b"b")
+
+
+def _plain_dtype(code: str, align: bool = False, copy: bool = False) -> np.dtype:
+    """A dtype of plain numbers; none that holds objects, fields or raw bytes."""
+    dtype = np.dtype(code) if isinstance(code, str) else None
+    if dtype is None or dtype.kind not in "fiub" or dtype.itemsize > 8:
+        raise pickle.UnpicklingError(f"array of {str(code)[:20]}, expected plain numbers")
+    return dtype
+
+
 _REBUILD = {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
     ("collections", "OrderedDict"): collections.OrderedDict,
     # torch's own reducer for storages is a nested pickle; it is opened with the weights-only reader instead
     ("torch.storage", "_load_from_bytes"): lambda data: torch.load(io.BytesIO(data), weights_only=True, map_location="cpu"),
-    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
-    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
     ("numpy._core.numeric", "_frombuffer"): np._core.numeric._frombuffer,
     ("numpy.core.numeric", "_frombuffer"): np._core.numeric._frombuffer,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): _ARRAY,
+    ("numpy", "dtype"): _plain_dtype,
     ("_codecs", "encode"): codecs.encode,
 }
 
@@ -42,6 +60,17 @@ class _TensorUnpickler(pickle.Unpickler):
         return _REBUILD[module, name]
 
 
+class _SameBytes(pickle.Pickler):
+    """Gives the same bytes for the same table: torch's own reducer of storages writes a memory address among them."""
+
+    def reducer_override(self, value):
+        if not isinstance(value, torch.storage.TypedStorage):
+            return NotImplemented
+        stored = io.BytesIO()
+        torch.save(value, stored)
+        return torch.storage._load_from_bytes, (stored.getvalue(),)
+
+
 def write_table(path: str | Path, table: Tensor, about: dict) -> None:
     """Write the table and, beside it as .json, what it is (`about` and the file's sha256); atomically.
 
@@ -50,7 +79,9 @@ def write_table(path: str | Path, table: Tensor, about: dict) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = pickle.dumps({KEY: table.detach().cpu().float().contiguous().clone()}, protocol=4)
+    buffer = io.BytesIO()
+    _SameBytes(buffer, protocol=4).dump({KEY: table.detach().cpu().float().contiguous().clone()})
+    data = buffer.getvalue()
     notes = json.dumps(about | {"table_sha256": hashlib.sha256(data).hexdigest()}, indent=2) + "\n"
     for target, content in ((path, data), (path.with_suffix(".json"), notes.encode())):
         partial = target.with_name(f".tmp-{target.name}-{os.getpid()}")
@@ -73,7 +104,7 @@ def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise UsageError(f"{path}: expected a dict with {KEY!r}, found {keys}")
     table = torch.as_tensor(content[KEY]) if isinstance(content[KEY], (Tensor, np.ndarray)) else None
-    if table is None or table.dim() != 2 or not table.is_floating_point():
+    if table is None or table.layout != torch.strided or table.dim() != 2 or not table.is_floating_point():
         found = f"{table.dtype} of shape {tuple(table.shape)}" if table is not None else type(content[KEY]).__name__
         raise UsageError(f"{path}: {KEY} must be floating point of shape [items, dim], found {found}")
     if item_ids[-1] >= len(table):

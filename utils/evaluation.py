@@ -1,5 +1,6 @@
 """From user vectors to ranks: sampled and full-catalogue protocols in one pass over the users."""
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -135,7 +136,9 @@ def finish(folder: Path, ranks_of: Callable[..., Ranks], about: dict[str, Any]) 
     }
     if distributed.is_first():
         found = {f"{split}_{name}": r.astype(np.int32) for split, ranks in (("valid", valid), ("test", test)) for name, r in ranks._asdict().items()}
-        np.savez_compressed(folder / "ranks.npz", **found)
+        partial = folder / f".tmp-ranks-{os.getpid()}.npz"
+        np.savez_compressed(partial, **found)
+        partial.replace(folder / "ranks.npz")
         write_json(folder / "results.json", results)  # with it the run is finished, where it was trained to its end
         if results["steps"] is not None:
             (folder / CLOCK).unlink(missing_ok=True)

@@ -36,6 +36,9 @@ def check_output_dir(folder: str | Path, step: str, flags: dict[str, Any], *, ov
     check_place(folder, "--output_dir")
     _refuse_locked(folder)
     run = read_json(folder / "config.json", "run") if (folder / "config.json").exists() else None
+    foreign = [name for name in (*OWN_FILES, *OWN_FOLDERS) if run is None and (folder / name).exists()]
+    if foreign:
+        raise UsageError(f"--output_dir={folder} holds {', '.join(foreign)} but no run's config.json: not a run's folder, choose another")
     if run is not None and run.get("step") != step:
         raise UsageError(f"--output_dir={folder} holds a {run.get('step')} run, not a {step} run; choose another folder")
     if eval_only:
@@ -74,13 +77,13 @@ def finished(folder: str | Path) -> bool:
     return path.is_file() and read_json(path, "results").get("steps") is not None
 
 
-def differences(run: dict[str, Any], flags: dict[str, Any]) -> str:
-    """Where the flags that were given differ from those of a run's config.json; None stands for what is inherited."""
+def differences(run: dict[str, Any], flags: dict[str, Any], inherited: bool = True) -> str:
+    """Where flags differ from those of a run's config.json; None stands for what is inherited, unless that is filled in by now."""
     recorded = run.get("flags", {})
     return ", ".join(
         f"--{name}={value} (the run has {recorded[name]})"
         for name, value in flags.items()
-        if name not in (*PLACES, *HARMLESS) and value is not None and name in recorded and recorded[name] != value
+        if name not in (*PLACES, *HARMLESS) and (value is not None or not inherited) and name in recorded and recorded[name] != value
     )
 
 
@@ -97,7 +100,7 @@ def unfinished(folder: str | Path, config: dict[str, Any], overwrite: bool) -> b
     plain = json.loads(json.dumps(config))
     changed = [name for name in plain if name not in ("flags", "teacher") and run.get(name) != plain[name]]
     other = [f"{name} is {_short(plain[name])} (the run has {_short(run.get(name))})" for name in changed]
-    other += [text for text in [differences(run, plain["flags"])] if text]
+    other += [text for text in [differences(run, plain["flags"], inherited=False)] if text]
     if other:
         raise UsageError(f"--output_dir={folder} holds an unfinished run from something else: {'; '.join(other)}; --overwrite starts anew")
     versions = environment()["versions"]
@@ -113,19 +116,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def start(folder: str | Path, config: dict[str, Any], resume: bool) -> None:
+def start(folder: str | Path, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
     """Take the folder: lock it, clear what an earlier run left (its own files only) and write config.json.
 
     Args:
         resume: keep everything, sweep half-written checkpoints alone. With several processes the first one does it all.
     Raises:
-        UsageError: another process is at work in it.
+        UsageError: another process is at work in it, or was since it was looked at.
     """
     distributed.barrier()  # every process has looked at the folder before it changes
     folder = Path(folder)
     if distributed.is_first():
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
+        if not overwrite and (finished(folder) or unfinished(folder, config, overwrite) != resume):
+            unlock(folder)
+            raise UsageError(f"--output_dir={folder}: another process was at work in it since this one looked; give the command again")
         for partial in folder.glob(".tmp-*"):
             shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
         if not resume:
@@ -143,7 +149,7 @@ def _refuse_locked(folder: Path) -> None:
         return
     with open(path, encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those that only look do not keep each other out
         except BlockingIOError:
             raise UsageError(f"--output_dir={folder}: process {file.read().strip() or '?'} is at work in it; wait, or choose another folder") from None
 
@@ -180,7 +186,10 @@ def unlock(folder: str | Path) -> None:
 def environment() -> dict[str, Any]:
     """Library versions, Python, platform and the commit of the code."""
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # a container without git
+        commit = ""
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {
         "versions": versions | {"python": platform.python_version()},
@@ -193,7 +202,10 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write JSON atomically."""
     path = Path(path)
     partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 
@@ -241,6 +253,24 @@ def inherit(earlier: dict[str, Any], given: dict[str, Any], source: str) -> dict
     shown = ", ".join(f"{name} {value}" for name, value in values.items() if not isinstance(value, (list, dict)))
     print(f"inherited from {source}: {shown}", flush=True)
     return values
+
+
+def tell_unfinished(folder: str | Path, what: str) -> None:
+    """Say where a later step reads a run that has not come to its end; its best checkpoint so far is used."""
+    if not finished(folder):
+        print(f"the {what} in {folder} is unfinished: its best checkpoint so far is read", flush=True)
+
+
+def recorded_precision(folder: str | Path, given: bool | None, otherwise: bool) -> bool:
+    """Whether a run's model computes in bfloat16, so that its metrics come again.
+
+    Raises:
+        UsageError: the flag says otherwise.
+    """
+    run = read_json(Path(folder) / "config.json", "run").get("bf16", otherwise)
+    if given is not None and given != run:
+        raise UsageError(f"--bf16={given}: the run in {folder} has {run}")
+    return run
 
 
 def without_effect(flags: dict[str, Any], defaults: dict[str, Any], names: tuple[str, ...], why: str) -> None:
@@ -316,7 +346,7 @@ class MetricsLog:
         if not distributed.is_first() or not self.path.is_file():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if (event := _event(line)) is not None and event["step"] <= step]
+        kept = [line for line in lines if (event := parsed_event(line)) is not None and event["step"] <= step]
         partial = self.path.with_name(f".tmp-{self.path.name}")
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         partial.replace(self.path)
@@ -326,8 +356,10 @@ class MetricsLog:
         write_json(self.path.with_name(CLOCK), {"seconds": seconds})
 
     def seconds(self) -> float:
-        path = self.path.with_name(CLOCK)
-        return read_json(path, "clock")["seconds"] if path.is_file() else 0.0
+        try:
+            return float(json.loads(self.path.with_name(CLOCK).read_text(encoding="utf-8"))["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0.0
 
     def add(self, event: str, step: int, values: dict[str, Any]) -> None:
         if not distributed.is_first():
@@ -345,7 +377,7 @@ class MetricsLog:
             self.writer.flush()
 
 
-def _event(line: str) -> dict[str, Any] | None:
+def parsed_event(line: str) -> dict[str, Any] | None:
     """A line of metrics.jsonl, None where a kill tore it."""
     try:
         return json.loads(line)

@@ -110,6 +110,9 @@ def fit(
 
     def save(name: str) -> None:
         about = meta | {"step": now.step, "best_step": now.best_step, "progress": vars(now)}
+        broken = [key for key, p in trained.items() if not torch.isfinite(p).all()]
+        if broken:
+            raise RunError(f"step {now.step}: the weights {', '.join(broken[:3])} are not finite any more; {_kept(folder)}; lower --learning_rate")
         generators = distributed.gather(_generators(device))
         if distributed.is_first():
             state = _optimizer_state(trained, optimizer) | {f"{key}.{r}": t for r, each in enumerate(generators) for key, t in each.items()}
@@ -117,6 +120,8 @@ def fit(
             log.clock(seconds + (time.perf_counter() - started if module.training else 0.0))
 
     module.train()
+    if now.step and not (folder / "last").is_dir() and _due(now.step, save_steps, per_epoch, total):
+        save("last")  # it was due after the best/ that the run goes on from
     bar = tqdm(total=total, initial=now.step, unit="step", dynamic_ncols=True, mininterval=1.0)
     with bar, Signals() as signals:
         for rows in itertools.islice(_batches(len(counts), batch_size, total, seed), now.step, None):
@@ -154,8 +159,9 @@ def fit(
                 save("last")
             if stopping:
                 raise Stopped(stopping, f"step {step} is done and {folder / 'last'} saved; the same command goes on from there")
-        if signals.came and distributed.world() == 1:
-            raise Stopped(signals.came, f"training is done and saved in {folder}; the same command goes on with the evaluation")
+        came = max(distributed.gather(signals.came))
+        if came:
+            raise Stopped(came, f"training is done and saved in {folder}; the same command goes on with the evaluation")
     distributed.barrier()  # the last checkpoint is there for all
     return Fitted(now.step, now.best_step, now.best_mrr, seconds + time.perf_counter() - started)
 
@@ -257,10 +263,10 @@ def choose_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device=cuda: torch finds no CUDA device here; use --device=cpu")
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    place = int(os.environ.get("LOCAL_RANK", "0"))
+    place, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if kind == "cuda":
-        if place >= torch.cuda.device_count():
-            raise UsageError(f"--nproc_per_node: process {place} has no CUDA device of its own, there are {torch.cuda.device_count()}")
+        if here > torch.cuda.device_count():  # every process finds it, the first one says it
+            raise UsageError(f"--nproc_per_node={here}: one CUDA device a process, there are {torch.cuda.device_count()}")
         torch.cuda.set_device(place)
     distributed.start(kind)
     return torch.device(kind, place) if kind == "cuda" and distributed.world() > 1 else torch.device(kind)
@@ -331,9 +337,13 @@ def _due(step: int, every: int, per_epoch: int, total: int) -> bool:
 
 def _not_finite(step: int, parts: dict[str, float], norm: float, rows: np.ndarray, users: list[str], folder: Path) -> str:
     shown = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
-    kept = [str(folder / name) for name in ("best", "last") if (folder / name).is_dir()]
     return (
         f"step {step}: the loss or a gradient is not finite ({shown}, gradient norm {norm:.4g}; batch of {len(rows)} samples"
         f" {', '.join(map(str, rows[:5]))}, ... of users {', '.join(users)}, ...);"
-        f" {'kept: ' + ' and '.join(kept) if kept else 'no checkpoint was written yet'}; lower --learning_rate or lengthen --warmup_steps"
+        f" {_kept(folder)}; lower --learning_rate or lengthen --warmup_steps"
     )
+
+
+def _kept(folder: Path) -> str:
+    kept = [str(folder / name) for name in ("best", "last") if (folder / name).is_dir()]
+    return f"kept: {' and '.join(kept)}" if kept else "no checkpoint was written yet"

@@ -3,7 +3,8 @@
     python kills.py SCRIPT PLAN.json FLAGS...
 
 PLAN is a list of [kind, value]: ["stage", n]: SIGKILL at the n-th file operation of writing checkpoints; ["step", n]: SIGKILL
-in the n-th optimizer step of that process; ["after", s], ["term", s], ["int", s]: SIGKILL, SIGTERM, SIGINT after so many
+in the n-th optimizer step of that process; ["between", name]: SIGKILL between the two
+renames that replace a checkpoint; ["after", s], ["term", s], ["int", s]: SIGKILL, SIGTERM, SIGINT after so many
 seconds. Prints a JSON list of exit statuses as a shell has them (137 for SIGKILL), up to the run that came to its end.
 """
 
@@ -77,6 +78,18 @@ def kill_at_stage(n: int) -> None:
     pathlib.Path.rename = wrapped(pathlib.Path.rename)
 
 
+def kill_between(name: str) -> None:
+    """Die where the old checkpoint has stepped aside and the new one is not yet in its place."""
+    rename = pathlib.Path.rename
+
+    def call(self, target):
+        if self.name.startswith(".tmp-") and pathlib.Path(target).name == name and self.with_name(f".old-{name}").exists():
+            die()
+        return rename(self, target)
+
+    pathlib.Path.rename = call
+
+
 def kill_at_step(n: int) -> None:
     left, step = [n], torch.optim.AdamW.step
 
@@ -96,7 +109,7 @@ def run(main, flags: list[str], kind: str, value: float) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         torch.set_num_threads(1)
-        {"stage": kill_at_stage, "step": kill_at_step}.get(kind, lambda _: None)(value)
+        {"stage": kill_at_stage, "step": kill_at_step, "between": kill_between}.get(kind, lambda _: None)(value)
         status = 0
         try:
             cli.run(main, flags)

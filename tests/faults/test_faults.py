@@ -310,3 +310,73 @@ def test_nothing_but_tensors_is_ever_unpickled():
         assert "pickle.load" not in text and "trust_remote_code=True" not in text, path
         assert text.count("torch.load(") == text.count("weights_only=True"), path
         assert text.count("np.load(") == text.count("allow_pickle=False"), path
+
+
+def test_what_was_not_given_counts_when_a_run_goes_on(inside, monkeypatch):
+    """Without --micro_batch_size dropout would go on with other draws."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda *_, **__: (_ for _ in ()).throw(RunError("stopped here")))
+        with pytest.raises(RunError):
+            finetune.main(**RUN, micro_batch_size=8)
+    with pytest.raises(UsageError, match=r"--micro_batch_size=None \(the run has 8\); --overwrite starts anew"):
+        finetune.main(**RUN)
+
+
+def test_a_run_that_came_in_between_is_not_wiped(inside):
+    """Another process finishes in the folder after this one looked at it and before it takes it."""
+    config = {"step": "sasrec", "flags": {}}
+    assert runlog.unfinished("run", config, overwrite=False) is False
+    train_sr_trad.main(**RUN)
+    before = hashes(Path("run"))
+    with pytest.raises(UsageError, match="another process was at work in it since this one looked"):
+        runlog.start("run", config, resume=False, overwrite=False)
+    assert hashes(Path("run")) == before
+
+
+def test_a_folder_with_files_of_someone_else_is_left_alone(inside):
+    Path("mine/best").mkdir(parents=True)
+    Path("mine/best/thesis.txt").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="--output_dir=mine holds best but no run's config.json"):
+            train_sr_trad.main(**RUN | {"output_dir": "mine", "overwrite": overwrite})
+    assert Path("mine/best/thesis.txt").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]"])
+def test_a_damaged_clock_is_only_a_clock(broken_off, content):
+    Path("run/clock.json").write_text(content)
+    train_sr_trad.main(**RUN)
+    assert left() == broken_off
+
+
+def test_without_git_a_run_starts(inside):
+    flags = [f"--{name}={value}" for name, value in RUN.items()]
+    done = subprocess.run([sys.executable, ROOT / "train_sr_trad.py", *flags], capture_output=True, text=True, env={"PATH": "/nowhere"})
+    assert done.returncode == 0 and json.loads(Path("run/config.json").read_text())["commit"] is None
+
+
+def test_weights_that_are_not_finite_are_never_saved(inside):
+    with pytest.raises(RunError, match="step 1: the weights .* are not finite any more; no checkpoint was written yet"):
+        train_sr_trad.main(**RUN | {"learning_rate": 3e38, "save_steps": 1})
+    assert not Path("run/last").exists()
+
+
+def test_an_unfinished_teacher_is_told_and_its_precision_comes_again(inside, capsys):
+    first = finetune.main(**RUN, bf16=True)
+    assert finetune.main(eval_only=True, output_dir="run")["test"] == first["test"]
+    with pytest.raises(UsageError, match="--bf16=False: the run in run has True"):
+        finetune.main(eval_only=True, bf16=False, output_dir="run")
+    Path("run/results.json").unlink()
+    distill.main(**SHORT, teacher="run", output_dir="s")
+    assert "the teacher in run is unfinished: its best checkpoint so far is read" in capsys.readouterr().out
+
+
+def test_a_best_checkpoint_of_the_last_step_brings_last_back(inside):
+    """Killed between the two saves of the last step, the run goes on from best/ and leaves what an uninterrupted one does."""
+    short = RUN | {"max_steps": 4}  # the only evaluation is at the last step
+    train_sr_trad.main(**short | {"output_dir": "whole"})
+    train_sr_trad.main(**short)
+    shutil.rmtree("run/last")
+    Path("run/results.json").unlink()
+    train_sr_trad.main(**short)
+    assert hashes(Path("run/last")) == hashes(Path("whole/last"))

@@ -74,12 +74,24 @@ def test_killed_in_steps_and_at_random_moments(uninterrupted, case, monkeypatch)
     monkeypatch.chdir(folder)
     script, flags = CASES[case]
     moments = random.Random(case)
+    (folder / "log.txt").unlink(missing_ok=True)
     plan = [["step", 1], ["step", 2], ["step", 4], *[["after", moments.uniform(0.05, 0.8)] for _ in range(3)], ["step", 5]]
     statuses, left = sequence(script, plan, flags, f"moments {case}")
     assert len(statuses) >= 4 and set(statuses) == {137}, statuses
     assert left == expected[case]
     SURVIVED.extend([case] * len(statuses))
     assert "holds an unfinished run without a checkpoint" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("case", ["sasrec", "student, cached"])
+def test_killed_again_and_again_between_the_two_renames(uninterrupted, case, monkeypatch):
+    folder, expected = uninterrupted
+    monkeypatch.chdir(folder)
+    script, flags = CASES[case]
+    plan = [["between", name] for name in ("last", "last", "best", "best", "last", "best", "last", "last")]
+    statuses, left = sequence(script, plan, flags, f"between {case}")
+    assert len(statuses) >= 4 and set(statuses) == {137}, statuses
+    assert left == expected[case]
 
 
 @pytest.mark.parametrize("kind, status", [("term", 143), ("int", 130)])

@@ -30,7 +30,7 @@ def float64(folder: str) -> None:
     def loss_fn(rows: np.ndarray) -> dict:
         return recommendation_loss(model(batch[rows]), None, model.item_table, target[rows], cls_multiple_lambda=0.5)
 
-    runlog.start(folder, {"step": "test", "flags": {}}, False)
+    runlog.start(folder, {"step": "test", "flags": {}}, False, False)
     training.fit(
         module=model, loss_fn=loss_fn, counts=np.ones(21, int), users_of=lambda rows: [], ranks_of=lambda *_: Ranks(*(np.array([2]),) * 3),
         folder=Path(folder), log=runlog.MetricsLog(folder, False), meta={}, resume=False, batch_size=8, micro_batch_size=2, num_epochs=1,
