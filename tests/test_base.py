@@ -182,7 +182,7 @@ def test_from_the_hub_only_the_needed_files_are_fetched(checkpoint, monkeypatch)
     "error, message",
     [
         (huggingface_hub.errors.LocalEntryNotFoundError("x"), "the Hugging Face hub cannot be reached for config.json"),
-        (OSError("first line\nsecond"), "someone/llama: first line$"),
+        (OSError("first line\nsecond"), "someone/llama: first line second$"),
     ],
 )
 def test_a_hub_that_fails_is_one_line(monkeypatch, error, message):

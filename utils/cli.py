@@ -23,7 +23,10 @@ from utils import distributed
 
 
 class UsageError(Exception):
-    """The request is wrong (flag, file, folder): one line for the user, exit status 2."""
+    """The request is wrong (flag, file, folder): one line for the user, exit status 2, whatever is quoted in it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 class RunError(Exception):

@@ -4,8 +4,10 @@
 
 PLAN is a list of [kind, value]: ["stage", n]: SIGKILL at the n-th file operation of writing checkpoints; ["step", n]: SIGKILL
 in the n-th optimizer step of that process; ["between", name]: SIGKILL between the two
-renames that replace a checkpoint; ["after", s], ["term", s], ["int", s]: SIGKILL, SIGTERM, SIGINT after so many
-seconds. Prints a JSON list of exit statuses as a shell has them (137 for SIGKILL), up to the run that came to its end.
+renames that replace a checkpoint; ["after", s]: SIGKILL after so many seconds; ["term", n],
+["int", n]: SIGTERM, SIGINT in the n-th optimizer step.
+Prints a JSON list of exit statuses as a shell has them (137 for SIGKILL), up to the run that came to
+its end.
 """
 
 import importlib
@@ -90,13 +92,13 @@ def kill_between(name: str) -> None:
     pathlib.Path.rename = call
 
 
-def kill_at_step(n: int) -> None:
+def kill_at_step(n: int, number: int = signal.SIGKILL) -> None:
     left, step = [n], torch.optim.AdamW.step
 
     def counted(self, *args, **kwargs):
         left[0] -= 1
         if left[0] == 0:
-            die()
+            os.kill(os.getpid(), number)
         return step(self, *args, **kwargs)
 
     torch.optim.AdamW.step = counted
@@ -109,7 +111,11 @@ def run(main, flags: list[str], kind: str, value: float) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         torch.set_num_threads(1)
-        {"stage": kill_at_stage, "step": kill_at_step, "between": kill_between}.get(kind, lambda _: None)(value)
+        prepare = {
+            "stage": kill_at_stage, "step": kill_at_step, "between": kill_between,
+            "term": lambda n: kill_at_step(n, signal.SIGTERM), "int": lambda n: kill_at_step(n, signal.SIGINT),
+        }  # fmt: skip
+        prepare.get(kind, lambda _: None)(value)
         status = 0
         try:
             cli.run(main, flags)
@@ -122,12 +128,11 @@ def run(main, flags: list[str], kind: str, value: float) -> int:
             status = 99
         sys.stdout.flush()
         os._exit(status)
-    if kind in ("after", "term", "int"):
-        number = {"after": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[kind]
+    if kind == "after":
         until = time.monotonic() + value
         while time.monotonic() < until and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             time.sleep(0.005)
-        os.kill(child, number)
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
