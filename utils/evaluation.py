@@ -143,6 +143,7 @@ def finish(folder: Path, ranks_of: Callable[..., Ranks], about: dict[str, Any]) 
         if results["steps"] is not None:
             (folder / CLOCK).unlink(missing_ok=True)
         unlock(folder)
+    distributed.barrier()  # no process leaves while another may still wait for its part
     for protocol, metrics in results["test"].items():
         print(f"test {protocol:8s} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
     print(f"wrote {folder / 'results.json'}", flush=True)
