@@ -160,7 +160,7 @@ def main(
     offline = distill_mode == "offline" and (aligned or inherits)
     n_blocks = distill_block if aligned or (cls_multiple_lambda > 0 and not eval_only) else 1  # plain CE needs no blocks
     cli.check(
-        eval_only and (True, "") or cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size),
+        *([] if eval_only else [cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size)]),
         cli.blocks(n_blocks, llama_decoder_nums_student=llama_decoder_nums_student),
         (not (online and inherits), "--student_init=teacher starts from a trained teacher: use --distill_mode=offline"),
         (

@@ -118,7 +118,7 @@ def main(
     folder = Path(output_dir or f"output/{canonical_domain(domain_type)}/teacher")
     exits = cls_multiple_lambda > 0
     cli.check(
-        eval_only and (True, "") or cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size),
+        *([] if eval_only else [cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size)]),
         cli.blocks(distill_block if exits else 1, llama_decoder_nums=llama_decoder_nums),
     )
     runlog.check_output_dir(folder, "teacher", flags, overwrite=overwrite, eval_only=eval_only)

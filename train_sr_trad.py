@@ -104,7 +104,7 @@ def main(
     folder = Path(output_dir or f"output/{domain}/sasrec")
     cli.check(
         (hid_dim % num_heads == 0, f"--num_heads={num_heads} does not divide --hid_dim={hid_dim}"),
-        eval_only and (True, "") or cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size),
+        *([] if eval_only else [cli.divides(micro_batch_size=micro_batch_size, batch_size=batch_size)]),
     )
     runlog.check_output_dir(folder, "sasrec", flags, overwrite=overwrite, eval_only=eval_only)
     if eval_only:

@@ -103,7 +103,7 @@ def unfinished(folder: str | Path, config: dict[str, Any], overwrite: bool) -> b
     other += [text for text in [differences(run, plain["flags"], inherited=False)] if text]
     if other:
         raise UsageError(f"--output_dir={folder} holds an unfinished run from something else: {'; '.join(other)}; --overwrite starts anew")
-    versions = environment()["versions"]
+    versions = _versions()
     before = run.get("versions", {})
     newer = [f"{name} {before.get(name)} -> {version}" for name, version in versions.items() if before.get(name) != version]
     if newer:
@@ -190,12 +190,15 @@ def environment() -> dict[str, Any]:
         commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # a container without git
         commit = ""
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {
-        "versions": versions | {"python": platform.python_version()},
+        "versions": _versions(),
         "platform": platform.platform(),
         "commit": commit or None,
     }
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in LIBRARIES} | {"python": platform.python_version()}
 
 
 def write_json(path: str | Path, content: Any) -> None:
