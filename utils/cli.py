@@ -163,6 +163,8 @@ def run(main: Callable, argv: list[str] | None = None) -> None:
         sys.exit(141)
     except OSError as error:  # a full disk, a folder that went away
         _exit(1, f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    if distributed.world() > 1:
+        _exit(0, "")
 
 
 def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
@@ -245,6 +247,12 @@ def _raise_all(problems: list[str]) -> None:
 def _exit(status: int, line: str) -> None:
     if line:
         print(line, file=sys.stderr, flush=True)
+    if distributed.world() > 1:
+        # gloo's thread lets go of the last exchange after the main thread has its result; when it meets an interpreter that is
+        # closing, it aborts the process ("terminate called without an active exception") after all work is done
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

@@ -1,7 +1,6 @@
 """What the tests of several processes run under torchrun: two.py NAME ..., see NAME below."""
 
 import importlib
-import json
 import os
 import signal
 import sys
@@ -55,4 +54,5 @@ def dying(script: str, *flags: str) -> None:
 
 if __name__ == "__main__":
     {"float64": float64, "dying": dying}[sys.argv[1]](*sys.argv[2:])
-    print(json.dumps("done"))
+    if distributed.world() > 1:
+        os._exit(0)  # as cli.run does, and for its reason
