@@ -35,7 +35,10 @@ def check_output_dir(folder: str | Path, step: str, flags: dict[str, Any], *, ov
     folder = Path(folder)
     check_place(folder, "--output_dir")
     _refuse_locked(folder)
-    run = read_json(folder / "config.json", "run") if (folder / "config.json").exists() else None
+    try:
+        run = read_json(folder / "config.json", "run") if (folder / "config.json").exists() else None
+    except UsageError as error:  # whose files these are is not known
+        raise UsageError(f"--output_dir: {error}; choose another folder, or remove this one") from None
     foreign = [name for name in (*OWN_FILES, *OWN_FOLDERS) if run is None and (folder / name).exists()]
     if foreign:
         raise UsageError(f"--output_dir={folder} holds {', '.join(foreign)} but no run's config.json: not a run's folder, choose another")
@@ -103,11 +106,6 @@ def unfinished(folder: str | Path, config: dict[str, Any], overwrite: bool) -> b
     other += [text for text in [differences(run, plain["flags"], inherited=False)] if text]
     if other:
         raise UsageError(f"--output_dir={folder} holds an unfinished run from something else: {'; '.join(other)}; --overwrite starts anew")
-    versions = _versions()
-    before = run.get("versions", {})
-    newer = [f"{name} {before.get(name)} -> {version}" for name, version in versions.items() if before.get(name) != version]
-    if newer:
-        print(f"going on with other library versions, so not bit for bit: {', '.join(newer)}", flush=True)
     return True
 
 
@@ -140,7 +138,15 @@ def start(folder: str | Path, config: dict[str, Any], resume: bool, overwrite: b
             for name in OWN_FOLDERS:
                 shutil.rmtree(folder / name, ignore_errors=True)
             write_json(folder / "config.json", config | environment())
+        else:
+            _tell_other_versions(read_json(folder / "config.json", "run").get("versions", {}))
     distributed.barrier()
+
+
+def _tell_other_versions(before: dict[str, str]) -> None:
+    other = [f"{name} {before.get(name)} -> {version}" for name, version in _versions().items() if before.get(name) != version]
+    if other:
+        print(f"going on with other library versions, so not bit for bit: {', '.join(other)}", flush=True)
 
 
 def _refuse_locked(folder: Path) -> None:

@@ -380,3 +380,21 @@ def test_a_best_checkpoint_of_the_last_step_brings_last_back(inside):
     Path("run/results.json").unlink()
     train_sr_trad.main(**short)
     assert hashes(Path("run/last")) == hashes(Path("whole/last"))
+
+
+def test_other_library_versions_are_told_once(broken_off, capsys):
+    path = Path("run/config.json")
+    config = json.loads(path.read_text())
+    config["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(config))
+    train_sr_trad.main(**RUN)
+    assert capsys.readouterr().out.count(f"going on with other library versions, so not bit for bit: torch 1.0 -> {torch.__version__}\n") == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_config_says_what_to_do(broken_off, overwrite):
+    Path("run/config.json").write_text("{")
+    before = hashes(Path("run"))
+    with pytest.raises(UsageError, match="^--output_dir: run/config.json: damaged, not JSON; choose another folder, or remove this one$"):
+        train_sr_trad.main(**RUN, overwrite=overwrite)
+    assert hashes(Path("run")) == before
