@@ -11,6 +11,7 @@ Reads data/<domain>.csv, output/<domain>/sasrec_item.pkl and output/<domain>/tea
 once a teacher, its states on the training samples beside the teacher's folder: output/<domain>/teacher_states/.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -264,6 +265,7 @@ def main(
         frozen.regroup(distill_block)
         return frozen.requires_grad_(False).encoder(half)
 
+    waited = None
     if not aligned:
         wanted = lambda rows, history: None
     elif online:
@@ -279,7 +281,9 @@ def main(
             **inputs.hashes, "weights_sha256": teacher_weights, "base": base.identity(location), "bf16": half,
             "model": fixed["model"], "distill_block": distill_block, "train_targets": train_targets, "max_seq_length": flags["max_seq_length"],
         }  # fmt: skip
+        asked = time.perf_counter()
         states = teacher_states.open_or_build(cache, identity, frozen_teacher, samples, eval_batch_size, where)
+        waited = time.perf_counter() - asked
         wanted = lambda rows, history: Output(*states.rows(rows, where))
 
     def loss_fn(rows):
@@ -301,7 +305,8 @@ def main(
     if flags["distill_mode"] == "online":  # both were trained; the student's part is the product
         weights = {name.removeprefix("student."): tensor for name, tensor in weights.items() if not name.startswith("teacher.")}
     checkpoint.restore(student, weights, folder / "best")
-    about = runlog.about(folder, "student", student, fitted, checkpoint.weights_sha256(folder / "best")) | {"candidates": splits["test"].candidate_counts()}
+    about = runlog.about(folder, "student", student, fitted, checkpoint.weights_sha256(folder / "best"), teacher_states_seconds=waited)
+    about |= {"candidates": splits["test"].candidate_counts()}
     return finish(folder, ranks, about)
 
 

@@ -15,7 +15,7 @@ from_teacher, from_teacher_interval (the trained teacher's layers).
 from pathlib import Path
 from typing import Literal
 
-from utils import cli
+from utils import cli, runlog
 
 
 @cli.command
@@ -57,9 +57,12 @@ def main(
     for seed in seeds:
         suite.item_table(seed)
         teacher = suite.run("teacher", seed, "teacher")
+        trained = runlog.read_json(teacher / "config.json", "teacher")["flags"]
+        same = {name: trained[name] for name in ("max_seq_length", "prompt_template_name")}  # rows without a teacher read what the others read
         for name, flags in ABLATION.items():
             if name in rows or "all" in rows:
-                suite.run("student", seed, name, teacher=str(teacher), **flags)
+                depth = {"llama_decoder_nums_teacher": trained["llama_decoder_nums"]} if name == "online" else {}
+                suite.run("student", seed, name, teacher=str(teacher), **same | depth | flags)
     return report.main(runs=str(suite.root))
 
 

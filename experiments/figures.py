@@ -13,11 +13,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
-    from experiments.report import Row
+    from experiments.found import Row
 
 PANELS = (("sampled", "MRR"), ("sampled", "HR@10"), ("full", "NDCG@10"))
 PARTS = {
-    "ce": "cross-entropy", "align_cos": "1 - cosine", "align_norm": "distance", "exits": "exits' cross-entropy",
+    "ce": "cross-entropy", "align_cos": "1 - cosine, as added over blocks", "align_norm": "distance, as added over blocks",
+    "exits": "cross-entropy, as added over exits",
     "logit_kl": "logit KL", "teacher_ce": "teacher's cross-entropy", "total": "total (SASRec: cross-entropy)",
 }  # fmt: skip
 
@@ -41,7 +42,7 @@ def curves(rows: "list[Row]", path: Path) -> Path:
     """Every part of the loss and the validation MRR against optimizer steps, of each row's first seed."""
     series: dict[str, dict[str, tuple[list, list]]] = {}
     for row in rows:
-        run = next(iter(row.runs.values()))
+        run = row.first
         for event in _log(run.folder / "metrics.jsonl"):
             values = {"valid MRR": event.get("sampled/MRR")} if event["event"] == "valid" else {name: event.get(name) for name in PARTS}
             for name, value in values.items():
@@ -64,7 +65,7 @@ def curves(rows: "list[Row]", path: Path) -> Path:
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
-    handles = [plt.Line2D([], [], label=row.label, **styles[row.label]) for row in rows]
+    handles = [plt.Line2D([], [], label=f"{row.label}, seed {row.first.seed}", **styles[row.label]) for row in rows]
     fig.tight_layout()
     per_row = 3
     fig.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncol=per_row, fontsize=8, frameon=False)
@@ -89,7 +90,7 @@ def motivation(points: list[dict[str, Any]], band: dict[str, tuple[float, float,
         for line, parts in enumerate((("trained",), ("raw", "normed"))):
             ax, (mean, low, high) = axes[line, column], band[name]
             ax.axhspan(low, high, color="0.85")
-            ax.axhline(mean, color="0.5", linewidth=1, label="SASRec, 95 % over users")
+            ax.axhline(mean, color="0.5", linewidth=1, label="SASRec, 95 % over users (unpaired)")
             for part in parts:
                 mine = [point for point in points if point["part"] == part]
                 layers = sorted({point["layers"] for point in mine})

@@ -6,7 +6,8 @@
 
 (a) trains a model with the first N layers for every N. (b) takes the one with most layers and scores users from the state
 after every layer with that model's own head: as they are, as the paper did, and through the model's final norm. The last
-state is after the norm in both, as in Hugging Face LLaMA. SASRec is a band, the 95 % interval over users. Runs go below
+state is after the norm in both, as in Hugging Face LLaMA. SASRec is a band, the 95 % interval over users (not paired: two
+points inside it may differ significantly; the report compares user by user). Runs go below
 --output_dir (output/<domain>/paper by default), where finished ones are read and not run again; motivation.csv,
 motivation.md and motivation.png beside them.
 """
@@ -94,7 +95,7 @@ def score_every_layer(run: Path, table_path: Path, data: dict[str, Any], device:
     flags, where = config["flags"], training.choose_device(device)
     inputs = read_inputs(data["domain_type"], data["data_path"], str(table_path))
     location = base.locate(flags["base_model"], [*read_template("alpaca")])
-    half = where.type == "cuda" if flags["bf16"] is None else flags["bf16"]
+    half = runlog.recorded_precision(run, None, where.type == "cuda")
     model = build(base=location, item_table=inputs.table(), bf16=half, **config["model"]).to(where)
     checkpoint.restore(model, checkpoint.load(run / "best")[0], run / "best")
     n_layers = len(config["model"]["layers"])
@@ -121,7 +122,7 @@ def sasrec_band(folders: list[Path]) -> dict[str, tuple[float, float, float]]:
     """SASRec's mean over seeds and its 95 % bootstrap interval over users, by metric."""
     import numpy as np
 
-    from experiments.report import paired_bootstrap
+    from experiments.significance import paired_bootstrap
 
     ranks = np.stack([np.load(folder / "ranks.npz", allow_pickle=False)["test_sampled"] for folder in folders])
     inside = (ranks <= 10).astype(float)

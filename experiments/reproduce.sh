@@ -2,7 +2,8 @@
 #   DOMAIN, CATEGORY (the raw files' name) or DATA (a CSV), and flags: SASREC, TEACHER, STUDENT, LOSS (of the student).
 # From outside, all optional: SMOKE=1 (two minutes on the demo domain), DRY=1 (print the commands only), SEEDS="0 1 2",
 # BASE, RAW (folder of the raw files), PYTHON, LAUNCH="torchrun --nproc_per_node=8" (in front of steps 3 and 4).
-# A finished run is not repeated and a broken one goes on, so a broken reproduction is started again as it is.
+# A finished run is not repeated and a broken one goes on, so a broken reproduction is started again as it is; with other
+# flags, base or data it stops at the first run that it does not fit.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,13 +21,27 @@ run() { # print a command and run it
     [ -n "${DRY:-}" ] || "$@"
 }
 
-step() { # a run's folder, then its command: skipped where the folder holds a finished run
-    local folder=$1
+step() { # a run's folder, then its command: skipped where the folder holds its finished run, refused where it holds another
+    local folder=$1 status=3
     shift
-    if [ -f "$folder/results.json" ]; then echo "= $folder is finished"; else run "$@" --output_dir "$folder"; fi
+    if [ -f "$folder/results.json" ] && [ -z "${DRY:-}" ]; then
+        status=0
+        $PYTHON -m experiments.runs "$@" --output_dir "$folder" || status=$?
+    fi
+    case $status in
+    0) echo "= $folder is finished" ;;
+    3) run "$@" --output_dir "$folder" ;;
+    *) exit "$status" ;;
+    esac
 }
 
-if [ -n "${CATEGORY:-}" ] && [ ! -e "data/$DOMAIN.csv" ] && [ ! -e "dataset/sequential/$DOMAIN.csv" ]; then
+has_data() { # where the scripts look for it
+    local file
+    for file in {data,dataset/sequential}/{"$DOMAIN","${DOMAIN}s"}.csv{,.gz,.xz}; do [ ! -e "$file" ] || return 0; done
+    return 1
+}
+
+if [ -n "${CATEGORY:-}" ] && ! has_data; then
     if [ -z "${DRY:-}" ] && [ ! -f "$RAW/${CATEGORY}_5.json.gz" ]; then
         echo "error: neither data/$DOMAIN.csv nor $RAW/${CATEGORY}_5.json.gz is there; get it and meta_$CATEGORY.json.gz (Amazon reviews, version 2, 2018), or name their folder with RAW=" >&2
         exit 2

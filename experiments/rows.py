@@ -22,10 +22,6 @@ ABLATION: dict[str, dict[str, Any]] = {  # folder -> flags of distill.py; what a
     "from_teacher": {"student_init": "teacher"},
     "from_teacher_interval": {"student_init": "teacher", "layer_selection": "interval"},
 }
-MAIN = (
-    "popularity", "SASRec, as released", "SASRec", "E4SRec-like, 8 layers", "E4SRec-like, 4 layers", "SLMRec 4 <- 8",
-    "E4SRec-like, 2 layers", "SLMRec 2 <- 8, B = 2",
-)  # fmt: skip
 TERMS = {"distill_lambda": "D_cos", "norm_lambda": "D_norm", "cls_multiple_lambda": "L_ms", "logit_lambda": "logit KL"}
 
 # The paper's tables 2 and 3, in %: HR@1, HR@5, NDCG@5, MRR
@@ -63,6 +59,17 @@ FIGURE2 = {
 }  # fmt: skip
 
 
+def main_rows(student: int, teacher: int) -> list[str]:
+    """The main table's rows where most students are `student` <- `teacher`, and the smallest one of docs/results.md."""
+    both = [text for n in dict.fromkeys((student, 2)) for text in (plain_name(n), f"SLMRec {n} <- {teacher}" + (", B = 2" if n == 2 else ""))]
+    return ["popularity", "SASRec, as released", "SASRec", *dict.fromkeys([plain_name(teacher), *both])]
+
+
+def plain_name(layers: int) -> str:
+    """An LLM row trained by cross-entropy alone, as E4SRec is."""
+    return f"E4SRec-like, {layers} layer{'s' if layers > 1 else ''}"
+
+
 def plain_ce(step: str, flags: dict[str, Any]) -> bool:
     """Whether an LLM run is trained by cross-entropy alone from the base, by whichever script."""
     parts = [name for name in TERMS if flags.get(name)] if step == "student" else [name for name in ("cls_multiple_lambda",) if flags.get(name)]
@@ -80,7 +87,7 @@ def label(step: str, flags: dict[str, Any]) -> str:
     layers = flags["llama_decoder_nums" if step == "teacher" else "llama_decoder_nums_student"]
     extras = []
     if plain_ce(step, flags):
-        name = f"E4SRec-like, {layers} layer{'s' if layers > 1 else ''}"
+        name = plain_name(layers)
     elif step == "teacher":
         name = f"{layers} layers: CE + L_ms"
     else:

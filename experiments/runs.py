@@ -1,6 +1,12 @@
-"""What the experiments share: the scripts' runs below one folder, a folder a seed; a finished run is read, not repeated."""
+"""What the experiments share: the scripts' runs below one folder, a folder a seed; a finished run is read, not repeated.
+
+    python -m experiments.runs python finetune.py --domain_type beauty ... --output_dir FOLDER
+
+says whether FOLDER holds that command's finished run: status 0 yes, 3 no; 2 where it holds one with other flags or files.
+"""
 
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +20,30 @@ from datasets.interactions import canonical_domain, find_csv, read_csv
 from utils import cli, runlog
 
 SCRIPTS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
+_STEPS = {"train_sr_trad": "sasrec", "finetune": "teacher", "distill": "student"}
+
+
+def finished_before(step: str, flags: dict[str, Any], data_sha256: str) -> bool:
+    """Whether --output_dir holds a finished run of a script with the same flags, data, item table and teacher.
+
+    Args:
+        step: which script; flags: those given, output_dir among them; data_sha256: of the data's CSV as it is now.
+    Raises:
+        UsageError: it holds a finished run with other flags or from other files.
+    """
+    folder = Path(flags["output_dir"])
+    if not runlog.finished(folder):
+        return False
+    run, inputs = runlog.read_json(folder / "config.json", "run"), {"data_sha256": data_sha256}
+    other = runlog.differences(run, cli.defaults(SCRIPTS[step]) | flags)
+    if other:
+        raise cli.UsageError(f"{folder} holds a finished run with other flags: {other}; --overwrite, or choose another --output_dir")
+    if step != "sasrec":
+        inputs["table_sha256"] = runlog.file_sha256(flags["item_table"])
+    if run.get("teacher_sha256") and flags.get("teacher"):
+        inputs["teacher_sha256"] = runlog.read_json(Path(flags["teacher"]) / "results.json", "teacher's results").get("weights_sha256", "")
+    runlog.check_same(folder, inputs, "what is there now")
+    return True
 
 
 @dataclass(frozen=True)
@@ -31,26 +61,19 @@ class Suite:
     overwrite: bool
 
     def run(self, step: str, seed: int, name: str, **flags: Any) -> Path:
-        """Run a step into its folder, unless a finished run with the same flags, data and table is there; an unfinished one goes on.
+        """Run a step into its folder, unless a finished run of the same flags and files is there; an unfinished one goes on.
 
         Raises:
             UsageError: the folder holds a run with other flags or from other files.
         """
-        folder, main = self.folder(seed) / name, SCRIPTS[step]
-        inputs = {"data_sha256": self.data_sha256}
+        folder = self.folder(seed) / name
         flags = self.data | self.extra[step] | flags | {"seed": seed, "output_dir": str(folder)}
         if step != "sasrec":
             flags["item_table"] = str(self.table(seed))
-            inputs["table_sha256"] = runlog.file_sha256(self.table(seed))
-        done = runlog.finished(folder) and not self.overwrite
-        if done:
-            other = runlog.differences(runlog.read_json(folder / "config.json", "run"), cli.defaults(main) | flags)
-            if other:
-                raise cli.UsageError(f"{folder} holds a finished run with other flags: {other}; --overwrite, or choose another --output_dir")
-            runlog.check_same(folder, inputs, "what is there now")
+        done = not self.overwrite and finished_before(step, flags, self.data_sha256)
         print(f"\n== {folder}: {'finished before' if done else step}", flush=True)
         if not done:
-            main(**flags, overwrite=self.overwrite)
+            SCRIPTS[step](**flags, overwrite=self.overwrite)
         return folder
 
     def item_table(self, seed: int) -> Path:
@@ -95,3 +118,22 @@ def open_suite(
     root = Path(output_dir or f"output/{domain}/paper")
     data = {"domain_type": domain, "data_path": data_path}
     return Suite(root, data, read_csv(find_csv(domain, data_path)).sha256, extra, overwrite)
+
+
+def _asked() -> None:
+    """The command of this module's docstring."""
+    script = next((word for word in sys.argv[1:] if Path(word).stem in _STEPS), None)
+    if script is None:
+        raise cli.UsageError(f"expected a command with one of {', '.join(f'{name}.py' for name in _STEPS)}")
+    step = _STEPS[Path(script).stem]
+    flags = cli.bind(SCRIPTS[step], sys.argv[sys.argv.index(script) + 1 :])
+    data = find_csv(canonical_domain(flags["domain_type"]), flags.get("data_path"))
+    sys.exit(0 if finished_before(step, flags, read_csv(data).sha256) else 3)
+
+
+if __name__ == "__main__":
+    try:
+        _asked()
+    except cli.UsageError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

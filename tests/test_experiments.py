@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import extract_emb
 import finetune
 import train_sr_trad
 from datasets import process
-from experiments import ablation, motivation, report, rows
+from experiments import ablation, found, motivation, report, rows, significance
 from tests.conftest import ROOT
 from utils import cli
 
@@ -77,23 +79,23 @@ def test_the_papers_figures_are_those_of_its_page():
 
 
 def test_paired_bootstrap_on_what_can_be_worked_out():
-    mean, low, high, p = report.paired_bootstrap(np.full(50, 0.25), 100)
-    assert (mean, low, high, p) == (0.25, 0.25, 0.25, 0.0)
-    assert report.paired_bootstrap(np.zeros(50), 100) == (0.0, 0.0, 0.0, 1.0)
+    mean, low, high, p = significance.paired_bootstrap(np.full(50, 0.25), 99)
+    assert (mean, low, high, p) == (0.25, 0.25, 0.25, 0.02)  # 2 * (0 + 1) / (99 + 1): the least that 99 resamples can show
+    assert significance.paired_bootstrap(np.zeros(50), 100) == (0.0, 0.0, 0.0, 1.0)
     rng = np.random.default_rng(5)
     difference = rng.normal(0.02, 1.0, 4000)
-    mean, low, high, p = report.paired_bootstrap(difference, 4000)
+    mean, low, high, p = significance.paired_bootstrap(difference, 4000)
     error = difference.std() / math.sqrt(len(difference))  # the normal interval, which the bootstrap's must come near
     assert mean == difference.mean()
     assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error) and high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
     assert p == pytest.approx(math.erfc(mean / error / math.sqrt(2)), abs=0.03)
-    assert report.paired_bootstrap(-difference, 4000)[3] == pytest.approx(p, abs=1e-9)
-    whole, chunk = report.paired_bootstrap(difference, 64), report.CHUNK
+    assert significance.paired_bootstrap(-difference, 4000)[3] == pytest.approx(p, abs=1e-9)
+    whole, chunk = significance.paired_bootstrap(difference, 64), significance.CHUNK
     try:
-        report.CHUNK = 4000 * 10
-        assert report.paired_bootstrap(difference, 64) == whole
+        significance.CHUNK = 4000 * 10
+        assert significance.paired_bootstrap(difference, 64) == whole
     finally:
-        report.CHUNK = chunk
+        significance.CHUNK = chunk
 
 
 def test_mean_and_spread():
@@ -101,7 +103,7 @@ def test_mean_and_spread():
     assert (report.spread([0.25]), report.spread([])) == ("0.2500", "-")
 
 
-def fake_run(folder, step, flags, seed, ranks, domain="cloth", **extra):
+def fake_run(folder, step, flags, seed, ranks, domain="cloth", settings=None, **extra):
     """A finished run with the given test ranks under every protocol."""
     from utils.metrics import summarise
 
@@ -111,7 +113,10 @@ def fake_run(folder, step, flags, seed, ranks, domain="cloth", **extra):
     results = {"seed": seed, "users": len(ranks), "test": metrics, "valid": metrics, "parameters": 10, "trainable_parameters": 4, "steps": 2,
                "best_step": 2, "train_seconds": 1.5, "inference_users_per_second": 7.0, "random_base": step != "sasrec", **extra}  # fmt: skip
     layers = [*range(flags.get("llama_decoder_nums", flags.get("llama_decoder_nums_student", 0)))]
-    (folder / "config.json").write_text(json.dumps({"step": step, "domain": domain, "data_sha256": "d" * 64, "flags": flags, "model": {"layers": layers}}))
+    config = {"step": step, "domain": domain, "data_sha256": "d" * 64, "flags": flags, "model": {"layers": layers}}
+    if step == "student" and not rows.plain_ce(step, flags):
+        config["teacher"] = f"output/seed{seed}/teacher"
+    (folder / "config.json").write_text(json.dumps(config | (settings or {})))
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "metrics.jsonl").write_text(json.dumps({"event": "train", "step": 2, "ce": 3.0, "total": 3.0}) + "\n")
     np.savez(folder / "ranks.npz", test_sampled=np.array(ranks), test_full=np.array(ranks))
@@ -122,7 +127,7 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
     for seed, ranks in ((0, [1, 1, 2, 20]), (1, [1, 2, 4, 20])):
         fake_run(tmp_path / f"seed{seed}/slmrec", "student", STUDENT, seed, ranks)
         fake_run(tmp_path / f"seed{seed}/ce", "student", STUDENT | rows.OFF, seed, [2, 2, 4, 20])
-    fake_run(tmp_path / "seed0/teacher", "teacher", teacher, 0, [1, 1, 1, 1])
+        fake_run(tmp_path / f"seed{seed}/teacher", "teacher", teacher, seed, [1, 1, 1, 1])
     fake_run(tmp_path / "four", "teacher", teacher | {"llama_decoder_nums": 4}, 0, [2, 2, 4, 20])  # the same as ce of seed 0
     fake_run(tmp_path / "slow", "student", STUDENT | {"learning_rate": 1e-5}, 0, [20, 20, 20, 20])
     (tmp_path / "broken").mkdir()
@@ -140,18 +145,82 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
     # HR@1: 2/4 and 1/4; MRR: (1 + 1 + 1/2 + 1/20)/4 = .6375, (1 + 1/2 + 1/4 + 1/20)/4 = .45
     assert lines["SLMRec 4 <- 8"][1:3] == ["0, 1", "0.3750 ± 0.1768"] and lines["SLMRec 4 <- 8"][7] == "0.5437 ± 0.1326"
     assert lines["SLMRec 4 <- 8"][-4:] == ["0.1669", "0.1947", "0.1807", "0.1874"]
-    assert lines["E4SRec-like, 4 layers"][1] == "0, 1" and lines["E4SRec-like, 8 layers"][1] == "0"
+    assert lines["E4SRec-like, 4 layers"][1] == "0, 1" and lines["E4SRec-like, 8 layers"][1] == "0, 1"
     assert lines["SASRec"][1] == "not run" and lines["SASRec"][2] == "-" and lines["SASRec"][-4] == "0.1308"
-    assert lines["SLMRec 4 <- 8 [slow]"][1] == "0"
+    assert lines["SLMRec 4 <- 8 [learning_rate=1e-05]"][1] == "0"
+    assert lines["SASRec, as released"][-4] == "0.1308"
     assert "random base" in text and "broken is unfinished" in text and "has the flags and the seed of" in text
     assert "bare: its config.json or results.json lacks something" in text and "list/config.json: damaged" in text
     assert "| SLMRec 4 <- 8 | E4SRec-like, 4 layers |" not in text.split("### Significance")[1]  # the ranks of one seed are torn
+    assert "SLMRec 4 <- 8 against E4SRec-like, 4 layers: ranks.npz of seed1/slmrec or seed1/ce is missing or torn" in text
     shutil.copyfile(tmp_path / "seed0/ce/ranks.npz", tmp_path / "seed1/ce/ranks.npz")
     text = report.main(runs=str(tmp_path), resamples=50).read_text()
     # slmrec against ce: (1 - 1/2) + (1 - 1/2) + (1/2 - 1/4) + 0 = 1.25 and 0.5 + 0 + 0 + 0; mean over seeds and users .875 / 4
     assert "| SLMRec 4 <- 8 | E4SRec-like, 4 layers | +0.2188 |" in text
-    assert "| SLMRec 4 <- 8 | E4SRec-like, 8 layers | -0.3625 |" in text  # seed 0 alone: -(0 + 0 + 1/2 + 19/20) / 4
+    # against the teacher: -(0 + 0 + 1/2 + 19/20) / 4 = -.3625 and -(0 + 1/2 + 3/4 + 19/20) / 4 = -.55, mean -.45625
+    assert "| SLMRec 4 <- 8 | E4SRec-like, 8 layers | -0.456" in text
+    assert "| E4SRec-like, 4 layers | E4SRec-like, 8 layers |" in text
     assert (tmp_path / "report_cloth_metrics.png").stat().st_size > 5000 and (tmp_path / "report_cloth_curves.png").stat().st_size > 5000
+
+
+def rows_of(root):
+    runs, notes = found.read_runs(root)
+    return {row.label: row for row in found.by_domain(runs, notes)["cloth"]}, notes
+
+
+def test_no_row_is_lost_and_none_is_mixed(tmp_path):
+    for name, norm in (("a", 0.1), ("b", 0.2), ("c", 0.3)):
+        fake_run(tmp_path / name / "seed0/slmrec", "student", STUDENT | {"norm_lambda": norm}, 0, [1, 2])
+    labels, _ = rows_of(tmp_path)
+    assert set(labels) == {"SLMRec 4 <- 8", "SLMRec 4 <- 8 [norm_lambda=0.2]", "SLMRec 4 <- 8 [norm_lambda=0.3]"}
+    for name in ("a", "b", "c"):
+        shutil.rmtree(tmp_path / name)
+    for seed, rate in ((0, 1e-3), (1, 1e-5)):  # students of equal flags whose teachers differ are not seeds of one row
+        fake_run(tmp_path / f"seed{seed}/teacher", "teacher", cli.defaults(finetune.main) | {"learning_rate": rate}, seed, [1, 2])
+        fake_run(tmp_path / f"seed{seed}/slmrec", "student", STUDENT, seed, [1, 2])
+    labels, _ = rows_of(tmp_path)
+    assert sorted(labels) == ["E4SRec-like, 8 layers", "E4SRec-like, 8 layers [learning_rate=1e-05]", "SLMRec 4 <- 8", "SLMRec 4 <- 8 [seed1/slmrec]"]
+    shutil.rmtree(tmp_path / "seed1")
+    fake_run(tmp_path / "two/slmrec", "student", STUDENT, 1, [1, 2], settings={"bf16": True, "teacher": "output/seed0/teacher"})
+    assert "SLMRec 4 <- 8 [two/slmrec]" in rows_of(tmp_path)[0]  # computed in bfloat16 on another machine
+    for seed, layers in ((0, [0, 1, 2, 3]), (1, [0, 1, 2, 5])):
+        chosen = {"model": {"layers": layers}, "teacher": None}
+        fake_run(tmp_path / f"seed{seed}/influence", "student", STUDENT | {"layer_selection": "influence"}, seed, [1, 2], settings=chosen)
+    assert list(rows_of(tmp_path)[0]["SLMRec 4 <- 8, influence layers"].runs) == [0, 1]
+
+
+def test_a_flag_that_came_later_has_its_default_in_older_runs(tmp_path):
+    fake_run(tmp_path / "seed0/slmrec", "student", {name: value for name, value in STUDENT.items() if name != "temperature"}, 0, [1, 2])
+    fake_run(tmp_path / "seed1/slmrec", "student", STUDENT, 1, [1, 2])
+    assert list(rows_of(tmp_path)[0]["SLMRec 4 <- 8"].runs) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "flags, settings, why",
+    [
+        ({}, {"table_sha256": "other"}, "seed0/slmrec and seed0/ce stand on different item tables"),
+        ({"num_candidates": 99}, {"table_sha256": "one"}, "other candidates"),
+    ],
+)
+def test_what_cannot_be_paired_is_not(tmp_path, flags, settings, why):
+    fake_run(tmp_path / "seed0/slmrec", "student", STUDENT | flags, 0, [1, 2], settings=settings)
+    fake_run(tmp_path / "seed0/ce", "student", STUDENT | rows.OFF, 0, [1, 2], settings={"table_sha256": "one"})
+    labels, notes = rows_of(tmp_path)
+    assert significance.compare(list(labels.values()), 10, notes) == []
+    assert notes == [f"SLMRec 4 <- 8 against E4SRec-like, 4 layers: {why}"]
+
+
+def test_a_teacher_is_found_by_its_weights_and_other_depths_have_their_tables(tmp_path):
+    deep = STUDENT | {"llama_decoder_nums_student": 1, "llama_decoder_nums_teacher": 32, "distill_block": 1}
+    fake_run(tmp_path / "t/deep", "teacher", cli.defaults(finetune.main) | {"llama_decoder_nums": 32}, 0, [1, 1], weights_sha256="w")
+    fake_run(tmp_path / "s/slmrec", "student", deep, 0, [2, 2], settings={"teacher_sha256": "w"})
+    fake_run(tmp_path / "s/ce", "student", deep | rows.OFF, 0, [4, 4])
+    labels, notes = rows_of(tmp_path)
+    found_pairs = [line[:3] for line in significance.compare(list(labels.values()), 10, notes)]
+    assert ["SLMRec 1 <- 32, B = 1", "E4SRec-like, 1 layer", "+0.2500"] in found_pairs
+    assert ["SLMRec 1 <- 32, B = 1", "E4SRec-like, 32 layers", "-0.5000"] in found_pairs
+    text = report.main(runs=str(tmp_path), resamples=10).read_text()
+    assert "| 1 <- 32: D_cos | not run |" in text
 
 
 def test_the_report_goes_between_the_markers_and_what_it_reads_is_kept(tmp_path):
@@ -160,10 +229,18 @@ def test_the_report_goes_between_the_markers_and_what_it_reads_is_kept(tmp_path)
     page.write_text(f"mine\n{report.START}\nold\n{report.END}\nmine too\n")
     report.main(runs=str(tmp_path / "runs"), keep=str(tmp_path / "kept"), resamples=10)
     assert np.load(tmp_path / "kept/seed0/slmrec/ranks.npz")["test_sampled"].dtype == np.uint16
+    shutil.copytree(tmp_path / "kept/seed0/slmrec", tmp_path / "kept/seed0/gone")  # kept earlier, no longer among the runs
+    (tmp_path / "runs/motivation.csv").write_text("part\n")
+    report.main(runs=str(tmp_path / "runs"), keep=str(tmp_path / "kept"), resamples=10)
+    assert not (tmp_path / "kept/seed0/gone").exists() and (tmp_path / "kept/motivation.csv").is_file()
     report.main(runs=str(tmp_path / "kept"), into=str(page), resamples=10)
     text = page.read_text()
     assert text.startswith(f"mine\n{report.START}\n\n## x") and text.endswith(f"{report.END}\nmine too\n") and "old" not in text
     assert "](kept/report_x_metrics.png)" in text and (tmp_path / "kept/report_x_metrics.png").is_file()
+    (tmp_path / "below").mkdir()
+    shutil.copyfile(page, tmp_path / "below/page.md")
+    report.main(runs=str(tmp_path / "runs"), into=str(tmp_path / "below/page.md"), resamples=10)
+    assert "](../runs/report_x_metrics.png)" in (tmp_path / "below/page.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -273,3 +350,29 @@ def test_the_page_of_results_comes_again_from_the_committed_runs(tmp_path):
     page.write_text(before + report.START + "\n" + report.END + rest.partition(report.END)[2])
     report.main(runs=str(tmp_path / "docs/results"), into=str(page))
     assert page.read_text() == committed
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_only_taken_for_what_it_is(inside):
+    """What reproduce.sh asks before it skips a step."""
+
+    def status(*words):
+        done = subprocess.run([sys.executable, "-m", "experiments.runs", "python", *words], cwd=inside, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    flags = [*SHORT.split(), "--domain_type", "demo"]
+    teacher = ["finetune.py", *flags, "--base_model", "tiny", "--output_dir", "mine"]
+    assert status(*teacher)[0] == 3
+    finetune.main(**cli.bind(finetune.main, teacher[1:]) | {"item_table": "output/demo/sasrec_item.pkl"})
+    teacher += ["--item_table", "output/demo/sasrec_item.pkl"]
+    assert status(*teacher) == (0, "")
+    code, line = status(*teacher, "--learning_rate", "0.5")
+    assert code == 2 and line.startswith("error: mine holds a finished run with other flags: --learning_rate=0.5 (the run has 0.001)")
+    student = ["distill.py", *flags, "--teacher", "mine", "--item_table", "output/demo/sasrec_item.pkl", "--output_dir", "student"]
+    distill.main(**cli.bind(distill.main, student[1:]))
+    assert status(*student) == (0, "")
+    results = json.loads(Path("mine/results.json").read_text())
+    Path("mine/results.json").write_text(json.dumps(results | {"weights_sha256": "of another training"}))
+    code, line = status(*student)
+    assert code == 2 and "student was made from another file: its teacher_sha256 is" in line

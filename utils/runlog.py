@@ -321,8 +321,12 @@ def check_same(folder: str | Path, now: dict[str, str], source: str | Path) -> N
             )
 
 
-def about(folder: Path, step: str, module: Any, fitted: Any, weights_sha256: str) -> dict[str, Any]:
-    """The head of results.json: which run, how large, how it was trained (kept from before where it was only evaluated)."""
+def about(folder: Path, step: str, module: Any, fitted: Any, weights_sha256: str, **times: float | None) -> dict[str, Any]:
+    """The head of results.json: which run, how large, how it was trained (kept from before where it was only evaluated).
+
+    Args:
+        times: seconds of what else the run waited for, by their names there.
+    """
     config = read_json(folder / "config.json", "run")
     sizes = {p: p.numel() for p in module.parameters()}
     head = {
@@ -336,10 +340,11 @@ def about(folder: Path, step: str, module: Any, fitted: Any, weights_sha256: str
         "trainable_parameters": sum(n for p, n in sizes.items() if p.requires_grad),
     }
     if fitted is not None:
-        trained = {"steps": fitted.steps, "best_step": fitted.best_step, "train_seconds": round(fitted.seconds, 3)}
+        times = {"train_seconds": fitted.seconds} | times
+        trained = {"steps": fitted.steps, "best_step": fitted.best_step} | {name: value and round(value, 3) for name, value in times.items()}
     else:
         earlier = read_json(folder / "results.json", "results") if (folder / "results.json").exists() else {}
-        trained = {name: earlier.get(name) for name in ("steps", "best_step", "train_seconds")}
+        trained = {name: earlier.get(name) for name in ("steps", "best_step", "train_seconds", *times)}
     return head | trained
 
 
