@@ -38,7 +38,7 @@ def main(
     Args:
         domain_type, data_path: the domain, and its CSV wherever it is.
         base_model: of teacher and students.
-        rows: which rows; all by default.
+        rows: which rows, in this order; all by default.
         seeds: a run of everything for each, SASRec included.
         sasrec_flags, teacher_flags, student_flags: flags of train_sr_trad.py, finetune.py and distill.py, in quotes.
         output_dir: where the runs go; output/<domain>/paper by default.
@@ -59,10 +59,9 @@ def main(
         teacher = suite.run("teacher", seed, "teacher")
         trained = runlog.read_json(teacher / "config.json", "teacher")["flags"]
         same = {name: trained[name] for name in ("max_seq_length", "prompt_template_name")}  # rows without a teacher read what the others read
-        for name, flags in ABLATION.items():
-            if name in rows or "all" in rows:
-                depth = {"llama_decoder_nums_teacher": trained["llama_decoder_nums"]} if name == "online" else {}
-                suite.run("student", seed, name, teacher=str(teacher), **same | depth | flags)
+        for name in ABLATION if "all" in rows else dict.fromkeys(rows):
+            depth = {"llama_decoder_nums_teacher": trained["llama_decoder_nums"]} if name == "online" else {}
+            suite.run("student", seed, name, teacher=str(teacher), **same | depth | ABLATION[name])
     return report.main(runs=str(suite.root))
 
 

@@ -268,7 +268,9 @@ def test_wrong_requests_are_refused_before_any_work(module, flags, line, tmp_pat
 @pytest.mark.slow
 def test_ablation_shares_the_teacher_and_goes_on_where_it_stopped(inside, capsys):
     flags = {"rows": ["ce", "slmrec", "blocks_2"], "seeds": [0, 1], "sasrec_flags": SHORT, "teacher_flags": SHORT, "student_flags": SHORT}
-    path = ablation.main(**flags)
+    path = ablation.main(**flags | {"rows": ["blocks_2", "slmrec", "ce"]})
+    printed = capsys.readouterr().out
+    assert printed.index("seed0/blocks_2: student") < printed.index("seed0/slmrec: student") < printed.index("seed0/ce: student")
     root = Path("output/demo/paper")
     assert path == root / "report.md" and "| SLMRec 4 <- 8 | 0, 1 |" in path.read_text()
     assert len(list((root / "seed0/teacher_states").iterdir())) == 2  # four blocks and two, one pass each
