@@ -54,6 +54,8 @@ def main(
 
     texts = {"sasrec": sasrec_flags, "teacher": teacher_flags, "student": student_flags}
     suite = open_suite(domain_type, data_path, output_dir, base_model, device, texts, overwrite)
+    theirs = [name for name in ("max_seq_length", "prompt_template_name", "llama_decoder_nums_teacher") if name in suite.extra["student"]]
+    cli.check((not theirs, f"--student_flags: --{', --'.join(theirs)} is the teacher's, for rows without one too; give it in --teacher_flags"))
     for seed in seeds:
         suite.item_table(seed)
         teacher = suite.run("teacher", seed, "teacher")

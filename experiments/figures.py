@@ -48,7 +48,7 @@ def curves(rows: "list[Row]", path: Path) -> Path:
             for name, value in values.items():
                 if value is not None and not (name == "total" and run.config["step"] != "sasrec"):
                     steps, points = series.setdefault(name, {}).setdefault(row.label, ([], []))
-                    steps.append(event["step"] / run.results["steps"])
+                    steps.append(event["step"] / max(1, run.results["steps"]))
                     points.append(value)
     names = ["valid MRR", *[name for name in PARTS if name in series]]
     names = [name for name in names if name in series]

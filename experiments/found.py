@@ -1,8 +1,10 @@
 """The finished runs below a folder, and which of them are one row of a table."""
 
 import json
+import math
 import shutil
 import zipfile
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,13 +63,13 @@ class Run(NamedTuple):
         try:
             with np.load(self.folder / "ranks.npz", allow_pickle=False) as ranks:
                 return ranks[f"test_{protocol}"].astype(np.float64)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
             return None
 
     def taught_by(self, teacher: "Run") -> bool:
         """By the weights' hash; runs that do not record it, by their folders."""
         place, known = self.config.get("teacher"), self.config.get("teacher_sha256")
-        if teacher.step != "teacher" or not place:
+        if teacher.step != "teacher" or not place or teacher.config["data_sha256"] != self.config["data_sha256"]:
             return False
         return teacher.results.get("weights_sha256") == known if known else Path(place).parts[-2:] == teacher.folder.parts[-2:]
 
@@ -96,7 +98,9 @@ def read_runs(root: Path) -> tuple[list[Run], list[str]]:
                 notes.append(f"{folder.relative_to(root)} is unfinished")
                 continue
             run = Run(folder, folder.relative_to(root).as_posix(), config, runlog.read_json(folder / "results.json", "results"))
-            if run.seed != config["flags"]["seed"] or not run.label or not run.key or not set(run.results) >= NEEDED:
+            read = [run.results[split][protocol]["MRR"] for split in ("valid", "test") for protocol in ("sampled", "full", "full_all")]
+            named = run.label and run.key and config["domain"] and config["data_sha256"]
+            if run.seed != config["flags"]["seed"] or not named or not set(run.results) >= NEEDED or not all(map(math.isfinite, read)):
                 raise KeyError
         except (cli.UsageError, KeyError, TypeError, AttributeError) as problem:
             reason = str(problem) if isinstance(problem, cli.UsageError) else "its config.json or results.json lacks something"
@@ -148,18 +152,18 @@ def _difference(run: Run, plain: Run) -> str:
 
 
 def keep_all(runs: list[Run], root: Path, kept: Path) -> None:
-    """Copy what the report reads; runs kept earlier that are not among these go, so that the copy holds one report's runs."""
+    """Copy what the report reads; copies kept earlier of runs on the same data that are not among these go, so that none is stale."""
     for run in runs:
         _keep(run, kept / run.name)
     for name in DRAWN:
         if (root / name).is_file():
             shutil.copyfile(root / name, kept / name)
-    for config in sorted(kept.rglob("config.json")):
-        if config.parent.relative_to(kept).as_posix() not in {run.name for run in runs}:
-            for name in (*KEPT, "ranks.npz"):
-                (config.parent / name).unlink(missing_ok=True)
-            if not any(config.parent.iterdir()):
-                config.parent.rmdir()
+    ours, data = {run.name for run in runs}, {run.config["data_sha256"] for run in runs}
+    for path in sorted(kept.rglob("config.json")):
+        folder = path.parent
+        copy = {file.name for file in folder.iterdir()} <= {*KEPT, "ranks.npz"}  # a run itself has checkpoints too
+        if copy and folder.relative_to(kept).as_posix() not in ours and runlog.read_json(path, "kept run").get("data_sha256") in data:
+            shutil.rmtree(folder)
 
 
 def _keep(run: Run, folder: Path) -> None:

@@ -48,9 +48,13 @@ def main(
     if page is not None:
         text = page.read_text(encoding="utf-8") if page.is_file() else ""
         cli.check((START in text and END in text, f"--into={into}: expected a file with the lines {START} and {END}"))
+    source, copy = root.resolve(), Path(keep or "").resolve()
+    apart = not keep or not (copy.is_relative_to(source) or source.is_relative_to(copy))
+    cli.check((apart, f"--keep={keep}: one of it and --runs={runs} holds the other; name a folder apart"))
     found, notes = read_runs(root)
     if not found:
-        raise cli.UsageError(f"--runs={runs}: no results.json below it; train_sr_trad.py, finetune.py and distill.py write them")
+        passed = f" ({'; '.join(notes)})" if notes else ""
+        raise cli.UsageError(f"--runs={runs}: no finished run below it{passed}; train_sr_trad.py, finetune.py and distill.py write them")
     folder = Path(output_dir) if output_dir else root
     folder.mkdir(parents=True, exist_ok=True)
     domains = by_domain(found, notes)

@@ -37,7 +37,9 @@ step() { # a run's folder, then its command: skipped where the folder holds its 
 
 has_data() { # where the scripts look for it
     local file
-    for file in {data,dataset/sequential}/{"$DOMAIN","${DOMAIN}s"}.csv{,.gz,.xz}; do [ ! -e "$file" ] || return 0; done
+    local other=$DOMAIN # the released scripts' spelling
+    case $DOMAIN in cloth | movie) other=${DOMAIN}s ;; esac
+    for file in {data,dataset/sequential}/{"$DOMAIN","$other"}.csv{,.gz,.xz}; do [ ! -e "$file" ] || return 0; done
     return 1
 }
 

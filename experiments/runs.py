@@ -20,28 +20,39 @@ from datasets.interactions import canonical_domain, find_csv, read_csv
 from utils import cli, runlog
 
 SCRIPTS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
-_STEPS = {"train_sr_trad": "sasrec", "finetune": "teacher", "distill": "student"}
+_STEPS = {"train_sr_trad.py": "sasrec", "finetune.py": "teacher", "distill.py": "student"}
 
 
 def finished_before(step: str, flags: dict[str, Any], data_sha256: str) -> bool:
     """Whether --output_dir holds a finished run of a script with the same flags, data, item table and teacher.
 
     Args:
-        step: which script; flags: those given, output_dir among them; data_sha256: of the data's CSV as it is now.
+        step: which script; flags: those given; data_sha256: of the data's CSV as it is now.
     Raises:
-        UsageError: it holds a finished run with other flags or from other files.
+        UsageError: it holds a finished run with other flags or from other files, or such a file is missing.
     """
-    folder = Path(flags["output_dir"])
+    flags = cli.defaults(SCRIPTS[step]) | flags
+    root = Path("output") / canonical_domain(flags["domain_type"])
+    folder = Path(flags["output_dir"] or root / step)
     if not runlog.finished(folder):
         return False
     run, inputs = runlog.read_json(folder / "config.json", "run"), {"data_sha256": data_sha256}
-    other = runlog.differences(run, cli.defaults(SCRIPTS[step]) | flags)
+    if run.get("step") != step:
+        raise cli.UsageError(f"{folder} holds a finished {run.get('step')} run, not a {step} run; choose another --output_dir")
+    recorded = cli.defaults(SCRIPTS[step]) | run["flags"]  # a flag that came after the run has its default
+    taught = run.get("teacher") not in (None, "online")
+    if step == "student":  # what was not given came from the teacher, whose weights are compared below, or is distill.py's own
+        flags |= {name: recorded[name] if taught else own for name, own in distill.INHERITED.items() if flags[name] is None}
+    other = runlog.differences(run | {"flags": recorded}, flags, inherited=False)
     if other:
         raise cli.UsageError(f"{folder} holds a finished run with other flags: {other}; --overwrite, or choose another --output_dir")
     if step != "sasrec":
-        inputs["table_sha256"] = runlog.file_sha256(flags["item_table"])
-    if run.get("teacher_sha256") and flags.get("teacher"):
-        inputs["teacher_sha256"] = runlog.read_json(Path(flags["teacher"]) / "results.json", "teacher's results").get("weights_sha256", "")
+        table = Path(flags["item_table"] or root / "sasrec_item.pkl")
+        cli.check((table.is_file(), f"item table not found: {table}; extract_emb.py writes it"))
+        inputs["table_sha256"] = runlog.file_sha256(table)
+    if taught and run.get("teacher_sha256"):
+        results = Path(flags["teacher"] or root / "teacher") / "results.json"
+        inputs["teacher_sha256"] = runlog.read_json(results, "teacher's results").get("weights_sha256") or "nothing"
     runlog.check_same(folder, inputs, "what is there now")
     return True
 
@@ -122,12 +133,14 @@ def open_suite(
 
 def _asked() -> None:
     """The command of this module's docstring."""
-    script = next((word for word in sys.argv[1:] if Path(word).stem in _STEPS), None)
+    script = next((word for word in sys.argv[1:] if Path(word).name in _STEPS), None)
     if script is None:
-        raise cli.UsageError(f"expected a command with one of {', '.join(f'{name}.py' for name in _STEPS)}")
-    step = _STEPS[Path(script).stem]
+        raise cli.UsageError(f"expected a command with one of {', '.join(_STEPS)}")
+    step = _STEPS[Path(script).name]
     flags = cli.bind(SCRIPTS[step], sys.argv[sys.argv.index(script) + 1 :])
-    data = find_csv(canonical_domain(flags["domain_type"]), flags.get("data_path"))
+    if flags.get("overwrite"):
+        sys.exit(3)
+    data = find_csv(canonical_domain(flags.get("domain_type", cli.defaults(SCRIPTS[step])["domain_type"])), flags.get("data_path"))
     sys.exit(0 if finished_before(step, flags, read_csv(data).sha256) else 3)
 
 

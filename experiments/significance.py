@@ -13,30 +13,32 @@ HEAD = ["row", "against", "sampled MRR", "95 % interval", "p", "full MRR", "95 %
 
 
 def compare(rows: list[Row], resamples: int, notes: list[str]) -> list[list[str]]:
-    """Lines of HEAD's table: every row against SASRec, cross-entropy alone against its deepest, distilled rows against their depth's
-    cross-entropy alone and against their teacher. Pairs that cannot be compared are added to the notes."""
+    """Lines of HEAD's table: every row against SASRec, cross-entropy alone against its deepest, the others against their depth's
+    cross-entropy alone, their teacher, and SLMRec and D_cos of their depths. Pairs that cannot be compared are added to the notes."""
     by_label, lines = {row.label: row for row in rows}, []
     for row in rows:
         for other in _references(row, by_label):
-            common = [seed for seed in row.runs if seed in by_label[other].runs]
-            pairs = [(row.runs[seed], by_label[other].runs[seed]) for seed in common]
-            problems = [problem for pair in pairs if (problem := _incomparable(*pair))]
+            pairs = [(row.runs[seed], by_label[other].runs[seed]) for seed in row.runs if seed in by_label[other].runs]
+            problems = [problem for pair in pairs if (problem := _incomparable(*pair))] if pairs else ["no seed in common"]
             notes += [f"{row.label} against {other}: {problem}" for problem in problems[:1]]
-            if pairs and not problems:
+            if not problems:
                 cells = [_comparison(pairs, protocol, resamples) for protocol in ("sampled", "full")]
-                lines.append([row.label, other, *cells[0], *cells[1], ", ".join(map(str, common))])
+                lines.append([row.label, other, *cells[0], *cells[1], ", ".join(str(mine.seed) for mine, _ in pairs)])
     return lines
 
 
 def _references(row: Row, by_label: dict[str, Row]) -> list[str]:
     run = row.first
     step, flags, wanted = run.step, run.flags, ["SASRec"]
+    targets = ", every prefix" if step != "sasrec" and flags["train_targets"] == "all" else ""
     if step != "sasrec" and plain_ce(step, flags):
-        plain = [other for other in by_label.values() if (first := other.first).step != "sasrec" and plain_ce(first.step, first.flags)]
-        wanted.append(max(plain, key=lambda other: (_layers(other.first), other.label)).label)
+        depths = [_layers(other.first) for other in by_label.values() if other.first.step != "sasrec" and plain_ce(other.first.step, other.first.flags)]
+        wanted += [plain_name(max(depths)) + targets, plain_name(_layers(run))]
     elif step != "sasrec":
-        wanted.append(plain_name(_layers(run)))
+        between = f"{_layers(run)} <- {flags.get('llama_decoder_nums_teacher')}"
+        wanted.append(plain_name(_layers(run)) + targets)
         wanted += [text for text, other in by_label.items() if any(map(run.taught_by, other.runs.values()))]
+        wanted += [f"SLMRec {between}", f"{between}: D_cos"]
     return [text for text in dict.fromkeys(wanted) if text in by_label and text != row.label]
 
 
@@ -50,8 +52,9 @@ def _incomparable(mine: Run, theirs: Run) -> str:
         return "other candidates"
     if "sasrec" not in (mine.step, theirs.step) and mine.config.get("table_sha256") != theirs.config.get("table_sha256"):
         return f"{mine.name} and {theirs.name} stand on different item tables"
-    sizes = [{len(ranks) for protocol in ("sampled", "full") if (ranks := run.ranks(protocol)) is not None} for run in (mine, theirs)]
-    return "" if sizes[0] == sizes[1] and len(sizes[0]) == 1 else f"ranks.npz of {mine.name} or {theirs.name} is missing or torn"
+    ranks = [run.ranks(protocol) for run in (mine, theirs) for protocol in ("sampled", "full")]
+    whole = all(values is not None for values in ranks) and len({len(values) for values in ranks}) == 1
+    return "" if whole else f"ranks.npz of {mine.name} or {theirs.name} is missing or torn"
 
 
 def _comparison(pairs: list[tuple[Run, Run]], protocol: str, resamples: int) -> list[str]:

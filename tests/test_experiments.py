@@ -210,6 +210,42 @@ def test_what_cannot_be_paired_is_not(tmp_path, flags, settings, why):
     assert notes == [f"SLMRec 4 <- 8 against E4SRec-like, 4 layers: {why}"]
 
 
+def test_rows_are_compared_with_their_like(tmp_path):
+    teacher = cli.defaults(finetune.main)
+    for seed in (0, 1):
+        fake_run(tmp_path / f"seed{seed}/teacher", "teacher", teacher, seed, [2, 2])
+        fake_run(tmp_path / f"seed{seed}/ce", "student", STUDENT | rows.OFF, seed, [4, 4])
+    fake_run(tmp_path / "search", "teacher", teacher | {"learning_rate": 1e-5}, 7, [1, 1])
+    every = {"train_targets": "all"}
+    fake_run(tmp_path / "seed0/slmrec_all", "student", STUDENT | every, 0, [1, 1], settings={"teacher": None})
+    fake_run(tmp_path / "seed0/ce_all", "student", STUDENT | rows.OFF | every, 0, [2, 2])
+    labels, notes = rows_of(tmp_path)
+    pairs = {tuple(line[:3]): line[-1] for line in significance.compare(list(labels.values()), 10, notes)}
+    assert pairs["E4SRec-like, 4 layers", "E4SRec-like, 8 layers", "-0.2500"] == "0, 1"
+    assert pairs["SLMRec 4 <- 8, every prefix", "E4SRec-like, 4 layers, every prefix", "+0.5000"] == "0"
+    assert pairs["E4SRec-like, 4 layers, every prefix", "E4SRec-like, 4 layers", "+0.2500"] == "0"
+    assert not [pair for pair in pairs if "[" in pair[1]] and len(pairs) == 3
+    assert "E4SRec-like, 8 layers [learning_rate=1e-05] against E4SRec-like, 8 layers: no seed in common" in notes
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda run: np.savez(run / "ranks.npz", test_sampled=np.array([1, 2])),
+        lambda run: (run / "ranks.npz").write_bytes(b""),
+        lambda run: (run / "metrics.jsonl").write_text('12\n{}\n{"event": "train", "step": 1, "ce": 2}\n'),
+        lambda run: (run / "config.json").write_text((run / "config.json").read_text().replace('"data_sha256"', '"sha"')),
+        lambda run: (run / "results.json").write_text((run / "results.json").read_text().replace('"full_all"', '"half"')),
+        lambda run: (run / "results.json").write_text((run / "results.json").read_text().replace('"steps": 2', '"steps": 0')),
+    ],
+)  # fmt: skip
+def test_one_odd_run_does_not_take_the_report_down(tmp_path, damage):
+    fake_run(tmp_path / "seed0/slmrec", "student", STUDENT, 0, [1, 2])
+    fake_run(tmp_path / "seed0/ce", "student", STUDENT | rows.OFF, 0, [1, 2])
+    damage(tmp_path / "seed0/slmrec")
+    assert "E4SRec-like, 4 layers" in report.main(runs=str(tmp_path), resamples=10).read_text()
+
+
 def test_a_teacher_is_found_by_its_weights_and_other_depths_have_their_tables(tmp_path):
     deep = STUDENT | {"llama_decoder_nums_student": 1, "llama_decoder_nums_teacher": 32, "distill_block": 1}
     fake_run(tmp_path / "t/deep", "teacher", cli.defaults(finetune.main) | {"llama_decoder_nums": 32}, 0, [1, 1], weights_sha256="w")
@@ -230,9 +266,15 @@ def test_the_report_goes_between_the_markers_and_what_it_reads_is_kept(tmp_path)
     report.main(runs=str(tmp_path / "runs"), keep=str(tmp_path / "kept"), resamples=10)
     assert np.load(tmp_path / "kept/seed0/slmrec/ranks.npz")["test_sampled"].dtype == np.uint16
     shutil.copytree(tmp_path / "kept/seed0/slmrec", tmp_path / "kept/seed0/gone")  # kept earlier, no longer among the runs
+    shutil.copytree(tmp_path / "kept/seed0/slmrec", tmp_path / "kept/mine")
+    (tmp_path / "kept/mine/best").mkdir()  # a run, no copy
+    fake_run(tmp_path / "kept/games/slmrec", "student", STUDENT, 0, [1, 300], domain="y", settings={"data_sha256": "e" * 64})
     (tmp_path / "runs/motivation.csv").write_text("part\n")
     report.main(runs=str(tmp_path / "runs"), keep=str(tmp_path / "kept"), resamples=10)
     assert not (tmp_path / "kept/seed0/gone").exists() and (tmp_path / "kept/motivation.csv").is_file()
+    assert (tmp_path / "kept/mine/ranks.npz").is_file() and (tmp_path / "kept/games/slmrec/ranks.npz").is_file()
+    shutil.rmtree(tmp_path / "kept/mine")
+    shutil.rmtree(tmp_path / "kept/games")
     report.main(runs=str(tmp_path / "kept"), into=str(page), resamples=10)
     text = page.read_text()
     assert text.startswith(f"mine\n{report.START}\n\n## x") and text.endswith(f"{report.END}\nmine too\n") and "old" not in text
@@ -247,7 +289,9 @@ def test_the_report_goes_between_the_markers_and_what_it_reads_is_kept(tmp_path)
     "module, flags, line",
     [
         (report, {"runs": "nowhere"}, "--runs=nowhere: no such folder"),
-        (report, {"runs": "."}, "no results.json below it"),
+        (report, {"runs": "."}, "no finished run below it"),
+        (report, {"runs": ".", "keep": "kept"}, "--keep=kept: one of it and --runs=. holds the other"),
+        (ablation, {"student_flags": "--max_seq_length 50"}, "--max_seq_length is the teacher's"),
         (report, {"runs": ".", "into": "page.md"}, "--into=page.md: expected a file with the lines"),
         (ablation, {"rows": ["ce", "cosine"]}, "there is no row cosine; choose from ce, cos"),
         (ablation, {"student_flags": "--bogus 3"}, "--student_flags=--bogus 3: unknown flag --bogus"),
@@ -378,3 +422,15 @@ def test_a_finished_run_is_only_taken_for_what_it_is(inside):
     Path("mine/results.json").write_text(json.dumps(results | {"weights_sha256": "of another training"}))
     code, line = status(*student)
     assert code == 2 and "student was made from another file: its teacher_sha256 is" in line
+    assert status(*student, "--overwrite")[0] == 3
+    code, line = status(*student[:-2], "--distill_lambda=0", "--output_dir", "mine")
+    assert code == 2 and "mine holds a finished teacher run, not a student run" in line
+    code, line = status(*teacher[:-1], "nowhere.pkl")
+    assert code == 2 and line == "error: item table not found: nowhere.pkl; extract_emb.py writes it\n"
+    plain = ["distill.py", *flags, "--distill_lambda=0", "--norm_lambda=0", "--cls_multiple_lambda=0", "--output_dir=plain"]
+    distill.main(**cli.bind(distill.main, [*plain[1:], "--max_seq_length=20"]))
+    assert status(*plain, "--max_seq_length=20") == (0, "")
+    code, line = status(*plain)  # 30 when it is not given
+    assert code == 2 and "--max_seq_length=30 (the run has 20)" in line
+    assert status("train_sr_trad.py")[0] in (0, 2) and "Traceback" not in status("train_sr_trad.py")[1]
+    assert status("other.py") == (2, "error: expected a command with one of train_sr_trad.py, finetune.py, distill.py\n")

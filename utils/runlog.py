@@ -394,6 +394,7 @@ class MetricsLog:
 def parsed_event(line: str) -> dict[str, Any] | None:
     """A line of metrics.jsonl, None where a kill tore it."""
     try:
-        return json.loads(line)
+        event = json.loads(line)
     except ValueError:
         return None
+    return event if isinstance(event, dict) and {"event", "step"} <= set(event) else None
