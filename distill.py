@@ -204,6 +204,7 @@ def main(
     from models.selection import CALIBRATION, block_influence
     from utils import checkpoint, training
     from utils.evaluation import finish, ranker
+    from utils.metrics_log import MetricsLog
 
     where = training.choose_device(device)
     half = where.type == "cuda" if bf16 is None else bf16
@@ -299,7 +300,7 @@ def main(
         fitted = training.fit(
             module=trained, loss_fn=loss_fn, counts=samples.counts(every_position=False), ranks_of=ranks,
             users_of=lambda rows: sequences.users_of(inputs.data, samples, rows), folder=folder,
-            log=runlog.MetricsLog(folder, tensorboard), meta={"layers": spec["layers"]}, resume=resume, bf16=half, **training.settings(flags),
+            log=MetricsLog(folder, tensorboard), meta={"layers": spec["layers"]}, resume=resume, bf16=half, **training.settings(flags),
         )  # fmt: skip
     weights, _ = checkpoint.load(folder / "best")
     if flags["distill_mode"] == "online":  # both were trained; the student's part is the product

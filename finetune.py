@@ -137,6 +137,7 @@ def main(
     from models.selection import CALIBRATION, block_influence
     from utils import checkpoint, training
     from utils.evaluation import finish, ranker
+    from utils.metrics_log import MetricsLog
 
     where = training.choose_device(device)
     half = where.type == "cuda" if bf16 is None else bf16
@@ -184,7 +185,7 @@ def main(
         fitted = training.fit(
             module=model, loss_fn=loss_fn, counts=samples.counts(every_position=False), ranks_of=ranks,
             users_of=lambda rows: sequences.users_of(inputs.data, samples, rows), folder=folder,
-            log=runlog.MetricsLog(folder, tensorboard), meta={"layers": spec["layers"]}, resume=resume, bf16=half, **training.settings(flags),
+            log=MetricsLog(folder, tensorboard), meta={"layers": spec["layers"]}, resume=resume, bf16=half, **training.settings(flags),
         )  # fmt: skip
     weights, _ = checkpoint.load(folder / "best")
     checkpoint.restore(model, weights, folder / "best")

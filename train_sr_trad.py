@@ -122,6 +122,7 @@ def main(
     from models.sasrec import SASRec
     from utils import checkpoint, training
     from utils.evaluation import finish, ranker
+    from utils.metrics_log import MetricsLog
 
     where = training.choose_device(device)
     config = {"step": "sasrec", "domain": domain, "data_sha256": data.sha256, "flags": flags}
@@ -150,7 +151,7 @@ def main(
         runlog.start(folder, config, resume, overwrite)
         fitted = training.fit(
             module=model, loss_fn=loss_fn, counts=samples.counts(every_position), users_of=lambda rows: sequences.users_of(data, samples, rows), ranks_of=ranks,
-            folder=folder, log=runlog.MetricsLog(folder, tensorboard), meta={"items": data.n_items}, resume=resume, bf16=bf16, **training.settings(flags),
+            folder=folder, log=MetricsLog(folder, tensorboard), meta={"items": data.n_items}, resume=resume, bf16=bf16, **training.settings(flags),
         )  # fmt: skip
     weights, _ = checkpoint.load(folder / "best")
     checkpoint.restore(model, weights, folder / "best")

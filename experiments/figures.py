@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 
-from utils.runlog import parsed_event
+from utils.metrics_log import parsed_event
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -89,7 +89,8 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     ]
     paper = PAPER.get(domain.partition(" (")[0], {})
     for title, labels in (("Main rows", main_labels), ("Ablation", ablation), ("Other rows", others)):
-        if title != "Other rows" and not any(text in by_label for text in labels):
+        own = set(labels) - (set(main_labels) if title == "Ablation" and not paper else set())  # CE and the whole loss are main rows
+        if title != "Other rows" and not own & set(by_label):
             continue
         if labels:
             parts.append(f"### {title}\n\n" + _table(labels, by_label, popularity, paper))

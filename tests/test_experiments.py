@@ -163,6 +163,16 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
     assert (tmp_path / "report_cloth_metrics.png").stat().st_size > 5000 and (tmp_path / "report_cloth_curves.png").stat().st_size > 5000
 
 
+def test_an_ablation_that_was_not_begun_takes_no_table_unless_it_is_the_papers(tmp_path):
+    for domain in ("games", "cloth"):
+        for name, weights in (("slmrec", {}), ("ce", rows.OFF)):
+            fake_run(tmp_path / domain / name, "student", STUDENT | weights, 0, [1, 2], domain)
+    games = "### Ablation" in report.main(runs=str(tmp_path / "games"), resamples=50).read_text()
+    assert not games and "### Ablation" in report.main(runs=str(tmp_path / "cloth"), resamples=50).read_text()
+    fake_run(tmp_path / "games/cos", "student", STUDENT | rows.ABLATION["cos"], 0, [1, 2], "games")
+    assert "| 4 <- 8: D_cos + L_ms | not run |" in report.main(runs=str(tmp_path / "games"), resamples=50).read_text()
+
+
 def rows_of(root):
     runs, notes = found.read_runs(root)
     return {row.label: row for row in found.by_domain(runs, notes)["cloth"]}, notes

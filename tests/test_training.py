@@ -9,7 +9,7 @@ from torch import nn
 from utils import checkpoint, training
 from utils.cli import RunError
 from utils.evaluation import Ranks
-from utils.runlog import MetricsLog
+from utils.metrics_log import MetricsLog
 
 SETTINGS = {
     "batch_size": 8, "micro_batch_size": 8, "num_epochs": 2, "max_steps": -1, "learning_rate": 0.1, "lr_scheduler": "cosine",

@@ -13,7 +13,8 @@ from torch import Tensor
 from utils import distributed
 from utils.cli import RunError
 from utils.metrics import summarise
-from utils.runlog import CLOCK, unlock, write_json
+from utils.metrics_log import CLOCK
+from utils.runlog import unlock, write_json
 
 Metrics = dict[str, dict[str, float]]
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from utils import checkpoint, distributed
 from utils.cli import RunError, Stopped, UsageError
 from utils.evaluation import Ranks
-from utils.runlog import MetricsLog
+from utils.metrics_log import MetricsLog
 
 Scheduler = Literal["cosine", "linear", "constant"]
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter

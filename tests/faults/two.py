@@ -17,6 +17,7 @@ from models.losses import recommendation_loss  # noqa: E402
 from tests.conftest import exact_norm, histories, small_model  # noqa: E402
 from utils import cli, distributed, runlog, training  # noqa: E402
 from utils.evaluation import Ranks  # noqa: E402
+from utils.metrics_log import MetricsLog  # noqa: E402
 
 
 def float64(folder: str) -> None:
@@ -32,7 +33,7 @@ def float64(folder: str) -> None:
     runlog.start(folder, {"step": "test", "flags": {}}, False, False)
     training.fit(
         module=model, loss_fn=loss_fn, counts=np.ones(21, int), users_of=lambda rows: [], ranks_of=lambda *_: Ranks(*(np.array([2]),) * 3),
-        folder=Path(folder), log=runlog.MetricsLog(folder, False), meta={}, resume=False, batch_size=8, micro_batch_size=2, num_epochs=1,
+        folder=Path(folder), log=MetricsLog(folder, False), meta={}, resume=False, batch_size=8, micro_batch_size=2, num_epochs=1,
         max_steps=20, learning_rate=0.01, lr_scheduler="cosine", warmup_steps=2, weight_decay=0.0, max_grad_norm=1.0, eval_steps=10,
         save_steps=10, patience=0, log_steps=1, seed=1, bf16=False,
     )  # fmt: skip
