@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from experiments.found import Row
 
 PANELS = (("sampled", "MRR"), ("sampled", "HR@10"), ("full", "NDCG@10"))
+NEAR = 0.8  # of the best row
 PARTS = {
     "ce": "cross-entropy", "align_cos": "1 - cosine, as added over blocks", "align_norm": "distance, as added over blocks",
     "exits": "cross-entropy, as added over exits",
@@ -24,15 +25,26 @@ PARTS = {
 
 
 def metrics(rows: "list[Row]", path: Path) -> Path:
-    """A dot a row, a whisker for the standard deviation over seeds, small dots for the seeds."""
+    """A dot a row, a whisker for the standard deviation over seeds, small dots for the seeds.
+
+    An axis spans the rows near the best one, so that they are told apart; one further below stands at its left edge with its value.
+    """
     fig, axes = plt.subplots(1, len(PANELS), figsize=(12, 1.2 + 0.34 * len(rows)), sharey=True, layout="constrained")
     for ax, (protocol, name) in zip(axes, PANELS):
-        for y, row in enumerate(rows):
-            values = [run.results["test"][protocol][name] for run in row.runs.values()]
-            ax.plot(values, [y] * len(values), "o", color="0.7", markersize=4)
-            ax.errorbar(np.mean(values), y, xerr=np.std(values, ddof=1) if len(values) > 1 else None, fmt="o", color="C0", capsize=3)
+        values = [[run.results["test"][protocol][name] for run in row.runs.values()] for row in rows]
+        means = np.array([np.mean(of_row) for of_row in values])
+        near = means >= NEAR * means.max()
+        left = means[near].min() - 0.12 * max(np.ptp(means[near]), 0.01 * means.max())
+        for y, (of_row, mean) in enumerate(zip(values, means)):
+            if not near[y]:
+                ax.plot(left, y, "<", color="C3", markersize=6)
+                ax.annotate(f"{mean:.4f}", (left, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color="C3")
+                continue
+            ax.plot(of_row, [y] * len(of_row), "o", color="0.7", markersize=4)
+            ax.errorbar(mean, y, xerr=np.std(of_row, ddof=1) if len(of_row) > 1 else None, fmt="o", color="C0", capsize=3)
         ax.set_xlabel(f"{name}, {'1 + 999 candidates' if protocol == 'sampled' else 'whole catalogue'}")
         ax.grid(axis="x", alpha=0.3)
+        ax.locator_params(axis="x", nbins=5)
     axes[0].set_yticks(range(len(rows)), [row.label for row in rows])
     axes[0].invert_yaxis()
     return _save(fig, path)

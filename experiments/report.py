@@ -101,7 +101,8 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     from experiments import figures
 
     parts.append(f"![metrics]({figures.metrics(order, folder / f'report_{slug}_metrics.png').name})")
-    parts.append(f"![curves]({figures.curves(order, folder / f'report_{slug}_curves.png').name})")
+    drawn = [row for row in order if row.label not in others] or order  # a curve for everything is a curve for nothing
+    parts.append(f"![curves]({figures.curves(drawn, folder / f'report_{slug}_curves.png').name})")
     return "\n\n".join(parts)
 
 
