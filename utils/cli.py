@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable
@@ -86,6 +87,7 @@ class WordOrNumbers(NamedTuple):
         return f"one of {', '.join(self.words)}, or numbers such as 0,2,4,6"
 
 
+FIRST_SPEAKS = 30  # seconds
 LARGEST = 2**31 - 1  # of whole numbers that count something
 PositiveInt = Annotated[int, Range(low=1, high=LARGEST)]
 NonNegativeInt = Annotated[int, Range(low=0, high=LARGEST)]
@@ -146,7 +148,9 @@ def run(main: Callable, argv: list[str] | None = None) -> None:
     try:
         main(**bind(main, argv))
     except UsageError as error:
-        _exit(2, f"error: {error}" if distributed.is_first() else "")  # the others meet the same
+        if not distributed.is_first():  # it meets the same, and torchrun, at the first one's end, ends those that wait; the first to end
+            time.sleep(FIRST_SPEAKS)  # would silence it
+        _exit(2, f"error: {_who() if not distributed.is_first() else ''}{error}")
     except RunError as error:
         _exit(1, f"error: {_who()}{error}")
     except Stopped as stop:
