@@ -87,7 +87,7 @@ class WordOrNumbers(NamedTuple):
         return f"one of {', '.join(self.words)}, or numbers such as 0,2,4,6"
 
 
-FIRST_SPEAKS = 30  # seconds
+FIRST_SPEAKS = 30  # seconds that the other processes leave it
 LARGEST = 2**31 - 1  # of whole numbers that count something
 PositiveInt = Annotated[int, Range(low=1, high=LARGEST)]
 NonNegativeInt = Annotated[int, Range(low=0, high=LARGEST)]
@@ -148,9 +148,10 @@ def run(main: Callable, argv: list[str] | None = None) -> None:
     try:
         main(**bind(main, argv))
     except UsageError as error:
-        if not distributed.is_first():  # it meets the same, and torchrun, at the first one's end, ends those that wait; the first to end
-            time.sleep(FIRST_SPEAKS)  # would silence it
-        _exit(2, f"error: {_who() if not distributed.is_first() else ''}{error}")
+        if distributed.is_first():
+            _exit(2, f"error: {error}")
+        time.sleep(FIRST_SPEAKS)  # the first meets the same; torchrun ends the rest when one ends, and would have silenced it
+        _exit(2, f"error: {_who()}{error}")
     except RunError as error:
         _exit(1, f"error: {_who()}{error}")
     except Stopped as stop:
