@@ -105,7 +105,7 @@ def fit(
     precision = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
     module.eval()
     ranks_of("valid", 2)
-    now = _go_on(folder, module, trained, optimizer, device, log) if resume else Progress()
+    now, source = _go_on(folder, module, trained, optimizer, device, log) if resume else (Progress(), None)
     seconds, started = log.seconds() if now.step else 0.0, time.perf_counter()
 
     def save(name: str) -> None:
@@ -120,8 +120,8 @@ def fit(
             log.clock(seconds + (time.perf_counter() - started if module.training else 0.0))
 
     module.train()
-    if now.step and not (folder / "last").is_dir() and _due(now.step, save_steps, per_epoch, total):
-        save("last")  # it was due after the best/ that the run goes on from
+    if source == "best" and _due(now.step, save_steps, per_epoch, total):
+        save("last")  # due at the same step, and killed before it was there
     bar = tqdm(total=total, initial=now.step, unit="step", dynamic_ncols=True, mininterval=1.0)
     with bar, Signals() as signals:
         for rows in itertools.islice(_batches(len(counts), batch_size, total, seed), now.step, None):
@@ -194,15 +194,17 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
     return states | ({"generator/device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def _go_on(folder: Path, module: nn.Module, trained: dict[str, Tensor], optimizer, device: torch.device, log: MetricsLog) -> Progress:
-    """Put model, optimizer and random generators where the newest good checkpoint left them; the log too."""
+def _go_on(
+    folder: Path, module: nn.Module, trained: dict[str, Tensor], optimizer, device: torch.device, log: MetricsLog
+) -> tuple[Progress, str | None]:
+    """Put model, optimizer and random generators where the newest good checkpoint left them; the log too. Returns its name as well."""
     found, notes = checkpoint.newest(folder)
     for note in notes:
         tqdm.write(f"passed over: {note}")
     if found is None:
         tqdm.write(f"{folder} holds an unfinished run without a checkpoint: it starts from the beginning")
         log.cut(0)
-        return Progress()
+        return Progress(), None
     checkpoint.restore(module, found.tensors, folder / found.name)
     for name, p in trained.items():
         state = {key: found.state[f"{key}/{name}"] for key in ADAM if f"{key}/{name}" in found.state}
@@ -217,7 +219,7 @@ def _go_on(folder: Path, module: nn.Module, trained: dict[str, Tensor], optimize
             torch.cuda.set_rng_state(mine["generator/device"], device)
     log.cut(found.meta["step"])
     tqdm.write(f"going on from {folder / found.name}, step {found.meta['step']}")
-    return Progress(**found.meta["progress"])
+    return Progress(**found.meta["progress"]), found.name
 
 
 class Signals:

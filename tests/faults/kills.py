@@ -3,11 +3,10 @@
     python kills.py SCRIPT PLAN.json FLAGS...
 
 PLAN is a list of [kind, value]: ["stage", n]: SIGKILL at the n-th file operation of writing checkpoints; ["step", n]: SIGKILL
-in the n-th optimizer step of that process; ["between", name]: SIGKILL between the two
-renames that replace a checkpoint; ["after", s]: SIGKILL after so many seconds; ["term", n],
-["int", n]: SIGTERM, SIGINT in the n-th optimizer step.
-Prints a JSON list of exit statuses as a shell has them (137 for SIGKILL), up to the run that came to
-its end.
+in the n-th optimizer step of that process; ["between", name]: SIGKILL between the two renames that replace a checkpoint;
+["last", n]: SIGKILL before its n-th last/ is begun; ["after", s]: SIGKILL after so many seconds; ["term", n], ["int", n]:
+SIGTERM, SIGINT in the n-th optimizer step.
+Prints a JSON list of exit statuses as a shell has them (137 for SIGKILL), up to the run that came to its end.
 """
 
 import importlib
@@ -92,6 +91,19 @@ def kill_between(name: str) -> None:
     pathlib.Path.rename = call
 
 
+def kill_before_last(n: int) -> None:
+    """Die where the best/ of a step may be there and the n-th last/ of this process is not begun."""
+    left, save = [n], checkpoint.save
+
+    def counted(folder, *args):
+        left[0] -= pathlib.Path(folder).name == "last"
+        if left[0] == 0:
+            die()
+        save(folder, *args)
+
+    checkpoint.save = counted
+
+
 def kill_at_step(n: int, number: int = signal.SIGKILL) -> None:
     left, step = [n], torch.optim.AdamW.step
 
@@ -112,7 +124,7 @@ def run(main, flags: list[str], kind: str, value: float) -> int:
         os.dup2(log, 2)
         torch.set_num_threads(1)
         prepare = {
-            "stage": kill_at_stage, "step": kill_at_step, "between": kill_between,
+            "stage": kill_at_stage, "step": kill_at_step, "between": kill_between, "last": kill_before_last,
             "term": lambda n: kill_at_step(n, signal.SIGTERM), "int": lambda n: kill_at_step(n, signal.SIGINT),
         }  # fmt: skip
         prepare.get(kind, lambda _: None)(value)

@@ -93,6 +93,19 @@ def test_killed_again_and_again_between_the_two_renames(uninterrupted, case, nam
     assert left == expected[case]
 
 
+def test_killed_between_the_best_and_the_last_of_the_final_step(uninterrupted, monkeypatch):
+    """No step is left to do, and the last/ of an earlier one is there: it is not taken for the final one."""
+    folder, expected = uninterrupted
+    monkeypatch.chdir(folder)
+    script, flags = CASES["sasrec"]
+    assert expected["sasrec"]["results.json"]["best_step"] == 12
+    (folder / "log.txt").unlink(missing_ok=True)
+    statuses, left = sequence(script, [["last", 4]], flags, "final step")  # the fourth: steps 3, 6, 9, 12
+    assert statuses == [137]
+    assert left == expected["sasrec"]
+    assert "going on from final step/best, step 12" in (folder / "log.txt").read_text()
+
+
 @pytest.mark.parametrize("kind, status", [("term", 143), ("int", 130)])
 def test_a_signal_lets_the_step_finish_and_saves(uninterrupted, kind, status, monkeypatch):
     folder, expected = uninterrupted
