@@ -1,10 +1,13 @@
-"""Evaluation negatives: distinct, uniform, never met by the user, and a pure function of (key, row).
+"""Evaluation negatives: distinct, uniform, never met by the user, and a pure function of (key,
+row).
 
-Each row gets its own bijection of 0 .. 2^k - 1 (2^k >= N): rounds of multiply by a keyed odd number, add a key, and
-xor-shift, all modulo 2^k. Reading it at 0, 1, 2, ... yields every index exactly once in a pseudo-random order; values
-beyond the catalogue and items that the user met are skipped and the first K others are the candidates. Where a met item
-stands in that order the inverse bijection tells, so the cost of a row is that of its K candidates, whatever N. No state,
-no rejection of duplicates, no Python per user, and the same answer whatever the batch.
+Each row gets its own bijection of 0 .. 2^k - 1 (2^k >= N): rounds of multiply by a keyed odd
+number, add a key, and xor-shift, all modulo 2^k. Reading it at 0, 1, 2, ... yields every index
+exactly once in a pseudo-random order. Values beyond the catalogue and items that the user met are
+skipped; the first K others are the candidates. The inverse bijection gives the place of a met item
+in that order, so a row costs its K candidates, whatever N. There is no state, no rejection of
+duplicates and no Python per user, and the batch does not change the answer. LEAVE ALONE: published
+numbers depend on it.
 """
 
 import numpy as np
@@ -13,7 +16,14 @@ ROUNDS = 4
 BLOCK = 2**18  # values worked on at once: they stay in the processor's cache
 
 
-def draw(key: tuple[int, ...], rows: np.ndarray, owner: np.ndarray, met: np.ndarray, n_items: int, n_candidates: int) -> np.ndarray:
+def draw(
+    key: tuple[int, ...],
+    rows: np.ndarray,
+    owner: np.ndarray,
+    met: np.ndarray,
+    n_items: int,
+    n_candidates: int,
+) -> np.ndarray:
     """Draw `n_candidates` distinct items for each row.
 
     Args:
@@ -28,7 +38,9 @@ def draw(key: tuple[int, ...], rows: np.ndarray, owner: np.ndarray, met: np.ndar
     bits = max(1, int(n_items - 1).bit_length())
     size, counts = 1 << bits, np.bincount(owner, minlength=len(rows))
     longest = int(counts.max(initial=0))
-    enough = min(size, n_candidates + size - n_items + longest)  # a smaller multiple of K nearly always is
+    enough = min(
+        size, n_candidates + size - n_items + longest
+    )  # a smaller multiple of K nearly always is
     width = min(enough, int(1.15 * n_candidates * size / max(1, n_items - longest)) + 64)
     keys, first = _keys(key, rows), np.cumsum(counts) - counts
     chosen = np.full((len(rows), n_candidates), -1, dtype=np.int64)
@@ -42,8 +54,16 @@ def draw(key: tuple[int, ...], rows: np.ndarray, owner: np.ndarray, met: np.ndar
     return chosen
 
 
-def _fill(chosen: np.ndarray, keys: np.ndarray, barred: tuple[np.ndarray, np.ndarray], n_items: int, bits: int, width: int) -> bool:
-    """Write the first K free values among `width` of each row's bijection into `chosen` [b, K]; False if a row has fewer.
+def _fill(
+    chosen: np.ndarray,
+    keys: np.ndarray,
+    barred: tuple[np.ndarray, np.ndarray],
+    n_items: int,
+    bits: int,
+    width: int,
+) -> bool:
+    """Write the first K free values among `width` of each row's bijection into `chosen` [b, K];
+    False if a row has fewer.
 
     Args:
         keys: uint32 [b, 2 * ROUNDS]; barred: pairs (row, item).
@@ -73,7 +93,11 @@ def _permuted(keys: np.ndarray, positions: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _positions(keys: np.ndarray, values: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse of `_permuted`: where each value stands in its bijection; keys [n, 2 * ROUNDS], values and result uint32 [n]."""
+    """The inverse of `_permuted`: the place of each value in its bijection.
+
+    Args:
+        keys: [n, 2 * ROUNDS]. values: uint32 [n], as the result.
+    """
     mask, shift = np.uint32((1 << bits) - 1), np.uint32((bits + 1) // 2)
     odd = keys[:, ::2] | np.uint32(1)
     inverse = odd.copy()  # right modulo 2^3; Newton's step doubles the bits
@@ -86,7 +110,9 @@ def _positions(keys: np.ndarray, values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _keys(key: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
-    """uint32 [b, 2 * ROUNDS] from SplitMix64 (Steele et al., 2014) over the key, the row and a counter."""
+    """uint32 [b, 2 * ROUNDS] from SplitMix64 (Steele et al., 2014) over the key, the row and a
+    counter.
+    """
     state = np.uint64(0)
     with np.errstate(over="ignore"):
         for part in key:

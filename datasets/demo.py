@@ -1,4 +1,6 @@
-"""The demo domain: 3,000 users and 2,000 items with real sequential structure, made on first use, always the same."""
+"""The demo domain: 3,000 users and 2,000 items with sequential structure, made on first use, always
+the same.
+"""
 
 from pathlib import Path
 
@@ -7,24 +9,18 @@ import numpy as np
 from datasets.interactions import write_csv
 
 N_USERS, N_ITEMS, N_THEMES = 3000, 2000, 40
-ADJECTIVES = ("Plain", "Soft", "Bright", "Quiet", "Heavy", "Green", "Old", "Tiny", "Warm", "Swift")
-NOUNS = ("lamp", "kettle", "scarf", "notebook", "brush", "drum", "puzzle", "racket", "mug", "cable")
+ADJECTIVES = ["Plain", "Soft", "Bright", "Quiet", "Heavy", "Green", "Old", "Tiny", "Warm", "Swift"]
+NOUNS = ["lamp", "kettle", "scarf", "notebook", "brush", "drum", "puzzle", "racket", "mug", "cable"]
 
 
-def ensure_demo(domain: str, data_path: str | None) -> None:
-    """Write data/demo.csv if the demo domain is asked for and is not there yet."""
-    path = Path("data/demo.csv")
-    if domain == "demo" and data_path is None and not path.exists():
-        write_demo(path)
-        print(f"made the demo domain: {path}", flush=True)
-
-
-def write_demo(path: str | Path, n_users: int = N_USERS, n_items: int = N_ITEMS, seed: int = 2024) -> None:
+def write_demo(
+    path: str | Path, n_users: int = N_USERS, n_items: int = N_ITEMS, seed: int = 2024
+) -> None:
     """Write a demo CSV with ids from 1.
 
-    Items belong to themes and have an order within them. A user starts somewhere, mostly moves a few places on in the
-    same theme, sometimes jumps to a theme that follows the present one, rarely to a popular item anywhere: the next
-    item depends on the last ones, popularity alone explains little.
+    Items belong to themes and have an order within them. A user mostly moves a few places on in the
+    same theme, sometimes jumps to the theme that follows the present one, rarely to a popular item
+    anywhere. So the next item depends on the last ones, and popularity alone explains little.
     """
     rng = np.random.default_rng(seed)
     theme_of = np.arange(n_items) * N_THEMES // n_items
@@ -41,7 +37,9 @@ def write_demo(path: str | Path, n_users: int = N_USERS, n_items: int = N_ITEMS,
     write_csv(path, users, [[int(order[item]) for item in items] for items in sequences], titles)
 
 
-def _walk(rng: np.random.Generator, length: int, n_items: int, theme_of: np.ndarray, weight: np.ndarray) -> list[int]:
+def _walk(
+    rng: np.random.Generator, length: int, n_items: int, theme_of: np.ndarray, weight: np.ndarray
+) -> list[int]:
     """One user's distinct items."""
     per_theme = n_items // N_THEMES
     items = [int(rng.choice(n_items, p=weight))]
@@ -61,4 +59,7 @@ def _walk(rng: np.random.Generator, length: int, n_items: int, theme_of: np.ndar
 
 
 def _titles(theme_of: np.ndarray) -> list[str]:
-    return [f"{ADJECTIVES[theme % 10]} {NOUNS[(theme // 10 + i) % 10]} no. {i}" for i, theme in enumerate(theme_of)]
+    titles = []
+    for i, theme in enumerate(theme_of):
+        titles.append(f"{ADJECTIVES[theme % 10]} {NOUNS[(theme // 10 + i) % 10]} no. {i}")
+    return titles

@@ -1,7 +1,9 @@
-"""The CSV contract: `reviewerID`, `asin` = JSON list of item ids in time order, optional `title`; .csv, .gz or .xz.
+"""The CSV contract: `reviewerID`, `asin` = JSON list of item ids in time order, optional `title`;
+.csv, .gz or .xz.
 
-One place says what a valid file is. Everything after it works on catalogue indices 0 .. N-1, the rank of an item id
-among the ids that occur in the file: ids may start at 0 or at 1 and have gaps without changing any number.
+This is the one place that says what a valid file is. Everything after it works on catalogue indices
+0 .. N-1: the rank of an item id among the ids that occur in the file. Ids may start at 0 or at 1
+and have gaps without changing any number.
 """
 
 import codecs
@@ -12,7 +14,6 @@ import hashlib
 import io
 import json
 import lzma
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,11 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli import UsageError
+from utils.errors import UsageError
+from utils.files import replacing
 
-ALIASES = {"cloths": "cloth", "movies": "movie"}  # spellings of the released scripts
-SUFFIXES = (".csv", ".csv.gz", ".csv.xz")
-FOLDERS = ("data", "dataset/sequential")
 MINIMUM_LENGTH = 4  # leave-one-out with a training target: at least one item before it
 LARGEST_ID = 2**31 - 2
 
@@ -33,9 +32,13 @@ LARGEST_ID = 2**31 - 2
 class Interactions:
     """All users with at least MINIMUM_LENGTH items, packed.
 
-    users: reviewerID, [U]; rows: data row in the file (from 0), int64 [U]; items: catalogue indices, int32, user after
-    user; offsets: int64 [U + 1] into `items`; item_ids: the ids in the file, ascending, int64 [N]; dropped: number of
-    users that were too short; sha256: of the uncompressed file.
+    users: reviewerID, [U].
+    rows: data row in the file (from 0), int64 [U].
+    items: catalogue indices, int32, user after user.
+    offsets: int64 [U + 1] into `items`.
+    item_ids: the ids in the file, ascending, int64 [N].
+    dropped: number of users that were too short.
+    sha256: of the uncompressed file.
     """
 
     users: list[str]
@@ -55,37 +58,6 @@ class Interactions:
         return len(self.users)
 
 
-def canonical_domain(domain_type: str) -> str:
-    """The domain's name, and so its folder under output/; refuses what is not one path component."""
-    domain = ALIASES.get(domain_type, domain_type)
-    if not domain or "/" in domain or domain.startswith("."):
-        raise UsageError(f"--domain_type={domain_type}: must be a plain name such as beauty")
-    return domain
-
-
-def find_csv(domain: str, data_path: str | None = None) -> Path:
-    """The domain's CSV: `data_path` if given, else data/<domain>.csv[.gz|.xz], else dataset/sequential/.
-
-    Raises:
-        UsageError: no such file, naming where it was looked for and which domains are there.
-    """
-    if data_path is not None:
-        path = Path(data_path)
-        if not path.exists():
-            raise UsageError(f"data file not found: {path} (from --data_path)")
-        return path
-    names = [domain, *(alias for alias, canonical in ALIASES.items() if canonical == domain)]
-    looked = [Path(folder) / f"{name}{suffix}" for name in names for folder in FOLDERS for suffix in SUFFIXES]
-    for path in looked:
-        if path.exists():
-            return path
-    there = sorted({path.name.split(".")[0] for folder in FOLDERS for path in Path(folder).glob("*.csv*") if ".items." not in path.name})
-    raise UsageError(
-        f"data file not found: {looked[0]} (from --domain_type {domain}); looked in {', '.join(FOLDERS)};"
-        f" available: {', '.join(there) or 'none'}; --data_path names a file elsewhere"
-    )
-
-
 def read_csv(path: str | Path) -> Interactions:
     """Read and check a sequence CSV.
 
@@ -98,7 +70,10 @@ def read_csv(path: str | Path) -> Interactions:
     digest = hashlib.sha256()
     for row, user, ids in _rows(path, digest):
         if user in names:
-            raise UsageError(f"{path}: reviewerID {user!r} stands in rows {names[user]} and {row}; one row a user")
+            raise UsageError(
+                f"{path}: reviewerID {user!r} stands in rows {names[user]} and {row};"
+                " expected one row per user"
+            )
         names[user] = row
         rows.append(row - 2)
         flat.extend(ids)
@@ -111,7 +86,10 @@ def read_csv(path: str | Path) -> Interactions:
     length = np.array(lengths, dtype=np.int64)
     long_enough = length >= MINIMUM_LENGTH
     if not long_enough.any():
-        raise UsageError(f"{path}: no user has {MINIMUM_LENGTH} items or more; leave-one-out needs train, valid and test items")
+        raise UsageError(
+            f"{path}: no user has {MINIMUM_LENGTH} items or more;"
+            " leave-one-out needs train, valid and test items"
+        )
     return Interactions(
         users=[user for user, kept in zip(names, long_enough) if kept],
         rows=np.array(rows, dtype=np.int64)[long_enough],
@@ -152,10 +130,14 @@ def _rows(path: Path, digest) -> Iterator[tuple[int, str, list[int]]]:
     csv.field_size_limit(2**31 - 1)
     try:
         with open_bytes(path) as raw:
-            text = io.TextIOWrapper(io.BufferedReader(_Digesting(raw, digest), 2**20), encoding="utf-8-sig", newline="")
+            buffered = io.BufferedReader(_Digesting(raw, digest), 2**20)
+            text = io.TextIOWrapper(buffered, encoding="utf-8-sig", newline="")
             yield from _parse(path, text)
     except UnicodeDecodeError:
-        raise UsageError(f"{path}: not UTF-8 at byte {_first_bad_byte(path)}; expected a UTF-8 CSV with reviewerID,asin") from None
+        raise UsageError(
+            f"{path}: not UTF-8 at byte {_first_bad_byte(path)};"
+            " expected a UTF-8 CSV with reviewerID,asin"
+        ) from None
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise UsageError(f"{path}: damaged {path.suffix} file ({error})") from None
     except csv.Error as error:
@@ -188,7 +170,9 @@ def _parse(path: Path, text: io.TextIOBase) -> Iterator[tuple[int, str, list[int
         if not fields:
             continue
         if len(fields) != len(header):
-            raise UsageError(f"{path}: row {row} has {len(fields)} fields, expected {len(header)}; quote the list")
+            raise UsageError(
+                f"{path}: row {row} has {len(fields)} fields, expected {len(header)}; quote the list"
+            )
         yield row, fields[user_column], _item_ids(path, row, fields[item_column])
 
 
@@ -201,8 +185,10 @@ def _columns(path: Path, header: list[str]) -> tuple[int, int]:
         if len(names) == 1 and separator in names[0]:
             raise UsageError(f"{path} looks {separator!r}-separated; expected commas")
     near = {name: difflib.get_close_matches(name, names, n=1, cutoff=0.4) for name in missing}
-    hint = "".join(f"; is {match[0]!r} meant as {name}?" for name, match in near.items() if match)
-    raise UsageError(f"{path}: missing column {', '.join(missing)}; found {', '.join(names)[:200]}{hint}")
+    hints = [f"; is {match[0]!r} meant as {name}?" for name, match in near.items() if match]
+    raise UsageError(
+        f"{path}: missing column {', '.join(missing)}; found {', '.join(names)[:200]}{''.join(hints)}"
+    )
 
 
 def _item_ids(path: Path, row: int, cell: str) -> list[int]:
@@ -211,28 +197,38 @@ def _item_ids(path: Path, row: int, cell: str) -> list[int]:
     try:
         ids = json.loads(cell)
     except (ValueError, RecursionError):
-        raise UsageError(f"{path}: row {row}: asin is not a valid JSON list ({cell[:40]!r}); use JSON such as [1, 2, 3]") from None
+        raise UsageError(
+            f"{path}: row {row}: asin is not a valid JSON list ({cell[:40]!r});"
+            " use JSON such as [1, 2, 3]"
+        ) from None
     if not isinstance(ids, list):
-        raise UsageError(f"{path}: row {row}: asin is {cell[:40]!r}, expected a list of whole numbers")
+        raise UsageError(
+            f"{path}: row {row}: asin is {cell[:40]!r}, expected a list of whole numbers"
+        )
     for position, item in enumerate(ids):
         if type(item) is not int:
             raise UsageError(
-                f"{path}: row {row}: element {position} of asin is {str(item)[:40]!r} ({type(item).__name__}), expected a whole number"
+                f"{path}: row {row}: element {position} of asin is {str(item)[:40]!r}"
+                f" ({type(item).__name__}), expected a whole number"
             )
         if not 0 <= item <= LARGEST_ID:
             bound = f"{item} < 0" if item < 0 else f"{str(item)[:20]} > {LARGEST_ID}"
-            raise UsageError(f"{path}: row {row}: item id {bound}; ids run from 0 to the number of items")
+            raise UsageError(
+                f"{path}: row {row}: item id {bound}; ids run from 0 to the number of items"
+            )
     return ids
 
 
-def write_csv(path: str | Path, users: list[str], sequences: list[list[int]], titles: list[list[str]]) -> None:
-    """Write a sequence CSV (JSON lists, \\n line ends) atomically; the same input gives the same bytes."""
+def write_csv(
+    path: str | Path, users: list[str], sequences: list[list[int]], titles: list[list[str]]
+) -> None:
+    """Write a sequence CSV (JSON lists, \\n line ends) atomically; the same input gives the same
+    bytes.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["reviewerID", "asin", "title"])
         for user, items, names in zip(users, sequences, titles, strict=True):
             writer.writerow([user, json.dumps(items), json.dumps(names, ensure_ascii=False)])
-    partial.replace(path)

@@ -1,11 +1,13 @@
 """Raw Amazon reviews and metadata -> data/<domain>.csv and data/<domain>.items.csv.
 
-    python -m datasets.process --reviews Sports_and_Outdoors_5.json.gz --meta meta_Sports_and_Outdoors.json.gz --domain_type sport
+    python -m datasets.process --reviews Sports_and_Outdoors_5.json.gz \
+        --meta meta_Sports_and_Outdoors.json.gz --domain_type sport
     python -m datasets.process --reviews R.json.gz --meta M.json.gz --domain_type gift --min_item 5
-    python -m datasets.process --reviews R.json.gz --domain_type sport --order file      # sequence order as released
+    python -m datasets.process --reviews R.json.gz --domain_type sport --order file    # sequence order as released
 
-The filters are the released notebook's, in its order: rating, rows a user, rows an item, length, repeats, length again.
-Reviews are read as a stream; what stays in memory is about 16 bytes a review and the names of users and items.
+The filters are the released notebook's, in its order: rating, rows per user, rows per item, length,
+repeats, length again. Reviews are read as a stream. About 16 bytes per review and the names of
+users and items stay in memory.
 """
 
 import ast
@@ -19,25 +21,32 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import orjson
 from tqdm import tqdm
 
-from datasets.interactions import canonical_domain, write_csv
+from datasets.domain import canonical_domain
+from datasets.interactions import write_csv
 from utils import cli
-from utils.cli import UsageError
+from utils.errors import UsageError
+from utils.files import replacing
+from utils.flags import NonNegativeFloat, PositiveInt, flag
 
 NUMBERS = {"overall", "unixReviewTime"}  # the fields that are numbers; all others are text
 BROKEN_SHARE = 0.01  # more broken lines than this are an error
-SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")  # page code that some v2 metadata files carry as a title
-TAG = re.compile(r"</?[A-Za-z][^<>]*>|<span\b[^<>]*$")  # whole tags, and one that was cut off at the end
+SCRIPT = re.compile(
+    r"\bvar aPageStart\b|getTime\(\)"
+)  # page code that stands as a title in some v2 files
+TAG = re.compile(r"</?[A-Za-z][^<>]*>|<span\b[^<>]*$")  # whole tags, and one that was cut off
 Order = Literal["time", "file"]
 
 
 class Reviews(NamedTuple):
-    """Reviews as codes: user, item int32 [n] into `users` and `items`; time int64 [n], seconds; file order."""
+    """Reviews as codes: user, item int32 [n] into `users` and `items`; time int64 [n], seconds;
+    file order.
+    """
 
     users: list[str]
     items: list[str]
@@ -80,32 +89,34 @@ def read_reviews(path: str | Path, min_rating: float) -> tuple[Reviews, int]:
         user.append(codes[0].setdefault(row["reviewerID"], len(codes[0])))
         item.append(codes[1].setdefault(row["asin"], len(codes[1])))
         time.append(int(row["unixReviewTime"]))
-    columns = (
-        np.frombuffer(column, dtype) if column else np.empty(0, dtype)
-        for column, dtype in ((user, np.int32), (item, np.int32), (time, np.int64))
-    )
+    columns = [_array(user, np.int32), _array(item, np.int32), _array(time, np.int64)]
     return Reviews(list(codes[0]), list(codes[1]), *columns), low
 
 
-def filter_reviews(reviews: Reviews, min_user: int, min_item: int, min_length: int, order: Order, report: Report) -> Reviews:
-    """The released filters in their order; the result is sorted by user, then by time (ties and `file`: file order)."""
-    index = np.arange(len(reviews.user))
-    exact = np.lexsort((index, reviews.time, reviews.item, reviews.user))
-    same = np.zeros(len(index), dtype=bool)
-    earlier, later = exact[:-1], exact[1:]
-    same[later] = np.all([column[earlier] == column[later] for column in (reviews.user, reviews.item, reviews.time)], axis=0)
-    reviews = reviews.keep(~same)
+def _array(column: array, dtype: type) -> np.ndarray:
+    return np.frombuffer(column, dtype) if column else np.empty(0, dtype)
+
+
+def filter_reviews(
+    reviews: Reviews, min_user: int, min_item: int, min_length: int, order: Order, report: Report
+) -> Reviews:
+    """The released filters in their order.
+
+    The result is sorted by user, then by time (ties and `file`: file order).
+    """
+    reviews = reviews.keep(~_duplicates(reviews))
     report("duplicate reviews dropped", reviews)
     reviews = reviews.keep(_often(reviews.user, min_user))
     report(f"users with >= {min_user} reviews", reviews)
     reviews = reviews.keep(_often(reviews.item, min_item))
     report(f"items with >= {min_item} reviews", reviews)
     index = np.arange(len(reviews.user))
-    by_user = np.lexsort((index, reviews.user) if order == "file" else (index, reviews.time, reviews.user))
-    reviews = reviews.keep(by_user)
+    keys = (index, reviews.user) if order == "file" else (index, reviews.time, reviews.user)
+    reviews = reviews.keep(np.lexsort(keys))
     reviews = reviews.keep(_often(reviews.user, min_length))
     report(f"sequences of >= {min_length}", reviews)
-    _, first = np.unique(reviews.user.astype(np.int64) * max(1, len(reviews.items)) + reviews.item, return_index=True)
+    pairs = reviews.user.astype(np.int64) * max(1, len(reviews.items)) + reviews.item
+    _, first = np.unique(pairs, return_index=True)
     reviews = reviews.keep(np.sort(first))
     report("repeats inside a user dropped", reviews)
     reviews = reviews.keep(_often(reviews.user, min_length))
@@ -113,8 +124,20 @@ def filter_reviews(reviews: Reviews, min_user: int, min_item: int, min_length: i
     return reviews
 
 
+def _duplicates(reviews: Reviews) -> np.ndarray:
+    """Mask of the reviews whose user, item and time an earlier one has."""
+    columns = reviews.user, reviews.item, reviews.time
+    index = np.arange(len(reviews.user))
+    order = np.lexsort((index, reviews.time, reviews.item, reviews.user))
+    earlier, later = order[:-1], order[1:]
+    same = np.zeros(len(index), dtype=bool)
+    same[later] = np.all([column[earlier] == column[later] for column in columns], axis=0)
+    return same
+
+
 def read_titles(path: str | Path, wanted: set[str]) -> tuple[dict[str, str], int]:
-    """Clean titles of the wanted items; of several records of one item the first with a title counts.
+    """Clean titles of the wanted items; of several records of one item the first with a title
+    counts.
 
     Returns:
         asin -> title, and how many repeated records there were.
@@ -129,15 +152,22 @@ def read_titles(path: str | Path, wanted: set[str]) -> tuple[dict[str, str], int
 
 
 def clean_title(title: object) -> str:
-    """Entities resolved, HTML tags and page code removed, white space collapsed; "" where nothing is left."""
+    """Entities resolved, HTML tags and page code removed, white space collapsed; "" where nothing
+    is left.
+    """
     if not isinstance(title, str) or SCRIPT.search(title):
         return ""
     text = html.unescape(TAG.sub(" ", html.unescape(title)))
-    return " ".join(text.encode("utf-8", "replace").decode().split())  # lone surrogates cannot be written
+    return " ".join(
+        text.encode("utf-8", "replace").decode().split()
+    )  # lone surrogates cannot be written
 
 
 def write_domain(reviews: Reviews, titles: dict[str, str], path: str | Path) -> None:
-    """Write <domain>.csv and, beside it, <domain>.items.csv (item_id, asin, title); items are numbered by ASIN from 0."""
+    """Write <domain>.csv and, beside it, <domain>.items.csv (item_id, asin, title).
+
+    Items are numbered by ASIN from 0.
+    """
     path = Path(path)
     kept = np.unique(reviews.item)
     asins = sorted(reviews.items[code] for code in kept)
@@ -150,12 +180,10 @@ def write_domain(reviews: Reviews, titles: dict[str, str], path: str | Path) -> 
     users = [reviews.users[reviews.user[a]] for a in bounds[:-1]]
     write_csv(path, users, sequences, [[names[item] for item in items] for items in sequences])
     listing = path.with_name(path.name.removesuffix(".csv") + ".items.csv")
-    partial = listing.with_name(f".tmp-{listing.name}")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
+    with replacing(listing) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["item_id", "asin", "title"])
         writer.writerows((i, asin, name) for i, (asin, name) in enumerate(zip(asins, names)))
-    partial.replace(listing)
 
 
 def _often(codes: np.ndarray, least: int) -> np.ndarray:
@@ -164,16 +192,18 @@ def _often(codes: np.ndarray, least: int) -> np.ndarray:
 
 
 def _records(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
-    """The JSON objects of a file, a line each, with a progress bar over its bytes; broken lines are counted and told."""
+    """The JSON objects of a file, one per line, with a progress bar over its bytes.
+
+    Broken lines are counted and reported.
+    """
     if not path.is_file():
         raise UsageError(f"file not found: {path}")
     broken, first, line = 0, 0, 0
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, lambda raw, mode: raw)
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, _plain)
+    size = path.stat().st_size
+    options = {"unit": "B", "unit_scale": True, "desc": path.name, "mininterval": 1.0}
     try:
-        with (
-            open(path, "rb") as raw,
-            tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, mininterval=1.0) as bar,
-        ):
+        with open(path, "rb") as raw, tqdm(total=size, **options) as bar:
             for line, text in enumerate(opener(raw, "rb"), start=1):
                 row = _parse(text, fields)
                 if row is None:
@@ -189,10 +219,15 @@ def _records(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
         raise UsageError(f"{path}: is empty")
     if broken > BROKEN_SHARE * line:
         raise UsageError(
-            f"{path}: {broken:,} of {line:,} lines are broken or lack {', '.join(fields)}, the first is line {first}; is it the right file?"
+            f"{path}: {broken:,} of {line:,} lines are broken or lack {', '.join(fields)},"
+            f" the first is line {first}; is it the right file?"
         )
     if broken:
-        print(f"{path}: skipped {broken:,} broken lines of {line:,}, the first is line {first}", flush=True)
+        print(f"{path}: skipped {broken:,} broken lines of {line:,}, the first is line {first}")
+
+
+def _plain(raw: BinaryIO, mode: str) -> BinaryIO:
+    return raw
 
 
 def _parse(text: bytes, fields: tuple[str, ...]) -> dict | None:
@@ -214,7 +249,9 @@ def _parse(text: bytes, fields: tuple[str, ...]) -> dict | None:
 
 
 def _parse_leniently(text: bytes) -> object:
-    """What orjson, which is strict, does not take: NaN, lone surrogates, huge numbers, Python literals; else None."""
+    """What orjson, which is strict, refuses: NaN, lone surrogates, huge numbers, Python literals;
+    else None.
+    """
     try:
         return json.loads(text)
     except RecursionError:
@@ -231,30 +268,18 @@ def _parse_leniently(text: bytes) -> object:
 @cli.command
 def main(
     *,
-    reviews: str,
-    meta: str | None = None,
-    domain_type: str,
-    min_rating: cli.NonNegativeFloat = 3,
-    min_user: cli.PositiveInt = 5,
-    min_item: cli.PositiveInt = 20,
-    min_length: cli.PositiveInt = 5,
-    order: Literal["time", "file"] = "time",
-    output_dir: str = "data",
-    overwrite: bool = False,
+    reviews: str = flag(help="the review file, a JSON object per line"),
+    meta: str | None = flag(None, "the metadata file, for titles; without it titles are empty"),
+    domain_type: str = flag(help="name of the domain, and so of the files written"),
+    min_rating: NonNegativeFloat = flag(3, "lowest rating kept"),
+    min_user: PositiveInt = flag(5, "fewest reviews of a user"),
+    min_item: PositiveInt = flag(20, "fewest reviews of an item"),
+    min_length: PositiveInt = flag(5, "shortest sequence"),
+    order: Order = flag("time", "sequences by time, or in file order as released"),
+    output_dir: str = flag("data", "where the files go"),
+    overwrite: bool = flag(False, "replace the domain's files"),
 ) -> None:
-    """Turn raw Amazon reviews (v1 or v2, plain, .gz or .xz) into a domain's sequences.
-
-    Args:
-        reviews: the review file, a JSON object a line.
-        meta: the metadata file, for titles; without it titles are empty.
-        domain_type: name of the domain, so of the files written.
-        min_rating: lowest rating kept.
-        min_user, min_item: fewest reviews of a user, then of an item.
-        min_length: shortest sequence.
-        order: by time, or file order as released.
-        output_dir: where the files go.
-        overwrite: replace the domain's files.
-    """
+    """Turn raw Amazon reviews (v1 or v2, plain, .gz or .xz) into a domain's sequences."""
     path = Path(output_dir) / f"{canonical_domain(domain_type)}.csv"
     cli.check(
         (Path(reviews).is_file(), f"--reviews={reviews}: file not found"),
@@ -266,12 +291,17 @@ def main(
     print_counts(f"rating >= {min_rating:g}", raw)
     kept = filter_reviews(raw, min_user, min_item, min_length, order, print_counts)
     if not len(kept.user):
-        raise UsageError(f"{reviews}: nothing is left after the filters; lower --min_item or --min_user")
+        raise UsageError(
+            f"{reviews}: nothing is left after the filters; lower --min_item or --min_user"
+        )
     wanted = {kept.items[code] for code in np.unique(kept.item)}
     titles, repeats = read_titles(meta, wanted) if meta else ({}, 0)
     write_domain(kept, titles, path)
     named = sum(bool(title) for title in titles.values())
-    print(f"titles: {named:,} of {len(wanted):,} items have one; {repeats:,} repeated metadata records ignored")
+    print(
+        f"titles: {named:,} of {len(wanted):,} items have one;"
+        f" {repeats:,} repeated metadata records ignored"
+    )
     print(f"wrote {path} and {path.with_suffix('.items.csv')}")
 
 

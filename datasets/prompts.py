@@ -4,17 +4,21 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.cli import UsageError
+from utils.errors import UsageError
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
-TEXTS = ("prompt", "response")
 
 
 class Prompt(NamedTuple):
-    """What stands before and after the items: texts, or token ids."""
+    """What the LLM reads before and after the items: texts, or token ids."""
 
     prompt: str | list[int]
     response: str | list[int]
+
+    @classmethod
+    def of(cls, spec: dict) -> "Prompt":
+        """The token ids that a model was trained with (see models.llm4rec.specify)."""
+        return cls(spec["prompt_ids"], spec["response_ids"])
 
 
 def read_template(name: str) -> Prompt:
@@ -28,17 +32,27 @@ def read_template(name: str) -> Prompt:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         there = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.json")))
-        raise UsageError(f"--prompt_template_name={name}: no file {path}; available: {there}, or a path ending in .json") from None
+        raise UsageError(
+            f"--prompt_template_name={name}: no file {path}; available: {there},"
+            " or a path ending in .json"
+        ) from None
     except ValueError:
         raise UsageError(f"{path}: not JSON") from None
-    if not isinstance(content, dict) or any(not isinstance(content.get(text), str) or not content[text] for text in TEXTS):
-        found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
-        raise UsageError(f"{path}: expected the texts {' and '.join(TEXTS)}, found {found}")
-    return Prompt(content["prompt"], content["response"])
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"{path}: expected the texts prompt and response, found {type(content).__name__}"
+        )
+    texts = [content.get("prompt"), content.get("response")]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise UsageError(
+            f"{path}: expected the texts prompt and response, found {', '.join(content)}"
+        )
+    return Prompt(*texts)
 
 
 def tokenise(texts: Prompt, base: str) -> Prompt:
-    """Token ids of the two texts, each by itself and without special tokens, by the tokenizer of `base`.
+    """Token ids of the two texts, each by itself and without special tokens, by the tokenizer of
+    `base`.
 
     Args:
         base: a local folder or a Hugging Face id.
@@ -51,8 +65,13 @@ def tokenise(texts: Prompt, base: str) -> Prompt:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a plain Exception for a damaged file
         reason = str(error).strip().split("\n")[0][:160]
-        raise UsageError(f"--base_model={base}: no usable tokenizer; expected tokenizer.json beside the weights ({reason})") from None
+        raise UsageError(
+            f"--base_model={base}: no usable tokenizer;"
+            f" expected tokenizer.json beside the weights ({reason})"
+        ) from None
     ids = Prompt(*(tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts))
     if not ids.response or not ids.prompt:
-        raise UsageError(f"--base_model={base}: its tokenizer makes no tokens of the prompt template")
+        raise UsageError(
+            f"--base_model={base}: its tokenizer makes no tokens of the prompt template"
+        )
     return ids

@@ -1,6 +1,7 @@
 """Leave-one-out samples, batches without per-sample Python, and evaluation candidates.
 
-Legend: B batch, L item slots (max_seq_length), N items (also the padding index), K candidates, U users.
+Legend: B batch, L item slots (max_seq_length), N items (also the padding index), K candidates, U
+    users, n samples.
 """
 
 from collections.abc import Iterator
@@ -13,64 +14,83 @@ from torch import Tensor
 
 from datasets.candidates import draw
 from datasets.interactions import MINIMUM_LENGTH, Interactions
+from utils.flags import Evaluation
 
 TrainTargets = Literal["last", "all"]
-VALID, TEST = 2, 1  # how far the target stands from the end of the user's items; also the key of the split's candidates
+VALID, TEST = 2, 1  # the target's place from the end of the user's items; also a key of candidates
 
 
 @dataclass(frozen=True)
 class Samples:
     """Windows (items[end - length : end] -> items[end]) into one packed array of catalogue indices.
 
-    items: int32 [total]; end: int64 [n], the target's position; length: int64 [n], how many items before it belong to
-    the user (not yet cut to L); n_items: N, the padding index; max_seq_length: L.
+    data: the users' items.
+    end: int64 [n], the target's position.
+    length: int64 [n], how many items before it belong to the user (not yet cut to L).
+    max_seq_length: L.
+    every_position: each position of a window is a training target, not the last one alone.
     """
 
-    items: np.ndarray
+    data: Interactions
     end: np.ndarray
     length: np.ndarray
-    n_items: int
     max_seq_length: int
+    every_position: bool = False
 
     def __len__(self) -> int:
         return len(self.end)
 
-    def histories(self, rows: np.ndarray) -> Tensor:
+    def histories(self, indices: np.ndarray) -> Tensor:
         """The last L items before the target, padded with N on the left; int64 [B, L]."""
-        return self._window(self.end[rows], self.length[rows], self.max_seq_length)
+        return self.windows(self.end[indices], self.length[indices], self.max_seq_length)
 
-    def targets(self, rows: np.ndarray) -> Tensor:
+    def targets(self, indices: np.ndarray) -> Tensor:
         """Catalogue index of the next item; int64 [B]."""
-        return torch.from_numpy(self.items[self.end[rows]].astype(np.int64))
+        return torch.from_numpy(self.data.items[self.end[indices]].astype(np.int64))
 
-    def shifted_targets(self, rows: np.ndarray) -> Tensor:
+    def shifted_targets(self, indices: np.ndarray) -> Tensor:
         """The next item at every position of `histories`, N where that is padding; int64 [B, L]."""
-        return self._window(self.end[rows] + 1, self.length[rows], self.max_seq_length)
+        return self.windows(self.end[indices] + 1, self.length[indices], self.max_seq_length)
 
-    def counts(self, every_position: bool = True) -> np.ndarray:
-        """Number of training targets of each sample, every position or the last one alone; int64 [n]."""
-        return np.minimum(self.length, self.max_seq_length if every_position else 1)
+    def lengths(self) -> np.ndarray:
+        """Number of items in each history; int64 [n]."""
+        return np.minimum(self.length, self.max_seq_length)
+
+    def counts(self) -> np.ndarray:
+        """Number of training targets of each sample; int64 [n]."""
+        return self.lengths() if self.every_position else np.minimum(self.length, 1)
+
+    def users(self, indices: np.ndarray) -> list[str]:
+        """The reviewerID of each sample."""
+        owner = np.searchsorted(self.data.offsets, self.end[indices], side="right") - 1
+        return [self.data.users[user] for user in owner]
 
     def spread(self, n: int) -> Tensor:
         """The histories of `n` samples (or all) at even distances, to calibrate on; int64 [n, L]."""
         return self.histories(np.unique(np.linspace(0, len(self) - 1, n).astype(np.int64)))
 
-    def _window(self, end: np.ndarray, length: np.ndarray, width: int) -> Tensor:
-        back = np.arange(-width, 0)  # [L]
+    def windows(self, end: np.ndarray, length: np.ndarray, width: int) -> Tensor:
+        """items[end - width : end] of each row, padded with N beyond `length`; int64 [B, width]."""
+        items = self.data.items
+        back = np.arange(-width, 0)
         position = np.maximum(end[:, None] + back, 0)
         inside = -back <= length[:, None]
-        window = np.where(inside, self.items[np.minimum(position, len(self.items) - 1)], self.n_items)
+        window = np.where(inside, items[np.minimum(position, len(items) - 1)], self.data.n_items)
         return torch.from_numpy(window.astype(np.int64))
 
 
-def training_samples(data: Interactions, targets: TrainTargets, max_seq_length: int) -> Samples:
-    """items[:-3] -> items[-3] of every user (`last`), or every prefix of items[:-2] to its next item (`all`)."""
+def training_samples(
+    data: Interactions, targets: TrainTargets, max_seq_length: int, every_position: bool = False
+) -> Samples:
+    """items[:-3] -> items[-3] of every user (`last`), or every prefix of items[:-2] to its next
+    item (`all`).
+    """
     first, final = data.offsets[:-1], data.offsets[1:] - 3
     if targets == "last":
-        return Samples(data.items, final, final - first, data.n_items, max_seq_length)
+        return Samples(data, final, final - first, max_seq_length, every_position)
     per_user = final - first
     end = np.repeat(final + 1 - np.cumsum(per_user), per_user) + np.arange(per_user.sum())
-    return Samples(data.items, end, end - np.repeat(first, per_user), data.n_items, max_seq_length)
+    return Samples(data, end, end - np.repeat(first, per_user), max_seq_length)
 
 
 class EvaluationBatch(NamedTuple):
@@ -84,10 +104,11 @@ class EvaluationBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationSplit:
-    """items[:-2] -> items[-2] (valid) or items[:-1] -> items[-1] (test) of every user, with its candidates.
+    """items[:-2] -> items[-2] (valid) or items[:-1] -> items[-1] (test) of every user, with its
+    candidates.
 
-    Candidates are `n_candidates` uniform negatives that the user never met, a function of (seed, split, data row)
-    alone; where the catalogue has fewer, all of them.
+    Candidates are `n_candidates` uniform negatives that the user never met, a function of (seed,
+    split, data row) alone. Where the catalogue has fewer, all of them.
     """
 
     data: Interactions
@@ -99,18 +120,23 @@ class EvaluationSplit:
     @property
     def samples(self) -> Samples:
         end = self.data.offsets[1:] - self.split
-        return Samples(self.data.items, end, end - self.data.offsets[:-1], self.data.n_items, self.max_seq_length)
+        return Samples(self.data, end, end - self.data.offsets[:-1], self.max_seq_length)
 
     def fewest_candidates(self) -> int:
-        """The smallest number of candidates any user gets."""
-        return min(self.n_candidates, self.data.n_items - int(max(_distinct_per_user(self.data))))
+        """The smallest number of candidates that any user gets."""
+        most_met = int(max(_distinct_per_user(self.data)))
+        return min(self.n_candidates, self.data.n_items - most_met)
 
     def candidate_counts(self) -> dict[str, int]:
-        """How many candidates were asked for and the fewest a user gets, for results.json."""
+        """How many candidates were asked for and the fewest that a user gets, for results.json."""
         return {"asked": self.n_candidates, "fewest": self.fewest_candidates()}
 
     def batches(
-        self, batch_size: int, device: str | torch.device = "cpu", limit: int | None = None, share: tuple[int, int] = (0, 1)
+        self,
+        batch_size: int,
+        device: str | torch.device = "cpu",
+        limit: int | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[EvaluationBatch]:
         """All users in order, `batch_size` at a time; at most `limit` batches.
 
@@ -120,65 +146,76 @@ class EvaluationSplit:
         samples = self.samples
         every = np.arange(len(samples))[: None if limit is None else limit * batch_size]
         for i in range(share[0] * batch_size, len(every), share[1] * batch_size):
-            rows = every[i : i + batch_size]
-            target = samples.targets(rows)
-            seen = samples._window(samples.end[rows], samples.length[rows], int(samples.length[rows].max()))
+            users = every[i : i + batch_size]
+            target = samples.targets(users)
+            longest = int(samples.length[users].max())
+            met = samples.windows(samples.end[users], samples.length[users], longest)
             batch = (
-                samples.histories(rows),
+                samples.histories(users),
                 target,
-                torch.where(seen == self.data.n_items, target[:, None], seen),
-                torch.from_numpy(self.candidates(rows)),
+                torch.where(met == self.data.n_items, target[:, None], met),
+                torch.from_numpy(self.candidates(users)),
             )
             yield EvaluationBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
     def candidates(self, users: np.ndarray) -> np.ndarray:
         """Negatives of the given users (indices into data.users), int64 [B, K], filled up with -1."""
-        starts, stops = self.data.offsets[users], self.data.offsets[users + 1]
-        owner = np.repeat(np.arange(len(users)), stops - starts)
-        position = np.arange(len(owner)) + np.repeat(starts - np.concatenate([[0], np.cumsum(stops - starts)[:-1]]), stops - starts)
+        data = self.data
+        starts, lengths = data.offsets[users], data.offsets[users + 1] - data.offsets[users]
+        owner = np.repeat(np.arange(len(users)), lengths)
+        before = np.cumsum(lengths) - lengths
+        position = np.arange(len(owner)) + np.repeat(starts - before, lengths)
         return draw(
             (self.seed, self.split),
-            self.data.rows[users],
+            data.rows[users],
             owner,
-            self.data.items[position],
-            self.data.n_items,
-            min(self.n_candidates, self.data.n_items),  # more there are not
+            data.items[position],
+            data.n_items,
+            min(self.n_candidates, data.n_items),
         )
 
 
 def prepare(
-    data: Interactions, train_targets: TrainTargets, max_seq_length: int, candidate_seed: int, num_candidates: int
+    data: Interactions,
+    train_targets: TrainTargets,
+    max_seq_length: int,
+    evaluation: Evaluation,
+    every_position: bool = False,
 ) -> tuple[Samples, dict[str, EvaluationSplit]]:
-    """The training samples and the evaluation splits `valid` and `test`; prints what they are."""
-    samples = training_samples(data, train_targets, max_seq_length)
+    """The training samples and the evaluation splits `valid` and `test`. Prints their sizes."""
+    samples = training_samples(data, train_targets, max_seq_length, every_position)
+    protocol = max_seq_length, evaluation.candidate_seed, evaluation.num_candidates
     splits = {
-        name: EvaluationSplit(data, split, max_seq_length, candidate_seed, num_candidates)
-        for name, split in (("valid", VALID), ("test", TEST))
+        "valid": EvaluationSplit(data, VALID, *protocol),
+        "test": EvaluationSplit(data, TEST, *protocol),
     }
     print(describe(data, samples, splits), flush=True)
     return samples, splits
 
 
-def users_of(data: Interactions, samples: Samples, rows: np.ndarray) -> list[str]:
-    """The reviewerID of each sample."""
-    return [data.users[i] for i in np.searchsorted(data.offsets, samples.end[rows], side="right") - 1]
-
-
 def popularity(data: Interactions) -> Tensor:
-    """How often each item occurs among the items before every user's validation target; float32 [N]."""
-    owner_end = np.repeat(data.offsets[1:] - VALID, np.diff(data.offsets))
-    known = data.items[np.arange(len(data.items)) < owner_end]
+    """How often each item occurs among the items before every user's validation target; float32
+    [N].
+    """
+    known_until = np.repeat(data.offsets[1:] - VALID, np.diff(data.offsets))
+    known = data.items[np.arange(len(data.items)) < known_until]
     return torch.from_numpy(np.bincount(known, minlength=data.n_items).astype(np.float32))
 
 
 def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationSplit]) -> str:
-    """The domain in a line or two: sizes, what was dropped, candidates where they are fewer than asked for."""
-    lines = [f"{data.n_users:,} users, {data.n_items:,} items, {len(data.items):,} interactions; {len(samples):,} training samples"]
+    """The domain in a line or two: sizes, what was dropped, candidates where there are too few."""
+    lines = [
+        f"{data.n_users:,} users, {data.n_items:,} items, {len(data.items):,} interactions;"
+        f" {len(samples):,} training samples"
+    ]
     if data.dropped:
         lines.append(f"dropped {data.dropped:,} users with fewer than {MINIMUM_LENGTH} items")
     few = splits["test"].fewest_candidates()
     if few < splits["test"].n_candidates:
-        lines.append(f"the catalogue is small: some users have only {few} candidates besides the target, all of them are used")
+        lines.append(
+            f"the catalogue is small: some users have only {few} candidates besides the target,"
+            " all of them are used"
+        )
     return "\n".join(lines)
 
 

@@ -1,14 +1,15 @@
-"""The frozen teacher's outputs on every training sample, computed once and kept as memory-mapped files.
+"""The frozen teacher's outputs on every training sample, computed once and kept as memory-mapped
+files. LEAVE ALONE.
 
-An offline teacher is frozen and in evaluation mode, so what it says of a sample never changes: its states at the block
-ends, its user vector and, where it has them, its exits' vectors. They are written in the teacher's compute dtype, row =
-index of the training sample, into a folder named by a fingerprint of all they depend on, and reused over epochs, seeds
-and weights of the loss. A folder is complete or absent: written under a temporary name, meta.json last, then renamed.
+An offline teacher is frozen and in evaluation mode, so its output for a sample never changes: its
+states at the block ends, its user vector and, where it has them, its exits' vectors. They are
+written in the teacher's compute dtype, row = index of the training sample, into a folder named by a
+fingerprint of all they depend on. Epochs, seeds and weights of the loss reuse
+them. A folder is complete or absent: written under a temporary name, meta.json last, then renamed.
 
-Legend: n training samples, E blocks, H LLM width, D item dim.
+Legend: n training samples, E block ends, H LLM width, D item width.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,56 +24,91 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets.sequences import Samples
-from utils import distributed
-from utils.cli import UsageError
-from utils.runlog import file_sha256, read_json
+from utils import files, processes
+from utils.errors import UsageError
+from utils.files import file_sha256, read_json
 
 NAMES = ("user", "states", "exits")  # the fields of models.losses.Output
-STORED = {torch.float64: np.int64, torch.float32: np.int32, torch.bfloat16: np.int16, torch.float16: np.int16}  # numpy has no bfloat16
-FORMAT = 1  # goes up when what is stored, or how it is computed, changes its meaning
-WINDOW = 32  # batches sorted by length together while filling; rows are written not far from each other
+STORED = {  # numpy has no bfloat16: bits are stored
+    torch.float64: np.int64,
+    torch.float32: np.int32,
+    torch.bfloat16: np.int16,
+    torch.float16: np.int16,
+}
+FORMAT = 1  # raised when what is stored, or how it is computed, changes its meaning
+WINDOW = 32  # batches sorted by length together while filling; rows stay near each other
+ZEROS = 2**24  # bytes written at once to claim room
 
 
 class TeacherStates(NamedTuple):
-    """user [n, D], states [n, E, H], exits [n, E - 1 or 0, D], each a memory map of bits, and their dtypes."""
+    """user [n, D], states [n, E, H], exits [n, E - 1 or 0, D], each a memory map of bits, and their
+    dtypes.
+    """
 
     arrays: list[np.ndarray]
     dtypes: list[torch.dtype]
 
-    def rows(self, rows: np.ndarray, device: torch.device) -> list[Tensor]:
+    def rows(self, indices: np.ndarray, device: torch.device) -> list[Tensor]:
         """user, states and exits of the given samples, on the device."""
-        return [torch.from_numpy(array[rows]).view(dtype).to(device) for array, dtype in zip(self.arrays, self.dtypes)]
+        return [
+            torch.from_numpy(array[indices]).view(dtype).to(device)
+            for array, dtype in zip(self.arrays, self.dtypes)
+        ]
 
 
 def open_or_build(
-    root: Path, identity: dict[str, Any], teacher: Callable[[], Callable[[Tensor], Any]], samples: Samples, batch_size: int,
+    root: Path,
+    identity: dict[str, Any],
+    load_teacher: Callable[[], Callable[[Tensor], Any]],
+    samples: Samples,
+    batch_size: int,
     device: torch.device,
-) -> TeacherStates:  # fmt: skip
-    """The states below `root` that belong to `identity`; where there are none, or they are damaged, they are made.
+) -> TeacherStates:
+    """The states below `root` that belong to `identity`.
+
+    Where there are none, or they are damaged, they are computed.
 
     Args:
         identity: all that the states depend on, as JSON.
-        teacher: loads the teacher; called only if the states must be made. history [b, L] -> (user, states, exits).
+        load_teacher: called only if the states must be computed. Gives history [b, L] -> (user,
+            states, exits).
     Raises:
         UsageError: the disk lacks room, or `root` cannot be written.
     """
     identity = identity | {"format": FORMAT}
     folder = root / _digest(identity)[:16]
-    if distributed.is_first():  # the others wait
-        waiting = _alone(root)
-        _sweep(root)
-        problem = _problem(folder, identity, len(samples)) if folder.exists() else "absent"
-        if problem == "absent":
-            print(f"teacher states: none in {root} for this teacher and these samples; computing them once", flush=True)
-        elif problem:
-            print(f"teacher states: {folder} {problem}; computing them again", flush=True)
-        else:
-            print(f"teacher states: read from {folder}; the teacher is not loaded", flush=True)
-        if problem:
-            _build(folder, identity, teacher(), samples, batch_size, device)
-        os.close(waiting)
-    distributed.barrier()
+    if processes.is_first():  # the others wait
+        _lock(root)
+        try:
+            _ensure(folder, identity, load_teacher, samples, batch_size, device)
+        finally:
+            files.release_lock(root)
+    processes.barrier()
     return _mapped(folder)
+
+
+def _ensure(
+    folder: Path,
+    identity: dict[str, Any],
+    load_teacher: Callable[[], Callable[[Tensor], Any]],
+    samples: Samples,
+    batch_size: int,
+    device: torch.device,
+) -> None:
+    """Compute the states unless `folder` holds them."""
+    root = folder.parent
+    for partial in root.glob(".tmp-*"):  # nobody else fills while the lock is held
+        shutil.rmtree(partial, ignore_errors=True)
+    problem = _problem(folder, identity, len(samples)) if folder.exists() else "absent"
+    if not problem:
+        print(f"teacher states: read from {folder}; the teacher is not loaded", flush=True)
+        return
+    if problem == "absent":
+        where = f"none in {root} for this teacher and these samples; computing them once"
+    else:
+        where = f"{folder} {problem}; computing them again"
+    print(f"teacher states: {where}", flush=True)
+    _build(folder, identity, load_teacher(), samples, batch_size, device)
 
 
 def _problem(folder: Path, identity: dict[str, Any], n: int) -> str:
@@ -94,109 +130,137 @@ def _problem(folder: Path, identity: dict[str, Any], n: int) -> str:
     return ""
 
 
-def _alone(root: Path) -> int:
-    """Wait until no other run looks for its states, or fills them, below `root`; free again when the descriptor is closed.
+def _lock(root: Path) -> None:
+    """Take the lock on `root`, waiting for another run that looks for its states or computes them.
 
     Raises:
-        UsageError: the folder cannot be made.
+        UsageError: the folder cannot be made or written to.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(root, os.O_RDONLY)
+        if not files.take_lock(root):
+            print(f"teacher states: another run is at work in {root}, waiting", flush=True)
+            files.take_lock(root, timeout=-1)
     except OSError as error:
-        raise UsageError(f"--teacher_cache: {root} cannot be written ({error.strerror}); name a folder, or use off") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"teacher states: another run is at work in {root}, waiting", flush=True)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
+        raise _unwritable(root, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"--teacher_cache: {folder} cannot be written ({error.strerror}); name a folder, or use off"
+    )
 
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sweep(root: Path) -> None:
-    """Remove what processes that died while filling left behind."""
-    for partial in root.glob(".tmp-*"):
-        try:
-            os.kill(int(partial.name.rpartition("-")[2]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(partial, ignore_errors=True)
-        except (PermissionError, ValueError):
-            continue
-
-
 def _mapped(folder: Path) -> TeacherStates:
     about = read_json(folder / "meta.json", "teacher states")["arrays"]
     dtypes = [getattr(torch, about[name]["dtype"]) for name in NAMES]
-    arrays = [_bits(folder / f"{name}.bin", dtype, about[name]["shape"], "r") for name, dtype in zip(NAMES, dtypes)]
+    arrays = []
+    for name, dtype in zip(NAMES, dtypes):
+        arrays.append(_bits(folder / f"{name}.bin", dtype, about[name]["shape"], "r"))
     return TeacherStates(arrays, dtypes)
 
 
 def _bits(path: Path, dtype: torch.dtype, shape: list[int], mode: str) -> np.ndarray:
-    """A memory map of one array's bits; an array without elements has an empty file, which cannot be mapped."""
+    """A memory map of one array's bits.
+
+    An array without elements has an empty file, which cannot be mapped.
+    """
     if not np.prod(shape):
         path.touch()
         return np.empty(shape, STORED[dtype])
-    if mode == "w+":  # claim the room now: a disk that fills up under a memory map kills the process without a word
-        with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * dtype.itemsize)
-        mode = "r+"
     return np.memmap(path, STORED[dtype], mode, shape=tuple(shape))
 
 
-def _build(folder: Path, identity: dict[str, Any], encode: Callable, samples: Samples, batch_size: int, device: torch.device) -> None:
+def _claim(path: Path, size: int) -> None:
+    """Write zeros now: a disk that fills up under a memory map kills the process without a word."""
+    with open(path, "wb") as file:
+        for start in range(0, size, ZEROS):
+            file.write(bytes(min(ZEROS, size - start)))
+
+
+def _build(
+    folder: Path,
+    identity: dict[str, Any],
+    encode: Callable[[Tensor], Any],
+    samples: Samples,
+    batch_size: int,
+    device: torch.device,
+) -> None:
     """Run the teacher over all samples and put the result in place."""
-    batches = _batches(samples.counts(), batch_size)
+    batches = _batches(samples.lengths(), batch_size)
     first = values = encode(samples.histories(batches[0]).to(device))
     shapes = [[len(samples), *part.shape[1:]] for part in first]
-    _check_room(folder, sum(int(np.prod(shape)) * part.element_size() for shape, part in zip(shapes, first)), shapes[1])
+    sizes = [int(np.prod(shape)) * part.element_size() for shape, part in zip(shapes, first)]
+    _check_room(folder, sum(sizes), shapes[1])
     partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     partial.mkdir(parents=True, exist_ok=True)
     try:
-        arrays = [_bits(partial / f"{name}.bin", part.dtype, shape, "w+") for name, part, shape in zip(NAMES, first, shapes)]
-        for i, rows in enumerate(tqdm(batches, desc="teacher states", unit="batch", dynamic_ncols=True, mininterval=1.0)):
+        arrays = []
+        for name, part, shape, size in zip(NAMES, first, shapes, sizes):
+            _claim(partial / f"{name}.bin", size)
+            arrays.append(_bits(partial / f"{name}.bin", part.dtype, shape, "r+"))
+        options = {"unit": "batch", "dynamic_ncols": True, "mininterval": 1.0}
+        for i, indices in enumerate(tqdm(batches, desc="teacher states", **options)):
             if i:
-                values = encode(samples.histories(rows).to(device))
+                values = encode(samples.histories(indices).to(device))
             for array, part in zip(arrays, values):
-                array[rows] = part.cpu().contiguous().view(getattr(torch, array.dtype.name)).numpy()
-        about = {}
-        for name, array, part in zip(NAMES, arrays, first):
-            if isinstance(array, np.memmap):
-                array.flush()
-            digest = file_sha256(partial / f"{name}.bin")
-            about[name] = {"dtype": str(part.dtype).removeprefix("torch."), "shape": list(array.shape), "sha256": digest}
-        meta = {"identity": identity, "samples": len(samples), "arrays": about}
-        with open(partial / "meta.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps(meta | {"sha256": _digest(meta)}, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+                bits = part.cpu().contiguous().view(getattr(torch, array.dtype.name))
+                array[indices] = bits.numpy()
+        _write_meta(partial, identity, len(samples), arrays, [part.dtype for part in first])
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _write_meta(
+    folder: Path,
+    identity: dict[str, Any],
+    n: int,
+    arrays: list[np.ndarray],
+    dtypes: list[torch.dtype],
+) -> None:
+    about = {}
+    for name, array, dtype in zip(NAMES, arrays, dtypes):
+        if isinstance(array, np.memmap):
+            array.flush()
+        about[name] = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": list(array.shape),
+            "sha256": file_sha256(folder / f"{name}.bin"),
+        }
+    meta = {"identity": identity, "samples": n, "arrays": about}
+    files.write_json(folder / "meta.json", meta | {"sha256": _digest(meta)})
+
+
 def _batches(length: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """All samples, in batches of like length; stretches of WINDOW batches stay in file order."""
-    stretches = np.split(np.arange(len(length)), range(WINDOW * batch_size, len(length), WINDOW * batch_size))
-    ordered = np.concatenate([part[np.argsort(length[part], kind="stable")] for part in stretches])
-    return np.split(ordered, range(batch_size, len(ordered), batch_size))
+    """All samples, in batches of similar length. Stretches of WINDOW batches stay in file order."""
+    stretch = WINDOW * batch_size
+    stretches = np.split(np.arange(len(length)), range(stretch, len(length), stretch))
+    ordered = [part[np.argsort(length[part], kind="stable")] for part in stretches]
+    every = np.concatenate(ordered)
+    return np.split(every, range(batch_size, len(every), batch_size))
 
 
 def _check_room(folder: Path, needed: int, shape: list[int]) -> None:
-    """Say how large the files will be; refuse where the disk lacks room or the folder cannot be made."""
+    """Say how large the files will be.
+
+    Refuse where the disk lacks room or the folder cannot be made.
+    """
     size = f"{shape[0]:,} samples x {shape[1]} blocks x {shape[2]}, {needed / 2**30:.2f} GiB"
     print(f"teacher states: {size} to {folder}", flush=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
     except OSError as error:
-        raise UsageError(f"--teacher_cache: {folder.parent} cannot be written ({error.strerror}); name a folder, or use off") from None
+        raise _unwritable(folder.parent, error) from None
     if needed > free:
         raise UsageError(
-            f"--teacher_cache: {folder.parent} has {free / 2**30:.2f} GiB free, the teacher's states need {needed / 2**30:.2f} GiB;"
-            " name a folder on a larger disk, or use off (the teacher then runs in every step)"
+            f"--teacher_cache: {folder.parent} has {free / 2**30:.2f} GiB free, the teacher's states"
+            f" need {needed / 2**30:.2f} GiB; name a folder on a larger disk, or use off"
+            " (the teacher then runs in every step)"
         )

@@ -1,1 +1,4 @@
-"""SASRec, the pruned LLaMA recommender and their losses. Nothing here reads a flag, prints or names a device."""
+"""SASRec, the pruned LLaMA recommender and their losses.
+
+Nothing here prints, parses a command line or names a device.
+"""

@@ -1,19 +1,22 @@
 """A pruned LLaMA decoder that reads [prompt | items | response] and returns last-token states, without the waste.
 
 The result equals the plain Hugging Face forward over [prompt | left-padded items | response] (benchmarks/plain.py,
-tests/test_parity.py) because only work whose result is not used, or is the same for every user, is left out:
+tests/test_parity.py). Only work whose result is not used, or is the same for every user, is left out:
 
-* the prompt is the same for all and attention is causal, so its keys and values are computed once a step (with
-  gradient) or, in inference, once for good;
-* padded item slots are not computed: the linear layers see only real tokens, packed one after another, and positions
-  stay those of the padded layout;
-* in the last layer only the last token needs a query, an output projection and an MLP.
+* The prompt is the same for all users and attention is causal. Its keys and values are computed
+  once per step (with gradient) or, in inference, once for good.
+* Padded item slots are not computed: the linear layers see only real tokens, packed one after
+  another. Positions stay those of the padded layout.
+* In the last layer only the last token needs a query, an output projection and an MLP.
 
-With LoRA dropout > 0 the prompt's dropout mask is therefore shared by the batch; the expectation is unchanged.
+With LoRA dropout > 0 the prompt's dropout mask is therefore shared by the batch; the expectation is
+unchanged.
 
-Legend: B batch, L item slots, R response tokens, P prompt tokens, S packed suffix tokens (items and response of all
-users), T all tokens computed (P + S, or S where the prompt is known), W widest suffix of a group, H width, h heads, d head
-width, E blocks; b, s: B and S of one group.
+EDIT `queries_keys_values` for a backbone that makes them differently. LEAVE the rest ALONE.
+
+Legend: B batch, L item slots, R response tokens, P prompt tokens, S packed suffix tokens (items and
+response of all users), T all tokens computed (P + S, or S where the prompt is known), W widest
+suffix of a group, H width, h heads, d head width, E block ends; b, s: B and S of one group.
 """
 
 from collections.abc import Callable
@@ -23,20 +26,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaModel,
+    apply_rotary_pos_emb,
+)
 
-from models.losses import wide
+from models.catalogue import wide
 
-GROUPS, SMALLEST_GROUP = 4, 32  # attention in about four groups of users; measured best on CPU among 1, 4, 8, 16
-KeyValue = tuple[Tensor, Tensor]  # keys (rotated) and values of the prompt in one layer, each [P, h_kv, d]
+GROUPS = 4  # groups of users whose attention is computed together; the best of 1, 4, 8, 16 on CPU
+SMALLEST_GROUP = 32
+KeyValue = tuple[Tensor, Tensor]  # keys (rotated) and values of the prompt, each [P, h_kv, d]
+Rotation = tuple[Tensor, Tensor]  # rotary cosines and sines of the packed tokens, each [T, d]
 
 
 class Group(NamedTuple):
     """Neighbouring users whose attention to their own tokens is computed together on a padded grid.
 
-    n_users, n_tokens: b and s; grid [b * W]: index into their packed tokens, left-aligned, arbitrary where there is no
-    token; packed [s]: index of each of their tokens in the flattened grid; later [W, W] and absent [b, 1, 1, W]: what a
-    grid position, and a user's last token, must not look at.
+    n_users, n_tokens: b and s.
+    grid: [b * W], index into their packed tokens, left-aligned; arbitrary where there is no token.
+    packed: [s], index of each of their tokens in the flattened grid.
+    later: [W, W], the positions that a grid position must not attend to.
+    absent: [b, 1, 1, W], the positions that a user's last token must not attend to.
     """
 
     n_users: int
@@ -50,9 +61,10 @@ class Group(NamedTuple):
 class Layout(NamedTuple):
     """Where the packed suffix tokens stand; made once per batch.
 
-    source [S]: index into [item vectors | response vectors]; position [S]: in the padded layout, counted from the
-    prompt's start; last [B]: packed index of each user's last token; groups: users in order, a few at a time, so that
-    a batch sorted by length pads little.
+    source: [S], index into [item vectors | response vectors].
+    position: [S], position in the padded layout, counted from the prompt's start.
+    last: [B], packed index of each user's last token.
+    groups: users in order, a few at a time, so that a batch sorted by length pads little.
     """
 
     source: Tensor
@@ -74,18 +86,24 @@ class Layout(NamedTuple):
         items = (real.flatten().cumsum(0) - 1).view_as(real)
         response = (n_items + torch.arange(n_response, device=device)).expand(batch, -1)
         source = torch.cat([items, response], dim=1)[token]
-        position = n_prompt + torch.arange(slots + n_response, device=device).expand(batch, -1)[token]
+        slot = torch.arange(slots + n_response, device=device).expand(batch, -1)
+        position = n_prompt + slot[token]
         groups = []
         for part in width.split(max(SMALLEST_GROUP, -(-batch // GROUPS))):
-            n_users, mine = len(part), widths[: len(part)]
+            groups.append(_group(part, widths[: len(part)]))
             widths = widths[len(part) :]
-            column = torch.arange(max(mine), device=device)
-            first = part.cumsum(0) - part
-            grid = (first[:, None] + column).clamp(max=sum(mine) - 1).flatten()
-            inside = column < part[:, None]  # [b, W]
-            later = inside.new_ones(len(column), len(column)).triu(1)
-            groups.append(Group(n_users, sum(mine), grid, inside.flatten().nonzero().squeeze(1), later, ~inside[:, None, None]))
         return cls(source, position, last, groups)
+
+
+def _group(width: Tensor, widths: list[int]) -> Group:
+    """The group of users with these numbers of tokens, on the device and as Python numbers."""
+    column = torch.arange(max(widths), device=width.device)
+    first = width.cumsum(0) - width
+    grid = (first[:, None] + column).clamp(max=sum(widths) - 1).flatten()
+    inside = column < width[:, None]  # [b, W]
+    packed = inside.flatten().nonzero().squeeze(1)
+    later = inside.new_ones(len(column), len(column)).triu(1)
+    return Group(len(widths), sum(widths), grid, packed, later, ~inside[:, None, None])
 
 
 class Decoder(nn.Module):
@@ -93,9 +111,11 @@ class Decoder(nn.Module):
 
     Args:
         llama: embeddings, kept layers and final norm.
-        prompt_ids, response_ids: what stands before and after the items, at least one token each.
-        n_blocks: E, must divide the number of layers; states are returned at the end of every block.
-        gradient_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+        prompt_ids, response_ids: the tokens before and after the items, at least one each.
+        block_ends: numbers of layers, ascending, the last one all layers; states are returned after
+            so many layers.
+        gradient_checkpointing: recompute each layer in the backward pass instead of keeping its
+            activations.
     """
 
     def __init__(
@@ -103,20 +123,22 @@ class Decoder(nn.Module):
         llama: LlamaModel,
         prompt_ids: list[int],
         response_ids: list[int],
-        n_blocks: int,
+        block_ends: list[int],
         gradient_checkpointing: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.llama = llama
-        self.n_layers, self.n_blocks = len(llama.layers), n_blocks
-        if self.n_layers % n_blocks:
-            raise ValueError(f"{n_blocks} blocks do not divide {self.n_layers} layers")
+        self.n_layers = len(llama.layers)
+        if block_ends != sorted(set(block_ends)) or block_ends[-1] != self.n_layers:
+            raise ValueError(f"block ends {block_ends} do not fit {self.n_layers} layers")
+        self.block_ends = block_ends
         self.gradient_checkpointing = gradient_checkpointing
         self.register_buffer("prompt_ids", torch.tensor(prompt_ids), persistent=False)
         self.register_buffer("response_ids", torch.tensor(response_ids), persistent=False)
 
     def forward(self, items: Tensor, real: Tensor, prompt: list[KeyValue] | None = None) -> Tensor:
-        """Last-token states at the E block ends, [B, E, H]: inner ones raw, the last one after the final norm.
+        """Last-token states at the block ends, [B, E, H]: inner ones raw, the last one after the
+        final norm.
 
         Args:
             items: vectors of the real items, user after user, [sum of lengths, H].
@@ -129,18 +151,20 @@ class Decoder(nn.Module):
         x = torch.cat([items, response.to(items.dtype)]).index_select(0, layout.source)  # [S, H]
         position = layout.position
         if prompt is None:  # the prompt's tokens go first in the same packed product
-            x = torch.cat([self.llama.embed_tokens(self.prompt_ids).to(x.dtype), x])
+            x = torch.cat([self.llama.embed_tokens(self.prompt_ids).to(x.dtype), x])  # [T, H]
             position = torch.cat([torch.arange(n_prompt, device=x.device), position])
         rotation = self._rotation(x, n_prompt + real.shape[1] + n_response, position)
+        last = layout.last + len(x) - len(layout.source)
         states = []
         for i, layer in enumerate(self.llama.layers):
             known = None if prompt is None else prompt[i]
             if i + 1 == self.n_layers:
-                states.append(self.llama.norm(self._run(_last_layer, layer, x, rotation, layout, known)))
-            else:
-                x = self._run(_inner_layer, layer, x, rotation, layout, known)
-                if (i + 1) % (self.n_layers // self.n_blocks) == 0:
-                    states.append(x.index_select(0, layout.last + (0 if known is not None else n_prompt)))
+                x = self._run(_last_layer, layer, x, rotation, layout, known)
+                states.append(self.llama.norm(x))
+                continue
+            x = self._run(_inner_layer, layer, x, rotation, layout, known)
+            if i + 1 in self.block_ends:
+                states.append(x.index_select(0, last))
         return torch.stack(states, dim=1)
 
     @torch.no_grad()
@@ -150,14 +174,14 @@ class Decoder(nn.Module):
         rotation = self._rotation(x, len(x), torch.arange(len(x), device=x.device))
         states = []
         for i, layer in enumerate(self.llama.layers):
-            query, key, value = _project(layer, layer.input_layernorm(x), rotation)
+            query, key, value = queries_keys_values(layer, x, rotation)
             states.append((key, value))
             if i + 1 < self.n_layers:
                 x = _feed(layer, x, _attend_prompt(layer, query, key, value))
         return states
 
-    def _rotation(self, x: Tensor, length: int, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary cosines and sines of the packed tokens, each [T, d]; computed for the padded length, as the plain form."""
+    def _rotation(self, x: Tensor, length: int, position: Tensor) -> Rotation:
+        """Of the packed tokens; computed for the padded length, as in the plain form."""
         every = torch.arange(length, device=x.device)[None]
         cos, sin = self.llama.rotary_emb(x, position_ids=every)
         return cos[0, position], sin[0, position]
@@ -168,100 +192,139 @@ class Decoder(nn.Module):
         return step(layer, *inputs)
 
 
-def _inner_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, known: KeyValue | None) -> Tensor:
+def queries_keys_values(
+    layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, query_tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The one place that makes them: [T, h, d], [T, h_kv, d], [T, h_kv, d], queries and keys
+    rotated.
+
+    Args:
+        x: the layer's input, [T, H].
+        query_tokens: indices of the tokens that need a query; all by default.
+    """
+    attention, cos, sin = layer.self_attn, *rotation
+    normed = layer.input_layernorm(x)
+    # The order of the three products is the order in which their gradients are summed.
+    if query_tokens is None:
+        query = _rotated(_heads(layer, attention.q_proj(normed)), rotation)
+    key = _rotated(_heads(layer, attention.k_proj(normed)), rotation)
+    value = _heads(layer, attention.v_proj(normed))
+    if query_tokens is not None:
+        query = _heads(layer, attention.q_proj(normed.index_select(0, query_tokens)))
+        query = _rotated(query, (cos[query_tokens], sin[query_tokens]))
+    return query, key, value
+
+
+def _inner_layer(
+    layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, layout: Layout, known: KeyValue | None
+) -> Tensor:
     """One layer over all packed tokens [T, H] -> [T, H]; T = P + S, or S where the prompt is known."""
     n_prompt = len(x) - len(layout.source)
-    own_sizes = [group.n_tokens for group in layout.groups]
-    # split, not slices: the gradient of a slice is a tensor of zeros around it, that of a split one cat
-    (prompt_query, *query), (prompt_key, *key), (prompt_value, *value) = (
-        t.split([n_prompt, *own_sizes]) for t in _project(layer, layer.input_layernorm(x), rotation)
-    )
+    sizes = [n_prompt, *(group.n_tokens for group in layout.groups)]
+    # split, not slices: a slice's gradient is a tensor of zeros around it, that of a split one cat
+    query, key, value = (t.split(sizes) for t in queries_keys_values(layer, x, rotation))
     mixed, own, level = [], [], []
     if known is None:
-        known = prompt_key, prompt_value
-        mixed.append(_attend_prompt(layer, prompt_query, *known))
-    for group, *tokens in zip(layout.groups, query, key, value):
+        known = key[0], value[0]
+        mixed.append(_attend_prompt(layer, query[0], *known))
+    for group, *tokens in zip(layout.groups, query[1:], key[1:], value[1:]):
         grids = _attend(layer, *(_gridded(t, group) for t in tokens), group.later)
-        for parts, grid in zip((own, level), grids):  # [b, h, W, d] and [b, h, W, 1] -> [s, h, d] and [s, h, 1]
+        for parts, grid in zip((own, level), grids):  # [b, h, W, d] and [b, h, W, 1] -> [s, h, ...]
             parts.append(grid.transpose(1, 2).flatten(0, 1).index_select(0, group.packed))
-    mixed.append(_joined(layer, torch.cat(query), known, torch.cat(own), torch.cat(level)))
+    mixed.append(_joined(layer, torch.cat(query[1:]), known, torch.cat(own), torch.cat(level)))
     return _feed(layer, x, torch.cat(mixed).flatten(1))
 
 
-def _last_layer(layer: LlamaDecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], layout: Layout, known: KeyValue | None) -> Tensor:
-    """The last layer for the last token alone: packed [T, H] -> [B, H]; keys and values still come from all tokens."""
-    normed = layer.input_layernorm(x)
+def _last_layer(
+    layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, layout: Layout, known: KeyValue | None
+) -> Tensor:
+    """The last layer for the last token alone: packed [T, H] -> [B, H]; keys and values are of all
+    tokens.
+    """
     n_prompt = len(x) - len(layout.source)
     last = layout.last + n_prompt
-    (prompt_key, *key), (prompt_value, *value) = (
-        t.split([n_prompt, *(group.n_tokens for group in layout.groups)]) for t in _keys_values(layer, normed, rotation)
-    )
-    query = _heads(layer, layer.self_attn.q_proj(normed.index_select(0, last)))
-    query = _rotated(query, (rotation[0][last], rotation[1][last]))  # [B, h, d]
-    if known is None:
-        known = prompt_key, prompt_value
+    sizes = [n_prompt, *(group.n_tokens for group in layout.groups)]
+    query, *shared = queries_keys_values(layer, x, rotation, query_tokens=last)  # query [B, h, d]
+    key, value = (t.split(sizes) for t in shared)
+    known = (key[0], value[0]) if known is None else known
     own, level = [], []
-    for group, queries, *tokens in zip(layout.groups, query.split([group.n_users for group in layout.groups]), key, value):
-        grids = _attend(layer, queries[:, :, None], *(_gridded(t, group) for t in tokens), group.absent)
+    queries = query.split([group.n_users for group in layout.groups])
+    for group, asking, *tokens in zip(layout.groups, queries, key[1:], value[1:]):
+        grids = _attend(
+            layer, asking[:, :, None], *(_gridded(t, group) for t in tokens), group.absent
+        )
         for parts, grid in zip((own, level), grids):
             parts.append(grid.squeeze(2))  # [b, h, 1, d] -> [b, h, d]
-    return _feed(layer, x.index_select(0, last), _joined(layer, query, known, torch.cat(own), torch.cat(level)).flatten(1))
+    mixed = _joined(layer, query, known, torch.cat(own), torch.cat(level))
+    return _feed(layer, x.index_select(0, last), mixed.flatten(1))
 
 
 def _heads(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, layer.self_attn.head_dim))  # [T, h, d]
 
 
-def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys [T, h, d] turned by their positions; the library's function takes both at once."""
+def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """Queries or keys [T, h, d] rotated by their positions; the library's function takes both at
+    once.
+    """
     return apply_rotary_pos_emb(x, x[:, :0], *rotation)[0]
-
-
-def _keys_values(layer: LlamaDecoderLayer, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> KeyValue:
-    key = _rotated(_heads(layer, layer.self_attn.k_proj(normed)), rotation)
-    return key, _heads(layer, layer.self_attn.v_proj(normed))
-
-
-def _project(layer: LlamaDecoderLayer, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    query = _rotated(_heads(layer, layer.self_attn.q_proj(normed)), rotation)
-    return query, *_keys_values(layer, normed, rotation)
 
 
 def _attend_prompt(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal self-attention of the prompt, [P, h, d] -> [P, h, d]."""
+    attention = layer.self_attn
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-    k, v = (t.repeat_interleave(layer.self_attn.num_key_value_groups, dim=1) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.self_attn.scaling)[0].transpose(0, 1)
+    k, v = (t.repeat_interleave(attention.num_key_value_groups, dim=1) for t in (k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling)
+    return mixed[0].transpose(0, 1)
 
 
-def _joined(layer: LlamaDecoderLayer, query: Tensor, known: KeyValue, own: Tensor, own_level: Tensor) -> Tensor:
+def _joined(
+    layer: LlamaDecoderLayer, query: Tensor, known: KeyValue, own: Tensor, own_level: Tensor
+) -> Tensor:
     """Attention over [prompt | own tokens] from its two parts: tokens [n, h, d] -> [n, h, d].
 
-    All tokens look at the same prompt, so that part is one dense product of all of them with its keys; each part is
-    weighted by its share of the softmax's mass, whose logarithms are the levels (as flash attention joins its tiles).
+    All tokens attend to the same prompt, so that part is one dense product of all of them with its
+    keys. Each part is weighted by its share of the softmax's mass, whose logarithms are the levels
+    (as flash attention joins its tiles).
     """
     key, value = (shared.to(query.dtype).transpose(0, 1) for shared in known)  # [h_kv, P, d]
     grouped = query.unflatten(1, (len(key), -1)).transpose(0, 1)  # [h_kv, n, h / h_kv, d]
-    mixed, level = _attend(layer, grouped.flatten(1, 2), key, value)
-    mixed, level = (t.unflatten(1, grouped.shape[1:3]).transpose(0, 1).flatten(1, 2) for t in (mixed, level))  # [n, h, d], [n, h, 1]
+    shape = grouped.shape[1:3]
+    parts = _attend(layer, grouped.flatten(1, 2), key, value)
+    mixed, level = (t.unflatten(1, shape).transpose(0, 1).flatten(1, 2) for t in parts)
     return (own + torch.sigmoid(level - own_level) * (mixed - own)).to(query.dtype)
 
 
 def _gridded(own: Tensor, group: Group) -> Tensor:
-    """Packed [s, h, d] -> padded [b, h, W, d]. index_select: its backward is faster than indexing's."""
-    return own.index_select(0, group.grid).view(len(group.absent), -1, *own.shape[1:]).transpose(1, 2)
+    """Packed [s, h, d] -> padded [b, h, W, d]. index_select: its backward is faster than
+    indexing's.
+    """
+    grid = own.index_select(0, group.grid)
+    return grid.view(len(group.absent), -1, *own.shape[1:]).transpose(1, 2)
 
 
-def _attend(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor, barred: Tensor | None = None) -> KeyValue:
-    """Softmax attention [..., n, d] and the logarithm of its mass [..., n, 1], in float32 at least; where `barred`, no look."""
+def _attend(
+    layer: LlamaDecoderLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    barred: Tensor | None = None,
+) -> KeyValue:
+    """Softmax attention [..., n, d] and the logarithm of its mass [..., n, 1], in float32 at least.
+
+    Args:
+        barred: True where a query must not attend.
+    """
     if query.dim() == 4 and (shared := layer.self_attn.num_key_value_groups) > 1:
         key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
-    with torch.autocast(query.device.type, enabled=False):  # scores rounded to half precision would shift the weights by percents
+    # scores rounded to half precision would shift the weights by percents
+    with torch.autocast(query.device.type, enabled=False):
         query, key, value = wide(query), wide(key), wide(value)
         scores = (query * layer.self_attn.scaling) @ key.transpose(-1, -2)
         if barred is not None:
             scores = scores.masked_fill(barred, -torch.inf)
-        peak = scores.detach().amax(-1, keepdim=True)  # a constant: it leaves the result, and so the gradient
+        peak = scores.detach().amax(-1, keepdim=True)  # a constant: it cancels in the result
         weight = (scores - peak).exp()
         mass = weight.sum(-1, keepdim=True)
         return weight @ value / mass, peak + mass.log()

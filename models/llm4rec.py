@@ -1,30 +1,34 @@
-"""LLM4Rec: a pruned LLaMA that reads projected item embeddings and predicts in item space; teacher and student alike.
+"""LLM4Rec: a pruned LLaMA that reads projected item embeddings and predicts in item space.
 
-Legend: B batch, L item slots, N items (also the padding index), D item dim, H LLM width, E blocks.
+Teacher and student alike.
+
+Legend: B batch, L item slots, N items (also the padding index), D item width, H LLM width, E block
+    ends.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from models.base import BUILT_IN, load_llama, prune_config, read_config
+from models.base import load_llama, locate, read_config
+from models.builtin import BUILT_IN
 from models.decoder import Decoder, KeyValue
 from models.losses import Output
-from models.selection import select_layers
-from utils.cli import UsageError
-
-Strategy = Literal["lora", "full"]
+from models.selection import block_ends, select_layers
+from utils import checkpoint
+from utils.errors import UsageError
+from utils.flags import LLM, LoRA
+from utils.run import Run
 
 
 class LLM4Rec(nn.Module):
     """[prompt | items through the adapter | response] -> decoder -> last token -> item space.
 
     Args:
-        decoder: with its E blocks.
+        decoder: with its E block ends.
         item_table: [N, D], frozen; row = catalogue index.
         exit_heads: also predict at the E - 1 inner block ends.
     """
@@ -32,43 +36,46 @@ class LLM4Rec(nn.Module):
     def __init__(self, decoder: Decoder, item_table: Tensor, exit_heads: bool) -> None:
         super().__init__()
         width, dim = decoder.llama.config.hidden_size, item_table.shape[1]
+        n_exits = len(decoder.block_ends) - 1 if exit_heads else 0
         self.decoder = decoder
         self.register_buffer("item_table", item_table, persistent=False)
         self.adapter = nn.Linear(dim, width)
         self.head = nn.Linear(width, dim, bias=False)
-        self.exit_heads = nn.ModuleList([nn.Linear(width, dim, bias=False) for _ in range(decoder.n_blocks - 1 if exit_heads else 0)])
+        heads = [nn.Linear(width, dim, bias=False) for _ in range(n_exits)]
+        self.exit_heads = nn.ModuleList(heads)
 
     def forward(self, history: Tensor, prompt: list[KeyValue] | None = None) -> Output:
         """Left-padded catalogue indices [B, L] -> Output."""
         real = history != len(self.item_table)
-        order = real.sum(1).argsort(stable=True)  # neighbours of like length pad little; undone below
+        order = real.sum(1).argsort(stable=True)  # neighbours of similar length pad little
         history, real = history[order], real[order]
         items = self.adapter(self.item_table[history[real]].to(self.adapter.weight.dtype))
-        states = self.decoder(items, real, prompt)[order.argsort()]
+        states = self.decoder(items, real, prompt)[order.argsort()]  # [B, E, H]
         user = self.head(states[:, -1])
         exits = [head(states[:, k]) for k, head in enumerate(self.exit_heads)]
-        return Output(user, states, torch.stack(exits, dim=1) if exits else user.new_empty(len(user), 0, user.shape[1]))
+        none = user.new_empty(len(user), 0, user.shape[1])
+        return Output(user, states, torch.stack(exits, dim=1) if exits else none)
 
-    def regroup(self, n_blocks: int) -> None:
-        """Return states at the ends of `n_blocks` blocks from now on; exit heads made for other blocks are dropped."""
-        if n_blocks != self.decoder.n_blocks:
+    def return_states_at(self, ends: list[int]) -> None:
+        """Return states at these block ends from now on.
+
+        Exit heads made for other ends are dropped.
+        """
+        if ends != self.decoder.block_ends:
             self.exit_heads = nn.ModuleList()
-        self.decoder.n_blocks = n_blocks
+        self.decoder.block_ends = ends
 
     @torch.no_grad()
     def encoder(self, bf16: bool = False) -> Callable[[Tensor], Output]:
-        """A forward for inference with the present weights; the prompt is computed here, once."""
+        """A forward for inference with the present weights. The prompt is computed here, once."""
         self.eval()
-
-        def precision():
-            return torch.autocast(self.item_table.device.type, torch.bfloat16, enabled=bf16)
-
-        with precision():
+        device_type = self.item_table.device.type
+        with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
             prompt = self.decoder.prompt_states()
 
         @torch.no_grad()
         def encode(history: Tensor) -> Output:
-            with precision():
+            with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
                 return self(history, prompt)
 
         return encode
@@ -78,91 +85,170 @@ class LLM4Rec(nn.Module):
         encode = self.encoder(bf16)
         return lambda history: encode(history).user
 
+    @classmethod
+    def load(cls, run: Run, item_table: Tensor, bf16: bool) -> "LLM4Rec":
+        """The model of a run's best checkpoint.
+
+        Raises:
+            UsageError: the base or the checkpoint is missing or does not fit.
+        """
+        base = locate(run.config["flags"]["base_model"])
+        model = build(base, item_table, run.config["model"], bf16)
+        model.restore(run)
+        return model
+
+    def restore(self, run: Run) -> None:
+        """Take the weights of a run's best checkpoint; of an online run, the student's.
+
+        Raises:
+            UsageError: the checkpoint is missing or does not fit.
+        """
+        tensors, _ = checkpoint.load(run.folder / "best")
+        if any(name.startswith("student.") for name in tensors):
+            tensors = {
+                name.removeprefix("student."): tensor
+                for name, tensor in tensors.items()
+                if not name.startswith("teacher.")
+            }
+        checkpoint.restore(self, tensors, run.folder / "best")
+
+    def start_from(self, teacher: Run, spec: dict[str, Any]) -> None:
+        """Take a trained teacher's layers, item adapter and head as the start; exit heads stay.
+
+        Args:
+            spec: this model's.
+        Raises:
+            UsageError: the teacher was trained in another way, or its checkpoint is missing or does
+                not fit.
+        """
+        taught = teacher.config["model"]
+        mine, theirs = (
+            {name: s[name] for name in ("strategy", *LoRA().values())} for s in (spec, taught)
+        )
+        if mine != theirs:
+            raise UsageError(
+                f"--student_init=teacher: the teacher was trained with {theirs}, not {mine}"
+            )
+        tensors, _ = checkpoint.load(teacher.folder / "best")
+        taken = kept_tensors(tensors, taught["layers"], spec["layers"])
+        own = checkpoint.trained_tensors(self)
+        heads = {name: value for name, value in own.items() if name.startswith("exit_heads.")}
+        checkpoint.restore(self, taken | heads, teacher.folder / "best")
+
 
 def specify(
-    location: str, base_model: str, prompt_ids: list[int], response_ids: list[int], *, kept: int, max_seq_length: int,
-    n_blocks: int, exit_heads: bool, layer_selection: str, interval_nums: int, train_strategy: str, lora_r: int,
-    lora_alpha: int, lora_dropout: float, lora_target_modules: list[str], influence: Callable[[], list[float]] | None = None,
+    base: str,
+    base_model: str,
+    prompt_ids: list[int],
+    response_ids: list[int],
+    llm: LLM,
+    lora: LoRA,
+    *,
+    n_layers: int,
+    max_seq_length: int,
+    n_blocks: int,
+    exit_heads: bool,
+    influence: Callable[[], list[float]] | None = None,
     teacher_layers: list[int] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """What `build` needs to make the same model again, as JSON: layer indices, token ids, blocks, what is trained.
+) -> dict[str, Any]:
+    """What `build` needs to make the same model again, as JSON: layer indices, token ids, blocks,
+    what is trained.
 
     Args:
-        influence: see models.selection.select_layers; teacher_layers: choose among these alone, to start from the teacher's.
+        base, base_model: where it is, and the flag's value.
+        n_layers: how many are kept.
+        influence: see models.selection.select_layers.
+        teacher_layers: choose among these alone, to start from the teacher's.
     Raises:
         UsageError: the base lacks the layers or the positions asked for.
     """
-    config = read_config(location)
+    config = read_config(base)
     length = len(prompt_ids) + max_seq_length + len(response_ids)
     if length > config.max_position_embeddings:
         raise UsageError(
-            f"prompt, items and response are {length} tokens, the base has {config.max_position_embeddings} positions; lower --max_seq_length"
+            f"prompt, items and response are {length} tokens, the base has"
+            f" {config.max_position_embeddings} positions; lower --max_seq_length"
         )
-    pool, owner = (teacher_layers, "the teacher") if teacher_layers else ([*range(config.num_hidden_layers)], "the base checkpoint")
+    pool, owner = [*range(config.num_hidden_layers)], "the base checkpoint"
+    if teacher_layers:
+        pool, owner = teacher_layers, "the teacher"
+    strategy = llm.train_strategy
+    if strategy == "auto":  # LoRA on frozen random weights means little
+        strategy = "full" if base_model in BUILT_IN else "lora"
     return {
-        "layers": select_layers(pool, kept, layer_selection, interval_nums, influence, owner),
-        "prompt_ids": prompt_ids, "response_ids": response_ids, "n_blocks": n_blocks, "exit_heads": exit_heads,
-        # LoRA on frozen random weights means little: a built-in base is trained in full unless told otherwise
-        "strategy": train_strategy if train_strategy != "auto" else ("full" if base_model in BUILT_IN else "lora"),
-        "lora_r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "lora_target_modules": lora_target_modules,
-    }  # fmt: skip
+        "layers": select_layers(pool, n_layers, llm, influence, owner),
+        "prompt_ids": prompt_ids,
+        "response_ids": response_ids,
+        "n_blocks": n_blocks,
+        "exit_heads": exit_heads,
+        "strategy": strategy,
+    } | lora.values()
 
 
-def build(*, base: str, layers: list[int], item_table: Tensor, strategy: Strategy, bf16: bool, **shape: Any) -> LLM4Rec:
-    """Read the kept layers of `base` and put a recommender around them; what is to be trained requires a gradient.
+def build(
+    base: str,
+    item_table: Tensor,
+    spec: dict[str, Any],
+    bf16: bool,
+    gradient_checkpointing: bool = False,
+) -> LLM4Rec:
+    """Read the kept layers of `base` and put a recommender around them.
 
-    `lora` freezes the base (in bfloat16 if `bf16`) and trains LoRA on the named projections, adapter and heads;
-    `full` trains everything but the item table, from float32 weights.
+    What is to be trained requires a gradient.
+
+    Strategy `lora` freezes the base (in bfloat16 if `bf16`) and trains LoRA on the named
+    projections, adapter and heads. `full` trains everything but the item table, from float32
+    weights.
 
     Args:
-        base: folder or Hugging Face id (see models.base.locate). layers: indices of the kept layers.
-        item_table: [N, D]. shape: the rest of `assemble`'s arguments.
+        base: folder or Hugging Face id (see models.base.locate).
+        item_table: [N, D].
+        spec: what `specify` returned.
     Raises:
-        UsageError: a LoRA target that matches no module, or a checkpoint that lacks what is needed.
+        UsageError: a LoRA target matches no module, or the checkpoint lacks what is needed.
     """
-    dtype = torch.bfloat16 if bf16 and strategy == "lora" else torch.float32
-    llama = load_llama(base, read_config(base), layers, dtype)
-    return assemble(llama, item_table, strategy=strategy, **shape)
+    dtype = torch.bfloat16 if bf16 and spec["strategy"] == "lora" else torch.float32
+    llama = load_llama(base, read_config(base), spec["layers"], dtype)
+    return assemble(llama, item_table, spec, gradient_checkpointing)
 
 
 def assemble(
-    llama: LlamaModel, item_table: Tensor, *, prompt_ids: list[int], response_ids: list[int], n_blocks: int, exit_heads: bool,
-    strategy: Strategy, lora_r: int, lora_alpha: int, lora_dropout: float, lora_target_modules: list[str], gradient_checkpointing: bool = False,
-) -> LLM4Rec:  # fmt: skip
+    llama: LlamaModel,
+    item_table: Tensor,
+    spec: dict[str, Any],
+    gradient_checkpointing: bool = False,
+) -> LLM4Rec:
     """As `build`, around a LLaMA that is already in memory (or on the meta device, to count)."""
-    llama.requires_grad_(strategy == "full")
-    if strategy == "lora":
-        from models.lora import inject_lora  # peft takes a while to import
+    llama.requires_grad_(spec["strategy"] == "full")
+    if spec["strategy"] == "lora":
+        from models.lora import inject_lora  # peft takes seconds to import
 
-        inject_lora(llama, lora_r, lora_alpha, lora_dropout, lora_target_modules)
-    return LLM4Rec(Decoder(llama, prompt_ids, response_ids, n_blocks, gradient_checkpointing), item_table, exit_heads)
+        names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        inject_lora(llama, *(spec[name] for name in names))
+    ends = block_ends(len(llama.layers), spec["n_blocks"])
+    decoder = Decoder(llama, spec["prompt_ids"], spec["response_ids"], ends, gradient_checkpointing)
+    return LLM4Rec(decoder, item_table, spec["exit_heads"])
 
 
-def kept_of(tensors: dict[str, Tensor], theirs: list[int], mine: list[int]) -> dict[str, Tensor]:
-    """A trained teacher's tensors under the names of a model that keeps fewer of its layers; its exit heads are left out.
+def kept_tensors(
+    tensors: dict[str, Tensor], teacher_layers: list[int], layers: list[int]
+) -> dict[str, Tensor]:
+    """A trained teacher's tensors under the names of a model that keeps fewer of its layers,
+    without exit heads.
 
     Args:
-        tensors: the teacher's trained ones, by name; theirs, mine: numbers in the base of the layers of either model.
+        tensors: the teacher's trained ones, by name.
+        teacher_layers, layers: numbers in the base of the layers of either model.
     """
-    number = {str(theirs.index(layer)): str(place) for place, layer in enumerate(mine)}
-    head = "decoder.llama.layers."
+    number = {str(teacher_layers.index(layer)): str(i) for i, layer in enumerate(layers)}
+    prefix = "decoder.llama.layers."
     kept = {}
     for name, tensor in tensors.items():
-        place, _, rest = name.removeprefix(head).partition(".")
-        if not name.startswith(head):
+        place, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith("exit_heads."):
+            continue
+        if not name.startswith(prefix):
             kept[name] = tensor
         elif place in number:
-            kept[f"{head}{number[place]}.{rest}"] = tensor
-    return {name: tensor for name, tensor in kept.items() if not name.startswith("exit_heads.")}
-
-
-def count_parameters(config: LlamaConfig, n_layers: int, r: int, targets: list[str]) -> tuple[int, int]:
-    """(decoder and embeddings with LoRA, LoRA alone), counted on the meta device; as in the paper's Table of efficiency."""
-    from models.lora import inject_lora
-
-    with torch.device("meta"):
-        llama = LlamaModel(prune_config(config, n_layers))
-        llama.requires_grad_(False)
-        inject_lora(llama, r, r, 0.0, targets)
-    sizes = [(p.numel(), p.requires_grad) for p in llama.parameters()]
-    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+            kept[f"{prefix}{number[place]}.{rest}"] = tensor
+    return kept

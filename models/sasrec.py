@@ -1,4 +1,7 @@
-"""SASRec (Kang & McAuley, 2018) in the bottleneck form that the released SLMRec trains. B batch, L slots, N items."""
+"""SASRec (Kang and McAuley, 2018) in the bottleneck form that the released SLMRec trains.
+
+Legend: B batch, L item slots, N items (also the padding index), D item width, W block width.
+"""
 
 import math
 from typing import Literal
@@ -8,36 +11,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Norm = Literal["query", "pre", "post"]
-PARTS = 8
+PARTS = 8  # of similar length, on CPU
 
 
 class SASRec(nn.Module):
-    """Item embedding -> narrow causal transformer -> item space; score = user vector . item embedding.
+    """Item embedding -> narrow causal transformer -> item space; score = user vector . item
+    embedding.
 
     Args:
         n_items: N; index N is the padding.
         max_seq_length: L.
-        emb_dim: width of the item table, D. hid_dim: width of the blocks; where the two are equal there are no projections.
-        norm: `query` as released (only the query is normed, and the residual leaves from it), `pre` or `post`.
+        emb_dim: D.
+        hid_dim: W. Where it equals emb_dim there are no projections.
+        norm: `query` as released (only the query is normed, and the residual leaves from it), `pre`
+            or `post`.
         init_std: standard deviation of item and position embeddings at the start; 1 as released.
     """
 
     def __init__(
-        self, n_items: int, max_seq_length: int, *, emb_dim: int, hid_dim: int, num_blocks: int, num_heads: int,
-        dropout: float, norm: Norm, init_std: float,
-    ) -> None:  # fmt: skip
+        self,
+        n_items: int,
+        max_seq_length: int,
+        *,
+        emb_dim: int,
+        hid_dim: int,
+        num_blocks: int,
+        num_heads: int,
+        dropout: float,
+        norm: Norm,
+        init_std: float,
+    ) -> None:
         super().__init__()
         self.n_items = n_items
         self.item_embedding = nn.Embedding(n_items + 1, emb_dim, padding_idx=n_items)
         nn.init.normal_(self.item_embedding.weight, std=init_std)
         with torch.no_grad():
             self.item_embedding.weight[n_items].zero_()
-        plain = emb_dim == hid_dim  # no bottleneck: SASRec as its own paper has it, one space for items and users
+        # Without a bottleneck it is SASRec as in its own paper: one space for items and users.
+        plain = emb_dim == hid_dim
         self.to_hidden = nn.Identity() if plain else nn.Linear(emb_dim, hid_dim)
         self.positions = nn.Embedding(max_seq_length, hid_dim)
         nn.init.normal_(self.positions.weight, std=init_std)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList([Block(hid_dim, num_heads, dropout, norm) for _ in range(num_blocks)])
+        self.blocks = nn.ModuleList(
+            [Block(hid_dim, num_heads, dropout, norm) for _ in range(num_blocks)]
+        )
         self.final_norm = nn.LayerNorm(hid_dim, eps=1e-8)
         self.to_item = nn.Identity() if plain else nn.Linear(hid_dim, emb_dim)
 
@@ -47,10 +65,11 @@ class SASRec(nn.Module):
         return self.item_embedding.weight[: self.n_items]
 
     def states(self, history: Tensor) -> Tensor:
-        """Item-space state after every position of left-padded histories [B, L] -> [B, L, D]; padding's is unspecified.
+        """Item-space state after every position of left-padded histories [B, L] -> [B, L, D];
+        padding's is unspecified.
 
-        On CPU users are worked off in parts of like length, so that little padding is computed; on a GPU launching the
-        kernels of several parts costs more than their padding.
+        On CPU users are processed in parts of similar length, so that little padding is computed.
+        On a GPU the launches of several parts cost more than their padding.
         """
         if history.device.type != "cpu":
             return self._padded_states(history)
@@ -65,11 +84,14 @@ class SASRec(nn.Module):
     def _padded_states(self, history: Tensor) -> Tensor:
         length = history.shape[1]
         real = history != self.n_items  # [B, L]
-        x = self.to_hidden(self.item_embedding(history)) * math.sqrt(self.item_embedding.embedding_dim)
+        x = self.to_hidden(self.item_embedding(history)) * math.sqrt(
+            self.item_embedding.embedding_dim
+        )
         x = self.dropout(x + self.positions.weight[-length:])
         causal = torch.ones(length, length, dtype=torch.bool, device=history.device).tril()
-        itself = torch.eye(length, dtype=torch.bool, device=history.device)  # padding sees itself, or softmax is NaN
-        mask = (causal & real[:, None, :]) | itself  # [B, L, L], True = may look
+        # Padding attends to itself: softmax over nothing is NaN.
+        itself = torch.eye(length, dtype=torch.bool, device=history.device)
+        mask = (causal & real[:, None, :]) | itself  # [B, L, L], True = may attend
         for block in self.blocks:
             x = block(x, mask[:, None])
         return self.to_item(self.final_norm(x))
@@ -88,7 +110,13 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(width, eps=1e-8)
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.feed_norm = nn.LayerNorm(width, eps=1e-8)
-        self.feed = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout), nn.ReLU(), nn.Linear(width, width), nn.Dropout(dropout))
+        self.feed = nn.Sequential(
+            nn.Linear(width, width),
+            nn.Dropout(dropout),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.Dropout(dropout),
+        )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.norm == "post":
@@ -107,5 +135,6 @@ class Block(nn.Module):
             layer(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for layer, y in ((self.query, query), (self.key, source), (self.value, source))
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.rate if self.training else 0.0)
+        rate = self.rate if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
         return self.out(mixed.transpose(1, 2).flatten(2))

@@ -1,1 +1,4 @@
-"""Things any training repository needs; nothing here knows what SLMRec is."""
+"""Flags, command line, runs, checkpoints, training and evaluation.
+
+Imports nothing of models/ or datasets/.
+"""

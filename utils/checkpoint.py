@@ -1,7 +1,10 @@
 """Checkpoints: a folder of safetensors plus JSON, complete or absent, verified when read.
 
-Written under a temporary name with a manifest (sha256 of each file) last, flushed to disk and renamed into place, so a
-run that dies at any instant leaves the old checkpoint or the new one, never half of one.
+LEAVE ALONE.
+
+A checkpoint is written under a temporary name, with a manifest (sha256 of each file) last, flushed
+to disk and renamed into place. A run that dies at any instant leaves the old checkpoint or the new
+one, never half of one.
 """
 
 import errno
@@ -15,23 +18,44 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.cli import RunError, UsageError
-from utils.runlog import file_sha256, read_json
+from utils.errors import RunError, UsageError
+from utils.files import file_sha256, read_json, sync_folder
 
-WEIGHTS, STATE, META, MANIFEST = "weights.safetensors", "state.safetensors", "meta.json", "manifest.json"
+WEIGHTS, STATE, META, MANIFEST = (
+    "weights.safetensors",
+    "state.safetensors",
+    "meta.json",
+    "manifest.json",
+)
 NAMES = ("last", "best")
 
 
+class Saved(NamedTuple):
+    """A checkpoint to resume from: its folder's name (last or best), trained tensors, state, meta."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    state: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What was trained, by name: the parameters that require a gradient."""
+    """Name -> value of the parameters that require a gradient."""
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
-def save(folder: str | Path, tensors: dict[str, Tensor], meta: dict[str, Any], state: dict[str, Tensor] | None = None) -> None:
+def save(
+    folder: str | Path,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Write the checkpoint `folder`, replacing the one that is there.
 
     Args:
-        tensors: what was trained; state: what training needs beside it to go on (optimizer, random generators).
+        tensors: what was trained.
+        meta: as JSON.
+        state: what resuming needs beside the tensors (optimizer, random generators).
     Raises:
         RunError: the disk is full; the old checkpoint stays.
     """
@@ -40,13 +64,17 @@ def save(folder: str | Path, tensors: dict[str, Tensor], meta: dict[str, Any], s
     folder = Path(folder)
     partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    files = {WEIGHTS: serialise(_on_cpu(tensors)), META: (json.dumps(meta, indent=2) + "\n").encode()}
+    contents = {
+        WEIGHTS: serialise(_on_cpu(tensors)),
+        META: (json.dumps(meta, indent=2) + "\n").encode(),
+    }
     if state is not None:
-        files[STATE] = serialise(_on_cpu(state))
-    files[MANIFEST] = json.dumps({name: hashlib.sha256(data).hexdigest() for name, data in files.items()}).encode()
+        contents[STATE] = serialise(_on_cpu(state))
+    manifest = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    contents[MANIFEST] = json.dumps(manifest).encode()
     try:
         partial.mkdir(parents=True)
-        for name, data in files.items():
+        for name, data in contents.items():
             with open(partial / name, "wb") as file:
                 file.write(data)
                 file.flush()
@@ -55,7 +83,7 @@ def save(folder: str | Path, tensors: dict[str, Tensor], meta: dict[str, Any], s
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise RunError(_no_room(folder, sum(map(len, files.values())), error)) from None
+        raise RunError(_no_room(folder, sum(map(len, contents.values())), error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -65,27 +93,30 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _no_room(folder: Path, needed: int, error: OSError) -> str:
-    kept = f"the checkpoint that was there stays in {folder}" if folder.exists() else "no checkpoint was there before"
+    kept = "no checkpoint was there before"
+    if folder.exists():
+        kept = f"the checkpoint that was there stays in {folder}"
     free = shutil.disk_usage(folder.parent).free
     return (
-        f"{folder} cannot be written ({error.strerror}): {needed:,} bytes needed, {free:,} free; {kept};"
-        " make room and start again with the same flags"
+        f"{folder} cannot be written ({error.strerror}): {needed:,} bytes needed, {free:,} free;"
+        f" {kept}; make room and start again with the same flags"
     )
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Rename `partial` to `folder`; the old folder steps aside first, since a rename cannot replace a full folder.
+    """Rename `partial` to `folder`.
 
-    Where a run died between the two renames the one that stepped aside is all there is: it stays until the new one is there.
+    The old folder steps aside first, since a rename cannot replace a full folder.
+
+    Where a run died between the two renames, the folder that stepped aside is all there is: it
+    stays until the new one is in place.
     """
     old = folder.with_name(f".old-{folder.name}")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     partial.rename(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -97,7 +128,8 @@ def _present(folder: str | Path) -> Path:
 
 
 def weights_sha256(folder: str | Path) -> str | None:
-    """Hash of a checkpoint's weights, verified where they are there, by the manifest alone where they were taken away.
+    """Hash of a checkpoint's weights: verified where they are there, from the manifest where they
+    were taken away.
 
     Returns:
         None where there is no manifest either.
@@ -109,12 +141,12 @@ def weights_sha256(folder: str | Path) -> str | None:
         return None
     expected = read_json(folder / MANIFEST, "checkpoint").get(WEIGHTS)
     if (folder / WEIGHTS).is_file() and file_sha256(folder / WEIGHTS) != expected:
-        raise UsageError(f"checkpoint {folder}: {WEIGHTS} does not match its sha256; it was cut short or altered")
+        raise UsageError(_altered(folder, WEIGHTS))
     return expected
 
 
 def load(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Trained tensors and meta of a checkpoint, after checking both files against the manifest.
+    """Trained tensors and meta of a checkpoint, after both files are checked against the manifest.
 
     Raises:
         UsageError: the folder is missing, or a file is missing, cut short or altered.
@@ -123,22 +155,14 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return _tensors(folder, WEIGHTS, contents), json.loads(contents[META])
 
 
-class Saved(NamedTuple):
-    """A checkpoint to go on from: its folder's name (last or best), trained tensors, state, meta."""
-
-    name: str
-    tensors: dict[str, Tensor]
-    state: dict[str, Tensor]
-    meta: dict[str, Any]
-
-
 def newest(run: str | Path) -> tuple[Saved | None, list[str]]:
-    """The newest checkpoint of an unfinished run that verifies, and a note on each that was passed over.
+    """The newest checkpoint of an unfinished run that verifies, and a note on each that does not.
 
     Returns:
-        None where the run has no checkpoint at all: it starts from the beginning.
+        None where the run has no checkpoint at all.
     Raises:
-        UsageError: there are checkpoints and none to go on from, or the best one was lost and cannot be made again.
+        UsageError: there are checkpoints and none to resume from, or the best one was lost and
+            cannot come again.
     """
     run = Path(run)
     saved, notes, best_step = [], [], None
@@ -146,22 +170,40 @@ def newest(run: str | Path) -> tuple[Saved | None, list[str]]:
         if not _present(run / name).exists():
             continue
         try:
-            contents = _verified(run / name, (WEIGHTS, STATE, META))
-            meta = json.loads(contents[META])
-            saved.append(Saved(name, _tensors(run / name, WEIGHTS, contents), _tensors(run / name, STATE, contents), meta))
-            best_step = meta["step"] if name == "best" else best_step
+            saved.append(_read(run, name))
+            best_step = saved[-1].meta["step"] if name == "best" else best_step
         except UsageError as problem:
             notes.append(str(problem))
             best_step = _claimed_step(run / name) if name == "best" else best_step
     if not saved:
         if notes:
-            raise UsageError(f"{'; '.join(notes)}; nothing to go on from: --overwrite starts anew")
+            raise UsageError(
+                f"{'; '.join(notes)}; nothing to resume from: --overwrite starts from scratch"
+            )
         return None, []
     found = max(saved, key=lambda each: each.meta["step"])  # of equal ones the first, last
-    lost = found.meta["best_step"] > 0 and (best_step is None or (best_step <= found.meta["step"] and all(each.name != "best" for each in saved)))
-    if lost:  # steps after this checkpoint come again, and a best one among them; earlier ones do not
-        raise UsageError(f"{run / 'best'}: the best checkpoint is missing or damaged ({'; '.join(notes) or 'missing'}); --overwrite starts anew")
+    if found.meta["best_step"] > 0 and _best_is_lost(saved, best_step, found.meta["step"]):
+        raise UsageError(
+            f"{run / 'best'}: the best checkpoint is missing or damaged"
+            f" ({'; '.join(notes) or 'missing'}); --overwrite starts from scratch"
+        )
     return found, notes
+
+
+def _read(run: Path, name: str) -> Saved:
+    contents = _verified(run / name, (WEIGHTS, STATE, META))
+    weights = _tensors(run / name, WEIGHTS, contents)
+    state = _tensors(run / name, STATE, contents)
+    return Saved(name, weights, state, json.loads(contents[META]))
+
+
+def _best_is_lost(saved: list[Saved], best_step: int | None, step: int) -> bool:
+    """Steps after the checkpoint to resume from come again, and a best one among them; earlier ones
+    do not.
+    """
+    if best_step is None:
+        return True
+    return best_step <= step and all(each.name != "best" for each in saved)
 
 
 def _claimed_step(folder: Path) -> int | None:
@@ -183,14 +225,18 @@ def _verified(folder: str | Path, names: tuple[str, ...]) -> dict[str, bytes]:
         contents[name] = (folder / name).read_bytes()
     try:
         manifest = json.loads(contents[MANIFEST])
-        if not isinstance(manifest, dict):
-            raise ValueError
     except ValueError:
-        raise UsageError(f"checkpoint {folder}: {MANIFEST} is damaged") from None
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise UsageError(f"checkpoint {folder}: {MANIFEST} is damaged")
     for name in names:
         if manifest.get(name) != hashlib.sha256(contents[name]).hexdigest():
-            raise UsageError(f"checkpoint {folder}: {name} does not match its sha256; it was cut short or altered")
+            raise UsageError(_altered(folder, name))
     return contents
+
+
+def _altered(folder: Path, name: str) -> str:
+    return f"checkpoint {folder}: {name} does not match its sha256; it was cut short or altered"
 
 
 def _tensors(folder: str | Path, name: str, contents: dict[str, bytes]) -> dict[str, Tensor]:
@@ -200,25 +246,31 @@ def _tensors(folder: str | Path, name: str, contents: dict[str, bytes]) -> dict[
     try:
         return deserialise(contents[name])
     except SafetensorError as error:
-        raise UsageError(f"checkpoint {folder}: {name} is not a safetensors file ({error})") from None
+        raise UsageError(
+            f"checkpoint {folder}: {name} is not a safetensors file ({error})"
+        ) from None
 
 
 @torch.no_grad()
 def restore(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Copy `tensors` into the trained parameters of `module`; the two sets must be the same.
+    """Copy `tensors` into the trained parameters of `module`. The two sets must be the same.
 
+    Args:
+        source: where the tensors are from, for messages.
     Raises:
-        UsageError: names or shapes differ, with the first differences.
+        UsageError: names or shapes differ; the first differences are named.
     """
     own = trained_tensors(module)
     problems = [f"lacks {name}" for name in own if name not in tensors]
     problems += [f"has {name}, which the model has not" for name in tensors if name not in own]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, expected {list(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
+    for name in own:
+        if name in tensors and tensors[name].shape != own[name].shape:
+            shapes = f"{list(tensors[name].shape)}, expected {list(own[name].shape)}"
+            problems.append(f"{name} is {shapes}")
     if problems:
-        raise UsageError(f"checkpoint {source} does not fit the model: {'; '.join(problems[:3])} ({len(problems)} differences)")
+        raise UsageError(
+            f"checkpoint {source} does not fit the model: {'; '.join(problems[:3])}"
+            f" ({len(problems)} differences)"
+        )
     for name, parameter in own.items():
         parameter.copy_(tensors[name])

@@ -1,25 +1,20 @@
 """From user vectors to ranks: sampled and full-catalogue protocols in one pass over the users."""
 
-import os
-import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils import distributed
-from utils.cli import RunError
+from utils import processes
+from utils.errors import RunError
 from utils.metrics import summarise
-from utils.metrics_log import CLOCK
-from utils.runlog import unlock, write_json
 
 Metrics = dict[str, dict[str, float]]
 
-PROTOCOLS = {"sampled": (5, 10), "full": (5, 10, 20), "full_all": (5, 10, 20)}  # protocol -> cut-offs
-TILES = 2**23, 2**26  # scores held at once, on CPU (32 MiB in float32: larger ones are mapped anew each time) and elsewhere
+PROTOCOLS = {"sampled": (5, 10), "full": (5, 10, 20), "full_all": (5, 10, 20)}  # -> cut-offs
+CPU_TILE, TILE = 2**23, 2**26  # scores held at once; larger blocks are slow to allocate on CPU
 
 
 class EvaluationBatch(Protocol):
@@ -27,7 +22,9 @@ class EvaluationBatch(Protocol):
 
     history: Tensor  # [B, L] what the model reads
     target: Tensor  # [B] catalogue index of the true next item
-    seen: Tensor  # [B, S] everything the user met before the target; filled up with the target itself
+    seen: (
+        Tensor  # [B, S] everything the user met before the target; filled up with the target itself
+    )
     candidates: Tensor  # [B, K] negatives; filled up with -1
 
 
@@ -39,15 +36,21 @@ class Ranks(NamedTuple):
     full_all: np.ndarray
 
     def metrics(self) -> Metrics:
-        return {name: summarise(getattr(self, name), cutoffs) for name, cutoffs in PROTOCOLS.items()}
+        return {
+            name: summarise(getattr(self, name), cutoffs) for name, cutoffs in PROTOCOLS.items()
+        }
 
 
 @torch.no_grad()
-def evaluate(encode: Callable[[Tensor], Tensor], item_table: Tensor, batches: Iterable[EvaluationBatch]) -> Ranks:
-    """Rank every user's target: sampled (its candidates), full (history excluded), full_all (nothing excluded).
+def evaluate(
+    encode: Callable[[Tensor], Tensor], item_table: Tensor, batches: Iterable[EvaluationBatch]
+) -> Ranks:
+    """Rank every user's target: sampled (its candidates), full (history excluded), full_all
+    (nothing excluded).
 
-    rank = 1 + number of other ranked items whose score is >= the target's, the target's score read from the same
-    product; so ties count against the model and a constant model scores zero. The target is never excluded.
+    rank = 1 + number of other ranked items whose score is >= the target's. The target's score is
+    read from the same product, so ties count against the model and a constant model scores zero.
+    The target is never excluded.
 
     Args:
         encode: history [B, L] -> user vectors [B, D]; a model in evaluation mode.
@@ -61,45 +64,71 @@ def evaluate(encode: Callable[[Tensor], Tensor], item_table: Tensor, batches: It
         users = encode(batch.history)
         if not torch.isfinite(users).all():
             row = int((~torch.isfinite(users)).any(1).nonzero()[0])
-            raise RunError(f"the vector of user {done + row} of this process is NaN or infinite: the model holds non-finite values")
+            raise RunError(
+                f"the vector of user {done + row} of this process is NaN or infinite:"
+                " the model holds non-finite values"
+            )
         found.append(rank_users(users, columns, batch))
         done += len(users)
     return collect(found, item_table.device)
 
 
 def rank_users(users: Tensor, columns: Tensor, batch: EvaluationBatch) -> Tensor:
-    """Ranks [3, B] (sampled, full, full_all) of one batch from its user vectors [B, D] and the table's columns, float32 [D, N]."""
-    rows = max(1, TILES[users.device.type != "cpu"] // columns.shape[1])
+    """Ranks [3, B] (sampled, full, full_all) of one batch.
+
+    Args:
+        users: user vectors [B, D].
+        columns: the item table's transpose, float32 [D, N].
+    """
+    tile = CPU_TILE if users.device.type == "cpu" else TILE
+    rows = max(1, tile // columns.shape[1])
     tiles = []
     for i in range(0, len(users), rows):
         part = slice(i, i + rows)
         scores = users[part].float() @ columns  # [b, N]
-        tiles.append(rank_tile(scores, batch.target[part], batch.seen[part], batch.candidates[part]))
+        tiles.append(
+            rank_tile(scores, batch.target[part], batch.seen[part], batch.candidates[part])
+        )
     return torch.cat(tiles, dim=1)
 
 
 def collect(found: list[Tensor], device: torch.device | str = "cpu") -> Ranks:
-    """The ranks of all batches, each [3, B], as one; of several processes, which took every world-th batch each, in their order."""
-    if distributed.world() > 1:
-        sizes = distributed.gather([part.shape[1] for part in found])
+    """The ranks of all batches, each [3, B], as one.
+
+    Several processes took every world-th batch each.
+    """
+    if processes.world() > 1:
+        sizes = processes.gather([part.shape[1] for part in found])
         order = [(i, r) for r, mine in enumerate(sizes) for i in range(len(mine))]
         whole = []
         for i, r in sorted(order):
-            own = r == distributed.rank()
-            whole.append(found[i] if own else torch.zeros(3, sizes[r][i], dtype=torch.int64, device=device))
-        distributed.sum_in_place(whole)
+            own = r == processes.rank()
+            whole.append(
+                found[i] if own else torch.zeros(3, sizes[r][i], dtype=torch.int64, device=device)
+            )
+        processes.sum_in_place(whole)
         found = whole
     return Ranks(*torch.cat(found, dim=1).cpu().numpy())
 
 
 def ranker(
-    encoder: Callable[[], Callable[[Tensor], Tensor]], item_table: Tensor, splits: dict[str, Any], batch_size: int, device: torch.device
+    encoder: Callable[[], Callable[[Tensor], Tensor]],
+    item_table: Tensor,
+    splits: dict[str, Any],
+    batch_size: int,
+    device: torch.device,
 ) -> Callable[..., Ranks]:
-    """A function (split name, at most so many batches) -> Ranks; `encoder()` gives the encode function of the present weights."""
+    """A function (split name, at most so many batches) -> Ranks.
+
+    Args:
+        encoder: gives the encode function of the model's present weights.
+    """
 
     def ranks_of(split: str, limit: int | None = None) -> Ranks:
-        share = (distributed.rank(), distributed.world())
-        return evaluate(encoder(), item_table, splits[split].batches(batch_size, device, limit, share))
+        share = (processes.rank(), processes.world())
+        return evaluate(
+            encoder(), item_table, splits[split].batches(batch_size, device, limit, share)
+        )
 
     return ranks_of
 
@@ -107,45 +136,16 @@ def ranker(
 def rank_tile(scores: Tensor, target: Tensor, seen: Tensor, candidates: Tensor) -> Tensor:
     """Ranks [3, b] (sampled, full, full_all) from scores [b, N]; overwrites `scores`."""
     own = scores.gather(1, target[:, None])  # [b, 1]
-    if not torch.isfinite(scores.sum(1)).all():  # a sum tells as much as all its terms, twenty times sooner
-        raise RunError("a score is NaN or infinite: the model or the item table holds non-finite values")
+    if not torch.isfinite(scores.sum(1)).all():  # a sum shows it 20 times sooner than all terms
+        raise RunError(
+            "a score is NaN or infinite: the model or the item table holds non-finite values"
+        )
     drawn = scores.gather(1, candidates.clamp(min=0))
     sampled = 1 + ((drawn >= own) & (candidates >= 0)).sum(1)
-    ahead = torch.empty_like(scores)  # ones and zeros as floats: their sum is many times faster than that of booleans
-    full_all = torch.ge(scores, own, out=ahead).sum(1)  # counts the target itself once; exact below 2^24 items
+    # Ones and zeros as floats: their sum is many times faster than that of booleans, and exact
+    # below 2^24 items. It counts the target itself once.
+    ahead = torch.empty_like(scores)
+    full_all = torch.ge(scores, own, out=ahead).sum(1)
     scores.scatter_(1, seen, -torch.inf).scatter_(1, target[:, None], own)
     full = torch.ge(scores, own, out=ahead).sum(1)
     return torch.stack([sampled, full.long(), full_all.long()])
-
-
-def finish(folder: Path, ranks_of: Callable[..., Ranks], about: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate valid and test, write results.json (`about` + metrics + seconds) and ranks.npz, print the test row.
-
-    Args:
-        ranks_of: split name -> ranks of all its users.
-    """
-    valid = ranks_of("valid")
-    started = time.perf_counter()
-    test = ranks_of("test")
-    seconds = time.perf_counter() - started
-    results = about | {
-        "users": len(test.sampled),
-        "valid": valid.metrics(),
-        "test": test.metrics(),
-        "inference_seconds": round(seconds, 3),
-        "inference_users_per_second": round(len(test.sampled) / seconds, 1),
-    }
-    if distributed.is_first():
-        found = {f"{split}_{name}": r.astype(np.int32) for split, ranks in (("valid", valid), ("test", test)) for name, r in ranks._asdict().items()}
-        partial = folder / f".tmp-ranks-{os.getpid()}.npz"
-        np.savez_compressed(partial, **found)
-        partial.replace(folder / "ranks.npz")
-        write_json(folder / "results.json", results)  # with it the run is finished, where it was trained to its end
-        if results["steps"] is not None:
-            (folder / CLOCK).unlink(missing_ok=True)
-        unlock(folder)
-    distributed.barrier()  # no process leaves while another may still wait for its part
-    for protocol, metrics in results["test"].items():
-        print(f"test {protocol:8s} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
-    print(f"wrote {folder / 'results.json'}", flush=True)
-    return results

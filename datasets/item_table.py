@@ -1,11 +1,12 @@
-"""The item table on disk: a pickle `{'item_embedding': FloatTensor [rows, dim]}`, read without trusting it."""
+"""The item table on disk: a pickle `{'item_embedding': FloatTensor [rows, dim]}`, read without
+trusting it.
+"""
 
 import codecs
 import collections
 import hashlib
 import io
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.cli import UsageError
+from utils.errors import UsageError
+from utils.files import replacing
 
 KEY = "item_embedding"
 
-_ARRAY = object()  # stands for numpy.ndarray: calling the class itself would let a file lay objects over bytes of its choice
+_ARRAY = object()  # stands for numpy.ndarray, whose own call would accept bytes as objects
 
 
 def _empty_array(kind: object, shape: tuple, code: bytes) -> np.ndarray:
@@ -35,12 +37,18 @@ def _plain_dtype(code: str, align: bool = False, copy: bool = False) -> np.dtype
     return dtype
 
 
+def _storage(data: bytes) -> object:
+    """torch's own reducer for storages is a nested pickle; the weights-only reader opens it
+    instead.
+    """
+    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
 _REBUILD = {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
     ("collections", "OrderedDict"): collections.OrderedDict,
-    # torch's own reducer for storages is a nested pickle; it is opened with the weights-only reader instead
-    ("torch.storage", "_load_from_bytes"): lambda data: torch.load(io.BytesIO(data), weights_only=True, map_location="cpu"),
+    ("torch.storage", "_load_from_bytes"): _storage,
     ("numpy._core.multiarray", "_reconstruct"): _empty_array,
     ("numpy.core.multiarray", "_reconstruct"): _empty_array,
     ("numpy._core.numeric", "_frombuffer"): np._core.numeric._frombuffer,
@@ -61,7 +69,9 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 class _SameBytes(pickle.Pickler):
-    """Gives the same bytes for the same table: torch's own reducer of storages writes a memory address among them."""
+    """Gives the same bytes for the same table. torch's own reducer of storages writes a memory
+    address.
+    """
 
     def reducer_override(self, value):
         if not isinstance(value, torch.storage.TypedStorage):
@@ -72,7 +82,8 @@ class _SameBytes(pickle.Pickler):
 
 
 def write_table(path: str | Path, table: Tensor, about: dict) -> None:
-    """Write the table and, beside it as .json, what it is (`about` and the file's sha256); atomically.
+    """Write the table and, beside it as .json, what it is (`about` and the file's sha256);
+    atomically.
 
     Args:
         table: float32 [max_id + 1, dim], row = item id, zeros where the id does not occur.
@@ -84,38 +95,55 @@ def write_table(path: str | Path, table: Tensor, about: dict) -> None:
     data = buffer.getvalue()
     notes = json.dumps(about | {"table_sha256": hashlib.sha256(data).hexdigest()}, indent=2) + "\n"
     for target, content in ((path, data), (path.with_suffix(".json"), notes.encode())):
-        partial = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-        partial.write_bytes(content)
-        partial.replace(target)
+        with replacing(target) as partial:
+            partial.write_bytes(content)
 
 
 def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
     """The rows of `item_ids` (int64 [N], ascending) of a pickled table, float32 [N, dim].
 
     Raises:
-        UsageError: no such file, a pickle that holds anything but tensors, a wrong key, shape or dtype, too few rows,
-            or rows of occurring items that are all zero or not finite.
+        UsageError: no such file, a pickle that holds anything but tensors, a wrong key, shape or
+            dtype, too few rows, or rows of occurring items that are all zero or not finite.
     """
     path = Path(path)
     if not path.exists():
-        raise UsageError(f"item table not found: {path}; extract_emb.py writes it (or name one with --item_table)")
+        raise UsageError(
+            f"item table not found: {path}; extract_emb.py writes it (or name one with --item_table)"
+        )
     content = _unpickle(path)
     if not isinstance(content, dict) or KEY not in content:
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise UsageError(f"{path}: expected a dict with {KEY!r}, found {keys}")
-    table = torch.as_tensor(content[KEY]) if isinstance(content[KEY], (Tensor, np.ndarray)) else None
-    if table is None or table.layout != torch.strided or table.dim() != 2 or not table.is_floating_point():
-        found = f"{table.dtype} of shape {tuple(table.shape)}" if table is not None else type(content[KEY]).__name__
-        raise UsageError(f"{path}: {KEY} must be floating point of shape [items, dim], found {found}")
+    table = content[KEY]
+    if isinstance(table, np.ndarray):
+        table = torch.as_tensor(table)
+    _check_form(path, table)
     if item_ids[-1] >= len(table):
-        raise UsageError(f"{path}: max id {item_ids[-1]} but the item table has {len(table)} rows (the table of another domain?)")
+        raise UsageError(
+            f"{path}: max id {item_ids[-1]} but the item table has {len(table)} rows"
+            " (the table of another domain?)"
+        )
     rows = table.detach().float()[torch.from_numpy(item_ids)]
     broken = item_ids[(~torch.isfinite(rows).all(1)).numpy()]
     if len(broken):
-        raise UsageError(f"{path}: rows {', '.join(map(str, broken[:5]))} contain NaN or infinity ({len(broken)} in all)")
+        shown = ", ".join(map(str, broken[:5]))
+        raise UsageError(f"{path}: rows {shown} contain NaN or infinity ({len(broken)} in all)")
     if not rows.any():
-        raise UsageError(f"{path}: every row of an occurring item is zero; the table was not trained")
+        raise UsageError(
+            f"{path}: every row of an occurring item is zero; the table was not trained"
+        )
     return rows.contiguous()
+
+
+def _check_form(path: Path, table: object) -> None:
+    if not isinstance(table, Tensor):
+        found = type(table).__name__
+    elif table.layout != torch.strided or table.dim() != 2 or not table.is_floating_point():
+        found = f"{table.dtype} of shape {tuple(table.shape)}"
+    else:
+        return
+    raise UsageError(f"{path}: {KEY} must be floating point of shape [items, dim], found {found}")
 
 
 def _unpickle(path: Path):

@@ -1,0 +1,174 @@
+"""A domain: its name, its files, every default path.
+
+And what steps 3 and 4 read of it before any model.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from datasets.demo import write_demo
+from datasets.interactions import Interactions, read_csv
+from utils.errors import UsageError
+from utils.files import read_json
+from utils.flags import Data, StudentFiles, TeacherFiles
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ALIASES = {"cloths": "cloth", "movies": "movie"}  # spellings of the released scripts
+SUFFIXES = (".csv", ".csv.gz", ".csv.xz")
+FOLDERS = ("data", "dataset/sequential")
+DEMO = Path("data/demo.csv")
+
+
+class Domain(NamedTuple):
+    """A domain's name, and where its CSV is if not in the usual places."""
+
+    name: str
+    data_path: str | None
+
+    @classmethod
+    def of(cls, files: Data) -> "Domain":
+        """The domain of a script's flags.
+
+        Raises:
+            UsageError: the name is not one path component.
+        """
+        return cls(canonical_domain(files.domain_type), files.data_path)
+
+    @property
+    def folder(self) -> Path:
+        """Where the steps' folders and the item table are by default."""
+        return Path("output") / self.name
+
+    @property
+    def item_table(self) -> Path:
+        return self.folder / "sasrec_item.pkl"
+
+    def teacher(self, files: StudentFiles) -> tuple[Path, Path | None]:
+        """The teacher's folder, and where its states are kept; None runs it in every step.
+
+        Raises:
+            UsageError: the cache is a file.
+        """
+        folder = Path(files.teacher or self.folder / "teacher")
+        place = files.teacher_cache
+        if place.lower() == "off":
+            return folder, None
+        cache = folder.parent / "teacher_states" if place.lower() == "auto" else Path(place)
+        if not place or (cache.exists() and not cache.is_dir()):
+            raise UsageError(f"--teacher_cache={place}: expected a folder, auto or off")
+        return folder, cache
+
+    def read(self) -> tuple[Interactions, Path]:
+        """The sequences, and the CSV that they are from. The demo domain is made on first use.
+
+        Raises:
+            UsageError: the CSV is missing or not what interactions.py expects.
+        """
+        if self.name == "demo" and self.data_path is None and not DEMO.exists():
+            write_demo(DEMO)
+            print(f"made the demo domain: {DEMO}", flush=True)
+        path = find_csv(self.name, self.data_path)
+        return read_csv(path), path
+
+
+def canonical_domain(domain_type: str) -> str:
+    """The domain's name, and so its folder under output/.
+
+    Raises:
+        UsageError: the name is not one path component.
+    """
+    domain = ALIASES.get(domain_type, domain_type)
+    if not domain or "/" in domain or domain.startswith("."):
+        raise UsageError(f"--domain_type={domain_type}: must be a plain name such as beauty")
+    return domain
+
+
+def find_csv(domain: str, data_path: str | None = None) -> Path:
+    """The domain's CSV: `data_path` if given, else data/<domain>.csv[.gz|.xz], else in dataset/sequential/.
+
+    Raises:
+        UsageError: no such file; the line says where it was looked for and which domains are there.
+    """
+    if data_path is not None:
+        path = Path(data_path)
+        if not path.exists():
+            raise UsageError(f"data file not found: {path} (from --data_path)")
+        return path
+    looked = candidates(domain)
+    for path in looked:
+        if path.exists():
+            return path
+    there = [path.name for folder in FOLDERS for path in Path(folder).glob("*.csv*")]
+    domains = sorted({name.split(".")[0] for name in there if ".items." not in name})
+    raise UsageError(
+        f"data file not found: {looked[0]} (from --domain_type {domain});"
+        f" looked in {', '.join(FOLDERS)}; available: {', '.join(domains) or 'none'};"
+        " --data_path names a file elsewhere"
+    )
+
+
+def candidates(domain: str) -> list[Path]:
+    """Where a domain's CSV may be, the first place first."""
+    names = [domain, *(alias for alias, name in ALIASES.items() if name == domain)]
+    files = [f"{name}{suffix}" for name in names for suffix in SUFFIXES]
+    return [Path(folder) / file for folder in FOLDERS for file in files]
+
+
+class Inputs(NamedTuple):
+    """What steps 3 and 4 read before any model: the sequences and the item table, checked against
+    each other.
+
+    csv_path, table_path: where they are from. table_sha256: of the table's file.
+    """
+
+    domain: Domain
+    data: Interactions
+    csv_path: Path
+    table_path: Path
+    table_sha256: str
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Field of config.json -> hash of the file that a run is made from."""
+        return {"data_sha256": self.data.sha256, "table_sha256": self.table_sha256}
+
+    def item_table(self) -> "Tensor":
+        """The item table's rows in catalogue order, float32 [N, D]."""
+        from datasets.item_table import read_table
+
+        return read_table(self.table_path, self.data.item_ids)
+
+
+def read_inputs(files: TeacherFiles) -> Inputs:
+    """Find and check the CSV and the item table. Imports no torch.
+
+    Raises:
+        UsageError: a file is missing or wrong, or the table was extracted from another CSV.
+    """
+    domain = Domain.of(files)
+    table_path = Path(files.item_table or domain.item_table)
+    data, csv_path = domain.read()
+    if not table_path.is_file():
+        raise UsageError(
+            f"item table not found: {table_path}; extract_emb.py writes it"
+            " (or name one with --item_table)"
+        )
+    table_sha256 = hashlib.sha256(table_path.read_bytes()).hexdigest()
+    notes = table_path.with_suffix(".json")
+    if notes.is_file():
+        about = read_json(notes, "item table notes")
+        made_from = about.get("data_sha256")
+        if made_from != data.sha256:
+            raise UsageError(
+                f"{table_path} was extracted from a CSV with sha256 {str(made_from)[:12]}...,"
+                f" {csv_path} has {data.sha256[:12]}...; run extract_emb.py again"
+            )
+        if about.get("table_sha256", table_sha256) != table_sha256:
+            raise UsageError(
+                f"{table_path} is not the table that {notes} describes; run extract_emb.py again,"
+                " or remove the .json if the table is your own"
+            )
+    return Inputs(domain, data, csv_path, table_path, table_sha256)

@@ -1,0 +1,142 @@
+"""Files: JSON written whole or not at all, hashes, folders that can be written to, and locks.
+
+LEAVE ALONE.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+LOCK, OWNER = ".lock", ".lock-owner"  # the owner's file says who holds the lock
+LOOK_SECONDS = 1.0  # two commands that look at a lock at the same moment do not refuse each other
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it at the end; removed when the body fails."""
+    path = Path(path)
+    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON atomically."""
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json(path: str | Path, what: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        what: what the file is, for messages.
+    Raises:
+        UsageError: the file is missing or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{what} not found: {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError):
+        raise UsageError(f"{path}: damaged, not JSON") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: damaged, not a JSON object")
+    return content
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file, read as a stream."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk. Windows has no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def check_writable(folder: str | Path, flag: str) -> None:
+    """Refuse a folder that cannot be made or written to.
+
+    Raises:
+        UsageError: naming the flag, the folder and the part of its path that is in the way.
+    """
+    folder = Path(folder)
+    for part in (folder, *folder.parents):
+        if not part.exists():
+            continue
+        if not part.is_dir():
+            raise UsageError(f"{flag}={folder}: {part} is a file, not a folder")
+        if not os.access(part, os.W_OK):
+            raise UsageError(f"{flag}={folder}: {part} is not writable")
+        return
+
+
+_held: dict[Path, "FileLock"] = {}  # the locks of this process, by folder
+
+
+def take_lock(folder: Path, timeout: float = LOOK_SECONDS) -> bool:
+    """Take an exclusive lock on a folder, among the processes of this machine.
+
+    A dead process's lock is free. The lock's file stays, so that those who wait share one file.
+
+    Args:
+        timeout: seconds to wait; -1 waits as long as it takes.
+    Returns:
+        Whether this process holds the lock now.
+    """
+    from filelock import FileLock, Timeout
+
+    if folder.resolve() in _held:
+        return True
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        return False
+    _held[folder.resolve()] = lock
+    owner = f"{os.getpid()} on {platform.node()}\n"
+    (folder / OWNER).write_text(owner, encoding="utf-8")
+    return True
+
+
+def release_lock(folder: Path) -> None:
+    """Give a lock back; does nothing where this process does not hold it."""
+    lock = _held.pop(folder.resolve(), None)
+    if lock is not None:
+        (folder / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def lock_owner(folder: Path) -> str | None:
+    """Process and machine of another process that holds the lock; None where none does."""
+    if folder.resolve() in _held or not (folder / LOCK).exists():
+        return None
+    if take_lock(folder):
+        release_lock(folder)
+        return None
+    try:
+        return (folder / OWNER).read_text(encoding="utf-8").strip() or "?"
+    except OSError:
+        return "?"
