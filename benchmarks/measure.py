@@ -1,6 +1,8 @@
-"""What both benchmarks share: timing side by side, peak memory of a fresh process, models of a shape, and the floor.
+"""What both benchmarks share: timing side by side, peak memory of a fresh process, models of a
+shape, and the floor.
 
-Legend: B batch, P prompt tokens, R response tokens, H width, I width of the MLP, D item dim, N items.
+Legend: B batch, P prompt tokens, R response tokens, H width, I width of the MLP, D item dim, N
+    items.
 """
 
 import multiprocessing
@@ -19,21 +21,26 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from benchmarks.plain import PlainLLM4Rec, plain_twin
 from models.base import prune_config
 from models.llm4rec import LLM4Rec, assemble
-from utils.runlog import write_json
+from models.lora import inject_lora
+from utils.files import write_json
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 RANK = 16
 
 
 class Race(NamedTuple):
-    """Median seconds of ours and of the plain form, and the median of the pairwise ratios plain / ours."""
+    """Median seconds of ours and of the plain form, and the median of the pairwise ratios plain /
+    ours.
+    """
 
     ours: float
     plain: float
     ratio: float
 
 
-def race(ours: Callable, plain: Callable, inputs: list, device: torch.device, rest: float = 0.0) -> Race:
+def race(
+    ours: Callable, plain: Callable, inputs: list, device: torch.device, rest: float = 0.0
+) -> Race:
     """Run both on every input in turn; the first pair warms up and does not count.
 
     Args:
@@ -61,11 +68,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any, device: torch.device, with_preparation: bool = False) -> int | None:
-    """Most bytes on the device that `prepare(*arguments)()` needs, in a fresh process, beyond what stood there before the call.
+def peak_memory(
+    prepare: Callable[..., Callable[[], Any]],
+    *arguments: Any,
+    device: torch.device,
+    with_preparation: bool = False,
+) -> int | None:
+    """Most bytes on the device that `prepare(*arguments)()` needs, in a fresh process, beyond what
+    stood there before the call.
 
     Args:
-        prepare: a function of a module (it is sent to the process by name) that returns what is to be measured.
+        prepare: a function of a module (it is sent to the process by name) that returns what is to
+            be measured.
         with_preparation: count what `prepare` itself takes, such as weights, too.
     Returns:
         None where the process died, or ran out of memory.
@@ -86,7 +100,9 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any, devi
         process.join()
 
 
-def _measure_peak(pipe, threads: int, prepare: Callable, arguments: tuple, device: str, with_preparation: bool) -> None:
+def _measure_peak(
+    pipe, threads: int, prepare: Callable, arguments: tuple, device: str, with_preparation: bool
+) -> None:
     torch.set_num_threads(threads)
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -102,19 +118,21 @@ def _measure_peak(pipe, threads: int, prepare: Callable, arguments: tuple, devic
     run = prepare(*arguments)
     if not with_preparation:
         before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew here (getrusage's is the parent's)
+    # The high-water mark is reset here; getrusage's is the parent's.
+    Path("/proc/self/clear_refs").write_text("5")
     run()
     pipe.send(_memory("VmHWM") - before)
 
 
 def _memory(field: str) -> int:
     """Bytes of this process's resident memory now (VmRSS) or at most (VmHWM)."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product, the best of several."""
+    """Floating-point operations per second of a large matrix product, the best of several."""
     n = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(6))
@@ -124,13 +142,17 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What a reader must know of where the figures come from."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
     return {
-        "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    }
 
 
 def _processor() -> str:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {len(names)} cores"
 
 
@@ -151,7 +173,14 @@ class Shape(NamedTuple):
     item_table: Tensor  # [N, D]
     slots: int
 
-    def model(self, n_layers: int, strategy: str, n_blocks: int = 1, exits: bool = False, bf16: bool = False) -> LLM4Rec:
+    def model(
+        self,
+        n_layers: int,
+        strategy: str,
+        n_blocks: int = 1,
+        exits: bool = False,
+        bf16: bool = False,
+    ) -> LLM4Rec:
         """Ours, with random weights; LoRA r=16 on the MLP without dropout, or trained in full."""
         torch.manual_seed(0)
         device, before = self.item_table.device, torch.get_default_dtype()
@@ -161,11 +190,18 @@ class Shape(NamedTuple):
                 llama = LlamaModel(prune_config(self.config, n_layers))
         finally:
             torch.set_default_dtype(before)
-        lora = {"lora_r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "lora_target_modules": TARGETS}
-        return assemble(
-            llama, self.item_table, prompt_ids=self.prompt_ids, response_ids=self.response_ids, n_blocks=n_blocks, exit_heads=exits,
-            strategy=strategy, **lora,
-        ).to(device)  # fmt: skip
+        spec = {
+            "prompt_ids": self.prompt_ids,
+            "response_ids": self.response_ids,
+            "n_blocks": n_blocks,
+            "exit_heads": exits,
+            "strategy": strategy,
+            "lora_r": RANK,
+            "lora_alpha": RANK,
+            "lora_dropout": 0.0,
+            "lora_target_modules": TARGETS,
+        }
+        return assemble(llama, self.item_table, spec).to(device)
 
     def twins(self, n_layers: int, strategy: str, **shape: Any) -> tuple[LLM4Rec, PlainLLM4Rec]:
         """Ours and the plain form with the same weights."""
@@ -175,21 +211,27 @@ class Shape(NamedTuple):
     def tokens(self, lengths: np.ndarray) -> tuple[int, int]:
         """Tokens of a batch that ours computes and that the plain form computes."""
         prompt, response = len(self.prompt_ids), len(self.response_ids)
-        return prompt + int(lengths.sum()) + len(lengths) * response, len(lengths) * (prompt + self.slots + response)
+        computed = prompt + int(lengths.sum()) + len(lengths) * response
+        return computed, len(lengths) * (prompt + self.slots + response)
 
-    def operations(self, lengths: np.ndarray, n_layers: int, strategy: str, training: bool = True) -> float:
-        """Floating-point operations of a training step over a batch (cross-entropy too), or of its inference.
+    def operations(
+        self, lengths: np.ndarray, n_layers: int, strategy: str, training: bool = True
+    ) -> float:
+        """Floating-point operations of a training step over a batch (cross-entropy too), or of its
+        inference.
 
-        A product counts 2 operations a multiply-add. Backward: a frozen matrix costs its input's gradient alone (as much
-        as the forward), a trained one as much again; attention twice its forward. Inference has its prompt already.
-        Norms, rotations and AdamW do not count.
+        A product counts 2 operations per multiply-add. Backward: a frozen matrix costs its input's
+        gradient alone (as much as the forward), a trained one as much again; attention twice its
+        forward. Inference has its prompt already. Norms, rotations and AdamW do not count.
         """
         width, inner = self.config.hidden_size, self.config.intermediate_size
         shared = self.config.num_key_value_heads / self.config.num_attention_heads
         prompt, response = len(self.prompt_ids), len(self.response_ids)
         batch, own = len(lengths), lengths + response  # tokens of each user
         tokens = int(own.sum()) + (prompt if training else 0)
-        pairs = float((own * prompt + own * (own + 1) / 2).sum()) + (prompt * (prompt + 1) / 2 if training else 0)
+        pairs = float((own * prompt + own * (own + 1) / 2).sum()) + (
+            prompt * (prompt + 1) / 2 if training else 0
+        )
         last_pairs = float((own + prompt).sum())
         attention = 2 * 2 * width * (pairs * (n_layers - 1) + last_pairs)
         key_value, query_out, mlp = 2 * width * width * shared, 2 * width * width, 3 * width * inner
@@ -204,8 +246,12 @@ class Shape(NamedTuple):
         return linear * (2 if strategy == "lora" else 3) + 3 * (attention + lora + ends) + catalogue
 
 
-def training_step(model: nn.Module, loss_of: Callable[[Any], Tensor], bf16: bool = False) -> Callable[..., None]:
-    """Loss + backward of every micro-batch given, then clip + AdamW of what is trained in `model`, once."""
+def training_step(
+    model: nn.Module, loss_of: Callable[[Any], Tensor], bf16: bool = False
+) -> Callable[..., None]:
+    """Loss + backward of every micro-batch given, then clip + AdamW of what is trained in `model`,
+    once.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     device = parameters[0].device
@@ -221,3 +267,18 @@ def training_step(model: nn.Module, loss_of: Callable[[Any], Tensor], bf16: bool
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def count_parameters(
+    config: LlamaConfig, n_layers: int, r: int, targets: list[str]
+) -> tuple[int, int]:
+    """(decoder and embeddings with LoRA, LoRA alone), as the paper's efficiency table counts.
+
+    Counted on the meta device.
+    """
+    with torch.device("meta"):
+        llama = LlamaModel(prune_config(config, n_layers))
+        llama.requires_grad_(False)
+        inject_lora(llama, r, r, 0.0, targets)
+    sizes = [(p.numel(), p.requires_grad) for p in llama.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)

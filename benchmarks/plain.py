@@ -1,7 +1,8 @@
-"""The plain form: the padded Hugging Face forward with peft, and the rest of the pipeline as a user would write it.
+"""The plain form: the padded Hugging Face forward with peft, and the rest of the pipeline as a user
+would write it.
 
-The readable specification of the teacher and the student. Tests compare the fast forward with it, benchmarks race it;
-no script imports it. Legend as in models/llm4rec.py.
+The readable specification of the teacher and the student. Tests compare the fast forward with it,
+benchmarks race it; no script imports it. Legend as in models/llm4rec.py.
 """
 
 import json
@@ -19,7 +20,7 @@ from models.losses import Output
 
 
 class PlainLLM4Rec(nn.Module):
-    """[prompt | left-padded items | response] through LlamaModel with an attention mask, for every sample alike."""
+    """[prompt | left-padded items | response] through LlamaModel with an attention mask."""
 
     def __init__(
         self,
@@ -27,24 +28,28 @@ class PlainLLM4Rec(nn.Module):
         item_table: Tensor,
         prompt_ids: list[int],
         response_ids: list[int],
-        n_blocks: int,
+        block_ends: list[int],
         exit_heads: bool,
-    ):
+    ) -> None:
         super().__init__()
         width, dim = llama.config.hidden_size, item_table.shape[1]
-        self.llama, self.n_blocks = llama, n_blocks
+        self.llama, self.block_ends = llama, block_ends
         self.register_buffer("item_table", item_table)
         self.register_buffer("prompt_ids", torch.tensor(prompt_ids))
         self.register_buffer("response_ids", torch.tensor(response_ids))
         self.adapter = nn.Linear(dim, width)
         self.head = nn.Linear(width, dim, bias=False)
-        self.exit_heads = nn.ModuleList([nn.Linear(width, dim, bias=False) for _ in range(n_blocks - 1 if exit_heads else 0)])
+        n_exits = len(block_ends) - 1 if exit_heads else 0
+        heads = [nn.Linear(width, dim, bias=False) for _ in range(n_exits)]
+        self.exit_heads = nn.ModuleList(heads)
 
     def forward(self, history: Tensor) -> Output:
         """Left-padded catalogue indices [B, L] -> Output, the same as LLM4Rec's."""
         batch = len(history)
         real = history != len(self.item_table)  # [B, L]
-        padded = torch.cat([self.item_table, self.item_table.new_zeros(1, self.item_table.shape[1])])
+        padded = torch.cat(
+            [self.item_table, self.item_table.new_zeros(1, self.item_table.shape[1])]
+        )
         embed = self.llama.get_input_embeddings()
         tokens = torch.cat(
             [
@@ -54,7 +59,14 @@ class PlainLLM4Rec(nn.Module):
             ],
             dim=1,
         )
-        mask = torch.cat([real.new_ones(batch, len(self.prompt_ids)), real, real.new_ones(batch, len(self.response_ids))], dim=1)
+        mask = torch.cat(
+            [
+                real.new_ones(batch, len(self.prompt_ids)),
+                real,
+                real.new_ones(batch, len(self.response_ids)),
+            ],
+            dim=1,
+        )
         position = torch.arange(tokens.shape[1], device=tokens.device).expand(batch, -1)
         out = self.llama(
             inputs_embeds=tokens,
@@ -64,21 +76,25 @@ class PlainLLM4Rec(nn.Module):
             use_cache=False,
             return_dict=True,
         )
-        every = (len(out.hidden_states) - 1) // self.n_blocks
-        states = torch.stack([out.hidden_states[k * every][:, -1] for k in range(1, self.n_blocks + 1)], dim=1)
+        states = torch.stack([out.hidden_states[end][:, -1] for end in self.block_ends], dim=1)
         user = self.head(states[:, -1])
         exits = [head(states[:, k]) for k, head in enumerate(self.exit_heads)]
-        return Output(user, states, torch.stack(exits, dim=1) if exits else user.new_empty(batch, 0, user.shape[1]))
+        none = user.new_empty(batch, 0, user.shape[1])
+        return Output(user, states, torch.stack(exits, dim=1) if exits else none)
 
 
-def plain_twin(model: LLM4Rec, lora: tuple[int, int, list[str]] | None) -> tuple[PlainLLM4Rec, dict[str, str]]:
-    """A plain model with the weights of `model` copied, and the map from its parameter names to the plain one's.
+def plain_twin(
+    model: LLM4Rec, lora: tuple[int, int, list[str]] | None
+) -> tuple[PlainLLM4Rec, dict[str, str]]:
+    """A plain model with the weights of `model` copied, and the map from its parameter names to the
+    plain one's.
 
     Args:
         lora: (r, alpha, targets) of the model's LoRA, None for a model without.
     """
     decoder = model.decoder
-    device, precision, before = model.item_table.device, decoder.llama.embed_tokens.weight.dtype, torch.get_default_dtype()
+    device, before = model.item_table.device, torch.get_default_dtype()
+    precision = decoder.llama.embed_tokens.weight.dtype
     torch.set_default_dtype(precision)  # a base in half precision is never held in single
     try:
         with device:
@@ -86,17 +102,26 @@ def plain_twin(model: LLM4Rec, lora: tuple[int, int, list[str]] | None) -> tuple
     finally:
         torch.set_default_dtype(before)
     for name, buffer in decoder.llama.named_buffers():
-        llama.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer.clone(), persistent=False)
+        llama.get_submodule(name.rpartition(".")[0]).register_buffer(
+            name.rpartition(".")[2], buffer.clone(), persistent=False
+        )
     prefix = "llama."
     if lora is not None:
         from peft import LoraConfig, get_peft_model
 
         r, alpha, targets = lora
-        options = {"lora_dropout": 0.0, "target_modules": targets, "bias": "none", "task_type": "FEATURE_EXTRACTION"}
+        options = {
+            "lora_dropout": 0.0,
+            "target_modules": targets,
+            "bias": "none",
+            "task_type": "FEATURE_EXTRACTION",
+        }
         llama = get_peft_model(llama, LoraConfig(r=r, lora_alpha=alpha, **options))
         prefix = "llama.base_model.model."
     prompt, response = decoder.prompt_ids.tolist(), decoder.response_ids.tolist()
-    plain = PlainLLM4Rec(llama, model.item_table, prompt, response, decoder.n_blocks, len(model.exit_heads) > 0).to(device)
+    plain = PlainLLM4Rec(
+        llama, model.item_table, prompt, response, decoder.block_ends, len(model.exit_heads) > 0
+    ).to(device)
     names = {name: name.replace("decoder.llama.", prefix) for name, _ in model.named_parameters()}
     own = dict(plain.named_parameters())
     if set(names.values()) != set(own):
@@ -107,8 +132,12 @@ def plain_twin(model: LLM4Rec, lora: tuple[int, int, list[str]] | None) -> tuple
     return plain, names
 
 
-def plain_loss(student: Output, teacher: Output | None, item_table: Tensor, target: Tensor) -> Tensor:
-    """distill.py's default loss: ce + sum over blocks of (1 - cos) + 0.1 x distances + ce of the exits; ce alone without a teacher."""
+def plain_loss(
+    student: Output, teacher: Output | None, item_table: Tensor, target: Tensor
+) -> Tensor:
+    """distill.py's default loss: ce + sum over blocks of (1 - cos) + 0.1 x distances + ce of the
+    exits; ce alone without a teacher.
+    """
 
     def cross_entropy(users: Tensor) -> Tensor:
         return F.cross_entropy((users @ item_table.T).float(), target)
@@ -117,8 +146,9 @@ def plain_loss(student: Output, teacher: Output | None, item_table: Tensor, targ
     if teacher is None:
         return loss
     for k in range(student.states.shape[1]):
-        wanted, given = teacher.states[:, k].float(), student.states[:, k].float()
-        loss = loss + (1 - F.cosine_similarity(wanted, given, dim=-1)).mean() + 0.1 * (wanted - given).norm(dim=-1).mean()
+        theirs, ours = teacher.states[:, k].float(), student.states[:, k].float()
+        loss = loss + (1 - F.cosine_similarity(theirs, ours, dim=-1)).mean()
+        loss = loss + 0.1 * (theirs - ours).norm(dim=-1).mean()
     for k in range(student.exits.shape[1]):
         loss = loss + cross_entropy(student.exits[:, k])
     return loss
@@ -130,7 +160,9 @@ def plain_candidates(pool: set[int], history: list[int], n_candidates: int) -> l
 
 
 def plain_ranks(users: Tensor, item_table: Tensor, target: Tensor, seen: list[list[int]]) -> Tensor:
-    """Rank of each target among all items without the user's history: the whole score matrix, sorted; int64 [B], from 1."""
+    """Rank of each target among all items without the user's history: the whole score matrix,
+    sorted; int64 [B], from 1.
+    """
     scores = users @ item_table.T
     for row, items in enumerate(seen):
         own = scores[row, target[row]].clone()
@@ -140,11 +172,19 @@ def plain_ranks(users: Tensor, item_table: Tensor, target: Tensor, seen: list[li
     return (order == target[:, None]).nonzero()[:, 1] + 1
 
 
-def plain_process(path: Path, min_rating: float, min_user: int, min_item: int, min_length: int) -> pd.DataFrame:
-    """The released notebook's filters in pandas, in time order; a row a user with its list of items numbered from 0."""
+def plain_process(
+    path: Path, min_rating: float, min_user: int, min_item: int, min_length: int
+) -> pd.DataFrame:
+    """The released notebook's filters in pandas, in time order; one row per user with its list of items
+    numbered from 0.
+    """
     with open(path, encoding="utf-8") as file:
-        frame = pd.DataFrame([json.loads(line) for line in file])[["reviewerID", "asin", "overall", "unixReviewTime"]]
-    frame = frame[frame.overall >= min_rating].drop_duplicates(["reviewerID", "asin", "unixReviewTime"])
+        frame = pd.DataFrame([json.loads(line) for line in file])[
+            ["reviewerID", "asin", "overall", "unixReviewTime"]
+        ]
+    frame = frame[frame.overall >= min_rating].drop_duplicates(
+        ["reviewerID", "asin", "unixReviewTime"]
+    )
     frame = frame[frame.groupby("reviewerID").asin.transform("size") >= min_user]
     frame = frame[frame.groupby("asin").asin.transform("size") >= min_item]
     frame = frame.sort_values(["reviewerID", "unixReviewTime"], kind="stable")

@@ -3,12 +3,14 @@
     python -m benchmarks.throughput                                      # lengths of the demo domain, base tiny
     python -m benchmarks.throughput --data_path ../shared/data/amazon2014_beauty.csv.xz --base_model small
 
-Every pair has the same weights and the same batches. The plain form is benchmarks/plain.py: the padded Hugging Face
-forward with peft, full logits, candidates by set difference, ranks by sorting, reviews in pandas. A training step is
-loss + backward + clip + AdamW. The floor is what must be computed (benchmarks/measure.py) over this machine's measured
-rate of large matrix products. Prints one table and writes throughput.json and throughput.md into --output_dir.
+Every pair has the same weights and the same batches. The plain form is benchmarks/plain.py: the
+padded Hugging Face forward with peft, full logits, candidates by set difference, ranks by sorting,
+reviews in pandas. A training step is loss + backward + clip + AdamW. The floor is what must be
+computed (benchmarks/measure.py) over this machine's measured rate of large matrix products. Prints
+one table and writes throughput.json and throughput.md into --output_dir.
 """
 
+import dataclasses
 import functools
 import json
 import tempfile
@@ -25,76 +27,108 @@ from benchmarks import measure, plain
 from benchmarks.measure import Race, race, training_step
 from datasets import process, sequences, teacher_states
 from datasets.candidates import draw
-from datasets.demo import ensure_demo
-from datasets.interactions import Interactions, find_csv, read_csv
+from datasets.domain import Domain
+from datasets.interactions import Interactions
 from datasets.prompts import read_template, tokenise
 from models import base
-from models.losses import Output, catalogue_cross_entropy, recommendation_loss
+from models.catalogue import catalogue_cross_entropy
+from models.losses import Output, recommendation_loss
 from models.sasrec import SASRec
-from utils import cli
+from utils import cli, processes
 from utils.evaluation import evaluate
-from utils.runlog import check_output_dir
-from utils.training import choose_device
+from utils.files import check_writable
+from utils.flags import Data, DistillationLoss, NonNegativeFloat, PositiveInt, flag
 
 DIM = 128
 LARGE = 376_858  # items of the paper's largest domain
-WEIGHTS = {"distill_lambda": 1.0, "norm_lambda": 0.1, "cls_multiple_lambda": 1.0}
 
 
 class Bench:
-    """What the rows share: the domain, the models' shape, batches of real lengths, and the table that fills up.
+    """What the rows share: the domain, the models' shape, batches of real lengths, and the table
+    that fills up.
 
     Args:
         batches: sample indices of every timed batch, int64 [repeats + 1, B]; the first warms up.
     """
 
-    def __init__(self, data: Interactions, shape: measure.Shape, batch_size: int, repeats: int, rest: float) -> None:
+    def __init__(
+        self, data: Interactions, shape: measure.Shape, batch_size: int, repeats: int, rest: float
+    ) -> None:
         self.data, self.shape, self.device, self.rest = data, shape, shape.item_table.device, rest
         self.samples = sequences.training_samples(data, "last", shape.slots)
         rng = np.random.default_rng(0)
-        self.batches = [rng.choice(len(self.samples), batch_size, replace=False) for _ in range(repeats + 1)]
+        self.batches = [
+            rng.choice(len(self.samples), batch_size, replace=False) for _ in range(repeats + 1)
+        ]
         self.rate = measure.matrix_rate(self.device, torch.float32)
         self.rows: list[dict[str, Any]] = []
 
     def race(self, ours, theirs, inputs: list | None = None) -> Race:
-        return race(ours, theirs, self.batches if inputs is None else inputs, self.device, self.rest)
+        return race(
+            ours, theirs, self.batches if inputs is None else inputs, self.device, self.rest
+        )
 
     def add(
-        self, name: str, unit: str, timed: Race, per: float = 1.0, operations: float | None = None, llm: bool = False, **more: Any
-    ) -> None:  # fmt: skip
-        """A row; `per` turns seconds into the unit: units a call for a rate, 1 for seconds, 1000 for milliseconds.
+        self,
+        name: str,
+        unit: str,
+        timed: Race,
+        per: float = 1.0,
+        operations: float | None = None,
+        llm: bool = False,
+        **more: Any,
+    ) -> None:
+        """A row; `per` turns seconds into the unit: units a call for a rate, 1 for seconds, 1000
+        for milliseconds.
 
         Args:
-            operations: that must be done, for the floor. llm: also tell prompt, response, lengths and tokens.
+            operations: that must be done, for the floor. llm: also tell prompt, response, lengths
+                and tokens.
         """
         rate = unit.endswith("/s")
         ours, theirs = ((per / t if rate else per * t) for t in (timed.ours, timed.plain))
         row = {"row": name, "unit": unit, "ours": ours, "plain": theirs, "ratio": timed.ratio}
         if llm:
-            lengths = [self.samples.counts()[rows] for rows in self.batches[1:]]
+            lengths = [self.samples.lengths()[rows] for rows in self.batches[1:]]
             tokens = np.array([self.shape.tokens(n) for n in lengths])
             row |= {
-                "prompt": len(self.shape.prompt_ids), "response": len(self.shape.response_ids), "tokens": float(tokens[:, 0].mean()),
-                "mean_history": float(np.mean(np.concatenate(lengths))), "token_ratio": float((tokens[:, 1] / tokens[:, 0]).mean()),
-            }  # fmt: skip
+                "prompt": len(self.shape.prompt_ids),
+                "response": len(self.shape.response_ids),
+                "tokens": float(tokens[:, 0].mean()),
+                "mean_history": float(np.mean(np.concatenate(lengths))),
+                "token_ratio": float((tokens[:, 1] / tokens[:, 0]).mean()),
+            }
         if operations is not None:
             floor = operations / self.rate
-            row |= {"gflop": operations / 1e9, "floor_ms": floor * 1e3, "of_matrix_rate": floor / timed.ours}
+            row |= {
+                "gflop": operations / 1e9,
+                "floor_ms": floor * 1e3,
+                "of_matrix_rate": floor / timed.ours,
+            }
         self.rows.append(row | more)
         print(f"{name:58s} {ours:12.2f} {theirs:12.2f} {unit:8s} {timed.ratio:7.2f} x", flush=True)
 
     def operations(self, n_layers: int, strategy: str, training: bool = True) -> float:
         """The mean of the timed batches."""
-        each = [self.shape.operations(self.samples.counts()[rows], n_layers, strategy, training) for rows in self.batches[1:]]
+        each = [
+            self.shape.operations(self.samples.lengths()[rows], n_layers, strategy, training)
+            for rows in self.batches[1:]
+        ]
         return float(np.mean(each))
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        return self.samples.histories(rows).to(self.device), self.samples.targets(rows).to(self.device)
+        return self.samples.histories(rows).to(self.device), self.samples.targets(rows).to(
+            self.device
+        )
 
 
 def steps(bench: Bench, teacher_layers: int, student_layers: int) -> None:
     """Training steps with cross-entropy alone, LoRA and full."""
-    for who, n_layers, strategy in (("teacher", teacher_layers, "lora"), ("student", student_layers, "lora"), ("student", student_layers, "full")):
+    for who, n_layers, strategy in (
+        ("teacher", teacher_layers, "lora"),
+        ("student", student_layers, "lora"),
+        ("student", student_layers, "full"),
+    ):
         ours, theirs = bench.shape.twins(n_layers, strategy)
 
         def loss(rows):
@@ -106,72 +140,125 @@ def steps(bench: Bench, teacher_layers: int, student_layers: int) -> None:
             return plain.plain_loss(theirs(history), None, theirs.item_table, target)
 
         timed = bench.race(training_step(ours, loss), training_step(theirs, plain_loss))
-        bench.add(f"{who} train step, {n_layers} layers, {strategy}", "ms", timed, 1e3, bench.operations(n_layers, strategy), llm=True)
+        bench.add(
+            f"{who} train step, {n_layers} layers, {strategy}",
+            "ms",
+            timed,
+            1e3,
+            bench.operations(n_layers, strategy),
+            llm=True,
+        )
 
 
 def layouts(bench: Bench, n_layers: int) -> None:
-    """Packed tokens against buckets of like length, where every user of a bucket is computed as if as long as its longest."""
+    """Packed tokens against buckets of like length, where every user of a bucket is computed as if
+    as long as its longest.
+    """
     model = bench.shape.model(n_layers, "lora")
 
     def loss(rows, n_buckets):
         history, target = bench.batch(rows)
         if n_buckets:
-            length = torch.from_numpy(bench.samples.counts()[rows]).to(bench.device)
+            length = torch.from_numpy(bench.samples.lengths()[rows]).to(bench.device)
             for bucket in length.argsort().chunk(n_buckets):
                 longest = int(length[bucket].max())
-                history[bucket, -longest:] = history[bucket, -longest:].clamp(max=bench.data.n_items - 1)  # padding becomes an item
+                history[bucket, -longest:] = history[bucket, -longest:].clamp(
+                    max=bench.data.n_items - 1
+                )  # padding becomes an item
         return catalogue_cross_entropy(model(history).user, model.item_table, target)
 
     step = functools.partial(training_step, model)
     for n_buckets in (4, 8):
-        timed = bench.race(step(lambda rows: loss(rows, 0)), step(lambda rows: loss(rows, n_buckets)))
-        bench.add(f"student train step, packed against {n_buckets} buckets", "ms", timed, 1e3, llm=True)
+        timed = bench.race(
+            step(lambda rows: loss(rows, 0)), step(lambda rows: loss(rows, n_buckets))
+        )
+        bench.add(
+            f"student train step, packed against {n_buckets} buckets", "ms", timed, 1e3, llm=True
+        )
 
 
 def distillation(bench: Bench, teacher_layers: int, student_layers: int, n_blocks: int) -> None:
-    """A student's step with every part of the loss: the teacher cached, then live, against a plain live teacher and student."""
+    """A student's step with every part of the loss: the teacher cached, then live, against a plain
+    live teacher and student.
+    """
     teacher, plain_teacher = bench.shape.twins(teacher_layers, "lora", n_blocks=n_blocks)
-    student, plain_student = bench.shape.twins(student_layers, "lora", n_blocks=n_blocks, exits=True)
+    student, plain_student = bench.shape.twins(
+        student_layers, "lora", n_blocks=n_blocks, exits=True
+    )
     encode = teacher.requires_grad_(False).encoder()
     plain_teacher.requires_grad_(False).eval()
 
-    def loss(rows, wanted):
+    def loss(rows, teacher_output):
         history, target = bench.batch(rows)
-        return recommendation_loss(student(history), wanted(rows, history), student.item_table, target, **WEIGHTS)["total"]
+        outputs = student(history), teacher_output(rows, history)
+        loss = recommendation_loss(*outputs, student.item_table, target, DistillationLoss())
+        return loss["total"]
 
     def plain_loss(rows):
         history, target = bench.batch(rows)
         with torch.no_grad():
-            wanted = plain_teacher(history)
-        return plain.plain_loss(plain_student(history), wanted, plain_student.item_table, target)
+            teacher = plain_teacher(history)
+        return plain.plain_loss(plain_student(history), teacher, plain_student.item_table, target)
 
     plain_step = training_step(plain_student, plain_loss)
-    own = bench.operations(student_layers, "lora") + 2 * 2 * (n_blocks - 1) * len(bench.batches[0]) * bench.shape.item_table.numel()
+    own = (
+        bench.operations(student_layers, "lora")
+        + 2 * 2 * (n_blocks - 1) * len(bench.batches[0]) * bench.shape.item_table.numel()
+    )
     with tempfile.TemporaryDirectory() as folder:
         some = np.arange(min(len(bench.samples), 4096))
-        part = sequences.Samples(bench.data.items, bench.samples.end[some], bench.samples.length[some], bench.data.n_items, bench.shape.slots)
+        part = some_of(bench.samples, some)
         fill = measure.seconds(
-            lambda: teacher_states.open_or_build(Path(folder), {"part": True}, lambda: encode, part, 512, bench.device), bench.device
-        ) * (len(bench.samples) / len(part))  # fmt: skip
+            lambda: teacher_states.open_or_build(
+                Path(folder), {"part": True}, lambda: encode, part, 512, bench.device
+            ),
+            bench.device,
+        ) * (len(bench.samples) / len(part))
         cached = states_of_batches(bench, encode, Path(folder))
-        timed = bench.race(training_step(student, lambda rows: loss(rows, lambda r, h: Output(*cached(r)))), plain_step)
+        timed = bench.race(
+            training_step(student, lambda rows: loss(rows, lambda r, h: Output(*cached(r)))),
+            plain_step,
+        )
     per_epoch = len(bench.samples) / len(bench.batches[0])
-    live = bench.race(training_step(student, lambda rows: loss(rows, lambda r, h: encode(h))), plain_step)
-    first_epoch = Race(timed.ours + fill / per_epoch, timed.plain, timed.plain / (timed.ours + fill / per_epoch))
+    live = bench.race(
+        training_step(student, lambda rows: loss(rows, lambda r, h: encode(h))), plain_step
+    )
+    first_epoch = Race(
+        timed.ours + fill / per_epoch, timed.plain, timed.plain / (timed.ours + fill / per_epoch)
+    )
     saved = live.ours - timed.ours
     break_even = fill / per_epoch / saved if saved > 0 else float("inf")
     name = f"distill step {student_layers} <- {teacher_layers}"
     bench.add(f"{name}, cached teacher", "ms", timed, 1e3, own, llm=True)
     filled = f"{name}, first epoch and the pass that fills the cache (breaks even after {break_even:.1f})"
-    bench.add(filled, "ms", first_epoch, 1e3, llm=True, break_even_epochs=break_even, fill_seconds=fill)
-    bench.add(f"{name}, live teacher", "ms", live, 1e3, own + bench.operations(teacher_layers, "lora", training=False), llm=True)
+    bench.add(
+        filled, "ms", first_epoch, 1e3, llm=True, break_even_epochs=break_even, fill_seconds=fill
+    )
+    bench.add(
+        f"{name}, live teacher",
+        "ms",
+        live,
+        1e3,
+        own + bench.operations(teacher_layers, "lora", training=False),
+        llm=True,
+    )
+
+
+def some_of(samples: sequences.Samples, indices: np.ndarray) -> sequences.Samples:
+    """These samples alone."""
+    end, length = samples.end[indices], samples.length[indices]
+    return dataclasses.replace(samples, end=end, length=length)
 
 
 def states_of_batches(bench: Bench, encode, folder: Path):
-    """A cache over the samples of the timed batches alone; sample indices -> tensors, through the memory-mapped files."""
+    """A cache over the samples of the timed batches alone; sample indices -> tensors, through the
+    memory-mapped files.
+    """
     every = np.unique(np.concatenate(bench.batches))
-    part = sequences.Samples(bench.data.items, bench.samples.end[every], bench.samples.length[every], bench.data.n_items, bench.shape.slots)
-    states = teacher_states.open_or_build(folder, {"batches": True}, lambda: encode, part, 512, bench.device)
+    part = some_of(bench.samples, every)
+    states = teacher_states.open_or_build(
+        folder, {"batches": True}, lambda: encode, part, 512, bench.device
+    )
     return lambda rows: states.rows(np.searchsorted(every, rows), bench.device)
 
 
@@ -185,31 +272,65 @@ def inference(bench: Bench, n_layers: int) -> None:
         return theirs(bench.batch(rows)[0]).user
 
     timed = bench.race(lambda rows: encode(bench.batch(rows)[0]), plain_encode)
-    bench.add(f"inference, {n_layers} layers", "users/s", timed, len(bench.batches[0]), bench.operations(n_layers, "lora", training=False), llm=True)
+    bench.add(
+        f"inference, {n_layers} layers",
+        "users/s",
+        timed,
+        len(bench.batches[0]),
+        bench.operations(n_layers, "lora", training=False),
+        llm=True,
+    )
 
 
 def catalogue(bench: Bench, n_rows: int = 256) -> None:
-    """Cross-entropy over the catalogue, forward and backward, time and peak memory beyond its inputs."""
-    for n_items, trained in ((bench.data.n_items, False), (LARGE, False), (bench.data.n_items, True), (LARGE, True)):
+    """Cross-entropy over the catalogue, forward and backward, time and peak memory beyond its
+    inputs.
+    """
+    for n_items, trained in (
+        (bench.data.n_items, False),
+        (LARGE, False),
+        (bench.data.n_items, True),
+        (LARGE, True),
+    ):
         users, table, target = cross_entropy_inputs(n_rows, n_items, trained, bench.device)
         again = range(len(bench.batches))
         timed = bench.race(
-            lambda _: catalogue_cross_entropy(users, table, target).backward(), lambda _: plain_cross_entropy(users, table, target), again
+            lambda _: catalogue_cross_entropy(users, table, target).backward(),
+            lambda _: plain_cross_entropy(users, table, target),
+            again,
         )
         arguments = (n_rows, n_items, trained, bench.device.type)
-        peaks = [measure.peak_memory(cross_entropy_peak, which, *arguments, device=bench.device) or 0 for which in ("ours", "plain")]
+        peaks = [
+            measure.peak_memory(cross_entropy_peak, which, *arguments, device=bench.device) or 0
+            for which in ("ours", "plain")
+        ]
         own = table.numel() * 4 if trained else 0
         bench.add(
-            f"catalogue CE, {n_rows} x {n_items:,} x {DIM}, {'trained' if trained else 'frozen'} table", "ms", timed, 1e3,
-            peak_mib=peaks[0] / 2**20, plain_peak_mib=peaks[1] / 2**20, table_gradient_mib=own / 2**20, peak_share=(peaks[0] - own) / max(peaks[1], 1),
-        )  # fmt: skip
+            f"catalogue CE, {n_rows} x {n_items:,} x {DIM}, {'trained' if trained else 'frozen'} table",
+            "ms",
+            timed,
+            1e3,
+            peak_mib=peaks[0] / 2**20,
+            plain_peak_mib=peaks[1] / 2**20,
+            table_gradient_mib=own / 2**20,
+            peak_share=(peaks[0] - own) / max(peaks[1], 1),
+        )
 
 
-def cross_entropy_inputs(n_rows: int, n_items: int, trained: bool, device) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy_inputs(
+    n_rows: int, n_items: int, trained: bool, device
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    users, table = torch.randn(n_rows, DIM, generator=generator), torch.randn(n_items, DIM, generator=generator)
+    users, table = (
+        torch.randn(n_rows, DIM, generator=generator),
+        torch.randn(n_items, DIM, generator=generator),
+    )
     target = torch.randint(n_items, (n_rows,), generator=generator)
-    return users.to(device).requires_grad_(), table.mul_(0.1).to(device).requires_grad_(trained), target.to(device)
+    return (
+        users.to(device).requires_grad_(),
+        table.mul_(0.1).to(device).requires_grad_(trained),
+        target.to(device),
+    )
 
 
 def plain_cross_entropy(users: Tensor, table: Tensor, target: Tensor) -> None:
@@ -219,7 +340,11 @@ def plain_cross_entropy(users: Tensor, table: Tensor, target: Tensor) -> None:
 def cross_entropy_peak(which: str, n_rows: int, n_items: int, trained: bool, device: str):
     """For measure.peak_memory: one forward and backward."""
     inputs = cross_entropy_inputs(n_rows, n_items, trained, device)
-    return functools.partial(plain_cross_entropy, *inputs) if which == "plain" else lambda: catalogue_cross_entropy(*inputs).backward()
+    return (
+        functools.partial(plain_cross_entropy, *inputs)
+        if which == "plain"
+        else lambda: catalogue_cross_entropy(*inputs).backward()
+    )
 
 
 def candidates(bench: Bench, n_users: int = 512, n_plain: int = 16) -> None:
@@ -228,21 +353,34 @@ def candidates(bench: Bench, n_users: int = 512, n_plain: int = 16) -> None:
     owner = np.repeat(np.arange(n_users), lengths)
     for n_items in (bench.data.n_items, LARGE):
         met = rng.integers(0, n_items, len(owner))
-        pool, histories = set(range(n_items)), [met[owner == user].tolist() for user in range(n_plain)]
+        pool, histories = (
+            set(range(n_items)),
+            [met[owner == user].tolist() for user in range(n_plain)],
+        )
         k = min(999, n_items - int(lengths.max()))
 
         def plain_draw(_):
             return [plain.plain_candidates(pool, history, k) for history in histories]
 
-        timed = bench.race(lambda _: draw((0, 1), np.arange(n_users), owner, met, n_items, k), plain_draw, range(len(bench.batches)))
-        per_user = Race(timed.ours / n_users, timed.plain / n_plain, timed.ratio * n_users / n_plain)
+        timed = bench.race(
+            lambda _: draw((0, 1), np.arange(n_users), owner, met, n_items, k),
+            plain_draw,
+            range(len(bench.batches)),
+        )
+        per_user = Race(
+            timed.ours / n_users, timed.plain / n_plain, timed.ratio * n_users / n_plain
+        )
         bench.add(f"{k} candidates a user of {n_items:,} items", "users/s", per_user)
 
 
 def ranking(bench: Bench, n_users: int = 128) -> None:
-    """Sampled and full ranks by counting in tiles, against one score matrix that is sorted for the full rank alone."""
+    """Sampled and full ranks by counting in tiles, against one score matrix that is sorted for the
+    full rank alone.
+    """
     for n_items in (bench.data.n_items, LARGE):
-        users, table, target = (t.detach() for t in cross_entropy_inputs(n_users, n_items, False, bench.device))
+        users, table, target = (
+            t.detach() for t in cross_entropy_inputs(n_users, n_items, False, bench.device)
+        )
         seen = target[:, None].repeat(1, 6)
         negatives = torch.randint(n_items, (n_users, 999), device=bench.device)
         batch = sequences.EvaluationBatch(users, target, seen, negatives)
@@ -259,23 +397,47 @@ def sasrec(bench: Bench, batch_size: int = 256) -> None:
     """Step 1 at its defaults, every position a target: an epoch is its steps times the median step."""
     per_epoch = len(bench.samples) / batch_size
     rng = np.random.default_rng(0)
-    batches = [rng.choice(len(bench.samples), min(batch_size, len(bench.samples)), replace=False) for _ in bench.batches]
+    batches = [
+        rng.choice(len(bench.samples), min(batch_size, len(bench.samples)), replace=False)
+        for _ in bench.batches
+    ]
     for hid_dim in (32, 128):
         torch.manual_seed(0)
-        shape = {"emb_dim": DIM, "hid_dim": hid_dim, "num_blocks": 2, "num_heads": 1, "dropout": 0.5, "norm": "query", "init_std": 0.02}
-        ours, theirs = (SASRec(bench.data.n_items, bench.shape.slots, **shape).to(bench.device) for _ in range(2))
+        shape = {
+            "emb_dim": DIM,
+            "hid_dim": hid_dim,
+            "num_blocks": 2,
+            "num_heads": 1,
+            "dropout": 0.5,
+            "norm": "query",
+            "init_std": 0.02,
+        }
+        ours, theirs = (
+            SASRec(bench.data.n_items, bench.shape.slots, **shape).to(bench.device)
+            for _ in range(2)
+        )
 
         def loss(rows, model, states, cross_entropy):
-            history, targets = bench.samples.histories(rows).to(bench.device), bench.samples.shifted_targets(rows).to(bench.device)
+            history, targets = (
+                bench.samples.histories(rows).to(bench.device),
+                bench.samples.shifted_targets(rows).to(bench.device),
+            )
             real = targets != bench.data.n_items
             return cross_entropy(states(history)[real], model.item_table, targets[real])
 
         timed = bench.race(
-            training_step(ours, lambda rows: loss(rows, ours, ours.states, catalogue_cross_entropy)),
-            training_step(theirs, lambda rows: loss(rows, theirs, theirs._padded_states, lambda u, t, y: F.cross_entropy(u @ t.T, y))),
+            training_step(
+                ours, lambda rows: loss(rows, ours, ours.states, catalogue_cross_entropy)
+            ),
+            training_step(
+                theirs,
+                lambda rows: loss(
+                    rows, theirs, theirs._padded_states, lambda u, t, y: F.cross_entropy(u @ t.T, y)
+                ),
+            ),
             batches,
         )
-        targets = float(np.mean([bench.samples.counts()[rows].sum() for rows in batches]))
+        targets = float(np.mean([bench.samples.lengths()[rows].sum() for rows in batches]))
         product = 2 * 4 * targets * bench.data.n_items * DIM  # logits twice, two gradients
         bench.add(f"SASRec epoch, width {hid_dim}, full catalogue", "s", timed, per_epoch, product)
 
@@ -295,22 +457,35 @@ def reviews(bench: Bench, n_rows: int = 200_000) -> None:
             plain.plain_process(path, 3, 5, 20, 5).to_csv(Path(folder) / "plain.csv", index=False)
 
         timed = bench.race(ours, theirs, range(3))
-        assert len(pd.read_csv(Path(folder) / "ours.csv")) == len(pd.read_csv(Path(folder) / "plain.csv")) > 0
+        assert (
+            len(pd.read_csv(Path(folder) / "ours.csv"))
+            == len(pd.read_csv(Path(folder) / "plain.csv"))
+            > 0
+        )
     bench.add("datasets.process, reviews to sequences", "rows/s", timed, n_rows)
 
 
 def write_reviews(path: Path, n_rows: int) -> None:
     """Made-up reviews with the fields and about the length of the real ones."""
     rng = np.random.default_rng(0)
-    user, item = rng.integers(0, n_rows // 12, n_rows), (rng.pareto(1.2, n_rows) * 50).astype(int) % (n_rows // 40)
+    user, item = (
+        rng.integers(0, n_rows // 12, n_rows),
+        (rng.pareto(1.2, n_rows) * 50).astype(int) % (n_rows // 40),
+    )
     text = "It does what it says and arrived in time; I would buy it again for a friend. " * 3
     with open(path, "w", encoding="utf-8") as file:
         for i in range(n_rows):
             row = {
-                "overall": float(rng.integers(1, 6)), "verified": True, "reviewTime": "09 4, 2015", "reviewerID": f"A{user[i]:012d}",
-                "asin": f"B{item[i]:09d}", "reviewerName": "A buyer", "reviewText": text, "summary": "Five Stars",
+                "overall": float(rng.integers(1, 6)),
+                "verified": True,
+                "reviewTime": "09 4, 2015",
+                "reviewerID": f"A{user[i]:012d}",
+                "asin": f"B{item[i]:09d}",
+                "reviewerName": "A buyer",
+                "reviewText": text,
+                "summary": "Five Stars",
                 "unixReviewTime": 1441324800 + i,
-            }  # fmt: skip
+            }
             file.write(json.dumps(row) + "\n")
 
 
@@ -321,56 +496,65 @@ def table(bench: Bench) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in bench.rows:
-        numbers = [f"{row[name]:,.2f}" if row[name] < 100 else f"{row[name]:,.0f}" for name in ("ours", "plain")]
+        numbers = [
+            f"{row[name]:,.2f}" if row[name] < 100 else f"{row[name]:,.0f}"
+            for name in ("ours", "plain")
+        ]
         tokens = ["-"] * 3
         if "prompt" in row:
-            tokens = [f"{row['prompt']} + {row['response']}", f"{row['mean_history']:.1f}", f"{row['token_ratio']:.2f}"]
+            tokens = [
+                f"{row['prompt']} + {row['response']}",
+                f"{row['mean_history']:.1f}",
+                f"{row['token_ratio']:.2f}",
+            ]
         tokens.append(f"{row['floor_ms']:.0f} ms" if "floor_ms" in row else "-")
         reached = f"{row['of_matrix_rate']:.2f}" if "of_matrix_rate" in row else "-"
-        peak = f"{row['peak_mib']:,.0f} / {row['plain_peak_mib']:,.0f} ({row['peak_share']:.3f})" if "peak_mib" in row else "-"
-        lines.append(f"| {row['row']} | {row['unit']} | {' | '.join(numbers)} | {row['ratio']:.2f}x | {' | '.join(tokens)} | {reached} | {peak} |")
+        peak = (
+            f"{row['peak_mib']:,.0f} / {row['plain_peak_mib']:,.0f} ({row['peak_share']:.3f})"
+            if "peak_mib" in row
+            else "-"
+        )
+        lines.append(
+            f"| {row['row']} | {row['unit']} | {' | '.join(numbers)} | {row['ratio']:.2f}x | {' | '.join(tokens)} | {reached} | {peak} |"
+        )
     return "\n".join(lines)
 
 
 @cli.command
 def main(
     *,
-    domain_type: str = "demo",
-    data_path: str | None = None,
-    base_model: str = "tiny",
-    teacher_layers: cli.PositiveInt = 8,
-    student_layers: cli.PositiveInt = 4,
-    distill_block: cli.PositiveInt = 4,
-    batch_size: cli.PositiveInt = 128,
-    max_seq_length: cli.PositiveInt = 30,
-    repeats: cli.PositiveInt = 7,
-    rest: cli.NonNegativeFloat = 0.0,
-    rows: list[str] = ["all"],  # noqa: B006  read only
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    output_dir: str = "output/benchmarks",
+    data: Data,
+    base_model: str = flag("tiny", "the LLaMA's shape and tokenizer; its weights are random here"),
+    teacher_layers: PositiveInt = flag(8, "layers of the teacher"),
+    student_layers: PositiveInt = flag(4, "layers of the student"),
+    distill_block: PositiveInt = flag(4, "blocks of the distillation row"),
+    batch_size: PositiveInt = flag(128, "users per step"),
+    max_seq_length: PositiveInt = flag(30, "item slots of the padded layout"),
+    repeats: PositiveInt = flag(7, "timed pairs per row, after one that warms up"),
+    rest: NonNegativeFloat = flag(0.0, "seconds between pairs, where a shared machine needs it"),
+    rows: list[str] = flag(
+        ["all"],
+        "all, or some of steps, layouts, distill, inference, catalogue, candidates, ranking,"
+        " sasrec, process",
+    ),
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one"),
+    output_dir: str = flag("output/benchmarks", "where throughput.json and throughput.md go"),
 ) -> dict:
     """Race ours against the plain form and print the table.
 
-    Args:
-        domain_type, data_path: whose sequence lengths and catalogue are used.
-        base_model: the LLaMA's shape and tokenizer; its weights are random here.
-        teacher_layers, student_layers: layers kept.
-        distill_block: blocks of the distillation row.
-        batch_size: users a step.
-        max_seq_length: item slots of the padded layout.
-        repeats: timed pairs a row, after one that warms up.
-        rest: seconds between pairs, where a shared machine needs it.
-        rows: all, or some of steps, layouts, distill, inference, catalogue, candidates, ranking, sasrec, process.
-        device: auto is cuda where there is one.
-        output_dir: where throughput.json and throughput.md go.
+    Sequence lengths and the catalogue are the domain's.
     """
     parts = {
         "steps": lambda b: steps(b, teacher_layers, student_layers),
         "layouts": lambda b: layouts(b, student_layers),
         "distill": lambda b: distillation(b, teacher_layers, student_layers, distill_block),
         "inference": lambda b: inference(b, student_layers),
-        "catalogue": catalogue, "candidates": candidates, "ranking": ranking, "sasrec": sasrec, "process": reviews,
-    }  # fmt: skip
+        "catalogue": catalogue,
+        "candidates": candidates,
+        "ranking": ranking,
+        "sasrec": sasrec,
+        "process": reviews,
+    }
     rows = [*parts] if rows == ["all"] else rows
     unknown = [name for name in rows if name not in parts]
     cli.check(
@@ -379,17 +563,32 @@ def main(
         cli.blocks(distill_block, teacher_layers=teacher_layers),
     )
     folder = Path(output_dir)
-    check_output_dir(folder, "benchmark", {}, overwrite=True)
-    ensure_demo(domain_type, data_path)
-    where = choose_device(device)
-    data = read_csv(find_csv(domain_type, data_path))
-    location = base.locate(base_model, [*read_template("alpaca")])
+    check_writable(folder, "--output_dir")
+    interactions, _ = Domain.of(data).read()
+    device = processes.choose_device(device)
+    location = base.locate(base_model)
     torch.manual_seed(0)
-    items = nn.Embedding(data.n_items, DIM).weight.detach().mul_(0.1).to(where)
-    shape = measure.Shape(base.read_config(location), *tokenise(read_template("alpaca"), location), items, max_seq_length)
-    bench = Bench(data, shape, min(batch_size, data.n_users), repeats, rest)
-    about = measure.machine(where) | {"base_model": base_model, "batch_size": len(bench.batches[0]), "repeats": repeats, "gflops": bench.rate / 1e9}
-    print("  ".join(f"{name} {value:.0f}" if isinstance(value, float) else f"{name} {value}" for name, value in about.items()), flush=True)
+    items = nn.Embedding(interactions.n_items, DIM).weight.detach().mul_(0.1).to(device)
+    shape = measure.Shape(
+        base.read_config(location),
+        *tokenise(read_template("alpaca"), location),
+        items,
+        max_seq_length,
+    )
+    bench = Bench(interactions, shape, min(batch_size, interactions.n_users), repeats, rest)
+    about = measure.machine(device) | {
+        "base_model": base_model,
+        "batch_size": len(bench.batches[0]),
+        "repeats": repeats,
+        "gflops": bench.rate / 1e9,
+    }
+    print(
+        "  ".join(
+            f"{name} {value:.0f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in about.items()
+        ),
+        flush=True,
+    )
     print(f"{'':58s} {'ours':>12s} {'plain':>12s} {'':8s} {'ratio':>7s}", flush=True)
     for name in rows:
         parts[name](bench)

@@ -1,1 +1,1 @@
-"""The paper's experiments, thin over the scripts: they call the scripts' `main`, never a second copy of training."""
+"""The paper's experiments. They call the scripts' `main`; there is no second copy of training."""

@@ -1,48 +1,51 @@
 """The report's and the motivational experiment's figures."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 
-from utils.metrics_log import parsed_event
+from utils.run import parsed_event
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
-    from experiments.found import Row
+    from experiments.results import Row, Run
 
 PANELS = (("sampled", "MRR"), ("sampled", "HR@10"), ("full", "NDCG@10"))
 NEAR = 0.8  # of the best row
 PARTS = {
-    "ce": "cross-entropy", "align_cos": "1 - cosine, as added over blocks", "align_norm": "distance, as added over blocks",
+    "ce": "cross-entropy",
+    "align_cos": "1 - cosine, as added over blocks",
+    "align_norm": "distance, as added over blocks",
     "exits": "cross-entropy, as added over exits",
-    "logit_kl": "logit KL", "teacher_ce": "teacher's cross-entropy", "total": "total (SASRec: cross-entropy)",
-}  # fmt: skip
+    "logit_kl": "logit KL",
+    "teacher_ce": "teacher's cross-entropy",
+    "total": "total (SASRec: cross-entropy)",
+}
+NO_PARTS = ("event", "step", "learning_rate", "grad_norm", "epoch", "teacher_exits")
+Series = dict[str, dict[str, tuple[list, list]]]  # panel -> row's label -> steps and values
 
 
 def metrics(rows: "list[Row]", path: Path) -> Path:
-    """A dot a row, a whisker for the standard deviation over seeds, small dots for the seeds.
+    """A dot per row, a whisker for the standard deviation over seeds, small dots for the seeds.
 
-    An axis spans the rows near the best one, so that they are told apart; one further below stands at its left edge with its value.
+    An axis spans the rows near the best one, so that they are told apart. A row further below
+    stands at the left edge with its value.
     """
-    fig, axes = plt.subplots(1, len(PANELS), figsize=(12, 1.2 + 0.34 * len(rows)), sharey=True, layout="constrained")
+    size = (12, 1.2 + 0.34 * len(rows))
+    fig, axes = plt.subplots(1, len(PANELS), figsize=size, sharey=True, layout="constrained")
     for ax, (protocol, name) in zip(axes, PANELS):
-        values = [[run.results["test"][protocol][name] for run in row.runs.values()] for row in rows]
-        means = np.array([np.mean(of_row) for of_row in values])
-        near = means >= NEAR * means.max()
-        left = means[near].min() - 0.12 * max(np.ptp(means[near]), 0.01 * means.max())
-        for y, (of_row, mean) in enumerate(zip(values, means)):
-            if not near[y]:
-                ax.plot(left, y, "<", color="C3", markersize=6)
-                ax.annotate(f"{mean:.4f}", (left, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color="C3")
-                continue
-            ax.plot(of_row, [y] * len(of_row), "o", color="0.7", markersize=4)
-            ax.errorbar(mean, y, xerr=np.std(of_row, ddof=1) if len(of_row) > 1 else None, fmt="o", color="C0", capsize=3)
-        ax.set_xlabel(f"{name}, {'1 + 999 candidates' if protocol == 'sampled' else 'whole catalogue'}")
+        values = [
+            [run.results["test"][protocol][name] for run in row.runs.values()] for row in rows
+        ]
+        _dots(ax, values)
+        candidates = "1 + 999 candidates" if protocol == "sampled" else "whole catalogue"
+        ax.set_xlabel(f"{name}, {candidates}")
         ax.grid(axis="x", alpha=0.3)
         ax.locator_params(axis="x", nbins=5)
     axes[0].set_yticks(range(len(rows)), [row.label for row in rows])
@@ -50,70 +53,100 @@ def metrics(rows: "list[Row]", path: Path) -> Path:
     return _save(fig, path)
 
 
+def _dots(ax: Any, values: list[list[float]]) -> None:
+    """One panel of `metrics`, a line per row."""
+    means = np.array([np.mean(of_row) for of_row in values])
+    near = means >= NEAR * means.max()
+    left = means[near].min() - 0.12 * max(np.ptp(means[near]), 0.01 * means.max())
+    for y, (of_row, mean) in enumerate(zip(values, means)):
+        if not near[y]:
+            ax.plot(left, y, "<", color="C3", markersize=6)
+            text = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            ax.annotate(f"{mean:.4f}", (left, y), fontsize=8, color="C3", **text)
+            continue
+        ax.plot(of_row, [y] * len(of_row), "o", color="0.7", markersize=4)
+        spread = np.std(of_row, ddof=1) if len(of_row) > 1 else None
+        ax.errorbar(mean, y, xerr=spread, fmt="o", color="C0", capsize=3)
+
+
 def curves(rows: "list[Row]", path: Path) -> Path:
-    """Every part of the loss and the validation MRR against optimizer steps, of each row's first seed."""
-    series: dict[str, dict[str, tuple[list, list]]] = {}
-    for row in rows:
-        run = row.first
-        for event in _log(run.folder / "metrics.jsonl"):
-            values = {"valid MRR": event.get("sampled/MRR")} if event["event"] == "valid" else {name: event.get(name) for name in PARTS}
-            for name, value in values.items():
-                if value is not None and not (name == "total" and run.config["step"] != "sasrec"):
-                    steps, points = series.setdefault(name, {}).setdefault(row.label, ([], []))
-                    steps.append(event["step"] / max(1, run.results["steps"]))
-                    points.append(value)
-    names = ["valid MRR", *[name for name in PARTS if name in series]]
-    names = [name for name in names if name in series]
-    if not names:
-        names, series = ["valid MRR"], {"valid MRR": {}}
+    """Every part of the loss and the validation MRR against optimizer steps, of each row's first
+    seed.
+    """
+    series = _series(rows)
+    order = dict.fromkeys(["valid MRR", *PARTS, *series])
+    names = [name for name in order if name in series] or ["valid MRR"]
     columns = min(3, len(names))
-    fig, axes = plt.subplots(math.ceil(len(names) / columns), columns, figsize=(4.6 * columns, 3.2 * math.ceil(len(names) / columns)), squeeze=False)
-    styles = {row.label: {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]} for i, row in enumerate(rows)}
+    lines = math.ceil(len(names) / columns)
+    size = (4.6 * columns, 3.2 * lines)
+    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    styles = {}
+    for i, row in enumerate(rows):
+        styles[row.label] = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
     for ax, name in zip(axes.flat, names):
-        for text, (steps, points) in series[name].items():
-            ax.plot(steps, points, **styles[text], marker="." if len(points) < 20 else "", linewidth=1.2)
-        ax.set_title(PARTS.get(name, "validation MRR, 1 + 999 candidates"), fontsize=10)
+        for text, (steps, points) in series.get(name, {}).items():
+            marker = "." if len(points) < 20 else ""
+            ax.plot(steps, points, **styles[text], marker=marker, linewidth=1.2)
+        valid = "validation MRR, 1 + 999 candidates" if name == "valid MRR" else name
+        ax.set_title(PARTS.get(name, valid), fontsize=10)
         ax.set_xlabel("share of the run's steps")
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
-    handles = [plt.Line2D([], [], label=f"{row.label}, seed {row.first.seed}", **styles[row.label]) for row in rows]
+    handles = []
+    for row in rows:
+        text = f"{row.label}, seed {row.first.seed}"
+        handles.append(plt.Line2D([], [], label=text, **styles[row.label]))
     fig.tight_layout()
-    per_row = 3
-    fig.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncol=per_row, fontsize=8, frameon=False)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncol": 3}
+    fig.legend(handles=handles, fontsize=8, frameon=False, **place)
     return _save(fig, path)
 
 
-def motivation(points: list[dict[str, Any]], band: dict[str, tuple[float, float, float]], paper: dict[int, tuple] | None, path: Path) -> Path:
-    """Fig. 2: metrics against the number of layers, trained with so many (top) and read off after so many (bottom).
+def _series(rows: "list[Row]") -> Series:
+    series: Series = {}
+    for row in rows:
+        run = row.first
+        for event in _log(run):
+            values = {name: event[name] for name in event if name not in NO_PARTS}
+            if event["event"] == "valid":
+                values = {"valid MRR": event.get("sampled/MRR")}
+            elif run.config["step"] != "sasrec":
+                values.pop("total", None)
+            for name, value in values.items():
+                if value is not None:
+                    steps, points = series.setdefault(name, {}).setdefault(row.label, ([], []))
+                    steps.append(event["step"] / max(1, run.results["steps"]))
+                    points.append(value)
+    return series
+
+
+def motivation(
+    points: list[dict[str, Any]],
+    band: dict[str, tuple[float, float, float]],
+    paper: dict[int, tuple] | None,
+    path: Path,
+) -> Path:
+    """Fig. 2: metrics against the number of layers, trained with so many (top) and read off after
+    so many (bottom).
 
     Args:
-        points: rows of motivation.csv, with part, layers, and a value a metric.
-        band: metric -> SASRec's (mean, low, high). paper: layers -> HR@10, NDCG@10, MRR of the paper's cloth.
+        points: rows of motivation.csv, with part, layers, and a value per metric.
+        band: metric -> SASRec's (mean, low, high).
+        paper: layers -> HR@10, NDCG@10, MRR of the paper's cloth.
     """
     names = list(band)
-    fig, axes = plt.subplots(2, len(names), figsize=(4.4 * len(names), 6.6), layout="constrained")
-    lines = {  # the two of the lower half may lie on each other: a wide line below, a thin one above
-        "trained": {"label": "trained with the first N layers", "color": "C0"},
-        "raw": {"label": "states as they are", "color": "C1", "linewidth": 5, "markersize": 10, "alpha": 0.5},
-        "normed": {"label": "states through the final norm", "color": "C2", "linestyle": "--", "markersize": 4},
-    }
+    size = (4.4 * len(names), 6.6)
+    fig, axes = plt.subplots(2, len(names), figsize=size, layout="constrained")
     for column, name in enumerate(names):
         for line, parts in enumerate((("trained",), ("raw", "normed"))):
-            ax, (mean, low, high) = axes[line, column], band[name]
-            ax.axhspan(low, high, color="0.85")
-            ax.axhline(mean, color="0.5", linewidth=1, label="SASRec, 95 % over users (unpaired)")
-            for part in parts:
-                mine = [point for point in points if point["part"] == part]
-                layers = sorted({point["layers"] for point in mine})
-                values = [[point[name] for point in mine if point["layers"] == n] for n in layers]
-                errors = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
-                ax.errorbar(layers, [np.mean(v) for v in values], yerr=errors, marker="o", capsize=3, **lines[part])
+            ax = axes[line, column]
+            layers = _layer_curves(ax, points, parts, name, band[name])
             if paper and not line:
-                at = list(paper)
-                ax.plot(at, [paper[n][column] for n in at], "k--", marker="x", label="the paper's (cloth, LLaMA)")
+                theirs = [paper[n][column] for n in paper]
+                ax.plot(list(paper), theirs, "k--", marker="x", label="the paper's (cloth, LLaMA)")
             ax.set_xticks(layers)
-            ax.set_xlabel("N, layers trained" if not line else "layer after which users are scored")
+            ax.set_xlabel("layer after which users are scored" if line else "N, layers trained")
             ax.set_ylabel(f"{name}, 1 + 999 candidates")
             ax.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
@@ -121,9 +154,52 @@ def motivation(points: list[dict[str, Any]], band: dict[str, tuple[float, float,
     return _save(fig, path)
 
 
-def _log(path: Path) -> list[dict[str, Any]]:
+STYLES = {  # the two of the lower half may coincide: a wide line below, a thin one above
+    "trained": {"label": "trained with the first N layers", "color": "C0"},
+    "raw": {
+        "label": "states as they are",
+        "color": "C1",
+        "linewidth": 5,
+        "markersize": 10,
+        "alpha": 0.5,
+    },
+    "normed": {
+        "label": "states through the final norm",
+        "color": "C2",
+        "linestyle": "--",
+        "markersize": 4,
+    },
+}
+
+
+def _layer_curves(
+    ax: Any,
+    points: list[dict[str, Any]],
+    parts: tuple[str, ...],
+    name: str,
+    band: tuple[float, float, float],
+) -> list[int]:
+    """One panel of `motivation`; the layers it has."""
+    mean, low, high = band
+    ax.axhspan(low, high, color="0.85")
+    ax.axhline(mean, color="0.5", linewidth=1, label="SASRec, 95 % over users (unpaired)")
+    for part in parts:
+        mine = [point for point in points if point["part"] == part]
+        layers = sorted({point["layers"] for point in mine})
+        values = [[point[name] for point in mine if point["layers"] == n] for n in layers]
+        errors = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
+        means = [np.mean(v) for v in values]
+        ax.errorbar(layers, means, yerr=errors, marker="o", capsize=3, **STYLES[part])
+    return layers
+
+
+def _log(run: "Run") -> Iterator[dict[str, Any]]:
+    path = run.folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [event for line in lines if (event := parsed_event(line)) is not None]
+    for line in lines:
+        event = parsed_event(line)
+        if event is not None:
+            yield event
 
 
 def _save(fig: Any, path: Path) -> Path:

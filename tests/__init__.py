@@ -1,3 +1,5 @@
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before transformers is imported: no test may reach for the network
+)

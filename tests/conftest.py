@@ -41,18 +41,39 @@ def small_config(layers: int = 4, kv_heads: int = 4, **changes) -> LlamaConfig:
         "vocab_size": 60,
         "initializer_range": 0.3,
     }
-    return LlamaConfig(**(shape | {"num_key_value_heads": kv_heads, "num_hidden_layers": layers} | changes))
+    return LlamaConfig(
+        **(shape | {"num_key_value_heads": kv_heads, "num_hidden_layers": layers} | changes)
+    )
 
 
 def small_model(
-    layers: int = 4, kv_heads: int = 4, strategy: str = "full", n_blocks: int = 2, exit_heads: bool = True, n_items: int = 23, dim: int = 6, seed: int = 0,
-    n_prompt: int = 5, n_response: int = 3, **extra,
-) -> LLM4Rec:  # fmt: skip
+    layers: int = 4,
+    kv_heads: int = 4,
+    strategy: str = "full",
+    n_blocks: int = 2,
+    exit_heads: bool = True,
+    n_items: int = 23,
+    dim: int = 6,
+    seed: int = 0,
+    n_prompt: int = 5,
+    n_response: int = 3,
+    **extra,
+) -> LLM4Rec:
     torch.manual_seed(seed)
     model = assemble(
-        LlamaModel(small_config(layers, kv_heads)), torch.randn(n_items, dim), prompt_ids=list(range(n_prompt)), response_ids=list(range(50, 50 + n_response)),
-        n_blocks=n_blocks, exit_heads=exit_heads, strategy=strategy, lora_r=3, lora_alpha=5, lora_dropout=0.0, lora_target_modules=TARGETS, **extra,
-    )  # fmt: skip
+        LlamaModel(small_config(layers, kv_heads)),
+        torch.randn(n_items, dim),
+        prompt_ids=list(range(n_prompt)),
+        response_ids=list(range(50, 50 + n_response)),
+        n_blocks=n_blocks,
+        exit_heads=exit_heads,
+        strategy=strategy,
+        lora_r=3,
+        lora_alpha=5,
+        lora_dropout=0.0,
+        lora_target_modules=TARGETS,
+        **extra,
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zero at the start: LoRA would not be felt
@@ -69,9 +90,13 @@ def histories(lengths: list[int], n_items: int = 23, slots: int = 8, seed: int =
     return batch
 
 
-def write_sequences(path: Path, sequences: list[list[int]], header: str = "reviewerID,asin") -> Path:
+def write_sequences(
+    path: Path, sequences: list[list[int]], header: str = "reviewerID,asin"
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([header, *(f'u{i},"{items}"' for i, items in enumerate(sequences))]) + "\n")
+    path.write_text(
+        "\n".join([header, *(f'u{i},"{items}"' for i, items in enumerate(sequences))]) + "\n"
+    )
     return path
 
 
@@ -87,19 +112,29 @@ def files(folder: Path) -> set[str]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sorted(files(folder))}
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in sorted(files(folder))
+    }
 
 
 def script(name: str, *flags: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, ROOT / name, *flags], cwd=cwd, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, ROOT / name, *flags],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == status, done.stderr
     return done
 
 
 @pytest.fixture(scope="session")
 def house(tmp_path_factory):
-    """A working folder, with a space in its name, where the four scripts ran once with short flags."""
+    """A working folder, with a space in its name, where the four scripts ran once with short flags.
+    """
     folder = tmp_path_factory.mktemp("a house")
     write_demo(folder / "data/demo.csv", n_users=120, n_items=160)
     short = ("--max_steps=3", "--eval_batch_size=64", "--batch_size=32")

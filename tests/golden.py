@@ -3,8 +3,9 @@
     python tests/golden.py                    # about two minutes on 2 cores
     python tests/golden.py > before.txt       # on one commit, and again on another: `diff` must be empty
 
-A refactoring must not change a number. This file uses only the command lines of the scripts and the files that they
-write, so that it runs on any commit. Hashes are comparable on one machine with one set of library versions.
+A refactoring must not change a number. This file uses only the command lines of the scripts and the
+files that they write, so that it runs on any commit. Hashes are comparable on one machine with one
+set of library versions.
 """
 
 import hashlib
@@ -49,7 +50,9 @@ STUDENTS = {
     "from_teacher": f"{STUDENT} --student_init teacher --layer_selection interval",
     "influence": f"{STUDENT} --layer_selection influence --block_reduction mean --norm_form squared_l2",
 }
-KILLED = {"killed": f"{STUDENT} --teacher teacher_lora --train_strategy lora --lora_dropout 0.3"}  # equals `lora`
+KILLED = {
+    "killed": f"{STUDENT} --teacher teacher_lora --train_strategy lora --lora_dropout 0.3"
+}  # equals `lora`
 
 
 def start(name: str, line: str, folder: Path) -> subprocess.Popen:
@@ -60,7 +63,12 @@ def start(name: str, line: str, folder: Path) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / script), *flags, "--output_dir", name]
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -95,9 +103,15 @@ def describe(folder: Path) -> list[str]:
     lines = []
     for kind in ("best", "last"):
         for part in ("weights", "state"):
-            lines.append(f"{kind}/{part} {digest(load_file(folder / kind / f'{part}.safetensors'))}")
+            lines.append(
+                f"{kind}/{part} {digest(load_file(folder / kind / f'{part}.safetensors'))}"
+            )
     with np.load(folder / "ranks.npz", allow_pickle=False) as ranks:
-        counted = {name: ranks[name].astype(np.int64) for name in ranks.files if name.startswith(("valid_", "test_"))}
+        counted = {
+            name: ranks[name].astype(np.int64)
+            for name in ranks.files
+            if name.startswith(("valid_", "test_"))
+        }
         lines.append(f"ranks {digest(counted)}")
     results = json.loads((folder / "results.json").read_text())
     config = json.loads((folder / "config.json").read_text())
@@ -106,7 +120,9 @@ def describe(folder: Path) -> list[str]:
         ("model", config.get("model")),
         ("log", (folder / "metrics.jsonl").read_text()),
     ):
-        lines.append(f"{name} {hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]}")
+        lines.append(
+            f"{name} {hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]}"
+        )
     return lines
 
 
@@ -118,9 +134,16 @@ def main() -> None:
             if runs is None:
                 flags = ["--sasrec", "sasrec", "--item_table", "table.pkl"]
                 subprocess.run(
-                    [sys.executable, ROOT / "extract_emb.py", *flags], cwd=folder, check=True, capture_output=True
+                    [sys.executable, ROOT / "extract_emb.py", *flags],
+                    cwd=folder,
+                    check=True,
+                    capture_output=True,
                 )
-                print("table", hashlib.sha256((folder / "table.pkl").read_bytes()).hexdigest()[:16], flush=True)
+                print(
+                    "table",
+                    hashlib.sha256((folder / "table.pkl").read_bytes()).hexdigest()[:16],
+                    flush=True,
+                )
                 continue
             if runs is TEACHERS:  # the built-in base is written once, before two runs look for it
                 run("base", f"finetune.py {LLM} --max_steps 1", folder)
@@ -132,7 +155,9 @@ def main() -> None:
                 print(name, line, flush=True)
         states = {}
         for path in sorted((folder / "teacher_states").rglob("*.bin")):
-            states[path.name] = states.get(path.name, []) + [hashlib.sha256(path.read_bytes()).hexdigest()]
+            states[path.name] = states.get(path.name, []) + [
+                hashlib.sha256(path.read_bytes()).hexdigest()
+            ]
         for name, hashes in states.items():
             joined = hashlib.sha256(" ".join(sorted(hashes)).encode()).hexdigest()[:16]
             print("teacher_states", name, joined, flush=True)

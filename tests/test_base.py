@@ -17,14 +17,16 @@ from models import base
 from models.llm4rec import build, count_parameters, specify
 from models.selection import select_layers
 from tests.conftest import TARGETS, histories, small_config
-from utils.cli import UsageError
+from utils.errors import UsageError
 
 LORA = {"lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.0, "lora_target_modules": TARGETS}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """16 layers in 8 shards of two layers each, a final norm that is not all ones, and a fast tokenizer."""
+    """16 layers in 8 shards of two layers each, a final norm that is not all ones, and a fast
+    tokenizer.
+    """
     folder = tmp_path_factory.mktemp("base") / "llama"
     torch.manual_seed(3)
     model = LlamaForCausalLM(small_config(layers=16))
@@ -36,7 +38,9 @@ def checkpoint(tmp_path_factory):
     shard_of = {}
     for name in tensors:
         parts = name.split(".")
-        number = int(parts[2]) // 2 if "layers" in name else (0 if "embed" in name else 7)  # the norm sits in the last shard
+        number = (
+            int(parts[2]) // 2 if "layers" in name else (0 if "embed" in name else 7)
+        )  # the norm sits in the last shard
         shard_of[name] = f"model-{number + 1:05d}-of-00008.safetensors"
     for shard in set(shard_of.values()):
         save_file(
@@ -44,18 +48,32 @@ def checkpoint(tmp_path_factory):
             folder / shard,
             metadata={"format": "pt"},
         )
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": shard_of})
+    )
     word_level = Tokenizer(
         models.WordLevel(
-            {"[UNK]": 0, **{word: i for i, word in enumerate(["Below", "is", "an", "instruction", "item", "Response"], 1)}},
+            {
+                "[UNK]": 0,
+                **{
+                    word: i
+                    for i, word in enumerate(
+                        ["Below", "is", "an", "instruction", "item", "Response"], 1
+                    )
+                },
+            },
             unk_token="[UNK]",
         )
     )
     word_level.pre_tokenizer = pre_tokenizers.Whitespace()
     word_level.add_special_tokens(["<s>"])
     # as LLaMA's: a sentence starts with <s> unless special tokens are declined
-    word_level.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", word_level.token_to_id("<s>"))])
-    PreTrainedTokenizerFast(tokenizer_object=word_level, bos_token="<s>", unk_token="[UNK]").save_pretrained(folder)
+    word_level.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", word_level.token_to_id("<s>"))]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=word_level, bos_token="<s>", unk_token="[UNK]"
+    ).save_pretrained(folder)
     return folder
 
 
@@ -73,7 +91,9 @@ def copied(checkpoint, tmp_path):
         ("last", 1, 3, [13, 14, 15]),
     ],
 )
-def test_kept_layers_equal_the_full_load_and_other_shards_may_be_absent(checkpoint, tmp_path, selection, interval, kept, expected):
+def test_kept_layers_equal_the_full_load_and_other_shards_may_be_absent(
+    checkpoint, tmp_path, selection, interval, kept, expected
+):
     folder = copied(checkpoint, tmp_path)
     config = base.read_config(str(folder))
     layers = select_layers([*range(config.num_hidden_layers)], kept, selection, interval)
@@ -93,7 +113,10 @@ def test_kept_layers_equal_the_full_load_and_other_shards_may_be_absent(checkpoi
         layer.self_attn.layer_idx = i
     full.config.num_hidden_layers = len(layers)
     ids = torch.tensor([[1, 5, 9, 2]])
-    assert torch.equal(llama(input_ids=ids, use_cache=False).last_hidden_state, full(input_ids=ids, use_cache=False).last_hidden_state)
+    assert torch.equal(
+        llama(input_ids=ids, use_cache=False).last_hidden_state,
+        full(input_ids=ids, use_cache=False).last_hidden_state,
+    )
     assert (llama.norm.weight != 1).all()
     assert [layer.self_attn.layer_idx for layer in llama.layers] == list(range(kept))
 
@@ -101,8 +124,20 @@ def test_kept_layers_equal_the_full_load_and_other_shards_may_be_absent(checkpoi
 @pytest.mark.parametrize("selection", ["first", "interval"])
 @pytest.mark.parametrize("strategy", ["lora", "full"])
 def test_a_loaded_recommender_equals_its_plain_twin(checkpoint, selection, strategy, float64_norm):
-    spec = specify(str(checkpoint), "x", [1, 2, 3], [4, 5], kept=4, max_seq_length=8, n_blocks=2, exit_heads=True,
-                   layer_selection=selection, interval_nums=2, train_strategy=strategy, **LORA)  # fmt: skip
+    spec = specify(
+        str(checkpoint),
+        "x",
+        [1, 2, 3],
+        [4, 5],
+        kept=4,
+        max_seq_length=8,
+        n_blocks=2,
+        exit_heads=True,
+        layer_selection=selection,
+        interval_nums=2,
+        train_strategy=strategy,
+        **LORA,
+    )
     torch.manual_seed(0)
     model = build(base=str(checkpoint), item_table=torch.randn(23, 6), bf16=False, **spec).double()
     plain, _ = plain_twin(model, (3, 5, TARGETS) if strategy == "lora" else None)
@@ -111,17 +146,35 @@ def test_a_loaded_recommender_equals_its_plain_twin(checkpoint, selection, strat
 
 
 def test_dtype_and_what_is_trained(checkpoint):
-    spec = specify(str(checkpoint), "x", [1], [2], kept=2, max_seq_length=8, n_blocks=1, exit_heads=False,
-                   layer_selection="first", interval_nums=1, train_strategy="auto", **LORA)  # fmt: skip
+    spec = specify(
+        str(checkpoint),
+        "x",
+        [1],
+        [2],
+        kept=2,
+        max_seq_length=8,
+        n_blocks=1,
+        exit_heads=False,
+        layer_selection="first",
+        interval_nums=1,
+        train_strategy="auto",
+        **LORA,
+    )
     assert spec["strategy"] == "lora"
     model = build(base=str(checkpoint), item_table=torch.randn(23, 6), bf16=True, **spec)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or name.startswith(("adapter", "head")) for name in trained)
     assert {name.split(".")[-4] for name in trained if "lora_" in name} == set(TARGETS)
-    assert all(p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16) for p in model.parameters())
+    assert all(
+        p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+        for p in model.parameters()
+    )
 
 
-@pytest.mark.parametrize("kept, selection, interval", [(17, "first", 1), (0, "first", 1), (-1, "last", 1), (9, "interval", 1)])
+@pytest.mark.parametrize(
+    "kept, selection, interval",
+    [(17, "first", 1), (0, "first", 1), (-1, "last", 1), (9, "interval", 1)],
+)
 def test_layer_counts_out_of_range_are_refused(kept, selection, interval):
     with pytest.raises(UsageError, match="the base checkpoint has 16 layers"):
         select_layers([*range(16)], kept, selection, interval)
@@ -136,7 +189,9 @@ def test_faulty_checkpoints_are_named(checkpoint, tmp_path):
 
     (folder / "model-00002-of-00008.safetensors").unlink()
     load()
-    with pytest.raises(UsageError, match="model-00002-of-00008.safetensors is missing; it holds model.layers.2"):
+    with pytest.raises(
+        UsageError, match="model-00002-of-00008.safetensors is missing; it holds model.layers.2"
+    ):
         load([0, 1, 2])
     first = folder / "model-00001-of-00008.safetensors"
     tensors = load_file(first)
@@ -145,13 +200,17 @@ def test_faulty_checkpoints_are_named(checkpoint, tmp_path):
     with pytest.raises(UsageError, match="lacks the tensor model.layers.1.mlp.up_proj.weight"):
         load()
     save_file(tensors | {"model.layers.1.mlp.up_proj.weight": removed[:5].contiguous()}, first)
-    with pytest.raises(UsageError, match=r"up_proj.weight is \[5, 32\], config.json says \[48, 32\]"):
+    with pytest.raises(
+        UsageError, match=r"up_proj.weight is \[5, 32\], config.json says \[48, 32\]"
+    ):
         load()
     first.write_bytes(first.read_bytes()[:100])
     with pytest.raises(UsageError, match="damaged or not safetensors"):
         load()
     (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(UsageError, match="neither model.safetensors.index.json nor model.safetensors"):
+    with pytest.raises(
+        UsageError, match="neither model.safetensors.index.json nor model.safetensors"
+    ):
         load()
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UsageError, match="model_type gpt2 unsupported"):
@@ -175,13 +234,20 @@ def test_from_the_hub_only_the_needed_files_are_fetched(checkpoint, monkeypatch)
     config = base.read_config("someone/llama")
     llama = base.load_llama("someone/llama", config, [0, 1, 2, 3], torch.float32)
     assert len(llama.layers) == 4
-    assert set(fetched) == {"config.json", base.INDEX, *(f"model-0000{i}-of-00008.safetensors" for i in (1, 2, 8))}
+    assert set(fetched) == {
+        "config.json",
+        base.INDEX,
+        *(f"model-0000{i}-of-00008.safetensors" for i in (1, 2, 8)),
+    }
 
 
 @pytest.mark.parametrize(
     "error, message",
     [
-        (huggingface_hub.errors.LocalEntryNotFoundError("x"), "the Hugging Face hub cannot be reached for config.json"),
+        (
+            huggingface_hub.errors.LocalEntryNotFoundError("x"),
+            "the Hugging Face hub cannot be reached for config.json",
+        ),
         (OSError("first line\nsecond"), "someone/llama: first line second$"),
     ],
 )
@@ -199,13 +265,28 @@ def test_unknown_bases():
         base.locate("./nowhere", [])
     with pytest.raises(UsageError, match="no such folder"):
         base.locate("nowhere", [])
-    with pytest.raises(UsageError, match="someone/llama: no such folder here, and the Hugging Face hub cannot be reached"):
+    with pytest.raises(
+        UsageError,
+        match="someone/llama: no such folder here, and the Hugging Face hub cannot be reached",
+    ):
         base.locate("someone/llama", [])
 
 
 def test_an_unknown_lora_target_is_refused(checkpoint):
-    spec = specify(str(checkpoint), "x", [1], [2], kept=2, max_seq_length=8, n_blocks=1, exit_heads=False, layer_selection="first",
-                   interval_nums=1, train_strategy="lora", **(LORA | {"lora_target_modules": ["gate_proj", "nope"]}))  # fmt: skip
+    spec = specify(
+        str(checkpoint),
+        "x",
+        [1],
+        [2],
+        kept=2,
+        max_seq_length=8,
+        n_blocks=1,
+        exit_heads=False,
+        layer_selection="first",
+        interval_nums=1,
+        train_strategy="lora",
+        **(LORA | {"lora_target_modules": ["gate_proj", "nope"]}),
+    )
     with pytest.raises(UsageError, match="nope matches no projection; there are .*gate_proj"):
         build(base=str(checkpoint), item_table=torch.randn(23, 6), bf16=False, **spec)
 
@@ -218,8 +299,12 @@ def test_prompt_ids_are_the_templates_without_special_tokens(checkpoint):
     assert texts.response == "\n### Response:\n"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenise(texts, str(checkpoint))
-    assert ids == Prompt(*(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts))
-    assert tokenise(Prompt("Below is an item", "Response"), str(checkpoint)) == Prompt([1, 2, 3, 5], [6])
+    assert ids == Prompt(
+        *(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts)
+    )
+    assert tokenise(Prompt("Below is an item", "Response"), str(checkpoint)) == Prompt(
+        [1, 2, 3, 5], [6]
+    )
     assert tokenizer("Response")["input_ids"] == [tokenizer.bos_token_id, 6]  # what must not happen
 
 
@@ -264,10 +349,20 @@ def test_built_in_bases_load_like_any_other_and_keep_the_prompts_length(tmp_path
         assert (tmp_path / "again/tiny" / name).read_bytes() == content, name
 
 
-@pytest.mark.parametrize("layers, total, lora", [(4, 0.944, 2.90), (8, 1.756, 5.80), (32, 6.631, 23.20)])
+@pytest.mark.parametrize(
+    "layers, total, lora", [(4, 0.944, 2.90), (8, 1.756, 5.80), (32, 6.631, 23.20)]
+)
 def test_parameter_counts_are_the_papers(layers, total, lora):
-    """LLaMA-2-7B: decoder, embeddings and LoRA in billions, LoRA alone in millions (paper's efficiency table)."""
-    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=32, vocab_size=32000)
+    """LLaMA-2-7B: decoder, embeddings and LoRA in billions, LoRA alone in millions (paper's
+    efficiency table).
+    """
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_attention_heads=32,
+        num_hidden_layers=32,
+        vocab_size=32000,
+    )
     everything, adapters = count_parameters(config, layers, 16, TARGETS)
     assert round(everything / 1e9, 3) == total
     assert round(adapters / 1e6, 2) == lora

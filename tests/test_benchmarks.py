@@ -1,4 +1,6 @@
-"""The opponents of the benchmarks compute the same things as ours, the floor is what is computed, and the tables come out."""
+"""The opponents of the benchmarks compute the same things as ours, the floor is what is computed,
+and the tables come out.
+"""
 
 import copy
 import json
@@ -15,7 +17,7 @@ from datasets import process, sequences
 from datasets.demo import write_demo
 from models.losses import catalogue_cross_entropy, recommendation_loss
 from tests.conftest import histories, small_config, small_model
-from utils.cli import UsageError
+from utils.errors import UsageError
 from utils.evaluation import evaluate
 
 
@@ -24,13 +26,21 @@ def test_the_plain_loss_is_distills_default_loss_in_parity():
     batch, target = histories([3, 8, 1, 5]), torch.tensor([1, 2, 3, 4])
     with torch.no_grad():
         wanted = teacher(batch)
-    parts = recommendation_loss(student(batch), wanted, student.item_table, target, **throughput.WEIGHTS)
+    parts = recommendation_loss(
+        student(batch), wanted, student.item_table, target, **throughput.WEIGHTS
+    )
     given = plain.plain_loss(student(batch), wanted, student.item_table, target)
-    torch.testing.assert_close(given.double(), parts["total"], atol=1e-5, rtol=1e-6)  # the plain form rounds to float32
     torch.testing.assert_close(
-        plain.plain_loss(student(batch)._replace(exits=torch.empty(4, 0, 6)), None, student.item_table, target).double(),
-        parts["ce"], atol=1e-5, rtol=1e-6,
-    )  # fmt: skip
+        given.double(), parts["total"], atol=1e-5, rtol=1e-6
+    )  # the plain form rounds to float32
+    torch.testing.assert_close(
+        plain.plain_loss(
+            student(batch)._replace(exits=torch.empty(4, 0, 6)), None, student.item_table, target
+        ).double(),
+        parts["ce"],
+        atol=1e-5,
+        rtol=1e-6,
+    )
 
 
 def test_plain_ranks_and_candidates_agree_with_ours():
@@ -59,7 +69,9 @@ def test_plain_process_gives_the_same_sequences(tmp_path):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("strategy, training", [("lora", True), ("full", True), ("lora", False)])
 def test_the_counted_operations_are_those_of_the_products_that_run(strategy, training, kv_heads):
-    """Against torch's counter of products; the padding of the attention's grids is what it sees more."""
+    """Against torch's counter of products; the padding of the attention's grids is what it sees
+    more.
+    """
     config = small_config(layers=4, kv_heads=kv_heads, hidden_size=128, intermediate_size=344)
     shape = measure.Shape(config, list(range(20)), [50, 51, 52], torch.randn(300, 8), 12)
     lengths = [1, 12, 5, 7, 3, 3, 12, 2]
@@ -85,7 +97,11 @@ def test_twins_of_a_half_precision_base_agree():
     ours, theirs = shape.twins(4, "lora", bf16=True)
     batch = histories([1, 12, 5, 7], n_items=300, slots=12)
     for model in (ours, theirs):
-        dtypes = {p.dtype for name, p in model.named_parameters() if "layers" in name and "lora" not in name}
+        dtypes = {
+            p.dtype
+            for name, p in model.named_parameters()
+            if "layers" in name and "lora" not in name
+        }
         assert dtypes == {torch.bfloat16}
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     with torch.no_grad():
@@ -93,13 +109,23 @@ def test_twins_of_a_half_precision_base_agree():
             given, wanted = ours(batch).user.float(), theirs(batch).user.float()
         exact = copy.deepcopy(ours).float()(batch).user
     errors = [float((rounded - exact).norm() / exact.norm()) for rounded in (given, wanted)]
-    assert 0 < errors[0] < 1.5 * errors[1] < 0.15, errors  # ours rounds no worse than the plain form
+    assert 0 < errors[0] < 1.5 * errors[1] < 0.15, (
+        errors
+    )  # ours rounds no worse than the plain form
     losses = []
     for model in (ours, theirs):  # and learn alike
-        step = measure.training_step(model, lambda h, model=model: plain.plain_loss(model(h), None, model.item_table, torch.arange(4)), bf16=True)
+        step = measure.training_step(
+            model,
+            lambda h, model=model: plain.plain_loss(
+                model(h), None, model.item_table, torch.arange(4)
+            ),
+            bf16=True,
+        )
         step(batch)
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            losses.append(float(plain.plain_loss(model(batch), None, model.item_table, torch.arange(4))))
+            losses.append(
+                float(plain.plain_loss(model(batch), None, model.item_table, torch.arange(4)))
+            )
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
@@ -133,7 +159,9 @@ def dying():
 
 
 def test_wrong_requests_are_refused_before_any_row_runs(tmp_path):
-    with pytest.raises(UsageError, match="--rows=nope: expected all, or beginnings of E4SRec, 32 layers, plain"):
+    with pytest.raises(
+        UsageError, match="--rows=nope: expected all, or beginnings of E4SRec, 32 layers, plain"
+    ):
         efficiency.main(rows=["nope", "SASRec"])
     with pytest.raises(UsageError, match="--rows=nope: expected all, or some of steps"):
         throughput.main(rows=["nope"])
@@ -149,14 +177,22 @@ def test_the_throughput_table_comes_out(tmp_path, monkeypatch):
     write_demo("data/demo.csv", n_users=120, n_items=160)
     monkeypatch.setattr(throughput, "LARGE", 3000)
     monkeypatch.setattr(throughput, "reviews", lambda bench: None)
-    result = throughput.main(repeats=1, batch_size=16, teacher_layers=2, student_layers=1, distill_block=1)
-    assert json.loads((tmp_path / "output/benchmarks/throughput.json").read_text()) == json.loads(json.dumps(result))
+    result = throughput.main(
+        repeats=1, batch_size=16, teacher_layers=2, student_layers=1, distill_block=1
+    )
+    assert json.loads((tmp_path / "output/benchmarks/throughput.json").read_text()) == json.loads(
+        json.dumps(result)
+    )
     names = [row["row"] for row in result["rows"]]
     assert len(names) == 3 + 2 + 3 + 1 + 4 + 2 + 2 + 2 == len(set(names))
     for row in result["rows"]:
         assert row["ours"] > 0 and row["plain"] > 0 and row["ratio"] > 0
     first = result["rows"][0]
-    assert (first["prompt"], first["response"]) == (62, 7) and first["token_ratio"] > 3 and first["floor_ms"] > 0
+    assert (
+        (first["prompt"], first["response"]) == (62, 7)
+        and first["token_ratio"] > 3
+        and first["floor_ms"] > 0
+    )
     page = (tmp_path / "output/benchmarks/throughput.md").read_text().splitlines()
     assert len(page) == 2 + len(names) and len({line.count("|") for line in page}) == 1
 
@@ -167,11 +203,19 @@ def test_the_efficiency_table_comes_out(tmp_path, monkeypatch):
     write_demo("data/demo.csv", n_users=120, n_items=160)
     result = efficiency.main(shape="tiny", repeats=1, batch_size=8, eval_batch_size=16)
     assert len(result["rows"]) == 8 and len(result["ratios"]) == 5
-    first, later = (result["ratios"][f"plain / ours, all{rest}"] for rest in (", the epoch that fills the teacher's cache", ""))
+    first, later = (
+        result["ratios"][f"plain / ours, all{rest}"]
+        for rest in (", the epoch that fills the teacher's cache", "")
+    )
     assert 0 < first[0] < later[0] and first[1] == later[1]
     rows = result["rows"]
-    assert rows["E4SRec, 4 layers, plain"]["parameters"] == rows["SLMRec 4 <- 8, ours"]["parameters"]
-    assert rows["E4SRec, 8 layers, ours"]["trained_parameters"] == 2 * rows["E4SRec, 4 layers, ours"]["trained_parameters"]
+    assert (
+        rows["E4SRec, 4 layers, plain"]["parameters"] == rows["SLMRec 4 <- 8, ours"]["parameters"]
+    )
+    assert (
+        rows["E4SRec, 8 layers, ours"]["trained_parameters"]
+        == 2 * rows["E4SRec, 4 layers, ours"]["trained_parameters"]
+    )
     page = (tmp_path / "output/benchmarks/efficiency.md").read_text()
     assert "| the paper, one A100 | 6.6x | 8.0x |" in page
     assert result["samples"] == 120

@@ -15,7 +15,10 @@ def drawn(rows, met=((),), n_items=50, k=20, key=(7, 1)):
 
 def test_the_draw_is_pinned():
     """A literal: the same on every machine, in every version."""
-    assert drawn([0, 1], met=((), (3, 4)), n_items=10, k=6).tolist() == [[5, 1, 7, 6, 8, 9], [6, 2, 5, 0, 9, 1]]
+    assert drawn([0, 1], met=((), (3, 4)), n_items=10, k=6).tolist() == [
+        [5, 1, 7, 6, 8, 9],
+        [6, 2, 5, 0, 9, 1],
+    ]
 
 
 def test_candidates_are_distinct_in_range_and_never_met():
@@ -45,7 +48,9 @@ def test_a_small_catalogue_gives_all_that_is_left():
 @pytest.mark.parametrize("n_items", [33, 64, 1000])
 def test_every_item_is_drawn_equally_often(n_items):
     users, k = 6000, 10
-    counts = np.bincount(drawn(range(users), met=[()] * users, n_items=n_items, k=k).ravel(), minlength=n_items)
+    counts = np.bincount(
+        drawn(range(users), met=[()] * users, n_items=n_items, k=k).ravel(), minlength=n_items
+    )
     expected = users * k / n_items
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert abs(chi_square - n_items) < 5 * np.sqrt(2 * n_items)
@@ -71,7 +76,9 @@ def test_unused_ids_change_no_candidate(tmp_path):
 
 def test_no_candidate_was_met_at_any_time_and_splits_differ(tmp_path):
     rng = np.random.default_rng(0)
-    data = read_csv(write_sequences(tmp_path / "d.csv", [rng.permutation(60)[:8].tolist() for _ in range(20)]))
+    data = read_csv(
+        write_sequences(tmp_path / "d.csv", [rng.permutation(60)[:8].tolist() for _ in range(20)])
+    )
     test = EvaluationSplit(data, TEST, 5, 42, 30).candidates(np.arange(20))
     valid = EvaluationSplit(data, VALID, 5, 42, 30).candidates(np.arange(20))
     for user in range(20):
@@ -83,7 +90,9 @@ def test_no_candidate_was_met_at_any_time_and_splits_differ(tmp_path):
 def test_a_dropped_short_user_does_not_shift_the_others(tmp_path):
     rng = np.random.default_rng(0)
     users = [rng.permutation(40)[:6].tolist() for _ in range(5)]
-    users[1] = users[0][::-1]  # all its items occur elsewhere, so cutting it short leaves the catalogue as it is
+    users[1] = users[0][
+        ::-1
+    ]  # all its items occur elsewhere, so cutting it short leaves the catalogue as it is
     whole = read_csv(write_sequences(tmp_path / "a.csv", users))
     short = read_csv(write_sequences(tmp_path / "b.csv", [users[0], users[1][:2], *users[2:]]))
     assert short.rows.tolist() == [0, 2, 3, 4]

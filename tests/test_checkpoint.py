@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from utils import checkpoint
-from utils.cli import RunError, UsageError
+from utils.errors import RunError, UsageError
 
 
 @pytest.fixture
@@ -52,8 +52,15 @@ def test_any_damage_is_noticed(saved, name, harm):
 def test_a_save_that_fails_leaves_the_old_checkpoint(saved, monkeypatch):
     _, folder = saved
     before = checkpoint.load(folder)[1]
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(RunError, match=r"No space left on device\): [\d,]+ bytes needed, [\d,]+ free; the checkpoint that was there stays"):
+    monkeypatch.setattr(
+        checkpoint.os,
+        "fsync",
+        lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
+    with pytest.raises(
+        RunError,
+        match=r"No space left on device\): [\d,]+ bytes needed, [\d,]+ free; the checkpoint that was there stays",
+    ):
         checkpoint.save(folder, {"weight": torch.ones(2, 3)}, {"step": 8})
     assert checkpoint.load(folder)[1] == before
     assert [p.name for p in folder.parent.iterdir()] == ["best"]

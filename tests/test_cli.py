@@ -26,9 +26,14 @@ SCRIPTS = {
 
 
 def example(
-    *, rate: cli.PositiveFloat = 1.0, count: cli.PositiveInt | None = None, bf16: bool = True, names: list[str] = ["x"],  # noqa: B006
-    kind: Literal["first", "interval"] = "first", folder: str | None = None,
-) -> None:  # fmt: skip
+    *,
+    rate: cli.PositiveFloat = 1.0,
+    count: cli.PositiveInt | None = None,
+    bf16: bool = True,
+    names: list[str] = ["x"],  # noqa: B006
+    kind: Literal["first", "interval"] = "first",
+    folder: str | None = None,
+) -> None:
     """A signature with every kind of flag."""
 
 
@@ -131,36 +136,61 @@ def test_a_wrong_request_is_answered_at_once_with_status_2_and_one_line(script, 
 def test_no_script_imports_torch_before_its_checks(tmp_path):
     for script in SCRIPTS:
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script[:-3]}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+        )
         assert done.stdout.strip() == "[]", script
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag(script):
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env={"PATH": "", "PAGER": "cat"})
+    done = subprocess.run(
+        [sys.executable, ROOT / script, "--help"],
+        capture_output=True,
+        text=True,
+        env={"PATH": "", "PAGER": "cat"},
+    )
     assert done.returncode == 0
     text = done.stdout + done.stderr
     for flag in cli.defaults(SCRIPTS[script].main):
-        assert re.search(rf"--{flag}=\w+\n *Type: .*\n( *Default: .*\n)? +\w", text), f"{flag} has no text"
+        assert re.search(rf"--{flag}=\w+\n *Type: .*\n( *Default: .*\n)? +\w", text), (
+            f"{flag} has no text"
+        )
     if script == "finetune.py":
         assert "one of first, interval" in text and "a whole number >= 1" in text
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read(script):
-    """A flag is read by its own name, or through one of the module's tuples of flag names, or by `fit`."""
+    """A flag is read by its own name, or through one of the module's tuples of flag names, or by
+    `fit`.
+    """
     import inspect
 
     from utils import training
 
     tree = ast.parse((ROOT / script).read_text())
-    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
-    read = {node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    tuples = {name: value for name, value in vars(SCRIPTS[script]).items() if name in ("SHAPE", "LOSS", "PROTOCOL")}
+    function = next(
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"
+    )
+    read = {
+        node.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    }
+    tuples = {
+        name: value
+        for name, value in vars(SCRIPTS[script]).items()
+        if name in ("SHAPE", "LOSS", "PROTOCOL")
+    }
     read |= {flag for name in read & set(tuples) for flag in tuples[name]}
     if "settings" in ast.dump(function):
         read |= set(inspect.signature(training.fit).parameters)
-    read |= {node.slice.value for node in ast.walk(function) if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)}
+    read |= {
+        node.slice.value
+        for node in ast.walk(function)
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
+    }
     for flag in cli.defaults(SCRIPTS[script].main):
         assert flag in read, f"{script}: --{flag} is never read"
 
@@ -183,7 +213,10 @@ BAD_REQUESTS = {
         ("", "item table not found: output/demo/sasrec_item.pkl; extract_emb.py writes it"),
         ("--prompt_template_name=nope", "available: alpaca"),
         ("--lora_dropout=1", "expected a number >= 0 and < 1"),
-        ("--cls_multiple_lambda=1 --distill_block=3", "--distill_block=3 does not divide llama_decoder_nums 8"),
+        (
+            "--cls_multiple_lambda=1 --distill_block=3",
+            "--distill_block=3 does not divide llama_decoder_nums 8",
+        ),
     ],
     "distill.py": [
         ("", "teacher not found: output/demo/teacher/best; finetune.py writes it"),
@@ -196,7 +229,10 @@ BAD_REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("script, line, message", [(s, line, m) for s, cases in BAD_REQUESTS.items() for line, m in cases])
+@pytest.mark.parametrize(
+    "script, line, message",
+    [(s, line, m) for s, cases in BAD_REQUESTS.items() for line, m in cases],
+)
 def test_bad_requests(script, line, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file.txt").write_text("")
@@ -204,5 +240,9 @@ def test_bad_requests(script, line, message, tmp_path, monkeypatch, capsys):
         cli.run(SCRIPTS[script].main, line.split(" ") if line else [])
     assert stopped.value.code == 2
     printed = capsys.readouterr()
-    assert message in printed.err and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert (
+        message in printed.err
+        and printed.err.startswith("error: ")
+        and printed.err.count("\n") == 1
+    )
     assert not Path("output").exists()

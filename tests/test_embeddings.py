@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from utils.cli import UsageError
-from utils.embeddings import read_table, write_table
+from utils.errors import UsageError
+from datasets.item_table import read_table, write_table
 
 IDS = np.array([1, 3, 4])
 
@@ -33,7 +33,10 @@ def test_round_trip_and_plain_pickle_reads_it(tmp_path):
     assert torch.equal(read_table(path, IDS), table()[IDS])
     with open(path, "rb") as file:
         content = pickle.load(file)  # as the released code reads it
-    assert torch.equal(content["item_embedding"], table()) and content["item_embedding"].dtype == torch.float32
+    assert (
+        torch.equal(content["item_embedding"], table())
+        and content["item_embedding"].dtype == torch.float32
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sasrec_item.json", "sasrec_item.pkl"]
 
 
@@ -41,9 +44,12 @@ def test_round_trip_and_plain_pickle_reads_it(tmp_path):
 @pytest.mark.parametrize("kind", ["tensor", "parameter", "array", "half", "strided"])
 def test_what_others_write_is_read(tmp_path, protocol, kind):
     value = {
-        "tensor": table(), "parameter": torch.nn.Parameter(table()), "array": table().numpy(), "half": table().half(),
+        "tensor": table(),
+        "parameter": torch.nn.Parameter(table()),
+        "array": table().numpy(),
+        "half": table().half(),
         "strided": torch.cat([table(), table()], dim=1)[:, :2],
-    }[kind]  # fmt: skip
+    }[kind]
     path = pickled(tmp_path / "t.pkl", pickle.dumps({"item_embedding": value}, protocol=protocol))
     assert torch.equal(read_table(path, IDS), table()[IDS])
 
@@ -89,7 +95,10 @@ CASES = {
     "not a tensor": ({"item_embedding": [[1.0]]}, "found list"),
     "one dimension": ({"item_embedding": torch.ones(5)}, r"found torch.float32 of shape \(5,\)"),
     "integers": ({"item_embedding": torch.ones(5, 2, dtype=torch.long)}, "found torch.int64"),
-    "too few rows": ({"item_embedding": torch.ones(4, 2)}, "max id 4 but the item table has 4 rows"),
+    "too few rows": (
+        {"item_embedding": torch.ones(4, 2)},
+        "max id 4 but the item table has 4 rows",
+    ),
     "nan": (broken(float("nan")), "rows 3 contain NaN"),
     "overflowed half": ({"item_embedding": (table() * 70000).half()}, "contain NaN or infinity"),
     "zeros": ({"item_embedding": torch.zeros(5, 2)}, "every row of an occurring item is zero"),
@@ -115,22 +124,30 @@ def test_nan_in_a_row_that_no_item_uses_is_no_matter(tmp_path):
 
 def test_the_same_table_gives_the_same_bytes_in_every_process(tmp_path):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hashlib, torch; from utils.embeddings import write_table;"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hashlib, torch; from datasets.item_table import write_table;"
         "keep = [torch.randn(100) for _ in range(int(sys.argv[1]))]; write_table('t.pkl', torch.arange(20.).reshape(5, 4), {});"
         "print(hashlib.sha256(open('t.pkl', 'rb').read()).hexdigest())"
     )
-    found = {subprocess.run([sys.executable, "-c", code, n], cwd=tmp_path, capture_output=True, text=True).stdout for n in ("1", "77")}
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code, n], cwd=tmp_path, capture_output=True, text=True
+        ).stdout
+        for n in ("1", "77")
+    }
     assert len(found) == 1 and len(found.pop()) == 65
 
 
 @pytest.mark.parametrize(
     "value",
     [
-        np.array([[object()] * 4] * 5, dtype=object), np.array([["a"] * 4] * 5), np.ones((5, 4), dtype=np.longdouble), np.ones((5, 4), dtype=np.complex64),
+        np.array([[object()] * 4] * 5, dtype=object),
+        np.array([["a"] * 4] * 5),
+        np.ones((5, 4), dtype=np.longdouble),
+        np.ones((5, 4), dtype=np.complex64),
         torch.ones(5, 4).to_sparse(),
     ],
     ids=["objects", "texts", "long double", "complex", "sparse"],
-)  # fmt: skip
+)
 def test_tables_of_other_kinds_are_refused_in_one_line(tmp_path, value):
     (tmp_path / "t.pkl").write_bytes(pickle.dumps({"item_embedding": value}))
     with pytest.raises(UsageError) as error:
@@ -139,7 +156,9 @@ def test_tables_of_other_kinds_are_refused_in_one_line(tmp_path, value):
 
 
 def test_a_file_cannot_lay_objects_over_its_own_bytes(tmp_path):
-    """numpy.ndarray called with a dtype of objects and a buffer makes pointers of bytes: following one ends the process."""
+    """numpy.ndarray called with a dtype of objects and a buffer makes pointers of bytes: following
+    one ends the process.
+    """
 
     class Forged:
         def __reduce__(self):

@@ -6,14 +6,16 @@ from datasets.interactions import read_csv
 from datasets.sequences import TEST, VALID, EvaluationSplit
 from tests.conftest import write_sequences
 from utils import evaluation
-from utils.cli import RunError
+from utils.errors import RunError
 from utils.evaluation import evaluate
 
 
 @pytest.fixture
 def data(tmp_path):
     rng = np.random.default_rng(5)
-    sequences = [rng.integers(0, 40, size=rng.integers(4, 12)).tolist() for _ in range(30)]  # with repeats
+    sequences = [
+        rng.integers(0, 40, size=rng.integers(4, 12)).tolist() for _ in range(30)
+    ]  # with repeats
     return read_csv(write_sequences(tmp_path / "d.csv", sequences))
 
 
@@ -50,9 +52,13 @@ def test_ranks_equal_a_naive_loop_with_ties_and_repeats(data, split, tile, monke
 
 def test_a_constant_model_scores_nothing(data):
     view = EvaluationSplit(data, TEST, 5, seed=3, n_candidates=15)
-    ranks = evaluate(lambda history: torch.zeros(len(history), 4), torch.ones(data.n_items, 4), view.batches(8))
+    ranks = evaluate(
+        lambda history: torch.zeros(len(history), 4), torch.ones(data.n_items, 4), view.batches(8)
+    )
     for protocol, metrics in ranks.metrics().items():
-        assert {name: value for name, value in metrics.items() if name != "MRR"} == dict.fromkeys(set(metrics) - {"MRR"}, 0.0), protocol
+        assert {name: value for name, value in metrics.items() if name != "MRR"} == dict.fromkeys(
+            set(metrics) - {"MRR"}, 0.0
+        ), protocol
     assert (ranks.sampled == 16).all()
     assert (ranks.full_all == data.n_items).all()
 
@@ -61,7 +67,11 @@ def test_a_constant_model_scores_nothing(data):
 def test_non_finite_scores_are_an_error_not_a_perfect_rank(data, bad):
     view = EvaluationSplit(data, TEST, 5, seed=3, n_candidates=15)
     with pytest.raises(RunError, match="not finite|NaN"):
-        evaluate(lambda history: torch.full((len(history), 4), bad), torch.ones(data.n_items, 4), view.batches(8))
+        evaluate(
+            lambda history: torch.full((len(history), 4), bad),
+            torch.ones(data.n_items, 4),
+            view.batches(8),
+        )
 
 
 def test_batch_size_changes_no_rank(data):
@@ -72,5 +82,8 @@ def test_batch_size_changes_no_rank(data):
         padded = torch.cat([table, torch.zeros(1, 4)])
         return padded[history].sum(1)
 
-    one, all_at_once = evaluate(encode, table, view.batches(1)), evaluate(encode, table, view.batches(100))
+    one, all_at_once = (
+        evaluate(encode, table, view.batches(1)),
+        evaluate(encode, table, view.batches(100)),
+    )
     assert all(np.array_equal(a, b) for a, b in zip(one, all_at_once))

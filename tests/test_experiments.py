@@ -1,4 +1,6 @@
-"""The experiments: rows and names, significance, the report, and each experiment on a shrunken demo."""
+"""The experiments: rows and names, significance, the report, and each experiment on a shrunken
+demo.
+"""
 
 import json
 import math
@@ -22,7 +24,12 @@ from experiments import ablation, found, motivation, report, rows, significance
 from tests.conftest import ROOT
 from utils import cli
 
-STUDENT = cli.defaults(distill.main) | {"llama_decoder_nums_teacher": 8, "base_model": "tiny", "max_seq_length": 30, "prompt_template_name": "alpaca"}
+STUDENT = cli.defaults(distill.main) | {
+    "llama_decoder_nums_teacher": 8,
+    "base_model": "tiny",
+    "max_seq_length": 30,
+    "prompt_template_name": "alpaca",
+}
 SHORT = "--max_steps 3 --eval_batch_size 64 --batch_size 32"
 PAPERS = ("cloth", "movie", "music", "sport")
 
@@ -33,17 +40,29 @@ PAPERS = ("cloth", "movie", "music", "sport")
         ("sasrec", {"train_targets": "all", "init_std": 0.02}, "SASRec"),
         ("sasrec", {"train_targets": "last", "init_std": 1.0}, "SASRec, as released"),
         ("teacher", cli.defaults(finetune.main), "E4SRec-like, 8 layers"),
-        ("teacher", cli.defaults(finetune.main) | {"cls_multiple_lambda": 1.0}, "8 layers: CE + L_ms"),
+        (
+            "teacher",
+            cli.defaults(finetune.main) | {"cls_multiple_lambda": 1.0},
+            "8 layers: CE + L_ms",
+        ),
         ("student", STUDENT, "SLMRec 4 <- 8"),
         ("student", STUDENT | rows.OFF, "E4SRec-like, 4 layers"),
-        ("student", STUDENT | rows.OFF | {"student_init": "teacher"}, "4 layers: CE, from the teacher's layers"),
+        (
+            "student",
+            STUDENT | rows.OFF | {"student_init": "teacher"},
+            "4 layers: CE, from the teacher's layers",
+        ),
         ("student", STUDENT | rows.ABLATION["cos_ms"], "4 <- 8: D_cos + L_ms"),
         ("student", STUDENT | rows.ABLATION["ce_ms"], "4 layers: CE + L_ms"),
         ("student", STUDENT | rows.ABLATION["logit_kl"], "4 <- 8: logit KL"),
         ("student", STUDENT | rows.ABLATION["online"], "SLMRec 4 <- 8, online"),
-        ("student", STUDENT | {"llama_decoder_nums_student": 2, "distill_block": 2, "train_targets": "all"}, "SLMRec 2 <- 8, B = 2, every prefix"),
+        (
+            "student",
+            STUDENT | {"llama_decoder_nums_student": 2, "distill_block": 2, "train_targets": "all"},
+            "SLMRec 2 <- 8, B = 2, every prefix",
+        ),
     ],
-)  # fmt: skip
+)
 def test_rows_are_called_what_they_are(step, flags, expected):
     assert rows.label(step, flags) == expected
 
@@ -54,7 +73,9 @@ def test_every_row_of_the_ablation_binds_and_has_a_name_of_its_own():
         cli.bind(distill.main, [f"--{name}={value}" for name, value in flags.items()])
         names.append(rows.label("student", STUDENT | flags))
     assert len(set(names)) == len(names)
-    assert {"D_cos", "D_cos + D_norm", "D_cos + L_ms"} == {name.removeprefix("4 <- 8: ") for name in names if name in rows.PAPER["cloth"]} - {
+    assert {"D_cos", "D_cos + D_norm", "D_cos + L_ms"} == {
+        name.removeprefix("4 <- 8: ") for name in names if name in rows.PAPER["cloth"]
+    } - {
         "SLMRec 4 <- 8",
         "E4SRec-like, 4 layers",
     }
@@ -65,29 +86,48 @@ def test_the_papers_figures_are_those_of_its_page():
     page = ROOT.parent / "shared" / "paper.md"
     if not page.exists():
         pytest.skip(f"not here: {page}")
-    names = {"SASRec": "SASRec", "E4SRec (32 layers)": "E4SRec-like, 32 layers", "E4SRec_8": "E4SRec-like, 8 layers",
-             "E4SRec_4": "E4SRec-like, 4 layers", "SLMRec 4<-8": "SLMRec 4 <- 8",
-             "D_cos": "4 <- 8: D_cos", "D_cos + D_norm": "4 <- 8: D_cos + D_norm", "D_cos + L_ms": "4 <- 8: D_cos + L_ms"}  # fmt: skip
+    names = {
+        "SASRec": "SASRec",
+        "E4SRec (32 layers)": "E4SRec-like, 32 layers",
+        "E4SRec_8": "E4SRec-like, 8 layers",
+        "E4SRec_4": "E4SRec-like, 4 layers",
+        "SLMRec 4<-8": "SLMRec 4 <- 8",
+        "D_cos": "4 <- 8: D_cos",
+        "D_cos + D_norm": "4 <- 8: D_cos + D_norm",
+        "D_cos + L_ms": "4 <- 8: D_cos + L_ms",
+    }
     found = 0
     for line in page.read_text().split("## Main table")[1].split("## Efficiency")[0].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 5 and cells[0] in names:
             for domain, cell in zip(PAPERS, cells[1:]):
-                assert rows.PAPER[domain][names[cells[0]]] == tuple(map(float, cell.split())), (domain, cells[0])
+                assert rows.PAPER[domain][names[cells[0]]] == tuple(map(float, cell.split())), (
+                    domain,
+                    cells[0],
+                )
                 found += 1
     assert found == 8 * 4
 
 
 def test_paired_bootstrap_on_what_can_be_worked_out():
     mean, low, high, p = significance.paired_bootstrap(np.full(50, 0.25), 99)
-    assert (mean, low, high, p) == (0.25, 0.25, 0.25, 0.02)  # 2 * (0 + 1) / (99 + 1): the least that 99 resamples can show
+    assert (mean, low, high, p) == (
+        0.25,
+        0.25,
+        0.25,
+        0.02,
+    )  # 2 * (0 + 1) / (99 + 1): the least that 99 resamples can show
     assert significance.paired_bootstrap(np.zeros(50), 100) == (0.0, 0.0, 0.0, 1.0)
     rng = np.random.default_rng(5)
     difference = rng.normal(0.02, 1.0, 4000)
     mean, low, high, p = significance.paired_bootstrap(difference, 4000)
-    error = difference.std() / math.sqrt(len(difference))  # the normal interval, which the bootstrap's must come near
+    error = difference.std() / math.sqrt(
+        len(difference)
+    )  # the normal interval, which the bootstrap's must come near
     assert mean == difference.mean()
-    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error) and high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error) and high == pytest.approx(
+        mean + 1.96 * error, abs=0.1 * error
+    )
     assert p == pytest.approx(math.erfc(mean / error / math.sqrt(2)), abs=0.03)
     assert significance.paired_bootstrap(-difference, 4000)[3] == pytest.approx(p, abs=1e-9)
     whole, chunk = significance.paired_bootstrap(difference, 64), significance.CHUNK
@@ -109,16 +149,39 @@ def fake_run(folder, step, flags, seed, ranks, domain="cloth", settings=None, **
 
     folder.mkdir(parents=True)
     flags = flags | {"seed": seed}
-    metrics = {protocol: summarise(np.array(ranks), (1, 5, 10, 20)) for protocol in ("sampled", "full", "full_all")}
-    results = {"seed": seed, "users": len(ranks), "test": metrics, "valid": metrics, "parameters": 10, "trainable_parameters": 4, "steps": 2,
-               "best_step": 2, "train_seconds": 1.5, "inference_users_per_second": 7.0, "random_base": step != "sasrec", **extra}  # fmt: skip
+    metrics = {
+        protocol: summarise(np.array(ranks), (1, 5, 10, 20))
+        for protocol in ("sampled", "full", "full_all")
+    }
+    results = {
+        "seed": seed,
+        "users": len(ranks),
+        "test": metrics,
+        "valid": metrics,
+        "parameters": 10,
+        "trainable_parameters": 4,
+        "steps": 2,
+        "best_step": 2,
+        "train_seconds": 1.5,
+        "inference_users_per_second": 7.0,
+        "random_base": step != "sasrec",
+        **extra,
+    }
     layers = [*range(flags.get("llama_decoder_nums", flags.get("llama_decoder_nums_student", 0)))]
-    config = {"step": step, "domain": domain, "data_sha256": "d" * 64, "flags": flags, "model": {"layers": layers}}
+    config = {
+        "step": step,
+        "domain": domain,
+        "data_sha256": "d" * 64,
+        "flags": flags,
+        "model": {"layers": layers},
+    }
     if step == "student" and not rows.plain_ce(step, flags):
         config["teacher"] = f"output/seed{seed}/teacher"
     (folder / "config.json").write_text(json.dumps(config | (settings or {})))
     (folder / "results.json").write_text(json.dumps(results))
-    (folder / "metrics.jsonl").write_text(json.dumps({"event": "train", "step": 2, "ce": 3.0, "total": 3.0}) + "\n")
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"event": "train", "step": 2, "ce": 3.0, "total": 3.0}) + "\n"
+    )
     np.savez(folder / "ranks.npz", test_sampled=np.array(ranks), test_full=np.array(ranks))
 
 
@@ -128,11 +191,17 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
         fake_run(tmp_path / f"seed{seed}/slmrec", "student", STUDENT, seed, ranks)
         fake_run(tmp_path / f"seed{seed}/ce", "student", STUDENT | rows.OFF, seed, [2, 2, 4, 20])
         fake_run(tmp_path / f"seed{seed}/teacher", "teacher", teacher, seed, [1, 1, 1, 1])
-    fake_run(tmp_path / "four", "teacher", teacher | {"llama_decoder_nums": 4}, 0, [2, 2, 4, 20])  # the same as ce of seed 0
+    fake_run(
+        tmp_path / "four", "teacher", teacher | {"llama_decoder_nums": 4}, 0, [2, 2, 4, 20]
+    )  # the same as ce of seed 0
     fake_run(tmp_path / "slow", "student", STUDENT | {"learning_rate": 1e-5}, 0, [20, 20, 20, 20])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text('{"step": "student"}')
-    for name, config, results in (("odd", '{"step": ["a"]}', "{}"), ("bare", '{"step": "student"}', '{"steps": 3}'), ("list", "[1]", "")):
+    for name, config, results in (
+        ("odd", '{"step": ["a"]}', "{}"),
+        ("bare", '{"step": "student"}', '{"steps": 3}'),
+        ("list", "[1]", ""),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config)
         (tmp_path / name / "results.json").write_text(results)
@@ -140,27 +209,56 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
     (tmp_path / "seed1/ce/ranks.npz").write_bytes(b"torn")
     text = report.main(runs=str(tmp_path), resamples=50).read_text()
     assert text == report.main(runs=str(tmp_path), resamples=50).read_text()
-    table = [line.strip("|").split("|") for line in text.split("### Significance")[0].splitlines() if line.startswith("| ")]
+    table = [
+        line.strip("|").split("|")
+        for line in text.split("### Significance")[0].splitlines()
+        if line.startswith("| ")
+    ]
     lines = {cells[0].strip(): [cell.strip() for cell in cells] for cells in table}
     # HR@1: 2/4 and 1/4; MRR: (1 + 1 + 1/2 + 1/20)/4 = .6375, (1 + 1/2 + 1/4 + 1/20)/4 = .45
-    assert lines["SLMRec 4 <- 8"][1:3] == ["0, 1", "0.3750 ± 0.1768"] and lines["SLMRec 4 <- 8"][7] == "0.5437 ± 0.1326"
+    assert (
+        lines["SLMRec 4 <- 8"][1:3] == ["0, 1", "0.3750 ± 0.1768"]
+        and lines["SLMRec 4 <- 8"][7] == "0.5437 ± 0.1326"
+    )
     assert lines["SLMRec 4 <- 8"][-4:] == ["0.1669", "0.1947", "0.1807", "0.1874"]
-    assert lines["E4SRec-like, 4 layers"][1] == "0, 1" and lines["E4SRec-like, 8 layers"][1] == "0, 1"
-    assert lines["SASRec"][1] == "not run" and lines["SASRec"][2] == "-" and lines["SASRec"][-4] == "0.1308"
+    assert (
+        lines["E4SRec-like, 4 layers"][1] == "0, 1" and lines["E4SRec-like, 8 layers"][1] == "0, 1"
+    )
+    assert (
+        lines["SASRec"][1] == "not run"
+        and lines["SASRec"][2] == "-"
+        and lines["SASRec"][-4] == "0.1308"
+    )
     assert lines["SLMRec 4 <- 8 [learning_rate=1e-05]"][1] == "0"
     assert lines["SASRec, as released"][-4] == "0.1308"
-    assert "random base" in text and "broken is unfinished" in text and "has the flags and the seed of" in text
-    assert "bare: its config.json or results.json lacks something" in text and "list/config.json: damaged" in text
-    assert "| SLMRec 4 <- 8 | E4SRec-like, 4 layers |" not in text.split("### Significance")[1]  # the ranks of one seed are torn
-    assert "SLMRec 4 <- 8 against E4SRec-like, 4 layers: ranks.npz of seed1/slmrec or seed1/ce is missing or torn" in text
+    assert (
+        "random base" in text
+        and "broken is unfinished" in text
+        and "has the flags and the seed of" in text
+    )
+    assert (
+        "bare: its config.json or results.json lacks something" in text
+        and "list/config.json: damaged" in text
+    )
+    assert (
+        "| SLMRec 4 <- 8 | E4SRec-like, 4 layers |" not in text.split("### Significance")[1]
+    )  # the ranks of one seed are torn
+    assert (
+        "SLMRec 4 <- 8 against E4SRec-like, 4 layers: ranks.npz of seed1/slmrec or seed1/ce is missing or torn"
+        in text
+    )
     shutil.copyfile(tmp_path / "seed0/ce/ranks.npz", tmp_path / "seed1/ce/ranks.npz")
     text = report.main(runs=str(tmp_path), resamples=50).read_text()
-    # slmrec against ce: (1 - 1/2) + (1 - 1/2) + (1/2 - 1/4) + 0 = 1.25 and 0.5 + 0 + 0 + 0; mean over seeds and users .875 / 4
+    # slmrec against ce: (1 - 1/2) + (1 - 1/2) + (1/2 - 1/4) + 0 = 1.25 and 0.5 + 0 + 0 + 0; mean
+    # over seeds and users .875 / 4
     assert "| SLMRec 4 <- 8 | E4SRec-like, 4 layers | +0.2188 |" in text
-    # against the teacher: -(0 + 0 + 1/2 + 19/20) / 4 = -.3625 and -(0 + 1/2 + 3/4 + 19/20) / 4 = -.55, mean -.45625
+    # against the teacher: -(0 + 0 + 1/2 + 19/20) / 4 = -.3625 and -(0 + 1/2 + 3/4 + 19/20) / 4 =
+    # -.55, mean -.45625
     assert "| SLMRec 4 <- 8 | E4SRec-like, 8 layers | -0.456" in text
     assert "| E4SRec-like, 4 layers | E4SRec-like, 8 layers |" in text
-    assert (tmp_path / "report_cloth_metrics.png").stat().st_size > 5000 and (tmp_path / "report_cloth_curves.png").stat().st_size > 5000
+    assert (tmp_path / "report_cloth_metrics.png").stat().st_size > 5000 and (
+        tmp_path / "report_cloth_curves.png"
+    ).stat().st_size > 5000
 
 
 def test_an_ablation_that_was_not_begun_takes_no_table_unless_it_is_the_papers(tmp_path):
@@ -168,9 +266,15 @@ def test_an_ablation_that_was_not_begun_takes_no_table_unless_it_is_the_papers(t
         for name, weights in (("slmrec", {}), ("ce", rows.OFF)):
             fake_run(tmp_path / domain / name, "student", STUDENT | weights, 0, [1, 2], domain)
     games = "### Ablation" in report.main(runs=str(tmp_path / "games"), resamples=50).read_text()
-    assert not games and "### Ablation" in report.main(runs=str(tmp_path / "cloth"), resamples=50).read_text()
+    assert (
+        not games
+        and "### Ablation" in report.main(runs=str(tmp_path / "cloth"), resamples=50).read_text()
+    )
     fake_run(tmp_path / "games/cos", "student", STUDENT | rows.ABLATION["cos"], 0, [1, 2], "games")
-    assert "| 4 <- 8: D_cos + L_ms | not run |" in report.main(runs=str(tmp_path / "games"), resamples=50).read_text()
+    assert (
+        "| 4 <- 8: D_cos + L_ms | not run |"
+        in report.main(runs=str(tmp_path / "games"), resamples=50).read_text()
+    )
 
 
 def rows_of(root):
@@ -180,27 +284,69 @@ def rows_of(root):
 
 def test_no_row_is_lost_and_none_is_mixed(tmp_path):
     for name, norm in (("a", 0.1), ("b", 0.2), ("c", 0.3)):
-        fake_run(tmp_path / name / "seed0/slmrec", "student", STUDENT | {"norm_lambda": norm}, 0, [1, 2])
+        fake_run(
+            tmp_path / name / "seed0/slmrec", "student", STUDENT | {"norm_lambda": norm}, 0, [1, 2]
+        )
     labels, _ = rows_of(tmp_path)
-    assert set(labels) == {"SLMRec 4 <- 8", "SLMRec 4 <- 8 [norm_lambda=0.2]", "SLMRec 4 <- 8 [norm_lambda=0.3]"}
+    assert set(labels) == {
+        "SLMRec 4 <- 8",
+        "SLMRec 4 <- 8 [norm_lambda=0.2]",
+        "SLMRec 4 <- 8 [norm_lambda=0.3]",
+    }
     for name in ("a", "b", "c"):
         shutil.rmtree(tmp_path / name)
-    for seed, rate in ((0, 1e-3), (1, 1e-5)):  # students of equal flags whose teachers differ are not seeds of one row
-        fake_run(tmp_path / f"seed{seed}/teacher", "teacher", cli.defaults(finetune.main) | {"learning_rate": rate}, seed, [1, 2])
+    for seed, rate in (
+        (0, 1e-3),
+        (1, 1e-5),
+    ):  # students of equal flags whose teachers differ are not seeds of one row
+        fake_run(
+            tmp_path / f"seed{seed}/teacher",
+            "teacher",
+            cli.defaults(finetune.main) | {"learning_rate": rate},
+            seed,
+            [1, 2],
+        )
         fake_run(tmp_path / f"seed{seed}/slmrec", "student", STUDENT, seed, [1, 2])
     labels, _ = rows_of(tmp_path)
-    assert sorted(labels) == ["E4SRec-like, 8 layers", "E4SRec-like, 8 layers [learning_rate=1e-05]", "SLMRec 4 <- 8", "SLMRec 4 <- 8 [seed1/slmrec]"]
+    assert sorted(labels) == [
+        "E4SRec-like, 8 layers",
+        "E4SRec-like, 8 layers [learning_rate=1e-05]",
+        "SLMRec 4 <- 8",
+        "SLMRec 4 <- 8 [seed1/slmrec]",
+    ]
     shutil.rmtree(tmp_path / "seed1")
-    fake_run(tmp_path / "two/slmrec", "student", STUDENT, 1, [1, 2], settings={"bf16": True, "teacher": "output/seed0/teacher"})
-    assert "SLMRec 4 <- 8 [two/slmrec]" in rows_of(tmp_path)[0]  # computed in bfloat16 on another machine
+    fake_run(
+        tmp_path / "two/slmrec",
+        "student",
+        STUDENT,
+        1,
+        [1, 2],
+        settings={"bf16": True, "teacher": "output/seed0/teacher"},
+    )
+    assert (
+        "SLMRec 4 <- 8 [two/slmrec]" in rows_of(tmp_path)[0]
+    )  # computed in bfloat16 on another machine
     for seed, layers in ((0, [0, 1, 2, 3]), (1, [0, 1, 2, 5])):
         chosen = {"model": {"layers": layers}, "teacher": None}
-        fake_run(tmp_path / f"seed{seed}/influence", "student", STUDENT | {"layer_selection": "influence"}, seed, [1, 2], settings=chosen)
+        fake_run(
+            tmp_path / f"seed{seed}/influence",
+            "student",
+            STUDENT | {"layer_selection": "influence"},
+            seed,
+            [1, 2],
+            settings=chosen,
+        )
     assert list(rows_of(tmp_path)[0]["SLMRec 4 <- 8, influence layers"].runs) == [0, 1]
 
 
 def test_a_flag_that_came_later_has_its_default_in_older_runs(tmp_path):
-    fake_run(tmp_path / "seed0/slmrec", "student", {name: value for name, value in STUDENT.items() if name != "temperature"}, 0, [1, 2])
+    fake_run(
+        tmp_path / "seed0/slmrec",
+        "student",
+        {name: value for name, value in STUDENT.items() if name != "temperature"},
+        0,
+        [1, 2],
+    )
     fake_run(tmp_path / "seed1/slmrec", "student", STUDENT, 1, [1, 2])
     assert list(rows_of(tmp_path)[0]["SLMRec 4 <- 8"].runs) == [0, 1]
 
@@ -214,7 +360,14 @@ def test_a_flag_that_came_later_has_its_default_in_older_runs(tmp_path):
 )
 def test_what_cannot_be_paired_is_not(tmp_path, flags, settings, why):
     fake_run(tmp_path / "seed0/slmrec", "student", STUDENT | flags, 0, [1, 2], settings=settings)
-    fake_run(tmp_path / "seed0/ce", "student", STUDENT | rows.OFF, 0, [1, 2], settings={"table_sha256": "one"})
+    fake_run(
+        tmp_path / "seed0/ce",
+        "student",
+        STUDENT | rows.OFF,
+        0,
+        [1, 2],
+        settings={"table_sha256": "one"},
+    )
     labels, notes = rows_of(tmp_path)
     assert significance.compare(list(labels.values()), 10, notes) == []
     assert notes == [f"SLMRec 4 <- 8 against E4SRec-like, 4 layers: {why}"]
@@ -227,15 +380,30 @@ def test_rows_are_compared_with_their_like(tmp_path):
         fake_run(tmp_path / f"seed{seed}/ce", "student", STUDENT | rows.OFF, seed, [4, 4])
     fake_run(tmp_path / "search", "teacher", teacher | {"learning_rate": 1e-5}, 7, [1, 1])
     every = {"train_targets": "all"}
-    fake_run(tmp_path / "seed0/slmrec_all", "student", STUDENT | every, 0, [1, 1], settings={"teacher": None})
+    fake_run(
+        tmp_path / "seed0/slmrec_all",
+        "student",
+        STUDENT | every,
+        0,
+        [1, 1],
+        settings={"teacher": None},
+    )
     fake_run(tmp_path / "seed0/ce_all", "student", STUDENT | rows.OFF | every, 0, [2, 2])
     labels, notes = rows_of(tmp_path)
-    pairs = {tuple(line[:3]): line[-1] for line in significance.compare(list(labels.values()), 10, notes)}
+    pairs = {
+        tuple(line[:3]): line[-1] for line in significance.compare(list(labels.values()), 10, notes)
+    }
     assert pairs["E4SRec-like, 4 layers", "E4SRec-like, 8 layers", "-0.2500"] == "0, 1"
-    assert pairs["SLMRec 4 <- 8, every prefix", "E4SRec-like, 4 layers, every prefix", "+0.5000"] == "0"
+    assert (
+        pairs["SLMRec 4 <- 8, every prefix", "E4SRec-like, 4 layers, every prefix", "+0.5000"]
+        == "0"
+    )
     assert pairs["E4SRec-like, 4 layers, every prefix", "E4SRec-like, 4 layers", "+0.2500"] == "0"
     assert not [pair for pair in pairs if "[" in pair[1]] and len(pairs) == 3
-    assert "E4SRec-like, 8 layers [learning_rate=1e-05] against E4SRec-like, 8 layers: no seed in common" in notes
+    assert (
+        "E4SRec-like, 8 layers [learning_rate=1e-05] against E4SRec-like, 8 layers: no seed in common"
+        in notes
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,12 +411,20 @@ def test_rows_are_compared_with_their_like(tmp_path):
     [
         lambda run: np.savez(run / "ranks.npz", test_sampled=np.array([1, 2])),
         lambda run: (run / "ranks.npz").write_bytes(b""),
-        lambda run: (run / "metrics.jsonl").write_text('12\n{}\n{"event": "train", "step": 1, "ce": 2}\n'),
-        lambda run: (run / "config.json").write_text((run / "config.json").read_text().replace('"data_sha256"', '"sha"')),
-        lambda run: (run / "results.json").write_text((run / "results.json").read_text().replace('"full_all"', '"half"')),
-        lambda run: (run / "results.json").write_text((run / "results.json").read_text().replace('"steps": 2', '"steps": 0')),
+        lambda run: (run / "metrics.jsonl").write_text(
+            '12\n{}\n{"event": "train", "step": 1, "ce": 2}\n'
+        ),
+        lambda run: (run / "config.json").write_text(
+            (run / "config.json").read_text().replace('"data_sha256"', '"sha"')
+        ),
+        lambda run: (run / "results.json").write_text(
+            (run / "results.json").read_text().replace('"full_all"', '"half"')
+        ),
+        lambda run: (run / "results.json").write_text(
+            (run / "results.json").read_text().replace('"steps": 2', '"steps": 0')
+        ),
     ],
-)  # fmt: skip
+)
 def test_one_odd_run_does_not_take_the_report_down(tmp_path, damage):
     fake_run(tmp_path / "seed0/slmrec", "student", STUDENT, 0, [1, 2])
     fake_run(tmp_path / "seed0/ce", "student", STUDENT | rows.OFF, 0, [1, 2])
@@ -257,8 +433,19 @@ def test_one_odd_run_does_not_take_the_report_down(tmp_path, damage):
 
 
 def test_a_teacher_is_found_by_its_weights_and_other_depths_have_their_tables(tmp_path):
-    deep = STUDENT | {"llama_decoder_nums_student": 1, "llama_decoder_nums_teacher": 32, "distill_block": 1}
-    fake_run(tmp_path / "t/deep", "teacher", cli.defaults(finetune.main) | {"llama_decoder_nums": 32}, 0, [1, 1], weights_sha256="w")
+    deep = STUDENT | {
+        "llama_decoder_nums_student": 1,
+        "llama_decoder_nums_teacher": 32,
+        "distill_block": 1,
+    }
+    fake_run(
+        tmp_path / "t/deep",
+        "teacher",
+        cli.defaults(finetune.main) | {"llama_decoder_nums": 32},
+        0,
+        [1, 1],
+        weights_sha256="w",
+    )
     fake_run(tmp_path / "s/slmrec", "student", deep, 0, [2, 2], settings={"teacher_sha256": "w"})
     fake_run(tmp_path / "s/ce", "student", deep | rows.OFF, 0, [4, 4])
     labels, notes = rows_of(tmp_path)
@@ -275,20 +462,41 @@ def test_the_report_goes_between_the_markers_and_what_it_reads_is_kept(tmp_path)
     page.write_text(f"mine\n{report.START}\nold\n{report.END}\nmine too\n")
     report.main(runs=str(tmp_path / "runs"), keep=str(tmp_path / "kept"), resamples=10)
     assert np.load(tmp_path / "kept/seed0/slmrec/ranks.npz")["test_sampled"].dtype == np.uint16
-    shutil.copytree(tmp_path / "kept/seed0/slmrec", tmp_path / "kept/seed0/gone")  # kept earlier, no longer among the runs
+    shutil.copytree(
+        tmp_path / "kept/seed0/slmrec", tmp_path / "kept/seed0/gone"
+    )  # kept earlier, no longer among the runs
     shutil.copytree(tmp_path / "kept/seed0/slmrec", tmp_path / "kept/mine")
     (tmp_path / "kept/mine/best").mkdir()  # a run, no copy
-    fake_run(tmp_path / "kept/games/slmrec", "student", STUDENT, 0, [1, 300], domain="y", settings={"data_sha256": "e" * 64})
+    fake_run(
+        tmp_path / "kept/games/slmrec",
+        "student",
+        STUDENT,
+        0,
+        [1, 300],
+        domain="y",
+        settings={"data_sha256": "e" * 64},
+    )
     (tmp_path / "runs/motivation.csv").write_text("part\n")
     report.main(runs=str(tmp_path / "runs"), keep=str(tmp_path / "kept"), resamples=10)
-    assert not (tmp_path / "kept/seed0/gone").exists() and (tmp_path / "kept/motivation.csv").is_file()
-    assert (tmp_path / "kept/mine/ranks.npz").is_file() and (tmp_path / "kept/games/slmrec/ranks.npz").is_file()
+    assert (
+        not (tmp_path / "kept/seed0/gone").exists() and (tmp_path / "kept/motivation.csv").is_file()
+    )
+    assert (tmp_path / "kept/mine/ranks.npz").is_file() and (
+        tmp_path / "kept/games/slmrec/ranks.npz"
+    ).is_file()
     shutil.rmtree(tmp_path / "kept/mine")
     shutil.rmtree(tmp_path / "kept/games")
     report.main(runs=str(tmp_path / "kept"), into=str(page), resamples=10)
     text = page.read_text()
-    assert text.startswith(f"mine\n{report.START}\n\n## x") and text.endswith(f"{report.END}\nmine too\n") and "old" not in text
-    assert "](kept/report_x_metrics.png)" in text and (tmp_path / "kept/report_x_metrics.png").is_file()
+    assert (
+        text.startswith(f"mine\n{report.START}\n\n## x")
+        and text.endswith(f"{report.END}\nmine too\n")
+        and "old" not in text
+    )
+    assert (
+        "](kept/report_x_metrics.png)" in text
+        and (tmp_path / "kept/report_x_metrics.png").is_file()
+    )
     (tmp_path / "below").mkdir()
     shutil.copyfile(page, tmp_path / "below/page.md")
     report.main(runs=str(tmp_path / "runs"), into=str(tmp_path / "below/page.md"), resamples=10)
@@ -300,15 +508,35 @@ def test_the_report_goes_between_the_markers_and_what_it_reads_is_kept(tmp_path)
     [
         (report, {"runs": "nowhere"}, "--runs=nowhere: no such folder"),
         (report, {"runs": "."}, "no finished run below it"),
-        (report, {"runs": ".", "keep": "kept"}, "--keep=kept: one of it and --runs=. holds the other"),
+        (
+            report,
+            {"runs": ".", "keep": "kept"},
+            "--keep=kept: one of it and --runs=. holds the other",
+        ),
         (ablation, {"student_flags": "--max_seq_length 50"}, "--max_seq_length is the teacher's"),
-        (report, {"runs": ".", "into": "page.md"}, "--into=page.md: expected a file with the lines"),
+        (
+            report,
+            {"runs": ".", "into": "page.md"},
+            "--into=page.md: expected a file with the lines",
+        ),
         (ablation, {"rows": ["ce", "cosine"]}, "there is no row cosine; choose from ce, cos"),
-        (ablation, {"student_flags": "--bogus 3"}, "--student_flags=--bogus 3: unknown flag --bogus"),
+        (
+            ablation,
+            {"student_flags": "--bogus 3"},
+            "--student_flags=--bogus 3: unknown flag --bogus",
+        ),
         (ablation, {"teacher_flags": "--seed 3"}, "--seed is set by the experiment"),
-        (ablation, {"sasrec_flags": "--norm 'pre"}, "--sasrec_flags=--norm 'pre: No closing quotation"),
+        (
+            ablation,
+            {"sasrec_flags": "--norm 'pre"},
+            "--sasrec_flags=--norm 'pre: No closing quotation",
+        ),
         (motivation, {"layers": [0, 2]}, "--layers: expected whole numbers >= 1, got 0"),
-        (motivation, {"teacher_flags": "--llama_decoder_nums 3"}, "the number of layers is --layers here"),
+        (
+            motivation,
+            {"teacher_flags": "--llama_decoder_nums 3"},
+            "the number of layers is --layers here",
+        ),
     ],
 )
 def test_wrong_requests_are_refused_before_any_work(module, flags, line, tmp_path, monkeypatch):
@@ -321,13 +549,25 @@ def test_wrong_requests_are_refused_before_any_work(module, flags, line, tmp_pat
 
 @pytest.mark.slow
 def test_ablation_shares_the_teacher_and_goes_on_where_it_stopped(inside, capsys):
-    flags = {"rows": ["ce", "slmrec", "blocks_2"], "seeds": [0, 1], "sasrec_flags": SHORT, "teacher_flags": SHORT, "student_flags": SHORT}
+    flags = {
+        "rows": ["ce", "slmrec", "blocks_2"],
+        "seeds": [0, 1],
+        "sasrec_flags": SHORT,
+        "teacher_flags": SHORT,
+        "student_flags": SHORT,
+    }
     path = ablation.main(**flags | {"rows": ["blocks_2", "slmrec", "ce"]})
     printed = capsys.readouterr().out
-    assert printed.index("seed0/blocks_2: student") < printed.index("seed0/slmrec: student") < printed.index("seed0/ce: student")
+    assert (
+        printed.index("seed0/blocks_2: student")
+        < printed.index("seed0/slmrec: student")
+        < printed.index("seed0/ce: student")
+    )
     root = Path("output/demo/paper")
     assert path == root / "report.md" and "| SLMRec 4 <- 8 | 0, 1 |" in path.read_text()
-    assert len(list((root / "seed0/teacher_states").iterdir())) == 2  # four blocks and two, one pass each
+    assert (
+        len(list((root / "seed0/teacher_states").iterdir())) == 2
+    )  # four blocks and two, one pass each
     stamps = {run: run.stat().st_mtime_ns for run in root.rglob("results.json")}
     assert len(stamps) == 2 * 5
     (root / "seed1/ce/results.json").unlink()  # as if stopped there
@@ -335,14 +575,21 @@ def test_ablation_shares_the_teacher_and_goes_on_where_it_stopped(inside, capsys
     ablation.main(**flags)
     printed = capsys.readouterr().out
     assert printed.count("finished before") == 9 and "seed1/ce: student" in printed
-    assert {run for run in stamps if run.stat().st_mtime_ns != stamps[run]} == {root / "seed1/ce/results.json"}
-    with pytest.raises(cli.UsageError, match=r"seed0/ce holds a finished run with other flags: --learning_rate=0.5 \(the run has 0.001\); --overwrite"):
+    assert {run for run in stamps if run.stat().st_mtime_ns != stamps[run]} == {
+        root / "seed1/ce/results.json"
+    }
+    with pytest.raises(
+        cli.UsageError,
+        match=r"seed0/ce holds a finished run with other flags: --learning_rate=0.5 \(the run has 0.001\); --overwrite",
+    ):
         ablation.main(**flags | {"student_flags": SHORT + " --learning_rate 0.5"})
 
 
 @pytest.mark.slow
 def test_motivation_scores_every_layer_with_one_head(inside):
-    path = motivation.main(layers=[2, 1], sasrec_flags=SHORT, teacher_flags=SHORT, eval_batch_size=50)
+    path = motivation.main(
+        layers=[2, 1], sasrec_flags=SHORT, teacher_flags=SHORT, eval_batch_size=50
+    )
     assert path.stat().st_size > 5000
     lines = [line.split(",") for line in (path.parent / "motivation.csv").read_text().splitlines()]
     assert lines[0] == ["part", "layers", "seed", "HR@10", "NDCG@10", "MRR"]
@@ -355,7 +602,12 @@ def test_motivation_scores_every_layer_with_one_head(inside):
 
 
 def commands(script, **environment):
-    done = subprocess.run(["bash", script], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "DRY": "1", **environment})
+    done = subprocess.run(
+        ["bash", script],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "DRY": "1", **environment},
+    )
     assert done.returncode == 0, done.stderr
     return [shlex.split(line[2:])[1:] for line in done.stdout.splitlines() if line.startswith("+ ")]
 
@@ -363,11 +615,23 @@ def commands(script, **environment):
 @pytest.mark.parametrize("smoke", ["", "1"])
 @pytest.mark.parametrize("domain", PAPERS)
 def test_a_reproductions_flags_bind_and_its_paths_agree(domain, smoke):
-    """Every file that a command reads is one that an earlier command wrote, and the student gets the paper's settings."""
-    mains = {"train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main, "finetune.py": finetune.main,
-             "distill.py": distill.main, "datasets.process": process.main, "experiments.report": report.main}  # fmt: skip
+    """Every file that a command reads is one that an earlier command wrote, and the student gets
+    the paper's settings.
+    """
+    mains = {
+        "train_sr_trad.py": train_sr_trad.main,
+        "extract_emb.py": extract_emb.main,
+        "finetune.py": finetune.main,
+        "distill.py": distill.main,
+        "datasets.process": process.main,
+        "experiments.report": report.main,
+    }
     written, bound = set(), []
-    for words in commands(ROOT / f"experiments/reproduce_{domain}.sh", SEEDS="0 1", **({"SMOKE": "1"} if smoke else {})):
+    for words in commands(
+        ROOT / f"experiments/reproduce_{domain}.sh",
+        SEEDS="0 1",
+        **({"SMOKE": "1"} if smoke else {}),
+    ):
         name, *rest = words[1:] if words[0] == "-m" else words
         flags = cli.bind(mains[name], rest)
         for place in ("sasrec", "teacher"):
@@ -386,14 +650,31 @@ def test_a_reproductions_flags_bind_and_its_paths_agree(domain, smoke):
         assert student["domain_type"] == "demo"
     else:
         assert bound[0][0] == "datasets.process" and bound[0][1]["domain_type"] == domain
-        paper = {"cloth": (3e-3, 1500, 50, 1.0), "movie": (1e-3, None, 50, 1.0), "music": (2e-3, 800, 100, 0.01), "sport": (2e-3, 2000, 50, 0.1)}
-        assert (student["learning_rate"], student.get("max_steps"), student["warmup_steps"], student["cls_multiple_lambda"]) == paper[domain]
+        paper = {
+            "cloth": (3e-3, 1500, 50, 1.0),
+            "movie": (1e-3, None, 50, 1.0),
+            "music": (2e-3, 800, 100, 0.01),
+            "sport": (2e-3, 2000, 50, 0.1),
+        }
+        assert (
+            student["learning_rate"],
+            student.get("max_steps"),
+            student["warmup_steps"],
+            student["cls_multiple_lambda"],
+        ) == paper[domain]
 
 
 def test_a_reproduction_without_its_raw_files_says_where_to_get_them(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "RAW": str(tmp_path)}
-    done = subprocess.run(["bash", ROOT / "experiments/reproduce_music.sh"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and re.search(r"error: neither data/music.csv nor .*CDs_and_Vinyl_5.json.gz is there; get it", done.stderr)
+    done = subprocess.run(
+        ["bash", ROOT / "experiments/reproduce_music.sh"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 2 and re.search(
+        r"error: neither data/music.csv nor .*CDs_and_Vinyl_5.json.gz is there; get it", done.stderr
+    )
 
 
 @pytest.mark.slow
@@ -413,34 +694,69 @@ def test_a_finished_run_is_only_taken_for_what_it_is(inside):
     """What reproduce.sh asks before it skips a step."""
 
     def status(*words):
-        done = subprocess.run([sys.executable, "-m", "experiments.runs", "python", *words], cwd=inside, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.runs", "python", *words],
+            cwd=inside,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         return done.returncode, done.stderr
 
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     flags = [*SHORT.split(), "--domain_type", "demo"]
     teacher = ["finetune.py", *flags, "--base_model", "tiny", "--output_dir", "mine"]
     assert status(*teacher)[0] == 3
-    finetune.main(**cli.bind(finetune.main, teacher[1:]) | {"item_table": "output/demo/sasrec_item.pkl"})
+    finetune.main(
+        **cli.bind(finetune.main, teacher[1:]) | {"item_table": "output/demo/sasrec_item.pkl"}
+    )
     teacher += ["--item_table", "output/demo/sasrec_item.pkl"]
     assert status(*teacher) == (0, "")
     code, line = status(*teacher, "--learning_rate", "0.5")
-    assert code == 2 and line.startswith("error: mine holds a finished run with other flags: --learning_rate=0.5 (the run has 0.001)")
-    student = ["distill.py", *flags, "--teacher", "mine", "--item_table", "output/demo/sasrec_item.pkl", "--output_dir", "student"]
+    assert code == 2 and line.startswith(
+        "error: mine holds a finished run with other flags: --learning_rate=0.5 (the run has 0.001)"
+    )
+    student = [
+        "distill.py",
+        *flags,
+        "--teacher",
+        "mine",
+        "--item_table",
+        "output/demo/sasrec_item.pkl",
+        "--output_dir",
+        "student",
+    ]
     distill.main(**cli.bind(distill.main, student[1:]))
     assert status(*student) == (0, "")
     results = json.loads(Path("mine/results.json").read_text())
-    Path("mine/results.json").write_text(json.dumps(results | {"weights_sha256": "of another training"}))
+    Path("mine/results.json").write_text(
+        json.dumps(results | {"weights_sha256": "of another training"})
+    )
     code, line = status(*student)
     assert code == 2 and "student was made from another file: its teacher_sha256 is" in line
     assert status(*student, "--overwrite")[0] == 3
     code, line = status(*student[:-2], "--distill_lambda=0", "--output_dir", "mine")
     assert code == 2 and "mine holds a finished teacher run, not a student run" in line
     code, line = status(*teacher[:-1], "nowhere.pkl")
-    assert code == 2 and line == "error: item table not found: nowhere.pkl; extract_emb.py writes it\n"
-    plain = ["distill.py", *flags, "--distill_lambda=0", "--norm_lambda=0", "--cls_multiple_lambda=0", "--output_dir=plain"]
+    assert (
+        code == 2 and line == "error: item table not found: nowhere.pkl; extract_emb.py writes it\n"
+    )
+    plain = [
+        "distill.py",
+        *flags,
+        "--distill_lambda=0",
+        "--norm_lambda=0",
+        "--cls_multiple_lambda=0",
+        "--output_dir=plain",
+    ]
     distill.main(**cli.bind(distill.main, [*plain[1:], "--max_seq_length=20"]))
     assert status(*plain, "--max_seq_length=20") == (0, "")
     code, line = status(*plain)  # 30 when it is not given
     assert code == 2 and "--max_seq_length=30 (the run has 20)" in line
-    assert status("train_sr_trad.py")[0] in (0, 2) and "Traceback" not in status("train_sr_trad.py")[1]
-    assert status("other.py") == (2, "error: expected a command with one of train_sr_trad.py, finetune.py, distill.py\n")
+    assert (
+        status("train_sr_trad.py")[0] in (0, 2) and "Traceback" not in status("train_sr_trad.py")[1]
+    )
+    assert status("other.py") == (
+        2,
+        "error: expected a command with one of train_sr_trad.py, finetune.py, distill.py\n",
+    )

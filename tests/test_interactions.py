@@ -6,7 +6,7 @@ import pytest
 
 from datasets.interactions import find_csv, read_csv, write_csv
 from tests.conftest import real
-from utils.cli import UsageError
+from utils.errors import UsageError
 
 GOOD = 'reviewerID,asin,title\nann,"[5, 9, 5, 7]","[]"\nbob,"[9]",""\ncid,"[0, 7, 9, 5, 2]","[""a, \'b\'""]"\n'
 
@@ -43,7 +43,10 @@ BAD = {
     ),
     "semicolon": ('reviewerID;asin\nu;"[1]"\n', "looks ';'-separated"),
     "tab": ('reviewerID\tasin\nu\t"[1]"\n', "looks '\\t'-separated"),
-    "unquoted list": ("reviewerID,asin\nu,[1,2,3]\n", "row 2 has 4 fields, expected 2; quote the list"),
+    "unquoted list": (
+        "reviewerID,asin\nu,[1,2,3]\n",
+        "row 2 has 4 fields, expected 2; quote the list",
+    ),
     "python list": ("reviewerID,asin\nu,\"['a','b']\"\n", "row 2: asin is not a valid JSON list"),
     "empty cell": ('reviewerID,asin\nv,"[1,2,3,4]"\nu,\n', "row 3: asin is empty"),
     "number": ("reviewerID,asin\nu,5\n", "row 2: asin is '5', expected a list"),
@@ -54,10 +57,19 @@ BAD = {
     "nan": ('reviewerID,asin\nu,"[1, NaN]"\n', "element 1 of asin is 'nan' (float)"),
     "boolean": ('reviewerID,asin\nu,"[true]"\n', "element 0 of asin is 'True' (bool)"),
     "negative": ('reviewerID,asin\nu,"[1,-3]"\n', "row 2: item id -3 < 0"),
-    "too large": ('reviewerID,asin\nu,"[99999999999999999999]"\n', "item id 99999999999999999999 > "),
-    "5000 digits": (f'reviewerID,asin\nu,"[{"9" * 5000}]"\n', "row 2: asin is not a valid JSON list"),
+    "too large": (
+        'reviewerID,asin\nu,"[99999999999999999999]"\n',
+        "item id 99999999999999999999 > ",
+    ),
+    "5000 digits": (
+        f'reviewerID,asin\nu,"[{"9" * 5000}]"\n',
+        "row 2: asin is not a valid JSON list",
+    ),
     "deep": (f'reviewerID,asin\nu,"{"[" * 100000}"\n', "row 2: asin is not a valid JSON list"),
-    "twice": ('reviewerID,asin\nu,"[1]"\nv,"[2]"\nu,"[3]"\n', "reviewerID 'u' stands in rows 2 and 4"),
+    "twice": (
+        'reviewerID,asin\nu,"[1]"\nv,"[2]"\nu,"[3]"\n',
+        "reviewerID 'u' stands in rows 2 and 4",
+    ),
     "all short": ('reviewerID,asin\nu,"[1,2,3]"\n', "no user has 4 items or more"),
     "all empty": ('reviewerID,asin\nu,"[]"\n', "every user's list is empty"),
 }

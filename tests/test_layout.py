@@ -9,7 +9,9 @@ import pytest
 
 from tests.conftest import ROOT
 
-CODE = sorted(path for path in ROOT.rglob("*.py") if ".venv" not in path.parts and "tests" not in path.parts)
+CODE = sorted(
+    path for path in ROOT.rglob("*.py") if ".venv" not in path.parts and "tests" not in path.parts
+)
 
 
 def imports(path):
@@ -42,7 +44,9 @@ def test_no_bare_except_star_import_trainer_or_remote_code():
         text = path.read_text()
         assert not re.search(r"except\s*:", text), path
         assert not re.search(r"^from .* import \*", text, re.M), path
-        assert not re.search(r"\bTrainer\(|import Trainer|trust_remote_code=True|\.cuda\(\)", text), path
+        assert not re.search(
+            r"\bTrainer\(|import Trainer|trust_remote_code=True|\.cuda\(\)", text
+        ), path
 
 
 def test_the_datasets_package_is_ours_and_transformers_does_not_mind():
@@ -54,7 +58,9 @@ def test_the_datasets_package_is_ours_and_transformers_does_not_mind():
 def test_models_name_no_device_read_no_flag_and_print_nothing():
     for path in (ROOT / "models").glob("*.py"):
         calls = {
-            node.func.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            node.func.id
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert "print" not in calls, path
         assert "sys.argv" not in path.read_text() and "cuda" not in path.read_text(), path

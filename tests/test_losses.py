@@ -42,21 +42,30 @@ def test_catalogue_cross_entropy_equals_the_plain_one(tile, trained_table, whole
 def test_catalogue_cross_entropy_by_hand():
     users = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     table = torch.eye(2)
-    expected = (math.log(math.e + 1) - 1 + math.log(1 + math.e**2)) / 2  # -log softmax of (1, 0) at 0 and (0, 2) at 0
-    assert float(catalogue_cross_entropy(users, table, torch.tensor([0, 0]))) == pytest.approx(expected, rel=1e-6)
+    expected = (
+        math.log(math.e + 1) - 1 + math.log(1 + math.e**2)
+    ) / 2  # -log softmax of (1, 0) at 0 and (0, 2) at 0
+    assert float(catalogue_cross_entropy(users, table, torch.tensor([0, 0]))) == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (3, 4), (256, 2048)])
 def test_logit_kl_equals_the_plain_one(tile, monkeypatch):
     monkeypatch.setattr(losses, "TILES", (tile, tile))
     torch.manual_seed(0)
-    teacher, table = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(13, 4, dtype=torch.float64)
+    teacher, table = (
+        torch.randn(5, 3, 4, dtype=torch.float64),
+        torch.randn(13, 4, dtype=torch.float64),
+    )
     student = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
     p, q = (F.log_softmax(users @ table.T / 1.7, dim=-1) for users in (teacher, student))
     plain = 1.7**2 * F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean(0).sum()
     ours = logit_kl(teacher, student, table, 1.7, "sum")
     torch.testing.assert_close(ours, plain, atol=1e-13, rtol=1e-12)
-    torch.testing.assert_close(*(torch.autograd.grad(value, student)[0] for value in (ours, plain)), atol=1e-13, rtol=1e-12)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(value, student)[0] for value in (ours, plain)), atol=1e-13, rtol=1e-12
+    )
 
 
 def test_large_logits_neither_overflow_nor_lose_the_loss():
@@ -69,10 +78,15 @@ def test_large_logits_neither_overflow_nor_lose_the_loss():
 
 
 def test_a_confident_row_has_a_small_loss():
-    """The target's logit is read from another product than the partition's: an error of the logits' last bits, no more."""
+    """The target's logit is read from another product than the partition's: an error of the logits'
+    last bits, no more.
+    """
     torch.manual_seed(0)
     table = torch.randn(5000, 128)
-    users, target = table[:64] * 0.25 + 0.001 * torch.randn(64, 128), torch.arange(64)  # own logit about 32, the others' spread about 3
+    users, target = (
+        table[:64] * 0.25 + 0.001 * torch.randn(64, 128),
+        torch.arange(64),
+    )  # own logit about 32, the others' spread about 3
     exact = float(F.cross_entropy(users.double() @ table.double().T, target))
     assert 0 < exact < 1e-3
     assert float(catalogue_cross_entropy(users, table, target)) == pytest.approx(exact, abs=2e-5)
@@ -82,11 +96,15 @@ def test_a_confident_row_has_a_small_loss():
 def test_a_table_that_is_not_finite_gives_a_loss_that_is_not(spoilt):
     table = torch.ones(9, 2)
     table[4] = spoilt
-    assert not torch.isfinite(catalogue_cross_entropy(torch.ones(3, 2), table, torch.tensor([0, 1, 2])))
+    assert not torch.isfinite(
+        catalogue_cross_entropy(torch.ones(3, 2), table, torch.tensor([0, 1, 2]))
+    )
 
 
 def test_no_tile_of_logits_is_larger_than_said(monkeypatch):
-    """256 rows against 30,000 items: nothing as large as the logits is ever made, with a frozen or a trained table."""
+    """256 rows against 30,000 items: nothing as large as the logits is ever made, with a frozen or
+    a trained table.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -99,20 +117,29 @@ def test_no_tile_of_logits_is_larger_than_said(monkeypatch):
             return out
 
     for trained in (False, True):
-        users, table = torch.randn(256, 4, requires_grad=True), torch.randn(30000, 4, requires_grad=trained)
+        users, table = (
+            torch.randn(256, 4, requires_grad=True),
+            torch.randn(30000, 4, requires_grad=trained),
+        )
         with Largest() as seen:
             catalogue_cross_entropy(users, table, torch.arange(256)).backward()
         rows, items = losses.TILES[0]
-        assert table.numel() <= seen.size <= max(rows * items, losses.WHOLE_ROWS[0], table.numel()) < users.shape[0] * table.shape[0]
+        assert (
+            table.numel()
+            <= seen.size
+            <= max(rows * items, losses.WHOLE_ROWS[0], table.numel())
+            < users.shape[0] * table.shape[0]
+        )
 
 
 def test_sampled_cross_entropy_by_hand_and_against_a_loop():
     states = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])  # one user, two positions
     table = torch.eye(2)
-    # first position: target 0 against negative 1; second: target 1, the negative is the target itself and does not count
-    assert float(sampled_cross_entropy(states, table, torch.tensor([[0, 1]]), torch.tensor([[1]]))) == pytest.approx(
-        math.log(1 + math.exp(-1)) / 2
-    )
+    # first position: target 0 against negative 1; second: target 1, the negative is the target
+    # itself and does not count
+    assert float(
+        sampled_cross_entropy(states, table, torch.tensor([[0, 1]]), torch.tensor([[1]]))
+    ) == pytest.approx(math.log(1 + math.exp(-1)) / 2)
     torch.manual_seed(0)
     states = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     table = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
@@ -129,7 +156,9 @@ def test_sampled_cross_entropy_by_hand_and_against_a_loop():
     plain = torch.stack(each).mean()
     ours = sampled_cross_entropy(states, table, target, negatives)
     torch.testing.assert_close(ours, plain, atol=1e-14, rtol=1e-13)
-    for given, wanted in zip(torch.autograd.grad(ours, [states, table]), torch.autograd.grad(plain, [states, table])):
+    for given, wanted in zip(
+        torch.autograd.grad(ours, [states, table]), torch.autograd.grad(plain, [states, table])
+    ):
         torch.testing.assert_close(given, wanted, atol=1e-14, rtol=1e-12)
 
 
@@ -142,13 +171,18 @@ def test_alignment_by_hand():
     assert float(block_cosine(TEACHER, STUDENT, "sum")) == pytest.approx(1.0)
     assert float(block_cosine(TEACHER, STUDENT, "mean")) == pytest.approx(0.5)
     assert float(block_distance(TEACHER, STUDENT, "sum", "l2")) == pytest.approx(math.sqrt(5) + 5)
-    assert float(block_distance(TEACHER, STUDENT, "mean", "squared_l2")) == pytest.approx((5 + 25) / 2)
+    assert float(block_distance(TEACHER, STUDENT, "mean", "squared_l2")) == pytest.approx(
+        (5 + 25) / 2
+    )
 
 
 def test_equal_models_align_perfectly_and_pull_nowhere():
     states = torch.randn(4, 3, 5, dtype=torch.float64).float()
     student = states.clone().requires_grad_()
-    cosine, distance = block_cosine(states, student, "sum"), block_distance(states, student, "sum", "l2")
+    cosine, distance = (
+        block_cosine(states, student, "sum"),
+        block_distance(states, student, "sum", "l2"),
+    )
     assert float(cosine.detach()) == pytest.approx(0.0, abs=1e-6)
     assert float(distance.detach()) == 0.0
     (slope,) = torch.autograd.grad(cosine + distance, student)
@@ -159,23 +193,35 @@ def test_exits_by_hand():
     table, target = torch.eye(2), torch.tensor([0])
     exits = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])  # one user, two exits
     each = [math.log(math.e + 1) - 1, math.log(1 + math.e**2)]
-    assert float(exit_supervision(exits, table, target, "sum")) == pytest.approx(sum(each), rel=1e-6)
-    assert float(exit_supervision(exits, table, target, "mean")) == pytest.approx(sum(each) / 2, rel=1e-6)
+    assert float(exit_supervision(exits, table, target, "sum")) == pytest.approx(
+        sum(each), rel=1e-6
+    )
+    assert float(exit_supervision(exits, table, target, "mean")) == pytest.approx(
+        sum(each) / 2, rel=1e-6
+    )
 
 
 def test_logit_kl_by_hand_and_without_gradient_to_the_teacher():
     teacher = torch.tensor([[[math.log(3.0), 0.0]]], requires_grad=True)  # probabilities 3/4, 1/4
     student = torch.zeros(1, 1, 2, requires_grad=True)  # 1/2, 1/2
     value = logit_kl(teacher, student, torch.eye(2), 1.0, "sum")
-    assert float(value.detach()) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+    assert float(value.detach()) == pytest.approx(
+        0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6
+    )
     value.backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
     warm = logit_kl(teacher, student, torch.eye(2), 2.0, "sum")
     p = math.sqrt(3) / (1 + math.sqrt(3))
-    assert float(warm.detach()) == pytest.approx(4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))), rel=1e-5)
+    assert float(warm.detach()) == pytest.approx(
+        4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))), rel=1e-5
+    )
 
 
-EVERY = {"distill_lambda": 1.0, "norm_lambda": 0.1, "cls_multiple_lambda": 1.0}  # distill.py's defaults
+EVERY = {
+    "distill_lambda": 1.0,
+    "norm_lambda": 0.1,
+    "cls_multiple_lambda": 1.0,
+}  # distill.py's defaults
 
 
 def outputs(train_teacher):
@@ -186,7 +232,14 @@ def outputs(train_teacher):
     return (
         teacher,
         student,
-        recommendation_loss(student(batch), wanted, student.item_table, torch.tensor([1, 2, 3, 4]), **EVERY, train_teacher=train_teacher),
+        recommendation_loss(
+            student(batch),
+            wanted,
+            student.item_table,
+            torch.tensor([1, 2, 3, 4]),
+            **EVERY,
+            train_teacher=train_teacher,
+        ),
     )
 
 
@@ -206,23 +259,42 @@ def test_offline_no_gradient_reaches_the_teacher_online_it_reaches_both():
     teacher, student, parts = outputs(train_teacher=True)
     parts["total"].backward()
     assert all(p.grad is not None for p in [*teacher.parameters(), *student.parameters()])
-    expected = parts["ce"] + parts["teacher_ce"] + parts["exits"] + parts["teacher_exits"] + parts["align_cos"] + 0.1 * parts["align_norm"]
+    expected = (
+        parts["ce"]
+        + parts["teacher_ce"]
+        + parts["exits"]
+        + parts["teacher_exits"]
+        + parts["align_cos"]
+        + 0.1 * parts["align_norm"]
+    )
     torch.testing.assert_close(parts["total"], expected)
 
 
 def test_a_weight_of_zero_leaves_the_part_out():
     out = Output(torch.ones(1, 2), STUDENT, torch.ones(1, 1, 2))
     wanted = Output(torch.ones(1, 2), TEACHER, torch.ones(1, 1, 2))
-    assert set(recommendation_loss(out, wanted, torch.eye(2), torch.tensor([0]))) == {"ce", "teacher_ce", "total"}
-    assert set(recommendation_loss(out, None, torch.eye(2), torch.tensor([0]), **EVERY)) == {"ce", "exits", "total"}
+    assert set(recommendation_loss(out, wanted, torch.eye(2), torch.tensor([0]))) == {
+        "ce",
+        "teacher_ce",
+        "total",
+    }
+    assert set(recommendation_loss(out, None, torch.eye(2), torch.tensor([0]), **EVERY)) == {
+        "ce",
+        "exits",
+        "total",
+    }
 
 
 def test_logit_kl_is_per_block_only_where_both_have_exits():
     table, target = torch.eye(2), torch.tensor([0])
     out = Output(torch.zeros(1, 2), STUDENT, torch.zeros(1, 1, 2))
-    wanted = Output(torch.tensor([[math.log(3.0), 0.0]]), TEACHER, torch.tensor([[[math.log(3.0), 0.0]]]))
+    wanted = Output(
+        torch.tensor([[math.log(3.0), 0.0]]), TEACHER, torch.tensor([[[math.log(3.0), 0.0]]])
+    )
     one = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     both = recommendation_loss(out, wanted, table, target, logit_lambda=1.0)["logit_kl"]
-    final = recommendation_loss(out, wanted._replace(exits=torch.zeros(1, 0, 2)), table, target, logit_lambda=1.0)["logit_kl"]
+    final = recommendation_loss(
+        out, wanted._replace(exits=torch.zeros(1, 0, 2)), table, target, logit_lambda=1.0
+    )["logit_kl"]
     assert float(both) == pytest.approx(2 * one, rel=1e-6)
     assert float(final) == pytest.approx(one, rel=1e-6)

@@ -44,12 +44,22 @@ def test_outputs_scores_losses_and_gradients(lengths, kv_heads, strategy):
     batch, target = histories(lengths), torch.arange(len(lengths)) % 23
     ours, wanted = model.train()(batch), plain.train()(batch)
     compare_outputs(ours, wanted)
-    torch.testing.assert_close(ours.user @ model.item_table.T, wanted.user @ plain.item_table.T, atol=1e-11, rtol=1e-12)
+    torch.testing.assert_close(
+        ours.user @ model.item_table.T, wanted.user @ plain.item_table.T, atol=1e-11, rtol=1e-12
+    )
     with torch.no_grad():
         guide, plain_guide = teacher(batch), plain_teacher(batch)
     parts = recommendation_loss(ours, guide, model.item_table, target, **WEIGHTS)
     plain_parts = recommendation_loss(wanted, plain_guide, plain.item_table, target, **WEIGHTS)
-    assert set(parts) == {"ce", "exits", "align_cos", "align_norm", "logit_kl", "teacher_ce", "total"}
+    assert set(parts) == {
+        "ce",
+        "exits",
+        "align_cos",
+        "align_norm",
+        "logit_kl",
+        "teacher_ce",
+        "total",
+    }
     for name in parts:
         torch.testing.assert_close(parts[name], plain_parts[name], atol=1e-11, rtol=1e-11)
     slopes = [torch.randn_like(value) for value in ours]
@@ -59,7 +69,13 @@ def test_outputs_scores_losses_and_gradients(lengths, kv_heads, strategy):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert any("lora_A" in name for name in trained) == (strategy == "lora")
     for name, parameter in trained.items():
-        torch.testing.assert_close(parameter.grad, own[names[name]].grad, atol=1e-9, rtol=1e-9, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.grad,
+            own[names[name]].grad,
+            atol=1e-9,
+            rtol=1e-9,
+            msg=lambda text: f"{name}: {text}",
+        )
 
 
 @pytest.mark.parametrize("n_prompt, n_response", [(1, 1), (1, 3), (6, 1)])
@@ -90,7 +106,8 @@ def test_one_layer():
 
 
 def test_a_cached_prompt_is_not_used_up():
-    """Three batches of different widths over one cache, each equal to the forward without a cache."""
+    """Three batches of different widths over one cache, each equal to the forward without a cache.
+    """
     model = small_model()
     encode = model.encoder()
     for lengths in ([8, 1], [2, 2, 2], [5]):
@@ -99,7 +116,8 @@ def test_a_cached_prompt_is_not_used_up():
 
 
 def test_padding_length_changes_nothing_but_positions():
-    """Fewer slots with the same items shift the response's positions; the plain form says the same."""
+    """Fewer slots with the same items shift the response's positions; the plain form says the same.
+    """
     model = small_model()
     plain, _ = plain_twin(model, None)
     for slots in (4, 6, 11):
@@ -126,7 +144,10 @@ def test_bfloat16_autocast_rounds_no_worse_than_the_plain_form():
         exact = plain(batch).user
         with torch.autocast("cpu", torch.bfloat16):
             rounded = plain(batch).user
-    errors = [float((user.float() - exact).norm() / exact.norm()) for user in (model.encoder(bf16=True)(batch).user, rounded)]
+    errors = [
+        float((user.float() - exact).norm() / exact.norm())
+        for user in (model.encoder(bf16=True)(batch).user, rounded)
+    ]
     assert 0 < errors[0] < 1.25 * errors[1] < 0.1, errors
     assert (model.encoder()(batch).user - exact).norm() / exact.norm() < 1e-5
 
@@ -156,17 +177,24 @@ def test_scaled_rotary_embeddings_are_honoured():
 
 
 def _one_rank(rank, folder, strategy):
-    """A process of two: its half of the batch through DistributedDataParallel; rank 0 saves the averaged gradients."""
+    """A process of two: its half of the batch through DistributedDataParallel; rank 0 saves the
+    averaged gradients.
+    """
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     model = small_model(strategy=strategy, exit_heads=False).train()
     parallel = DistributedDataParallel(model)
     parallel(histories(DDP_LENGTHS)[rank::2]).user.square().sum().backward()
     if rank == 0:
-        torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, f"{folder}/gradients.pt")
+        torch.save(
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+            f"{folder}/gradients.pt",
+        )
     distributed.barrier()
     os._exit(0)  # gloo's destructors have been seen to wait for ever for a process that is gone
 
@@ -177,8 +205,12 @@ DDP_LENGTHS = [8, 1, 5, 3, 3, 2, 8, 8]
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_two_processes_give_the_gradients_of_one(tmp_path, strategy):
-    """DDP over halves of a batch; the norms round to float32 here, and rows of a product may differ in their last bits."""
-    processes = torch.multiprocessing.spawn(_one_rank, (str(tmp_path), strategy), nprocs=2, join=False)
+    """DDP over halves of a batch; the norms round to float32 here, and rows of a product may differ
+    in their last bits.
+    """
+    processes = torch.multiprocessing.spawn(
+        _one_rank, (str(tmp_path), strategy), nprocs=2, join=False
+    )
     ended = processes.join(timeout=60) or processes.join(timeout=60)  # it returns whenever one ends
     for process in processes.processes:
         process.kill()
@@ -186,22 +218,30 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, strategy):
     given = torch.load(tmp_path / "gradients.pt", weights_only=True)
     model = small_model(strategy=strategy, exit_heads=False).train()
     model(histories(DDP_LENGTHS)).user.square().sum().backward()
-    wanted = {name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None}  # DDP averages
+    wanted = {
+        name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None
+    }  # DDP averages
     assert set(given) == set(wanted) and len(wanted) > 10
     for name in wanted:
-        torch.testing.assert_close(given[name], wanted[name], atol=1e-5, rtol=1e-5, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            given[name], wanted[name], atol=1e-5, rtol=1e-5, msg=lambda text: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_fused_lora_is_pefts_layer(dropout):
-    """The same parameters, outputs and gradients as the layer of peft that it stands in for, dropout drawn alike."""
+    """The same parameters, outputs and gradients as the layer of peft that it stands in for,
+    dropout drawn alike.
+    """
     from peft.tuners.lora import Linear
 
     from models.lora import FusedLinear
 
     model = small_model(strategy="lora").train()
     fused = [module for module in model.modules() if type(module) is FusedLinear]
-    assert len(fused) == 4 * len(TARGETS) and not [module for module in model.modules() if type(module) is Linear]
+    assert len(fused) == 4 * len(TARGETS) and not [
+        module for module in model.modules() if type(module) is Linear
+    ]
     for layer in fused[:3]:
         if dropout:
             layer.lora_dropout["default"] = torch.nn.Dropout(dropout)

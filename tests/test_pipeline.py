@@ -1,4 +1,6 @@
-"""The four scripts on a shrunken demo: as subprocesses for the main road, in process for the side roads."""
+"""The four scripts on a shrunken demo: as subprocesses for the main road, in process for the side
+roads.
+"""
 
 import json
 import shutil
@@ -15,21 +17,29 @@ import train_sr_trad
 from datasets.demo import write_demo
 from tests.conftest import SHORT, TARGETS, files, hashes, small_config
 from utils import checkpoint
-from utils.cli import UsageError
+from utils.errors import UsageError
 
 pytestmark = pytest.mark.slow
 RUN = {"config.json", "metrics.jsonl", "results.json", "ranks.npz"} | {
-    f"{kind}/{name}" for kind in ("best", "last") for name in ("weights.safetensors", "state.safetensors", "meta.json", "manifest.json")
+    f"{kind}/{name}"
+    for kind in ("best", "last")
+    for name in ("weights.safetensors", "state.safetensors", "meta.json", "manifest.json")
 }
 BASE = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
 
 def test_exactly_these_files_are_written(house):
     folder, _ = house
     expected = {"data/demo.csv", "output/demo/sasrec_item.pkl", "output/demo/sasrec_item.json"}
-    expected |= {f"output/demo/{step}/{name}" for step in ("sasrec", "teacher", "student") for name in RUN}
+    expected |= {
+        f"output/demo/{step}/{name}" for step in ("sasrec", "teacher", "student") for name in RUN
+    }
     expected |= {f"output/base/tiny/{name}" for name in BASE}
     (states,) = (folder / "output/demo/teacher_states").iterdir()
-    expected |= {f"output/demo/teacher_states/{states.name}/{name}" for name in ("user.bin", "states.bin", "exits.bin", "meta.json")}
+    expected |= {
+        f"output/demo/teacher_states/{states.name}/{name}"
+        for name in ("user.bin", "states.bin", "exits.bin", "meta.json")
+    }
     assert files(folder) == expected
 
 
@@ -37,9 +47,22 @@ def test_results_and_logs_say_what_a_reader_needs(house):
     folder, printed = house
     for step in ("sasrec", "teacher", "student"):
         results = json.loads((folder / f"output/demo/{step}/results.json").read_text())
-        assert results["steps"] == 3 and results["users"] == 120 and results["parameters"] >= results["trainable_parameters"] > 0
+        assert (
+            results["steps"] == 3
+            and results["users"] == 120
+            and results["parameters"] >= results["trainable_parameters"] > 0
+        )
         assert set(results["test"]) == set(results["valid"]) == {"sampled", "full", "full_all"}
-        assert set(results["test"]["full"]) == {"HR@1", "HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR"}
+        assert set(results["test"]["full"]) == {
+            "HR@1",
+            "HR@5",
+            "HR@10",
+            "HR@20",
+            "NDCG@5",
+            "NDCG@10",
+            "NDCG@20",
+            "MRR",
+        }
         assert results["candidates"]["fewest"] < results["candidates"]["asked"] == 999
         assert "all of them are used" in printed[step]
         assert f"test sampled  HR@1 {results['test']['sampled']['HR@1']:.4f}" in printed[step]
@@ -48,7 +71,9 @@ def test_results_and_logs_say_what_a_reader_needs(house):
     parts = next(line for line in lines if line["event"] == "train")
     for part in ("ce", "exits", "align_cos", "align_norm", "teacher_ce", "total"):
         assert parts[part] > 0, part
-    assert "inherited from the teacher in output/demo/teacher: base_model tiny" in printed["student"]
+    assert (
+        "inherited from the teacher in output/demo/teacher: base_model tiny" in printed["student"]
+    )
 
 
 def test_eval_only_repeats_the_metrics_and_trains_nothing(inside):
@@ -91,7 +116,12 @@ def test_the_offline_teacher_is_frozen_and_in_evaluation_mode(inside, monkeypatc
     from models import llm4rec, losses
 
     finetune.main(**SHORT, train_strategy="lora", lora_dropout=0.5, output_dir="lora")
-    seen, encoders, real_loss, real_encoder = [], [], losses.recommendation_loss, llm4rec.LLM4Rec.encoder
+    seen, encoders, real_loss, real_encoder = (
+        [],
+        [],
+        losses.recommendation_loss,
+        llm4rec.LLM4Rec.encoder,
+    )
 
     def encoder(self, *values):
         encoders.append(self)
@@ -100,7 +130,12 @@ def test_the_offline_teacher_is_frozen_and_in_evaluation_mode(inside, monkeypatc
     def spy(student, teacher, *values, **named):
         guide = encoders[0]
         seen.append(
-            (teacher.user.requires_grad, teacher.states.requires_grad, guide.training, any(p.requires_grad for p in guide.parameters()))
+            (
+                teacher.user.requires_grad,
+                teacher.states.requires_grad,
+                guide.training,
+                any(p.requires_grad for p in guide.parameters()),
+            )
         )
         assert student.user.requires_grad
         return real_loss(student, teacher, *values, **named)
@@ -114,17 +149,23 @@ def test_the_offline_teacher_is_frozen_and_in_evaluation_mode(inside, monkeypatc
 
 def test_no_step_takes_over_another_steps_folder(inside):
     before = hashes(inside / "output/demo/teacher")
-    with pytest.raises(UsageError, match="output/demo/teacher holds a teacher run, not a student run"):
+    with pytest.raises(
+        UsageError, match="output/demo/teacher holds a teacher run, not a student run"
+    ):
         distill.main(**SHORT, output_dir="output/demo/teacher", overwrite=True)
     with pytest.raises(UsageError, match="holds a teacher run, not a sasrec run"):
         train_sr_trad.main(**SHORT, output_dir="output/demo/teacher", overwrite=True)
     assert hashes(inside / "output/demo/teacher") == before
-    with pytest.raises(UsageError, match="--teacher=output/demo/student holds a student run, expected a teacher"):
+    with pytest.raises(
+        UsageError, match="--teacher=output/demo/student holds a student run, expected a teacher"
+    ):
         distill.main(**SHORT, teacher="output/demo/student", output_dir="x")
 
 
 def test_a_replaced_table_is_noticed(inside):
-    Path("output/demo/sasrec_item.pkl").write_bytes(Path("output/demo/sasrec_item.pkl").read_bytes() + b" ")
+    Path("output/demo/sasrec_item.pkl").write_bytes(
+        Path("output/demo/sasrec_item.pkl").read_bytes() + b" "
+    )
     with pytest.raises(UsageError, match="is not the table that .*sasrec_item.json describes"):
         finetune.main(**SHORT, overwrite=True)
 
@@ -136,7 +177,9 @@ def test_without_alignment_no_teacher_is_needed(inside):
     lines = [json.loads(line) for line in open("ce/metrics.jsonl")]
     assert {"exits", "align_cos", "align_norm", "teacher_ce"}.isdisjoint(lines[0])
     assert results["steps"] == 3
-    distill.main(**SHORT, **off, cls_multiple_lambda=0.0, llama_decoder_nums_student=3, output_dir="three")
+    distill.main(
+        **SHORT, **off, cls_multiple_lambda=0.0, llama_decoder_nums_student=3, output_dir="three"
+    )
     distill.main(**SHORT, **off, output_dir="exits")
     assert "exits" in json.loads(open("exits/metrics.jsonl").readline())
     with pytest.raises(UsageError, match="teacher not found"):
@@ -145,9 +188,23 @@ def test_without_alignment_no_teacher_is_needed(inside):
 
 def test_online_trains_both_and_saves_the_student(inside):
     shutil.rmtree(inside / "output/demo/teacher")
-    results = distill.main(**SHORT, distill_mode="online", llama_decoder_nums_teacher=8, logit_lambda=0.5, output_dir="online")
+    results = distill.main(
+        **SHORT,
+        distill_mode="online",
+        llama_decoder_nums_teacher=8,
+        logit_lambda=0.5,
+        output_dir="online",
+    )
     parts = json.loads(open("online/metrics.jsonl").readline())
-    assert {"ce", "exits", "align_cos", "align_norm", "logit_kl", "teacher_ce", "teacher_exits"} <= set(parts)
+    assert {
+        "ce",
+        "exits",
+        "align_cos",
+        "align_norm",
+        "logit_kl",
+        "teacher_ce",
+        "teacher_exits",
+    } <= set(parts)
     tensors, _ = checkpoint.load("online/best")
     assert {name.split(".")[0] for name in tensors} == {"student", "teacher"}
     again = distill.main(distill_mode="online", eval_only=True, output_dir="online")
@@ -161,22 +218,32 @@ def test_a_teacher_with_exits_allows_logit_kl_at_every_block(inside):
     common = {"teacher": "guide", "logit_lambda": 1.0, "cls_multiple_lambda": 0.0}
     distill.main(**SHORT, **common, distill_block=2, output_dir="both")
     distill.main(**SHORT, **common, distill_block=4, output_dir="final")
-    heads = {run: {name for name in checkpoint.load(f"{run}/best")[0] if "exit" in name} for run in ("both", "final")}
+    heads = {
+        run: {name for name in checkpoint.load(f"{run}/best")[0] if "exit" in name}
+        for run in ("both", "final")
+    }
     assert heads == {"both": {"exit_heads.0.weight"}, "final": set()}
 
 
 def test_a_contradiction_with_the_teacher_is_refused_naming_both(inside):
-    with pytest.raises(UsageError, match="--max_seq_length=20 contradicts the teacher in output/demo/teacher, which has 30"):
+    with pytest.raises(
+        UsageError,
+        match="--max_seq_length=20 contradicts the teacher in output/demo/teacher, which has 30",
+    ):
         distill.main(max_seq_length=20, overwrite=True)
     with pytest.raises(UsageError, match="--base_model=small contradicts .*, which has tiny"):
         distill.main(base_model="small", overwrite=True)
-    with pytest.raises(UsageError, match="--llama_decoder_nums_teacher=4 contradicts .*, which has 8"):
+    with pytest.raises(
+        UsageError, match="--llama_decoder_nums_teacher=4 contradicts .*, which has 8"
+    ):
         distill.main(llama_decoder_nums_teacher=4, overwrite=True)
 
 
 def test_a_damaged_note_and_ids_without_measure_are_one_line(inside, monkeypatch):
     monkeypatch.setattr(extract_emb, "LARGEST_GIB", 1e-6)
-    with pytest.raises(UsageError, match="ids reach 160 for 160 items, a table of 0 GiB; number the items from 0"):
+    with pytest.raises(
+        UsageError, match="ids reach 160 for 160 items, a table of 0 GiB; number the items from 0"
+    ):
         extract_emb.main()
     Path("output/demo/sasrec_item.json").write_text("{")
     with pytest.raises(UsageError, match="sasrec_item.json: damaged, not JSON"):
@@ -185,13 +252,18 @@ def test_a_damaged_note_and_ids_without_measure_are_one_line(inside, monkeypatch
 
 def test_another_domain_or_table_is_refused(inside):
     write_demo("data/other.csv", n_users=100, n_items=160, seed=1)
-    with pytest.raises(UsageError, match="sasrec_item.pkl was extracted from a CSV with sha256 .*data/other.csv has"):
+    with pytest.raises(
+        UsageError,
+        match="sasrec_item.pkl was extracted from a CSV with sha256 .*data/other.csv has",
+    ):
         finetune.main(domain_type="other", item_table="output/demo/sasrec_item.pkl")
     with pytest.raises(UsageError, match="was made from another file: its data_sha256"):
         extract_emb.main(domain_type="other", sasrec="output/demo/sasrec")
     train_sr_trad.main(**SHORT, seed=5, overwrite=True)
     extract_emb.main()
-    with pytest.raises(UsageError, match="output/demo/teacher was made from another file: its table_sha256"):
+    with pytest.raises(
+        UsageError, match="output/demo/teacher was made from another file: its table_sha256"
+    ):
         distill.main(overwrite=True)
 
 
@@ -209,25 +281,49 @@ def test_a_teacher_that_lacks_trained_weights_is_refused(inside, lost):
 def test_lora_trains_and_saves_adapters_only(inside):
     finetune.main(**SHORT, train_strategy="lora", output_dir="lora")
     names = set(checkpoint.load("lora/best")[0])
-    assert names and all("lora_" in name or name.startswith(("adapter.", "head.")) for name in names)
+    assert names and all(
+        "lora_" in name or name.startswith(("adapter.", "head.")) for name in names
+    )
     assert len([name for name in names if "lora_A" in name]) == 8 * len(TARGETS)
 
 
 def test_a_folder_saved_by_llama_for_causal_lm_is_a_base(inside):
-    """Any LlamaForCausalLM folder with a fast tokenizer, grouped-query attention and half precision on disk."""
+    """Any LlamaForCausalLM folder with a fast tokenizer, grouped-query attention and half precision
+    on disk.
+    """
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    LlamaForCausalLM(small_config(layers=6, kv_heads=2, vocab_size=400)).to(torch.bfloat16).save_pretrained("my base")
-    PreTrainedTokenizerFast(tokenizer_file="output/base/tiny/tokenizer.json").save_pretrained("my base")
+    LlamaForCausalLM(small_config(layers=6, kv_heads=2, vocab_size=400)).to(
+        torch.bfloat16
+    ).save_pretrained("my base")
+    PreTrainedTokenizerFast(tokenizer_file="output/base/tiny/tokenizer.json").save_pretrained(
+        "my base"
+    )
     common = {**SHORT, "bf16": False}
-    finetune.main(**common, base_model="./my base", llama_decoder_nums=4, layer_selection="interval", interval_nums=2, output_dir="t")
+    finetune.main(
+        **common,
+        base_model="./my base",
+        llama_decoder_nums=4,
+        layer_selection="interval",
+        interval_nums=2,
+        output_dir="t",
+    )
     config = json.loads(Path("t/config.json").read_text())
-    assert config["model"]["layers"] == [0, 1, 3, 4] and config["model"]["strategy"] == "lora" and not config["random_base"]
+    assert (
+        config["model"]["layers"] == [0, 1, 3, 4]
+        and config["model"]["strategy"] == "lora"
+        and not config["random_base"]
+    )
     assert len(config["model"]["prompt_ids"]) == 62
-    distill.main(**common, teacher="t", llama_decoder_nums_student=2, distill_block=2, output_dir="s")
+    distill.main(
+        **common, teacher="t", llama_decoder_nums_student=2, distill_block=2, output_dir="s"
+    )
     tensors = load_file("my base/model.safetensors")
-    save_file({name: tensor for name, tensor in tensors.items() if "layers.1" not in name}, "my base/model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if "layers.1" not in name},
+        "my base/model.safetensors",
+    )
     with pytest.raises(UsageError, match="lacks the tensor model.layers.1."):
         distill.main(eval_only=True, output_dir="s")
 
@@ -242,14 +338,24 @@ def test_sampled_loss_trains_sasrec_and_the_same_seed_gives_the_same_bits(inside
     for run in ("one", "two"):
         train_sr_trad.main(**SHORT, loss="sampled", num_negatives=20, output_dir=run)
     train_sr_trad.main(**SHORT, loss="sampled", num_negatives=21, output_dir="three")
-    train_sr_trad.main(**SHORT, loss="sampled", num_negatives=20, train_targets="last", output_dir="four")
-    weights = [hashes(Path(run) / "best")["weights.safetensors"] for run in ("one", "two", "three", "four")]
+    train_sr_trad.main(
+        **SHORT, loss="sampled", num_negatives=20, train_targets="last", output_dir="four"
+    )
+    weights = [
+        hashes(Path(run) / "best")["weights.safetensors"] for run in ("one", "two", "three", "four")
+    ]
     assert weights[0] == weights[1] and len(set(weights)) == 3
 
 
 def test_bfloat16_and_checkpointing_and_micro_batches_run(inside):
     finetune.main(
-        **SHORT, bf16=True, gradient_checkpointing=True, micro_batch_size=8, llama_decoder_nums=2, tensorboard=True, output_dir="b"
+        **SHORT,
+        bf16=True,
+        gradient_checkpointing=True,
+        micro_batch_size=8,
+        llama_decoder_nums=2,
+        tensorboard=True,
+        output_dir="b",
     )
     assert any(path.name.startswith("events") for path in Path("b/tensorboard").iterdir())
 
@@ -263,10 +369,18 @@ def test_a_gap_in_the_ids_changes_no_metric(inside):
     with open("data/gappy.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["reviewerID", "asin"])
-        writer.writerows([row["reviewerID"], json.dumps([3 * i + 7 for i in json.loads(row["asin"])])] for row in rows)
-    results = [train_sr_trad.main(**SHORT, domain_type=domain, overwrite=True) for domain in ("demo", "gappy")]
+        writer.writerows(
+            [row["reviewerID"], json.dumps([3 * i + 7 for i in json.loads(row["asin"])])]
+            for row in rows
+        )
+    results = [
+        train_sr_trad.main(**SHORT, domain_type=domain, overwrite=True)
+        for domain in ("demo", "gappy")
+    ]
     assert results[0]["test"] == results[1]["test"] and results[0]["valid"] == results[1]["valid"]
-    logs = [Path(f"output/{domain}/sasrec/metrics.jsonl").read_text() for domain in ("demo", "gappy")]
+    logs = [
+        Path(f"output/{domain}/sasrec/metrics.jsonl").read_text() for domain in ("demo", "gappy")
+    ]
     assert logs[0] == logs[1]
     extract_emb.main(domain_type="gappy")
     teacher = [finetune.main(**SHORT, domain_type="gappy", llama_decoder_nums=2)]

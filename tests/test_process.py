@@ -8,38 +8,54 @@ import pytest
 from datasets import process
 from datasets.interactions import read_csv
 from tests.conftest import ROOT, real
-from utils.cli import UsageError
+from utils.errors import UsageError
 
 
 def review(user, item, time, rating=5.0, **extra):
-    return json.dumps({"overall": rating, "reviewerID": user, "asin": item, "unixReviewTime": time, **extra})
+    return json.dumps(
+        {"overall": rating, "reviewerID": user, "asin": item, "unixReviewTime": time, **extra}
+    )
 
 
 META = [
     {"asin": "A", "title": " Salt &amp; Pepper&#39;s  mill "},
     {"asin": "B", "title": '<span id="productTitle" class="a-size-large">Tea <b>pot</b></span>'},
-    {"asin": "C", "title": "Cup <span class=\"a-size-medium"},
+    {"asin": "C", "title": 'Cup <span class="a-size-medium'},
     {"asin": "D", "title": "var aPageStart = (new Date()).getTime();"},
     {"asin": "D", "title": "second record of D"},
     {"asin": "E"},
     {"asin": "Z", "title": "nobody's \ud800"},
-]  # fmt: skip
+]
 
 REVIEWS = [
-    review("u2", "A", 30), review("u1", "C", 50), review("u1", "A", 10), review("u1", "B", 10),  # a tie: file order
+    review("u2", "A", 30),
+    review("u1", "C", 50),
+    review("u1", "A", 10),
+    review("u1", "B", 10),  # a tie: file order
     review("u1", "A", 60),  # a repeat of A by u1, later
-    review("u1", "D", 20), review("u2", "B", 20), review("u2", "C", 10), review("u2", "D", 40),
+    review("u1", "D", 20),
+    review("u2", "B", 20),
+    review("u2", "C", 10),
+    review("u2", "D", 40),
     review("u1", "D", 20),  # the same review twice
     review("u2", "E", 5, rating=2.0),  # rated too low
-    review("u3", "A", 1), review("u3", "B", 2),  # too short
-]  # fmt: skip
+    review("u3", "A", 1),
+    review("u3", "B", 2),  # too short
+]
 
 
 def written(tmp_path, lines=REVIEWS, meta=META, **flags):
     reviews, metadata = tmp_path / "r.json.gz", tmp_path / "m.json"
     reviews.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode()))
-    metadata.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in meta))
-    values = {"min_user": 3, "min_item": 2, "min_length": 4, "output_dir": str(tmp_path / "out")} | flags
+    metadata.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in meta)
+    )
+    values = {
+        "min_user": 3,
+        "min_item": 2,
+        "min_length": 4,
+        "output_dir": str(tmp_path / "out"),
+    } | flags
     process.main(reviews=str(reviews), meta=str(metadata), domain_type="hand", **values)
     return tmp_path / "out"
 
@@ -64,16 +80,21 @@ def test_every_defect_at_once_gives_the_expected_files(tmp_path, capsys):
         ["2", "4", "9"],
         ["2", "4", "8"],  # A twice by u1
         ["2", "4", "8"],
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
     "title, clean",
     [
-        ("&lt;b&gt;Bold&lt;/b&gt; x", "Bold x"), ("I <3 You & <Love me", "I <3 You & <Love me"), ("a &amp;amp; b", "a & b"),
-        ("bad \ud800 title", "bad ? title"), (None, ""), (["x"], ""), ("<i></i>", ""),
+        ("&lt;b&gt;Bold&lt;/b&gt; x", "Bold x"),
+        ("I <3 You & <Love me", "I <3 You & <Love me"),
+        ("a &amp;amp; b", "a & b"),
+        ("bad \ud800 title", "bad ? title"),
+        (None, ""),
+        (["x"], ""),
+        ("<i></i>", ""),
     ],
-)  # fmt: skip
+)
 def test_titles(title, clean):
     assert process.clean_title(title) == clean
 
@@ -84,7 +105,9 @@ def test_file_order_as_released(tmp_path):
 
 
 def test_filters_in_their_order(tmp_path, capsys):
-    """After the item filter u1 is down to two reviews and falls out by length, not by the user filter."""
+    """After the item filter u1 is down to two reviews and falls out by length, not by the user
+    filter.
+    """
     lines = [review("u1", item, t) for t, item in enumerate("ABXY")] + [
         review(user, item, t) for user in ("u2", "u3") for t, item in enumerate("ABCD")
     ]
@@ -103,10 +126,23 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
 def test_broken_lines_are_counted_and_too_many_are_an_error(tmp_path, capsys):
     many = [review(f"u{i // 4}", "ABCD"[i % 4], i) for i in range(400)]
     (tmp_path / "few").mkdir()
-    written(tmp_path / "few", lines=[*many[:50], '{"overall": 5.0, "revi', "[" * 100000, review("u1", "A", float("nan")), *many[50:]])
-    assert "r.json.gz: skipped 3 broken lines of 403, the first is line 51" in capsys.readouterr().out
+    written(
+        tmp_path / "few",
+        lines=[
+            *many[:50],
+            '{"overall": 5.0, "revi',
+            "[" * 100000,
+            review("u1", "A", float("nan")),
+            *many[50:],
+        ],
+    )
+    assert (
+        "r.json.gz: skipped 3 broken lines of 403, the first is line 51" in capsys.readouterr().out
+    )
     (tmp_path / "more").mkdir()
-    with pytest.raises(UsageError, match="20 of 420 lines are broken or lack .*, the first is line 401"):
+    with pytest.raises(
+        UsageError, match="20 of 420 lines are broken or lack .*, the first is line 401"
+    ):
         written(tmp_path / "more", lines=[*many, *["{}"] * 20])
     assert not (tmp_path / "more/out").exists()
 
@@ -125,12 +161,16 @@ def test_refusals(tmp_path):
         written(tmp_path, overwrite=True, min_item=50)
     (tmp_path / "cut.json.gz").write_bytes(gzip.compress("\n".join(REVIEWS * 9).encode())[:-9])
     with pytest.raises(UsageError, match="damaged after line"):
-        process.main(reviews=str(tmp_path / "cut.json.gz"), domain_type="x", output_dir=str(tmp_path))
+        process.main(
+            reviews=str(tmp_path / "cut.json.gz"), domain_type="x", output_dir=str(tmp_path)
+        )
     with pytest.raises(UsageError, match="--reviews=.*file not found; --meta=.*file not found"):
         process.main(reviews="nope", meta="nope", domain_type="x")
     (tmp_path / "empty.json").write_text("")
     with pytest.raises(UsageError, match="is empty"):
-        process.main(reviews=str(tmp_path / "empty.json"), domain_type="x", output_dir=str(tmp_path))
+        process.main(
+            reviews=str(tmp_path / "empty.json"), domain_type="x", output_dir=str(tmp_path)
+        )
 
 
 def test_gift_cards_end_to_end(tmp_path):
@@ -157,8 +197,15 @@ def test_the_notebook_runs_and_shows_its_counts_and_plots(tmp_path, monkeypatch)
     monkeypatch.setenv("SLMREC_META", str(meta))
     monkeypatch.setenv("SLMREC_MIN_ITEM", "5")
     monkeypatch.setenv("SLMREC_OUT", str(tmp_path))
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "datasets")}}).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    NotebookClient(
+        notebook,
+        timeout=120,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(ROOT / "datasets")}},
+    ).execute()
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     assert "2,871 interactions" in "".join(output.get("text", "") for output in outputs)
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
     assert (tmp_path / "notebook.csv").exists()
@@ -168,9 +215,20 @@ def test_what_strict_json_refuses_is_read_where_the_fields_are_whole():
     fields = ("asin", "overall")
     assert process._parse(b'{"asin": "A", "overall": 5.0, "image": NaN}', fields)["asin"] == "A"
     assert process._parse(b'{"asin": "A", "overall": 5, "text": "\\ud800"}', fields)["overall"] == 5
-    assert process._parse(b'{"asin": "A", "overall": 5, "big": 123456789012345678901234567890}', fields)["asin"] == "A"
+    assert (
+        process._parse(
+            b'{"asin": "A", "overall": 5, "big": 123456789012345678901234567890}', fields
+        )["asin"]
+        == "A"
+    )
     assert process._parse(b"{'asin': 'A', 'overall': 5.0}", fields) == {"asin": "A", "overall": 5.0}
-    broken = [b'{"asin": "A", "overall": NaN}', b'{"asin": "A", "overall": 1e300}', b'{"asin": 3, "overall": 5}', b'{"asin": "A"}', b"[1]"]
+    broken = [
+        b'{"asin": "A", "overall": NaN}',
+        b'{"asin": "A", "overall": 1e300}',
+        b'{"asin": 3, "overall": 5}',
+        b'{"asin": "A"}',
+        b"[1]",
+    ]
     broken += [b"{'asin': f()}", b"[" * 100000, b"\xff"]
     for line in broken:
         assert process._parse(line, fields) is None, line[:30]

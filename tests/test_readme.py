@@ -16,14 +16,34 @@ from tests.conftest import ROOT
 from utils import cli
 
 MAINS = {
-    "train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main, "finetune.py": finetune.main,
-    "distill.py": distill.main, "datasets.process": process.main, "experiments.demo": demo.main,
-    "experiments.ablation": ablation.main, "experiments.motivation": motivation.main, "experiments.report": report.main,
-    "benchmarks.throughput": throughput.main, "benchmarks.efficiency": efficiency.main,
-}  # fmt: skip
-PAGES = ["README.md", "train_sr_trad.py", "extract_emb.py", "finetune.py", "distill.py", "datasets/process.py", "experiments/demo.py"]
+    "train_sr_trad.py": train_sr_trad.main,
+    "extract_emb.py": extract_emb.main,
+    "finetune.py": finetune.main,
+    "distill.py": distill.main,
+    "datasets.process": process.main,
+    "experiments.demo": demo.main,
+    "experiments.ablation": ablation.main,
+    "experiments.motivation": motivation.main,
+    "experiments.report": report.main,
+    "benchmarks.throughput": throughput.main,
+    "benchmarks.efficiency": efficiency.main,
+}
+PAGES = [
+    "README.md",
+    "train_sr_trad.py",
+    "extract_emb.py",
+    "finetune.py",
+    "distill.py",
+    "datasets/process.py",
+    "experiments/demo.py",
+]
 PAGES += ["benchmarks/throughput.py", "benchmarks/efficiency.py"]
-PAGES += ["experiments/ablation.py", "experiments/motivation.py", "experiments/report.py", "docs/results.md"]
+PAGES += [
+    "experiments/ablation.py",
+    "experiments/motivation.py",
+    "experiments/report.py",
+    "docs/results.md",
+]
 
 
 def commands(page):
@@ -63,7 +83,12 @@ def test_every_flag_is_in_the_readme():
 
 def test_files_that_the_readme_names_exist():
     readme = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"`((?:models|datasets|utils|templates|experiments|benchmarks|tests|docs)/[\w./]+\.\w+)`", readme))
+    named = set(
+        re.findall(
+            r"`((?:models|datasets|utils|templates|experiments|benchmarks|tests|docs)/[\w./]+\.\w+)`",
+            readme,
+        )
+    )
     named |= set(re.findall(r"\]\((docs/[\w./]+)\)", readme))
     assert "datasets/process.ipynb" in named and "docs/flow.svg" in named
     for name in named:

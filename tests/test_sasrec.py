@@ -5,7 +5,14 @@ import torch
 from models.sasrec import SASRec
 from tests.conftest import histories
 
-SHAPE = {"emb_dim": 6, "hid_dim": 4, "num_blocks": 2, "num_heads": 2, "dropout": 0.5, "init_std": 0.7}
+SHAPE = {
+    "emb_dim": 6,
+    "hid_dim": 4,
+    "num_blocks": 2,
+    "num_heads": 2,
+    "dropout": 0.5,
+    "init_std": 0.7,
+}
 
 
 def made(norm="query", **changes):
@@ -30,10 +37,17 @@ def numpy_states(model, items):
 
     def layer_norm(x, name):
         centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-8) * w[f"{name}.weight"] + w[f"{name}.bias"]
+        return (
+            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-8) * w[f"{name}.weight"]
+            + w[f"{name}.bias"]
+        )
 
     def attend(query, source, name):
-        q, k, v = linear(query, f"{name}.query"), linear(source, f"{name}.key"), linear(source, f"{name}.value")
+        q, k, v = (
+            linear(query, f"{name}.query"),
+            linear(source, f"{name}.key"),
+            linear(source, f"{name}.value"),
+        )
         out = np.zeros_like(q)
         for head in range(heads):
             d = q.shape[1] // heads
@@ -47,7 +61,11 @@ def numpy_states(model, items):
     def feed(x, name):
         return linear(np.maximum(linear(x, f"{name}.feed.0"), 0), f"{name}.feed.3")
 
-    x = linear(w["item_embedding.weight"][items], "to_hidden") * np.sqrt(model.item_embedding.embedding_dim) + w["positions.weight"][-n:]
+    x = (
+        linear(w["item_embedding.weight"][items], "to_hidden")
+        * np.sqrt(model.item_embedding.embedding_dim)
+        + w["positions.weight"][-n:]
+    )
     for i in range(2):
         b = f"blocks.{i}"
         if model.blocks[0].norm == "query":
@@ -112,4 +130,6 @@ def test_parts_of_like_length_change_nothing(monkeypatch):
     for row, length in enumerate(lengths):
         torch.testing.assert_close(parts[row, -length:], whole[row, -length:], atol=1e-14, rtol=0)
     monkeypatch.setattr(models.sasrec, "PARTS", 1)
-    torch.testing.assert_close(model.states(batch)[batch != 23], parts[batch != 23], atol=1e-14, rtol=0)
+    torch.testing.assert_close(
+        model.states(batch)[batch != 23], parts[batch != 23], atol=1e-14, rtol=0
+    )

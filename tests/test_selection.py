@@ -14,7 +14,7 @@ from models.llm4rec import kept_of
 from models.selection import block_influence, select_layers
 from tests.conftest import SHORT, histories, small_config
 from utils import checkpoint, cli
-from utils.cli import UsageError
+from utils.errors import UsageError
 
 
 def test_influence_keeps_the_most_influential_in_their_order_of_the_earlier_of_equals():
@@ -56,14 +56,27 @@ def test_block_influence_is_that_of_the_plain_forward(tmp_path):
     cosines = [[] for _ in llama.layers]
     for number, layer in enumerate(llama.layers):
         layer.register_forward_hook(
-            lambda module, args, out, number=number: cosines[number].append(F.cosine_similarity(args[0], out, dim=-1)[0])
+            lambda module, args, out, number=number: cosines[number].append(
+                F.cosine_similarity(args[0], out, dim=-1)[0]
+            )
         )
     for row in batch:
         items = row[row != 23]
-        tokens = torch.cat([llama.embed_tokens(torch.tensor(prompt)), adapter(table[items]), llama.embed_tokens(torch.tensor(response))])
+        tokens = torch.cat(
+            [
+                llama.embed_tokens(torch.tensor(prompt)),
+                adapter(table[items]),
+                llama.embed_tokens(torch.tensor(response)),
+            ]
+        )
         position = torch.cat([torch.arange(3), torch.arange(3 + 8 - len(items), 3 + 8 + 2)])
         causal = torch.full((len(tokens), len(tokens)), -torch.inf).triu(1)[None, None]
-        llama(inputs_embeds=tokens[None], attention_mask=causal, position_ids=position[None], use_cache=False)
+        llama(
+            inputs_embeds=tokens[None],
+            attention_mask=causal,
+            position_ids=position[None],
+            use_cache=False,
+        )
     expected = [float(1 - torch.cat(values).mean().detach()) for values in cosines]
     assert found == pytest.approx(expected, abs=1e-5)
     assert len({round(value, 4) for value in expected}) == 5
@@ -74,8 +87,10 @@ def test_the_kept_layers_of_a_teacher_under_the_students_names():
     tensors |= {"adapter.weight": torch.ones(1), "exit_heads.0.weight": torch.ones(1)}
     kept = kept_of(tensors, [0, 2, 4, 6], [2, 6])  # the teacher's layers 1 and 3
     assert {name: float(tensor) for name, tensor in kept.items()} == {
-        "decoder.llama.layers.0.w": 1.0, "decoder.llama.layers.1.w": 3.0, "adapter.weight": 1.0,
-    }  # fmt: skip
+        "decoder.llama.layers.0.w": 1.0,
+        "decoder.llama.layers.1.w": 3.0,
+        "adapter.weight": 1.0,
+    }
 
 
 @pytest.mark.slow
@@ -83,14 +98,26 @@ def test_the_kept_layers_of_a_teacher_under_the_students_names():
 def test_a_student_starts_where_the_teachers_layers_are(inside, strategy):
     """A learning rate of almost nothing leaves the start visible in the checkpoint."""
     finetune.main(**SHORT, train_strategy=strategy, output_dir="t")
-    still = {**SHORT, "learning_rate": 1e-12, "warmup_steps": 0, "train_strategy": strategy, "teacher": "t"}
-    result = distill.main(**still, student_init="teacher", layer_selection="1,3,5,7", output_dir="s")
+    still = {
+        **SHORT,
+        "learning_rate": 1e-12,
+        "warmup_steps": 0,
+        "train_strategy": strategy,
+        "teacher": "t",
+    }
+    result = distill.main(
+        **still, student_init="teacher", layer_selection="1,3,5,7", output_dir="s"
+    )
     teacher, student = checkpoint.load("t/best")[0], checkpoint.load("s/best")[0]
     inner = "mlp.up_proj.weight" if strategy == "full" else "mlp.up_proj.lora_A.default.weight"
     for mine, theirs in enumerate([1, 3, 5, 7]):
         name = "decoder.llama.layers.{}." + inner
-        torch.testing.assert_close(student[name.format(mine)], teacher[name.format(theirs)], atol=1e-8, rtol=0)
-    torch.testing.assert_close(student["adapter.weight"], teacher["adapter.weight"], atol=1e-8, rtol=0)
+        torch.testing.assert_close(
+            student[name.format(mine)], teacher[name.format(theirs)], atol=1e-8, rtol=0
+        )
+    torch.testing.assert_close(
+        student["adapter.weight"], teacher["adapter.weight"], atol=1e-8, rtol=0
+    )
     assert json.loads(Path("s/config.json").read_text())["model"]["layers"] == [1, 3, 5, 7]
     assert distill.main(eval_only=True, output_dir="s")["test"] == result["test"]
     plain = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
@@ -103,23 +130,49 @@ def test_a_student_starts_where_the_teachers_layers_are(inside, strategy):
 
 @pytest.mark.slow
 def test_starting_from_a_teacher_refuses_what_cannot_be(inside):
-    with pytest.raises(UsageError, match="--student_init=teacher starts from a trained teacher: use --distill_mode=offline"):
+    with pytest.raises(
+        UsageError,
+        match="--student_init=teacher starts from a trained teacher: use --distill_mode=offline",
+    ):
         distill.main(**SHORT, student_init="teacher", distill_mode="online", overwrite=True)
     finetune.main(**SHORT, llama_decoder_nums=4, output_dir="t")
     with pytest.raises(UsageError, match="the teacher has no layer 5; it has 0 to 3, 4 layers"):
-        distill.main(**SHORT, teacher="t", student_init="teacher", layer_selection="1,3,5,7", output_dir="s")
-    distill.main(**SHORT, distill_mode="online", llama_decoder_nums_student=2, distill_block=2, layer_selection="1,3", output_dir="o")
+        distill.main(
+            **SHORT, teacher="t", student_init="teacher", layer_selection="1,3,5,7", output_dir="s"
+        )
+    distill.main(
+        **SHORT,
+        distill_mode="online",
+        llama_decoder_nums_student=2,
+        distill_block=2,
+        layer_selection="1,3",
+        output_dir="o",
+    )
     assert json.loads(Path("o/config.json").read_text())["model"]["layers"] == [1, 3]
 
 
-@pytest.mark.parametrize("typed", [" 0,2,4,6", "0 2,4,6,7", "\u0660,\u0662", "0,2,", "[0,2", "firsts", "-1,2"])
+@pytest.mark.parametrize(
+    "typed", [" 0,2,4,6", "0 2,4,6,7", "\u0660,\u0662", "0,2,", "[0,2", "firsts", "-1,2"]
+)
 def test_a_list_that_is_none_is_refused_with_the_words_there_are(typed):
-    with pytest.raises(UsageError, match="expected one of first, interval, last, influence, or numbers such as 0,2,4,6"):
+    with pytest.raises(
+        UsageError,
+        match="expected one of first, interval, last, influence, or numbers such as 0,2,4,6",
+    ):
         cli.bind(finetune.main, [f"--layer_selection={typed}"])
 
 
 @pytest.mark.slow
 def test_a_start_from_the_teachers_layers_needs_its_lora(inside):
     finetune.main(**SHORT, train_strategy="lora", output_dir="t")
-    with pytest.raises(UsageError, match="--student_init=teacher: the teacher was trained with strategy and lora_"):
-        distill.main(**SHORT, teacher="t", train_strategy="lora", lora_alpha=64, student_init="teacher", output_dir="s")
+    with pytest.raises(
+        UsageError, match="--student_init=teacher: the teacher was trained with strategy and lora_"
+    ):
+        distill.main(
+            **SHORT,
+            teacher="t",
+            train_strategy="lora",
+            lora_alpha=64,
+            student_init="teacher",
+            output_dir="s",
+        )

@@ -32,7 +32,13 @@ def test_long_histories_keep_their_last_items(data):
 def test_all_makes_every_prefix_a_sample(data):
     samples = training_samples(data, "all", 3)
     rows = np.arange(len(samples))
-    assert samples.histories(rows).tolist() == [[PAD, PAD, 0], [PAD, 0, 1], [0, 1, 2], [1, 2, 3], [PAD, PAD, 3]]
+    assert samples.histories(rows).tolist() == [
+        [PAD, PAD, 0],
+        [PAD, 0, 1],
+        [0, 1, 2],
+        [1, 2, 3],
+        [PAD, PAD, 3],
+    ]
     assert samples.targets(rows).tolist() == [1, 2, 3, 4, 2]
 
 
@@ -57,4 +63,12 @@ def test_a_limit_gives_the_first_batches(data):
 
 
 def test_popularity_counts_training_items_only(data):
-    assert popularity(data).tolist() == [1, 1, 2, 2, 1, 0, 0]  # users 1-5 of the first, 4-3 of the second
+    assert popularity(data).tolist() == [
+        1,
+        1,
+        2,
+        2,
+        1,
+        0,
+        0,
+    ]  # users 1-5 of the first, 4-3 of the second

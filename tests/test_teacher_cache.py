@@ -1,4 +1,6 @@
-"""The frozen teacher's states on disk: the same run as with the teacher itself, complete or absent, never another's."""
+"""The frozen teacher's states on disk: the same run as with the teacher itself, complete or absent,
+never another's.
+"""
 
 import errno
 import json
@@ -18,17 +20,25 @@ from datasets.sequences import Samples
 from models.losses import Output, recommendation_loss
 from tests.conftest import SHORT, hashes, small_model
 from utils import checkpoint
-from utils.cli import UsageError
+from utils.errors import UsageError
 
 CPU = torch.device("cpu")
-WEIGHTS = {"distill_lambda": 1.0, "norm_lambda": 0.1, "cls_multiple_lambda": 0.7, "logit_lambda": 0.5, "temperature": 2.0}
+WEIGHTS = {
+    "distill_lambda": 1.0,
+    "norm_lambda": 0.1,
+    "cls_multiple_lambda": 0.7,
+    "logit_lambda": 0.5,
+    "temperature": 2.0,
+}
 
 
 def samples(n=50, n_items=23, slots=8):
     rng = np.random.default_rng(0)
     length = rng.integers(1, 12, n)
     end = np.cumsum(length + 1) - 1
-    return Samples(rng.integers(0, n_items, end[-1] + 1).astype(np.int32), end, length, n_items, slots)
+    return Samples(
+        rng.integers(0, n_items, end[-1] + 1).astype(np.int32), end, length, n_items, slots
+    )
 
 
 def never():
@@ -41,7 +51,13 @@ def trained(student, wanted, data, steps=20):
     rng, log = np.random.default_rng(1), []
     for _ in range(steps):
         rows = rng.choice(len(data), 16, replace=False)
-        parts = recommendation_loss(student(data.histories(rows)), wanted(rows), student.item_table, data.targets(rows), **WEIGHTS)
+        parts = recommendation_loss(
+            student(data.histories(rows)),
+            wanted(rows),
+            student.item_table,
+            data.targets(rows),
+            **WEIGHTS,
+        )
         parts["total"].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -54,15 +70,36 @@ def trained(student, wanted, data, steps=20):
 def test_cached_and_live_teacher_give_the_same_losses_over_20_steps(tmp_path, batch_size):
     data = samples()
     encode = small_model(layers=4, n_blocks=2, seed=9).requires_grad_(False).encoder()
-    live = trained(small_model(layers=2, n_blocks=2).train(), lambda rows: encode(data.histories(rows)), data)
+    live = trained(
+        small_model(layers=2, n_blocks=2).train(), lambda rows: encode(data.histories(rows)), data
+    )
     states = teacher_states.open_or_build(tmp_path, {"a": 1}, lambda: encode, data, batch_size, CPU)
-    cached = trained(small_model(layers=2, n_blocks=2).train(), lambda rows: Output(*states.rows(rows, CPU)), data)
-    assert set(live[0]) == {"ce", "exits", "align_cos", "align_norm", "logit_kl", "teacher_ce", "total"}
+    cached = trained(
+        small_model(layers=2, n_blocks=2).train(),
+        lambda rows: Output(*states.rows(rows, CPU)),
+        data,
+    )
+    assert set(live[0]) == {
+        "ce",
+        "exits",
+        "align_cos",
+        "align_norm",
+        "logit_kl",
+        "teacher_ce",
+        "total",
+    }
     assert live[0]["total"] != live[-1]["total"]
     for one, other in zip(live, cached):
         assert one == pytest.approx(other, rel=1e-10)
     again = teacher_states.open_or_build(tmp_path, {"a": 1}, never, data, batch_size, CPU)
-    assert trained(small_model(layers=2, n_blocks=2).train(), lambda rows: Output(*again.rows(rows, CPU)), data) == cached
+    assert (
+        trained(
+            small_model(layers=2, n_blocks=2).train(),
+            lambda rows: Output(*again.rows(rows, CPU)),
+            data,
+        )
+        == cached
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -78,7 +115,9 @@ def test_states_come_back_bit_for_bit_in_their_dtype_and_without_exits(tmp_path,
     assert len(where) == 50
     kept = teacher_states.open_or_build(tmp_path, {}, lambda: encode, data, 8, CPU)
     rows = np.array([3, 49, 0, 3])
-    for given, expected in zip(kept.rows(rows, CPU), (user[rows], states[rows], user.new_empty(4, 0, 3))):
+    for given, expected in zip(
+        kept.rows(rows, CPU), (user[rows], states[rows], user.new_empty(4, 0, 3))
+    ):
         assert given.dtype == dtype and torch.equal(given, expected)
 
 
@@ -86,26 +125,44 @@ def made(tmp_path, data, identity=None, encode=None, calls=None):
     def teacher():
         if calls is not None:
             calls.append(1)
-        return encode or (lambda history: (history[:, -1:].float(), history[:, None].float(), history[:, None, :0].float()))
+        return encode or (
+            lambda history: (
+                history[:, -1:].float(),
+                history[:, None].float(),
+                history[:, None, :0].float(),
+            )
+        )
 
-    return teacher_states.open_or_build(tmp_path, identity or {"teacher": "one"}, teacher, data, 8, CPU)
+    return teacher_states.open_or_build(
+        tmp_path, identity or {"teacher": "one"}, teacher, data, 8, CPU
+    )
 
 
 @pytest.mark.parametrize(
     "name, spoil, reason",
     [
         ("states.bin", lambda b: b[:-4], "has a states.bin that was cut short or altered"),
-        ("states.bin", lambda b: b[:9] + bytes([b[9] ^ 1]) + b[10:], "has a states.bin that was cut short or altered"),
+        (
+            "states.bin",
+            lambda b: b[:9] + bytes([b[9] ^ 1]) + b[10:],
+            "has a states.bin that was cut short or altered",
+        ),
         ("user.bin", lambda b: b"", "has a user.bin that was cut short or altered"),
         ("user.bin", None, "lacks user.bin"),
         ("meta.json", lambda b: b[:20], "has no readable meta.json"),
         ("meta.json", None, "has no readable meta.json"),
         ("meta.json", lambda b: b.replace(b'"one"', b'"two"'), "has a meta.json that was altered"),
-        ("meta.json", lambda b: b.replace(b'"float32"', b'"float16"'), "has a meta.json that was altered"),
+        (
+            "meta.json",
+            lambda b: b.replace(b'"float32"', b'"float16"'),
+            "has a meta.json that was altered",
+        ),
         ("meta.json", lambda b: b'{"identity": {}}', "has a meta.json that was altered"),
     ],
 )
-def test_a_damaged_stale_or_foreign_file_is_said_and_made_again(tmp_path, capsys, name, spoil, reason):
+def test_a_damaged_stale_or_foreign_file_is_said_and_made_again(
+    tmp_path, capsys, name, spoil, reason
+):
     data, calls = samples(), []
     before = made(tmp_path, data, calls=calls).rows(np.arange(50), CPU)
     (folder,) = tmp_path.iterdir()
@@ -143,7 +200,10 @@ def test_a_teacher_that_fails_half_way_leaves_nothing(tmp_path):
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
-    with pytest.raises(UsageError, match=r"--teacher_cache: .* has 0.00 GiB free, the teacher's states need 0.00 GiB; name a folder .* or use off"):
+    with pytest.raises(
+        UsageError,
+        match=r"--teacher_cache: .* has 0.00 GiB free, the teacher's states need 0.00 GiB; name a folder .* or use off",
+    ):
         made(tmp_path / "cache", samples())
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -157,7 +217,10 @@ def test_a_folder_under_another_identitys_name_is_not_used(tmp_path, capsys):
     shutil.rmtree(second)
     first.rename(second)
     made(tmp_path, data, {"weights": "b"})
-    assert f"{second} belongs to another teacher or other samples; computing them again" in capsys.readouterr().out
+    assert (
+        f"{second} belongs to another teacher or other samples; computing them again"
+        in capsys.readouterr().out
+    )
 
 
 def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path):
@@ -201,11 +264,18 @@ def test_a_second_run_needs_no_teacher_weights_and_says_so(inside, capsys):
     distill.main(**SHORT, overwrite=True)
     said = capsys.readouterr().out
     assert "120 samples x 4 blocks x 64, 0.00 GiB to output/demo/teacher_states/" in said
-    for name in ("output/demo/teacher/best/weights.safetensors", "output/demo/teacher/best", "output/demo/teacher/last"):
+    for name in (
+        "output/demo/teacher/best/weights.safetensors",
+        "output/demo/teacher/best",
+        "output/demo/teacher/last",
+    ):
         Path(name).unlink() if Path(name).is_file() else shutil.rmtree(name)
         distill.main(**SHORT, distill_lambda=0.3, seed=5, output_dir="other", overwrite=True)
         said = capsys.readouterr().out
-        assert "teacher states: read from output/demo/teacher_states/" in said and "the teacher is not loaded" in said
+        assert (
+            "teacher states: read from output/demo/teacher_states/" in said
+            and "the teacher is not loaded" in said
+        )
     shutil.rmtree("output/demo/teacher_states")
     with pytest.raises(UsageError, match="teacher not found: output/demo/teacher/best"):
         distill.main(**SHORT, output_dir="third")
@@ -216,13 +286,28 @@ def test_a_second_run_needs_no_teacher_weights_and_says_so(inside, capsys):
 def test_the_scripts_losses_are_those_of_the_live_teacher(inside, strategy):
     short = SHORT | {"max_steps": 20, "log_steps": 1, "logit_lambda": 0.5}
     finetune.main(**SHORT, train_strategy=strategy, output_dir="guide/teacher")
-    distill.main(**short, teacher="guide/teacher", train_strategy=strategy, teacher_cache="off", output_dir="live")
+    distill.main(
+        **short,
+        teacher="guide/teacher",
+        train_strategy=strategy,
+        teacher_cache="off",
+        output_dir="live",
+    )
     assert not Path("guide/teacher_states").exists()
     for run in ("cached", "again"):
         distill.main(**short, teacher="guide/teacher", train_strategy=strategy, output_dir=run)
-    logs = [[json.loads(line) for line in open(f"{run}/metrics.jsonl")] for run in ("live", "cached", "again")]
-    assert [line.pop("event") for line in logs[0]] == [line.pop("event") for line in logs[1]] == ["train"] * 20 + ["valid"]
-    for one, other in zip(*logs[:2]):  # the KL of two near models is a small difference of large float32 numbers
+    logs = [
+        [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
+        for run in ("live", "cached", "again")
+    ]
+    assert (
+        [line.pop("event") for line in logs[0]]
+        == [line.pop("event") for line in logs[1]]
+        == ["train"] * 20 + ["valid"]
+    )
+    for one, other in zip(
+        *logs[:2]
+    ):  # the KL of two near models is a small difference of large float32 numbers
         assert one.pop("logit_kl", 0.0) == pytest.approx(other.pop("logit_kl", 0.0), abs=1e-5)
         assert one == pytest.approx(other, rel=1e-5)
     assert Path("cached/metrics.jsonl").read_text() == Path("again/metrics.jsonl").read_text()
@@ -234,7 +319,10 @@ def test_a_teacher_trained_again_is_not_taken_for_the_first(inside, capsys):
     finetune.main(**SHORT, seed=7, overwrite=True)
     capsys.readouterr()
     distill.main(**SHORT, overwrite=True)
-    assert "teacher states: none in output/demo/teacher_states for this teacher" in capsys.readouterr().out
+    assert (
+        "teacher states: none in output/demo/teacher_states for this teacher"
+        in capsys.readouterr().out
+    )
     assert len(list(Path("output/demo/teacher_states").iterdir())) == 2
 
 
@@ -244,7 +332,9 @@ def test_a_named_folder_is_used_and_a_file_refused(inside):
     assert len(list(Path("my states").iterdir())) == 1
     with pytest.raises(UsageError, match="--teacher_cache=: expected auto, off or a folder"):
         distill.main(**SHORT, teacher_cache="", output_dir="t")
-    with pytest.raises(UsageError, match="--teacher_cache=data/demo.csv: is a file, expected a folder, auto or off"):
+    with pytest.raises(
+        UsageError, match="--teacher_cache=data/demo.csv: is a file, expected a folder, auto or off"
+    ):
         distill.main(**SHORT, teacher_cache="data/demo.csv", output_dir="t")
 
 

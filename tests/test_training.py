@@ -7,20 +7,34 @@ import torch
 from torch import nn
 
 from utils import checkpoint, training
-from utils.cli import RunError
+from utils.errors import RunError
 from utils.evaluation import Ranks
 from utils.metrics_log import MetricsLog
 
 SETTINGS = {
-    "batch_size": 8, "micro_batch_size": 8, "num_epochs": 2, "max_steps": -1, "learning_rate": 0.1, "lr_scheduler": "cosine",
-    "warmup_steps": 2, "weight_decay": 0.0, "max_grad_norm": 1.0, "eval_steps": -1, "save_steps": -1, "patience": 0,
-    "log_steps": 1, "seed": 3, "bf16": False,
-}  # fmt: skip
+    "batch_size": 8,
+    "micro_batch_size": 8,
+    "num_epochs": 2,
+    "max_steps": -1,
+    "learning_rate": 0.1,
+    "lr_scheduler": "cosine",
+    "warmup_steps": 2,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "eval_steps": -1,
+    "save_steps": -1,
+    "patience": 0,
+    "log_steps": 1,
+    "seed": 3,
+    "bf16": False,
+}
 N = 20
 
 
 def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, **changes):
-    """Fit a linear model on fixed data; `mrrs` are the validation MRRs in order (the last one repeats)."""
+    """Fit a linear model on fixed data; `mrrs` are the validation MRRs in order (the last one
+    repeats).
+    """
     torch.manual_seed(0)
     inputs, wanted = torch.randn(N, 3, dtype=torch.float64), torch.randn(N, dtype=torch.float64)
     model = nn.Linear(3, 1).double()
@@ -45,9 +59,17 @@ def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, **changes):
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
     fitted = training.fit(
-        module=model, loss_fn=loss_fn, counts=counts, users_of=lambda rows: [f"u{row}" for row in rows], ranks_of=ranks_of,
-        folder=folder, log=MetricsLog(folder, False), meta={}, resume=False, **(SETTINGS | changes),
-    )  # fmt: skip
+        module=model,
+        loss_fn=loss_fn,
+        counts=counts,
+        users_of=lambda rows: [f"u{row}" for row in rows],
+        ranks_of=ranks_of,
+        folder=folder,
+        log=MetricsLog(folder, False),
+        meta={},
+        resume=False,
+        **(SETTINGS | changes),
+    )
     assert not any(modes)
     return model, fitted, seen, looks, folder
 
@@ -87,23 +109,36 @@ def test_best_is_the_highest_mrr_and_the_first_of_equals(tmp_path):
 
 
 def test_patience_counts_evaluations_without_a_better_one(tmp_path):
-    _, fitted, _, _, folder = run(tmp_path, mrrs=(0.1, 0.5, 0.4, 0.5, 0.9), num_epochs=5, patience=2)
+    _, fitted, _, _, folder = run(
+        tmp_path, mrrs=(0.1, 0.5, 0.4, 0.5, 0.9), num_epochs=5, patience=2
+    )
     assert fitted.steps == 12 and fitted.best_step == 6
     assert checkpoint.load(folder / "last")[1]["step"] == 12
 
 
 @pytest.mark.parametrize(
     "kind, expected",
-    [("cosine", [0.5, 1.0, 1.0, 0.75, 0.25]), ("linear", [0.5, 1.0, 1.0, 2 / 3, 1 / 3]), ("constant", [0.5, 1, 1, 1, 1])],
+    [
+        ("cosine", [0.5, 1.0, 1.0, 0.75, 0.25]),
+        ("linear", [0.5, 1.0, 1.0, 2 / 3, 1 / 3]),
+        ("constant", [0.5, 1, 1, 1, 1]),
+    ],
 )
 def test_schedule_by_hand(tmp_path, kind, expected):
     *_, folder = run(tmp_path, max_steps=5, lr_scheduler=kind, learning_rate=1.0)
-    rates = [line["learning_rate"] for line in map(json.loads, open(folder / "metrics.jsonl")) if line["event"] == "train"]
+    rates = [
+        line["learning_rate"]
+        for line in map(json.loads, open(folder / "metrics.jsonl"))
+        if line["event"] == "train"
+    ]
     assert rates == pytest.approx(expected)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(tmp_path):
-    with pytest.raises(RunError, match=r"step 5: the loss or a gradient is not finite \(ce nan.*; batch of 8 samples .* of users u\d+, .*kept: .*run/best"):
+    with pytest.raises(
+        RunError,
+        match=r"step 5: the loss or a gradient is not finite \(ce nan.*; batch of 8 samples .* of users u\d+, .*kept: .*run/best",
+    ):
         run(tmp_path, spoil=5)
     assert checkpoint.load(tmp_path / "run/best")[1]["step"] == 3
     lines = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
@@ -113,5 +148,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(tmp_path):
 def test_metrics_are_on_disk_as_the_run_goes(tmp_path):
     *_, folder = run(tmp_path)
     lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    assert [line["event"] for line in lines] == ["train"] * 3 + ["valid"] + ["train"] * 3 + ["valid"]
+    assert [line["event"] for line in lines] == ["train"] * 3 + ["valid"] + ["train"] * 3 + [
+        "valid"
+    ]
     assert lines[3]["sampled/MRR"] == 0.5 and lines[0]["ce"] == lines[0]["total"] > 0

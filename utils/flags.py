@@ -369,9 +369,13 @@ class DistillationLoss(Exits):
     @property
     def reads_teacher(self) -> bool:
         """Whether any term with a weight reads the teacher's output."""
-        return any(
-            field.metadata["teacher"] and getattr(self, field.name) > 0 for field in self.fields()
-        )
+        return self.reads_teacher_with(self.values())
+
+    @classmethod
+    def reads_teacher_with(cls, flags: dict[str, Any]) -> bool:
+        """The same of recorded flags; one that is younger than the run is 0."""
+        weights = [field.name for field in cls.fields() if field.metadata["teacher"]]
+        return any(flags.get(name, 0) > 0 for name in weights)
 
 
 def terms() -> dict[str, str]:

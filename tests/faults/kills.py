@@ -1,12 +1,14 @@
-"""Runs a script again and again, killed as planned, until it comes to its end; libraries are imported once and every run is a fork.
+"""Runs a script again and again, killed as planned, until it comes to its end; libraries are
+imported once and every run is a fork.
 
     python kills.py SCRIPT PLAN.json FLAGS...
 
-PLAN is a list of [kind, value]: ["stage", n]: SIGKILL at the n-th file operation of writing checkpoints; ["step", n]: SIGKILL
-in the n-th optimizer step of that process; ["between", name]: SIGKILL between the two renames that replace a checkpoint;
-["last", n]: SIGKILL before its n-th last/ is begun; ["after", s]: SIGKILL after so many seconds; ["term", n], ["int", n]:
-SIGTERM, SIGINT in the n-th optimizer step.
-Prints a JSON list of exit statuses as a shell has them (137 for SIGKILL), up to the run that came to its end.
+PLAN is a list of [kind, value]: ["stage", n]: SIGKILL at the n-th file operation of writing
+checkpoints; ["step", n]: SIGKILL in the n-th optimizer step of that process; ["between", name]:
+SIGKILL between the two renames that replace a checkpoint; ["last", n]: SIGKILL before its n-th
+last/ is begun; ["after", s]: SIGKILL after so many seconds; ["term", n], ["int", n]:
+SIGTERM, SIGINT in the n-th optimizer step. Prints a JSON list of exit statuses as a shell has them
+(137 for SIGKILL), up to the run that came to its end.
 """
 
 import importlib
@@ -38,7 +40,9 @@ def die() -> None:
 
 
 def kill_at_stage(n: int) -> None:
-    """Count every file operation of utils.checkpoint and die in the n-th: before it, or in the middle of a write."""
+    """Count every file operation of utils.checkpoint and die in the n-th: before it, or in the
+    middle of a write.
+    """
     left = [n]
 
     def due() -> bool:
@@ -84,7 +88,11 @@ def kill_between(name: str) -> None:
     rename = pathlib.Path.rename
 
     def call(self, target):
-        if self.name.startswith(".tmp-") and pathlib.Path(target).name == name and self.with_name(f".old-{name}").exists():
+        if (
+            self.name.startswith(".tmp-")
+            and pathlib.Path(target).name == name
+            and self.with_name(f".old-{name}").exists()
+        ):
             die()
         return rename(self, target)
 
@@ -92,7 +100,8 @@ def kill_between(name: str) -> None:
 
 
 def kill_before_last(n: int) -> None:
-    """Die where the best/ of a step may be there and the n-th last/ of this process is not begun."""
+    """Die where the best/ of a step may be there and the n-th last/ of this process is not begun.
+    """
     left, save = [n], checkpoint.save
 
     def counted(folder, *args):
@@ -124,9 +133,13 @@ def run(main, flags: list[str], kind: str, value: float) -> int:
         os.dup2(log, 2)
         torch.set_num_threads(1)
         prepare = {
-            "stage": kill_at_stage, "step": kill_at_step, "between": kill_between, "last": kill_before_last,
-            "term": lambda n: kill_at_step(n, signal.SIGTERM), "int": lambda n: kill_at_step(n, signal.SIGINT),
-        }  # fmt: skip
+            "stage": kill_at_stage,
+            "step": kill_at_step,
+            "between": kill_between,
+            "last": kill_before_last,
+            "term": lambda n: kill_at_step(n, signal.SIGTERM),
+            "int": lambda n: kill_at_step(n, signal.SIGINT),
+        }
         prepare.get(kind, lambda _: None)(value)
         status = 0
         try:
@@ -142,7 +155,10 @@ def run(main, flags: list[str], kind: str, value: float) -> int:
         os._exit(status)
     if kind == "after":
         until = time.monotonic() + value
-        while time.monotonic() < until and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        while (
+            time.monotonic() < until
+            and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        ):
             time.sleep(0.005)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)

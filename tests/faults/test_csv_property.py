@@ -1,4 +1,6 @@
-"""Any text at all as a sequence CSV: read as a plain reader reads it, or refused in one line; nothing else."""
+"""Any text at all as a sequence CSV: read as a plain reader reads it, or refused in one line;
+nothing else.
+"""
 
 import csv
 import io
@@ -9,11 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datasets.interactions import LARGEST_ID, MINIMUM_LENGTH, read_csv
-from utils.cli import UsageError
+from utils.errors import UsageError
 
 EXAMPLES = 600
 large = st.sampled_from([LARGEST_ID, LARGEST_ID + 1, 10**25])
-numbers = st.one_of(st.integers(-2, 40), large, st.floats(), st.booleans(), st.none(), st.text(max_size=3))
+numbers = st.one_of(
+    st.integers(-2, 40), large, st.floats(), st.booleans(), st.none(), st.text(max_size=3)
+)
 cells = st.one_of(
     st.lists(st.integers(0, 40), min_size=0, max_size=8).map(json.dumps),
     st.lists(numbers, max_size=6).map(json.dumps),
@@ -21,7 +25,11 @@ cells = st.one_of(
     st.text(max_size=12),
 )
 names = st.one_of(st.text("abcdefgh", min_size=1, max_size=4), st.text(max_size=4))
-headers = st.one_of(st.just(["reviewerID", "asin"]), st.just(["asin", "title", "reviewerID"]), st.lists(st.text(max_size=6), max_size=4))
+headers = st.one_of(
+    st.just(["reviewerID", "asin"]),
+    st.just(["asin", "title", "reviewerID"]),
+    st.lists(st.text(max_size=6), max_size=4),
+)
 
 
 @st.composite
@@ -29,7 +37,11 @@ def tables(draw):
     """A written table: header, rows of about its width, quoting and line ends of some kind."""
     header = draw(headers)
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator=draw(st.sampled_from(["\n", "\r\n"])), quoting=draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])))
+    writer = csv.writer(
+        text,
+        lineterminator=draw(st.sampled_from(["\n", "\r\n"])),
+        quoting=draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])),
+    )
     writer.writerow(header)
     for _ in range(draw(st.integers(0, 6))):
         row = {"reviewerID": draw(names), "asin": draw(cells)}
@@ -39,7 +51,9 @@ def tables(draw):
 
 
 def plainly(text):
-    """Users and items as the csv and json modules give them; None where the contract does not admit the file."""
+    """Users and items as the csv and json modules give them; None where the contract does not admit
+    the file.
+    """
     rows = list(csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline="")))
     if not rows or not {"reviewerID", "asin"} <= {name.strip() for name in rows[0]}:
         return None
@@ -54,7 +68,9 @@ def plainly(text):
             items = json.loads(fields[header.index("asin")])
         except (ValueError, RecursionError):
             return None
-        if not isinstance(items, list) or not all(type(item) is int and 0 <= item <= LARGEST_ID for item in items):
+        if not isinstance(items, list) or not all(
+            type(item) is int and 0 <= item <= LARGEST_ID for item in items
+        ):
             return None
         found[fields[header.index("reviewerID")]] = items
     kept = {user: items for user, items in found.items() if len(items) >= MINIMUM_LENGTH}
@@ -70,14 +86,22 @@ def check(data: bytes, expected) -> None:
         assert expected is None, refusal
         assert str(refusal).startswith("property.csv") and "\n" not in str(refusal)
         return
-    items = [found.item_ids[found.items[a:b]].tolist() for a, b in zip(found.offsets[:-1], found.offsets[1:])]
+    items = [
+        found.item_ids[found.items[a:b]].tolist()
+        for a, b in zip(found.offsets[:-1], found.offsets[1:])
+    ]
     assert dict(zip(found.users, items)) == expected
 
 
 def test_a_table_is_read_as_a_plain_reader_reads_it_or_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(tables())
     def property(text):
         try:
@@ -93,7 +117,12 @@ def test_any_bytes_are_read_or_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = st.sampled_from([b"", b"reviewerID,asin\n", b'reviewerID,asin\nu,"[1, 2, 3, 4]"\n'])
 
-    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(start, st.binary(max_size=60))
     def property(head, tail):
         Path("property.csv").write_bytes(head + tail)

@@ -1,4 +1,6 @@
-"""The catalogue's faults that need no kill: damaged checkpoints, full disks, numbers that are none, locks, places, environments."""
+"""The catalogue's faults that need no kill: damaged checkpoints, full disks, numbers that are none,
+locks, places, environments.
+"""
 
 import fcntl
 import json
@@ -21,16 +23,26 @@ import train_sr_trad
 from datasets.demo import write_demo
 from tests.conftest import ROOT, SHORT, hashes
 from utils import checkpoint, cli, evaluation, runlog
-from utils.cli import RunError, UsageError
+from utils.errors import RunError, UsageError
 
 pytestmark = pytest.mark.slow
-RUN = {"max_steps": 12, "batch_size": 32, "eval_batch_size": 64, "eval_steps": 4, "save_steps": 3, "log_steps": 2, "output_dir": "run"}
+RUN = {
+    "max_steps": 12,
+    "batch_size": 32,
+    "eval_batch_size": 64,
+    "eval_steps": 4,
+    "save_steps": 3,
+    "log_steps": 2,
+    "output_dir": "run",
+}
 FILES = ("weights.safetensors", "state.safetensors", "meta.json", "manifest.json")
 
 
 @pytest.fixture
 def broken_off(inside, monkeypatch):
-    """SASRec stopped in step 8 with best/ of step 4 and last/ of step 6, and the hashes of one that was not stopped."""
+    """SASRec stopped in step 8 with best/ of step 4 and last/ of step 6, and the hashes of one that
+    was not stopped.
+    """
     train_sr_trad.main(**RUN | {"output_dir": "whole"})
     step, taken = torch.optim.AdamW.step, []
 
@@ -45,11 +57,19 @@ def broken_off(inside, monkeypatch):
         with pytest.raises(RunError, match="stopped here"):
             train_sr_trad.main(**RUN)
     assert [checkpoint.load(f"run/{name}")[1]["step"] for name in ("best", "last")] == [4, 6]
-    return {name: value for name, value in hashes(Path("whole")).items() if name.startswith(("best", "last", "metrics"))}
+    return {
+        name: value
+        for name, value in hashes(Path("whole")).items()
+        if name.startswith(("best", "last", "metrics"))
+    }
 
 
 def left():
-    return {name: value for name, value in hashes(Path("run")).items() if name.startswith(("best", "last", "metrics"))}
+    return {
+        name: value
+        for name, value in hashes(Path("run")).items()
+        if name.startswith(("best", "last", "metrics"))
+    }
 
 
 def damage(path, kind):
@@ -57,7 +77,13 @@ def damage(path, kind):
     if kind == "deleted":
         path.unlink()
     else:
-        path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "flipped": data[:-7] + bytes([data[-7] ^ 4]) + data[-6:]}[kind])
+        path.write_bytes(
+            {
+                "cut": data[: len(data) // 2],
+                "empty": b"",
+                "flipped": data[:-7] + bytes([data[-7] ^ 4]) + data[-6:],
+            }[kind]
+        )
 
 
 @pytest.mark.parametrize("kind", ["deleted", "cut", "empty", "flipped"])
@@ -66,7 +92,10 @@ def test_f4_a_damaged_last_checkpoint_is_passed_over_for_the_best(broken_off, fi
     damage(Path("run/last") / file, kind)
     train_sr_trad.main(**RUN)
     printed = capsys.readouterr().out
-    assert "going on from run/best, step 4" in printed and "passed over: checkpoint run/last" in printed
+    assert (
+        "going on from run/best, step 4" in printed
+        and "passed over: checkpoint run/last" in printed
+    )
     assert file in printed or file == "manifest.json"  # an altered manifest accuses the files
     assert left() == broken_off
 
@@ -76,9 +105,14 @@ def test_f4_a_damaged_last_checkpoint_is_passed_over_for_the_best(broken_off, fi
 def test_f4_a_damaged_best_checkpoint_is_never_made_up(broken_off, file, kind):
     damage(Path("run/best") / file, kind)
     before = hashes(Path("run"))
-    with pytest.raises(UsageError, match="run/best: the best checkpoint is missing or damaged.*--overwrite starts anew"):
+    with pytest.raises(
+        UsageError,
+        match="run/best: the best checkpoint is missing or damaged.*--overwrite starts anew",
+    ):
         train_sr_trad.main(**RUN)
-    assert {name: value for name, value in hashes(Path("run")).items() if name != ".lock"} == {n: v for n, v in before.items() if n != ".lock"}
+    assert {name: value for name, value in hashes(Path("run")).items() if name != ".lock"} == {
+        n: v for n, v in before.items() if n != ".lock"
+    }
     damage(Path("run/last") / file, kind)
     with pytest.raises(UsageError, match="nothing to go on from: --overwrite starts anew"):
         train_sr_trad.main(**RUN)
@@ -93,7 +127,11 @@ def test_f5_strays_do_not_matter(broken_off):
     Path("run/checkpoint-abc").mkdir()
     Path("run/checkpoint-7").write_text("a file")
     train_sr_trad.main(**RUN)
-    assert left() == broken_off and not Path("run/.tmp-last-99").exists() and Path("run/checkpoint-7").exists()
+    assert (
+        left() == broken_off
+        and not Path("run/.tmp-last-99").exists()
+        and Path("run/checkpoint-7").exists()
+    )
 
 
 def test_f5_a_kill_between_the_two_renames_leaves_the_old_one(broken_off):
@@ -103,10 +141,16 @@ def test_f5_a_kill_between_the_two_renames_leaves_the_old_one(broken_off):
 
 
 CHANGED = [
-    ({"batch_size": 16}, r"--batch_size=16 \(the run has 32\); give its flags to go on, or --overwrite"),
+    (
+        {"batch_size": 16},
+        r"--batch_size=16 \(the run has 32\); give its flags to go on, or --overwrite",
+    ),
     ({"seed": 1}, r"--seed=1 \(the run has 42\)"),
     ({"num_blocks": 1}, r"--num_blocks=1 \(the run has 2\)"),
-    ({"data_path": "data/other.csv"}, "an unfinished run from something else: data_sha256 is .* \\(the run has .*; --overwrite starts anew"),
+    (
+        {"data_path": "data/other.csv"},
+        "an unfinished run from something else: data_sha256 is .* \\(the run has .*; --overwrite starts anew",
+    ),
 ]
 
 
@@ -145,10 +189,19 @@ def test_row_68_and_f6_a_full_disk_keeps_the_checkpoint_and_says_what_is_needed(
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
 
     runlog.unlock("run")
-    done = subprocess.run([sys.executable, ROOT / "train_sr_trad.py", *flags], capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_sr_trad.py", *flags],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: run/") and "bytes needed" in line and "free; the checkpoint that was there stays" in line
+    assert (
+        line.startswith("error: run/")
+        and "bytes needed" in line
+        and "free; the checkpoint that was there stays" in line
+    )
     assert hashes(Path("run/last")) == kept and not list(Path("run").glob(".tmp-*"))
     train_sr_trad.main(**RUN)
     assert left() == broken_off
@@ -162,17 +215,27 @@ def test_f8_a_number_that_is_none_stops_the_run_and_is_never_logged(inside, monk
         parts = plain(output, *args, **kwargs)
         calls.append(1)
         if len(calls) == 8:
-            parts["total"] = parts["total"] * np.nan if what == "loss" else parts["total"] + (output.user.sum() * 0).sqrt()
+            parts["total"] = (
+                parts["total"] * np.nan
+                if what == "loss"
+                else parts["total"] + (output.user.sum() * 0).sqrt()
+            )
         return parts
 
     monkeypatch.setattr(models.losses, "recommendation_loss", spoiled)
     with pytest.raises(RunError) as error:
         finetune.main(**RUN)
     line = str(error.value)
-    assert line.startswith("step 8: the loss or a gradient is not finite") and "of users U0" in line and "kept: run/best and run/last" in line
+    assert (
+        line.startswith("step 8: the loss or a gradient is not finite")
+        and "of users U0" in line
+        and "kept: run/best and run/last" in line
+    )
     assert checkpoint.load("run/last")[1]["step"] == 6
     logged = [json.loads(line) for line in open("run/metrics.jsonl")]
-    assert max(line["step"] for line in logged) <= 7 and all(np.isfinite(v) for line in logged for v in line.values() if isinstance(v, float))
+    assert max(line["step"] for line in logged) <= 7 and all(
+        np.isfinite(v) for line in logged for v in line.values() if isinstance(v, float)
+    )
 
 
 def test_f8_a_metric_that_is_no_number_stops_the_run(inside, monkeypatch):
@@ -183,7 +246,10 @@ def test_f8_a_metric_that_is_no_number_stops_the_run(inside, monkeypatch):
         return plain(users * np.nan if len(looks) > 4 else users, columns, batch)
 
     monkeypatch.setattr(evaluation, "rank_users", spoiled)
-    with pytest.raises(RunError, match="step 8, validation: a score is NaN or infinite.*the checkpoints that were there are kept"):
+    with pytest.raises(
+        RunError,
+        match="step 8, validation: a score is NaN or infinite.*the checkpoints that were there are kept",
+    ):
         train_sr_trad.main(**RUN)
     assert checkpoint.load("run/best")[1]["step"] == 4
 
@@ -192,7 +258,12 @@ def test_f8_a_metric_that_is_no_number_stops_the_run(inside, monkeypatch):
     "fails, words",
     [
         (lambda: torch.empty(2**55, dtype=torch.uint8), "can't allocate memory"),
-        (lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")), "CUDA out of memory"),
+        (
+            lambda: (_ for _ in ()).throw(
+                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+            ),
+            "CUDA out of memory",
+        ),
         (lambda: (_ for _ in ()).throw(MemoryError()), "MemoryError"),
     ],
 )
@@ -205,7 +276,9 @@ def test_f9_out_of_memory_is_one_line_with_the_flags_to_lower(fails, words, caps
         cli.run(main, [])
     told = capsys.readouterr().err
     assert end.value.code == 1 and told.count("\n") == 1 and words in told
-    assert "lower --micro_batch_size (or --batch_size), --eval_batch_size or --max_seq_length" in told
+    assert (
+        "lower --micro_batch_size (or --batch_size), --eval_batch_size or --max_seq_length" in told
+    )
 
 
 def test_f13_a_second_process_is_kept_out_and_a_dead_ones_lock_taken_over(inside):
@@ -214,8 +287,15 @@ def test_f13_a_second_process_is_kept_out_and_a_dead_ones_lock_taken_over(inside
         lock.write("12345 on here")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run([sys.executable, ROOT / "train_sr_trad.py", "--output_dir=run"], capture_output=True, text=True)
-        assert done.returncode == 2 and "error: --output_dir=run: process 12345 on here is at work in it" in done.stderr
+        done = subprocess.run(
+            [sys.executable, ROOT / "train_sr_trad.py", "--output_dir=run"],
+            capture_output=True,
+            text=True,
+        )
+        assert (
+            done.returncode == 2
+            and "error: --output_dir=run: process 12345 on here is at work in it" in done.stderr
+        )
         assert os.listdir("run") == [".lock"]
     train_sr_trad.main(**RUN)  # the lock's holder is gone
     assert not Path("run/.lock").exists()
@@ -229,8 +309,13 @@ def test_f14_candidates_are_the_same_under_any_locale_time_zone_and_threads(insi
         "print(hashlib.sha256(split.candidates(np.arange(data.n_users)).tobytes()).hexdigest())"
     )
     seen = set()
-    for changes in ({"LC_ALL": "C", "TZ": "Asia/Tokyo", "OMP_NUM_THREADS": "1"}, {"LC_ALL": "C.UTF-8", "TZ": "America/Lima", "OMP_NUM_THREADS": "2"}):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | changes)
+    for changes in (
+        {"LC_ALL": "C", "TZ": "Asia/Tokyo", "OMP_NUM_THREADS": "1"},
+        {"LC_ALL": "C.UTF-8", "TZ": "America/Lima", "OMP_NUM_THREADS": "2"},
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | changes
+        )
         seen.add(done.stdout.strip())
     (only,) = seen
     assert len(only) == 64
@@ -239,15 +324,27 @@ def test_f14_candidates_are_the_same_under_any_locale_time_zone_and_threads(insi
 def test_f14_metrics_do_not_depend_on_threads(inside):
     results = []
     for threads in ("1", "2"):
-        flags = [f"--{name}={value}" for name, value in (RUN | {"output_dir": f"run{threads}"}).items()]
-        subprocess.run([sys.executable, ROOT / "train_sr_trad.py", *flags], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+        flags = [
+            f"--{name}={value}" for name, value in (RUN | {"output_dir": f"run{threads}"}).items()
+        ]
+        subprocess.run(
+            [sys.executable, ROOT / "train_sr_trad.py", *flags],
+            check=True,
+            capture_output=True,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+        )
         results.append(json.loads(Path(f"run{threads}/results.json").read_text())["test"]["full"])
     assert results[0] == pytest.approx(results[1], abs=1e-6)
 
 
 def test_f16_a_closed_pipe_ends_the_run_without_a_traceback(inside):
     flags = [f"--{name}={value}" for name, value in RUN.items()]
-    process = subprocess.Popen([sys.executable, "-u", ROOT / "train_sr_trad.py", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-u", ROOT / "train_sr_trad.py", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.stdout.readline()
     process.stdout.close()
     told = process.stderr.read()
@@ -255,7 +352,9 @@ def test_f16_a_closed_pipe_ends_the_run_without_a_traceback(inside):
 
 
 def test_f17_odd_places(inside, tmp_path, monkeypatch):
-    """A folder with blanks and umlauts, data behind a symbolic link in a folder nobody may write to."""
+    """A folder with blanks and umlauts, data behind a symbolic link in a folder nobody may write
+    to.
+    """
     real = tmp_path / "nur lesen"
     shutil.copytree("data", real)
     os.chmod(real, 0o555)
@@ -273,7 +372,10 @@ def test_f18_the_same_seed_twice_gives_the_same_bytes(inside):
     for folder in ("one", "two"):
         finetune.main(**RUN | {"output_dir": folder, "train_strategy": "lora", "lora_dropout": 0.3})
     same = ("best", "last", "metrics")
-    one, two = ({name: value for name, value in hashes(Path(folder)).items() if name.startswith(same)} for folder in ("one", "two"))
+    one, two = (
+        {name: value for name, value in hashes(Path(folder)).items() if name.startswith(same)}
+        for folder in ("one", "two")
+    )
     assert one == two and len(one) == 9
 
 
@@ -285,7 +387,9 @@ def test_f19_base_and_teacher_are_never_written_to(inside, flags):
 
 
 def test_f20_five_steps_give_the_losses_that_they_gave(inside):
-    """Stored on 2026-11-24, torch 2.13 CPU: a change of these is a change of the method or of its draws, and must be meant."""
+    """Stored on 2026-11-24, torch 2.13 CPU: a change of these is a change of the method or of its
+    draws, and must be meant.
+    """
     five = SHORT | {"max_steps": 5, "log_steps": 1}
     train_sr_trad.main(**five, output_dir="sasrec")
     extract_emb.main(sasrec="sasrec", item_table="table.pkl")
@@ -293,7 +397,11 @@ def test_f20_five_steps_give_the_losses_that_they_gave(inside):
     distill.main(**five, item_table="table.pkl", teacher="teacher", output_dir="student")
     golden = json.loads((Path(__file__).parent / "golden.json").read_text())
     for folder, expected in golden.items():
-        found = [line["total"] for line in map(json.loads, open(f"{folder}/metrics.jsonl")) if line["event"] == "train"]
+        found = [
+            line["total"]
+            for line in map(json.loads, open(f"{folder}/metrics.jsonl"))
+            if line["event"] == "train"
+        ]
         assert found == pytest.approx(expected, rel=1e-5), folder
 
 
@@ -305,7 +413,12 @@ def test_evaluating_an_unfinished_run_does_not_finish_it(broken_off):
 
 
 def test_nothing_but_tensors_is_ever_unpickled():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py"), *(ROOT / "datasets").glob("*.py"), *(ROOT / "utils").glob("*.py")]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *(ROOT / "models").glob("*.py"),
+        *(ROOT / "datasets").glob("*.py"),
+        *(ROOT / "utils").glob("*.py"),
+    ]:
         text = path.read_text()
         assert "pickle.load" not in text and "trust_remote_code=True" not in text, path
         assert text.count("torch.load(") == text.count("weights_only=True"), path
@@ -315,10 +428,16 @@ def test_nothing_but_tensors_is_ever_unpickled():
 def test_what_was_not_given_counts_when_a_run_goes_on(inside, monkeypatch):
     """Without --micro_batch_size dropout would go on with other draws."""
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", lambda *_, **__: (_ for _ in ()).throw(RunError("stopped here")))
+        patch.setattr(
+            torch.optim.AdamW,
+            "step",
+            lambda *_, **__: (_ for _ in ()).throw(RunError("stopped here")),
+        )
         with pytest.raises(RunError):
             finetune.main(**RUN, micro_batch_size=8)
-    with pytest.raises(UsageError, match=r"--micro_batch_size=None \(the run has 8\); --overwrite starts anew"):
+    with pytest.raises(
+        UsageError, match=r"--micro_batch_size=None \(the run has 8\); --overwrite starts anew"
+    ):
         finetune.main(**RUN)
 
 
@@ -337,7 +456,9 @@ def test_a_folder_with_files_of_someone_else_is_left_alone(inside):
     Path("mine/best").mkdir(parents=True)
     Path("mine/best/thesis.txt").write_text("x")
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match="--output_dir=mine holds best but no run's config.json"):
+        with pytest.raises(
+            UsageError, match="--output_dir=mine holds best but no run's config.json"
+        ):
             train_sr_trad.main(**RUN | {"output_dir": "mine", "overwrite": overwrite})
     assert Path("mine/best/thesis.txt").exists()
 
@@ -351,12 +472,22 @@ def test_a_damaged_clock_is_only_a_clock(broken_off, content):
 
 def test_without_git_a_run_starts(inside):
     flags = [f"--{name}={value}" for name, value in RUN.items()]
-    done = subprocess.run([sys.executable, ROOT / "train_sr_trad.py", *flags], capture_output=True, text=True, env={"PATH": "/nowhere"})
-    assert done.returncode == 0 and json.loads(Path("run/config.json").read_text())["commit"] is None
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_sr_trad.py", *flags],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/nowhere"},
+    )
+    assert (
+        done.returncode == 0 and json.loads(Path("run/config.json").read_text())["commit"] is None
+    )
 
 
 def test_weights_that_are_not_finite_are_never_saved(inside):
-    with pytest.raises(RunError, match="step 1: the weights .* are not finite any more; no checkpoint was written yet"):
+    with pytest.raises(
+        RunError,
+        match="step 1: the weights .* are not finite any more; no checkpoint was written yet",
+    ):
         train_sr_trad.main(**RUN | {"learning_rate": 3e38, "save_steps": 1})
     assert not Path("run/last").exists()
 
@@ -368,11 +499,16 @@ def test_an_unfinished_teacher_is_told_and_its_precision_comes_again(inside, cap
         finetune.main(eval_only=True, bf16=False, output_dir="run")
     Path("run/results.json").unlink()
     distill.main(**SHORT, teacher="run", output_dir="s")
-    assert "the teacher in run is unfinished: its best checkpoint so far is read" in capsys.readouterr().out
+    assert (
+        "the teacher in run is unfinished: its best checkpoint so far is read"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_best_checkpoint_of_the_last_step_brings_last_back(inside):
-    """Killed between the two saves of the last step, the run goes on from best/ and leaves what an uninterrupted one does."""
+    """Killed between the two saves of the last step, the run goes on from best/ and leaves what an
+    uninterrupted one does.
+    """
     short = RUN | {"max_steps": 4}  # the only evaluation is at the last step
     train_sr_trad.main(**short | {"output_dir": "whole"})
     train_sr_trad.main(**short)
@@ -388,13 +524,21 @@ def test_other_library_versions_are_told_once(broken_off, capsys):
     config["versions"]["torch"] = "1.0"
     path.write_text(json.dumps(config))
     train_sr_trad.main(**RUN)
-    assert capsys.readouterr().out.count(f"going on with other library versions, so not bit for bit: torch 1.0 -> {torch.__version__}\n") == 1
+    assert (
+        capsys.readouterr().out.count(
+            f"going on with other library versions, so not bit for bit: torch 1.0 -> {torch.__version__}\n"
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_damaged_config_says_what_to_do(broken_off, overwrite):
     Path("run/config.json").write_text("{")
     before = hashes(Path("run"))
-    with pytest.raises(UsageError, match="^--output_dir: run/config.json: damaged, not JSON; choose another folder, or remove this one$"):
+    with pytest.raises(
+        UsageError,
+        match="^--output_dir: run/config.json: damaged, not JSON; choose another folder, or remove this one$",
+    ):
         train_sr_trad.main(**RUN, overwrite=overwrite)
     assert hashes(Path("run")) == before

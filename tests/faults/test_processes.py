@@ -1,4 +1,6 @@
-"""Several processes (gloo, two of them on CPU) are one run: the same losses, the same ranks, one writer, no hang."""
+"""Several processes (gloo, two of them on CPU) are one run: the same losses, the same ranks, one
+writer, no hang.
+"""
 
 import json
 import os
@@ -13,20 +15,47 @@ import pytest
 from tests.conftest import ROOT, hashes
 
 pytestmark = pytest.mark.slow
-RUN = ["--batch_size=32", "--eval_batch_size=16", "--max_steps=50", "--log_steps=1", "--warmup_steps=5", "--eval_steps=25"]
+RUN = [
+    "--batch_size=32",
+    "--eval_batch_size=16",
+    "--max_steps=50",
+    "--log_steps=1",
+    "--warmup_steps=5",
+    "--eval_steps=25",
+]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def start(processes, script, *flags, status=0):
     """One process as usual, several under torchrun."""
-    head = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*head, str(ROOT / script), *flags], capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
+    head = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
+    )
+    done = subprocess.run(
+        [*head, str(ROOT / script), *flags],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=240,
+    )
     assert (done.returncode == 0) == (status == 0), done.stderr[-3000:]
     return done
 
 
 def losses(folder):
-    return [line["total"] for line in map(json.loads, open(f"{folder}/metrics.jsonl")) if line["event"] == "train"]
+    return [
+        line["total"]
+        for line in map(json.loads, open(f"{folder}/metrics.jsonl"))
+        if line["event"] == "train"
+    ]
 
 
 def ranks(folder):
@@ -40,7 +69,10 @@ def test_twenty_steps_in_double_precision(inside):
     assert losses("n1") == pytest.approx(losses("n2"), rel=1e-9) and len(losses("n1")) == 20
 
 
-@pytest.mark.parametrize("script, flags", [("finetune.py", ["--llama_decoder_nums=2"]), ("distill.py", ["--logit_lambda=0.1"])])
+@pytest.mark.parametrize(
+    "script, flags",
+    [("finetune.py", ["--llama_decoder_nums=2"]), ("distill.py", ["--logit_lambda=0.1"])],
+)
 def test_fifty_losses_and_all_ranks_are_those_of_one_process(inside, script, flags):
     if script == "distill.py":
         shutil.rmtree("output/demo/teacher_states")  # the first process fills it, the other waits
@@ -65,13 +97,25 @@ def test_a_process_that_dies_ends_the_run_with_a_message_and_the_run_goes_on_lat
     assert not Path("run/results.json").exists()
     again = start(2, "finetune.py", *flags)
     assert "going on from run/last, step 2" in again.stdout
-    start(1, "finetune.py", *[flag for flag in flags if "output_dir" not in flag], "--output_dir=whole")
+    start(
+        1,
+        "finetune.py",
+        *[flag for flag in flags if "output_dir" not in flag],
+        "--output_dir=whole",
+    )
     assert losses("run") == pytest.approx(losses("whole"), rel=1e-6)
 
 
 def test_a_batch_that_does_not_divide_is_refused(inside):
-    done = start(2, "finetune.py", "--batch_size=30", "--micro_batch_size=10", "--output_dir=run", status=2)
-    assert done.stderr.count("error: --batch_size=30 is not a multiple of 2 processes x --micro_batch_size=10") == 1
+    done = start(
+        2, "finetune.py", "--batch_size=30", "--micro_batch_size=10", "--output_dir=run", status=2
+    )
+    assert (
+        done.stderr.count(
+            "error: --batch_size=30 is not a multiple of 2 processes x --micro_batch_size=10"
+        )
+        == 1
+    )
     done = start(2, "train_sr_trad.py", "--batch_size=31", "--output_dir=run", status=2)
     assert "error: --batch_size=31 is not a multiple of 2 processes" in done.stderr
     assert not Path("run").exists()

@@ -21,22 +21,46 @@ from utils.metrics_log import MetricsLog  # noqa: E402
 
 
 def float64(folder: str) -> None:
-    """Twenty steps of a small double-precision LLM4Rec without dropout; an odd number of samples, so that the last batch is uneven."""
+    """Twenty steps of a small double-precision LLM4Rec without dropout; an odd number of samples,
+    so that the last batch is uneven.
+    """
     distributed.start("cpu")
     modeling_llama.LlamaRMSNorm.forward = exact_norm
     model = small_model(strategy="lora")
     batch, target = histories([1 + i % 8 for i in range(21)]), torch.arange(21) % 23
 
     def loss_fn(rows: np.ndarray) -> dict:
-        return recommendation_loss(model(batch[rows]), None, model.item_table, target[rows], cls_multiple_lambda=0.5)
+        return recommendation_loss(
+            model(batch[rows]), None, model.item_table, target[rows], cls_multiple_lambda=0.5
+        )
 
     runlog.start(folder, {"step": "test", "flags": {}}, False, False)
     training.fit(
-        module=model, loss_fn=loss_fn, counts=np.ones(21, int), users_of=lambda rows: [], ranks_of=lambda *_: Ranks(*(np.array([2]),) * 3),
-        folder=Path(folder), log=MetricsLog(folder, False), meta={}, resume=False, batch_size=8, micro_batch_size=2, num_epochs=1,
-        max_steps=20, learning_rate=0.01, lr_scheduler="cosine", warmup_steps=2, weight_decay=0.0, max_grad_norm=1.0, eval_steps=10,
-        save_steps=10, patience=0, log_steps=1, seed=1, bf16=False,
-    )  # fmt: skip
+        module=model,
+        loss_fn=loss_fn,
+        counts=np.ones(21, int),
+        users_of=lambda rows: [],
+        ranks_of=lambda *_: Ranks(*(np.array([2]),) * 3),
+        folder=Path(folder),
+        log=MetricsLog(folder, False),
+        meta={},
+        resume=False,
+        batch_size=8,
+        micro_batch_size=2,
+        num_epochs=1,
+        max_steps=20,
+        learning_rate=0.01,
+        lr_scheduler="cosine",
+        warmup_steps=2,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        eval_steps=10,
+        save_steps=10,
+        patience=0,
+        log_steps=1,
+        seed=1,
+        bf16=False,
+    )
 
 
 def dying(script: str, *flags: str) -> None:

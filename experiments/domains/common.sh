@@ -1,0 +1,42 @@
+# Read by the scripts beside it: the variables that they share, and `run`.
+#
+# From outside, all optional: SMOKE=1 (two minutes on the demo domain), DRY=1 (only print the commands), SEEDS="0 1 2",
+# BASE (base model), RAW (folder of the raw reviews), PYTHON, LAUNCH="torchrun --nproc_per_node=8" (for steps 3 and 4).
+# A finished run is read, not repeated, and an interrupted one resumes: start an interrupted reproduction again as it is.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+: "${BASE:=meta-llama/Llama-2-7b-hf}" "${SEEDS:=42}" "${RAW:=raw}" "${PYTHON:=python}" "${LAUNCH:=$PYTHON}"
+ROOT=output/$DOMAIN/paper
+WHERE="--domain_type $DOMAIN${DATA:+ --data_path $DATA}"
+if [ -n "${SMOKE:-}" ]; then
+    ROOT=output/demo/smoke_$DOMAIN WHERE="--domain_type demo" BASE=tiny SEEDS=42
+fi
+
+run() { # print a command and run it; SMOKE cuts its training short
+    local words=() short=""
+    while [ $# -gt 0 ]; do
+        case "${SMOKE:+$1}" in
+        --num_epochs | --max_steps | --warmup_steps | --eval_steps | --save_steps) shift 2 && continue ;;
+        *train_sr_trad.py) short="--max_steps 120" ;;
+        *finetune.py | *distill.py) short="--max_steps 36 --warmup_steps 6" ;;
+        esac
+        words+=("$1")
+        shift
+    done
+    echo "+ ${words[*]} $short"
+    [ -n "${DRY:-}" ] || "${words[@]}" $short
+}
+
+prepare() { # sequences from the raw reviews of a category, where the domain has none yet
+    local file
+    [ -z "${SMOKE:-}" ] || return 0
+    for file in {data,dataset/sequential}/{"$DOMAIN","${DOMAIN}s"}.csv{,.gz,.xz}; do
+        [ ! -e "$file" ] || return 0
+    done
+    if [ -z "${DRY:-}" ] && [ ! -f "$RAW/$1_5.json.gz" ]; then
+        echo "error: neither data/$DOMAIN.csv nor $RAW/$1_5.json.gz is there; get it and meta_$1.json.gz (Amazon reviews, version 2, 2018), or name their folder with RAW=" >&2
+        exit 2
+    fi
+    run $PYTHON -m datasets.process --reviews "$RAW/$1_5.json.gz" --meta "$RAW/meta_$1.json.gz" --domain_type "$DOMAIN"
+}

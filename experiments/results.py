@@ -1,0 +1,275 @@
+"""The finished runs below a folder, and which of them are one row of a table.
+
+Runs that are kept for good stand in an archive, `<name>.zip`, which is read like a folder of that
+name.
+"""
+
+import csv
+import json
+import math
+import zipfile
+import zlib
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.paper import label, plain_ce
+from experiments.suite import SCRIPTS
+from utils import cli
+from utils.errors import UsageError
+from utils.files import read_json, replacing
+from utils.run import Run as Folder
+
+KEPT = ("config.json", "results.json", "metrics.jsonl")
+COMMON = (
+    "seed",
+    "domain_type",
+    "bf16",
+)  # flags that make no other row, beside places and free ones
+NEEDED = {"test", "valid", "users", "parameters", "trainable_parameters"}
+TABLE = ("sampled", "full", "full_all")
+LONG_AGO = (1980, 1, 1, 0, 0, 0)  # in archives, so that equal runs give equal bytes
+
+
+class Run(NamedTuple):
+    """One finished run: its folder, the folder's name below the root, config.json, results.json."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    results: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        return self.results["seed"]
+
+    @property
+    def step(self) -> str:
+        return self.config["step"]
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """As recorded. A flag that is younger than the run has its default."""
+        return cli.defaults(SCRIPTS[self.step]) | self.config["flags"]
+
+    @property
+    def label(self) -> str:
+        return label(self.step, self.flags)
+
+    @property
+    def counted(self) -> set[str]:
+        """The flags that make another row."""
+        known = cli.flags_of(SCRIPTS[self.step])
+        free = {name for name, flag in known.items() if flag.group.kind in ("place", "free")}
+        return set(self.flags) - free - set(COMMON)
+
+    @property
+    def key(self) -> str:
+        """What the run is, whatever its seed and place.
+
+        A student trained by cross-entropy alone is what finetune.py trains.
+        """
+        step, flags, names = self.step, self.flags, self.counted
+        if step != "sasrec" and plain_ce(step, flags):
+            step = "llm"
+            names &= set(cli.defaults(SCRIPTS["teacher"])) & set(cli.defaults(SCRIPTS["student"]))
+            names -= {"distill_block", "cls_multiple_lambda", "block_reduction"}
+        layers = self.config.get("model", {}).get("layers")
+        if flags.get("layer_selection") == "influence":  # each seed chooses
+            layers = None
+        values = {name: flags[name] for name in sorted(names)}
+        return json.dumps([step, layers, bool(self.config.get("bf16")), values])
+
+    def ranks(self, protocol: str) -> np.ndarray | None:
+        """Test ranks of all users [U], 1 the best; None where they are missing or torn."""
+        try:
+            with np.load(self.folder / "ranks.npz", allow_pickle=False) as ranks:
+                return ranks[f"test_{protocol}"].astype(np.float64)
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+            return None
+
+    def taught_by(self, teacher: "Run") -> bool:
+        """By the weights' hash; runs that do not record it, by their folders."""
+        place, known = self.config.get("teacher"), self.config.get("teacher_sha256")
+        same_data = teacher.config["data_sha256"] == self.config["data_sha256"]
+        if teacher.step != "teacher" or not place or not same_data:
+            return False
+        if known:
+            return teacher.results.get("weights_sha256") == known
+        return Path(place).parts[-2:] == teacher.folder.parts[-2:]
+
+
+class Row(NamedTuple):
+    """Runs that differ in their seed alone, by seed."""
+
+    label: str
+    runs: dict[int, Run]
+
+    @property
+    def first(self) -> Run:
+        return next(iter(self.runs.values()))
+
+
+def read_runs(root: Path, unpacked: Path | None = None) -> tuple[list[Run], list[str]]:
+    """Every finished run below `root`, finetune.py's before distill.py's, and a note on each
+    skipped folder.
+
+    Args:
+        unpacked: an empty folder for what the archives below `root` hold; without one they are left
+            out.
+    """
+    found, notes = _read_folder(root)
+    if unpacked is not None:
+        for archive in sorted(root.glob("*.zip")):
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(unpacked / archive.stem)
+        more, more_notes = _read_folder(unpacked)
+        found, notes = found + more, notes + more_notes
+    return sorted(found, key=lambda run: [*SCRIPTS].index(run.step)), notes
+
+
+def _read_folder(root: Path) -> tuple[list[Run], list[str]]:
+    found, notes = [], []
+    for path in sorted(root.rglob("config.json")):
+        folder = path.parent
+        name = folder.relative_to(root).as_posix()
+        try:
+            config = read_json(path, "run")
+            if config.get("step") not in list(SCRIPTS):
+                continue
+            if not Folder(config["step"], folder, config, ()).finished:
+                notes.append(f"{name} is unfinished")
+                continue
+            run = Run(folder, name, config, read_json(folder / "results.json", "results"))
+            _check(run)
+        except UsageError as problem:
+            notes.append(f"{name}: {problem}")
+        except (KeyError, TypeError, AttributeError):
+            notes.append(f"{name}: its config.json or results.json lacks something")
+        else:
+            found.append(run)
+    return found, notes
+
+
+def _check(run: Run) -> None:
+    """Raise KeyError, TypeError or AttributeError where the report would miss something."""
+    splits = run.results["valid"], run.results["test"]
+    read = [split[protocol]["MRR"] for split in splits for protocol in TABLE]
+    named = run.label and run.key and run.config["domain"] and run.config["data_sha256"]
+    whole = set(run.results) >= NEEDED and all(map(math.isfinite, read))
+    if run.seed != run.config["flags"]["seed"] or not named or not whole:
+        raise KeyError(run.name)
+
+
+def by_domain(runs: list[Run], notes: list[str]) -> dict[str, list[Row]]:
+    """Domain (and data, where one domain has several) -> its rows.
+
+    Of equal runs the last counts; others are noted.
+    """
+    hashes = defaultdict(set)
+    for run in runs:
+        hashes[run.config["domain"]].add(run.config["data_sha256"])
+    groups: dict[str, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
+    for run in runs:
+        domain, sha = run.config["domain"], run.config["data_sha256"]
+        teacher = next((other.key for other in runs if run.taught_by(other)), "")
+        name = domain if len(hashes[domain]) == 1 else f"{domain} ({sha[:8]})"
+        row = groups[name][run.key + teacher]
+        if run.seed in row:
+            notes.append(f"{row[run.seed].name} has the flags and the seed of {run.name}")
+        row[run.seed] = run
+    return {domain: _named(list(rows.values())) for domain, rows in sorted(groups.items())}
+
+
+def _named(rows: list[dict[int, Run]]) -> list[Row]:
+    """Rows of equal label are told apart by the flags that differ.
+
+    The plain label goes to the row with most seeds; of equal ones to the one trained by distill.py,
+    which has the students' settings and is what they are compared with.
+    """
+    by_label = defaultdict(list)
+    for runs in rows:
+        row = Row("", dict(sorted(runs.items())))
+        by_label[row.first.label].append(row)
+    named: dict[str, Row] = {}
+    for text, same in sorted(by_label.items()):
+        same.sort(key=_precedence)
+        for row in same:
+            name = text
+            if name in named:
+                name = f"{text} [{_difference(row.first, same[0].first)}]"
+            if name in named:
+                name = f"{name[:-1]}, {row.first.name}]"  # a folder's name is its own
+            named[name] = row._replace(label=name)
+    return list(named.values())
+
+
+def _precedence(row: Row) -> tuple:
+    by_student = any(run.step == "student" for run in row.runs.values())
+    return -len(row.runs), not by_student, row.first.name
+
+
+def _difference(run: Run, plain: Run) -> str:
+    flags = run.flags
+    names = []
+    for name in flags:
+        if name in run.counted and name in plain.flags and plain.flags[name] != flags[name]:
+            names.append(name)
+    return ", ".join(f"{name}={flags[name]}" for name in names[:3]) or run.name
+
+
+def keep(rows: list[Row], archive: Path) -> None:
+    """Write what the report reads of these runs into `archive`, and their metrics into a table of
+    the same name.
+    """
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    runs = sorted((run for row in rows for run in row.runs.values()), key=lambda run: run.name)
+    with replacing(archive) as partial, zipfile.ZipFile(partial, "w") as file:
+        for run in runs:
+            for name, data in _kept_files(run).items():
+                entry = zipfile.ZipInfo(f"{run.name}/{name}", LONG_AGO)
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                file.writestr(entry, data)
+    table = archive.with_suffix(".csv")
+    with replacing(table) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        names = [
+            f"{protocol} {name}" for protocol in TABLE for name in runs[0].results["test"][protocol]
+        ]
+        writer.writerow(["run", "row", "seed", "steps", "best_step", "valid MRR", *names])
+        labels = {run.name: row.label for row in rows for run in row.runs.values()}
+        for run in runs:
+            writer.writerow([run.name, labels[run.name], run.seed, *_figures(run)])
+
+
+def _figures(run: Run) -> list:
+    results = run.results
+    metrics = [value for protocol in TABLE for value in results["test"][protocol].values()]
+    valid = results["valid"]["sampled"]["MRR"]
+    return [results["steps"], results["best_step"], *(f"{x:.6f}" for x in (valid, *metrics))]
+
+
+def _kept_files(run: Run) -> dict[str, bytes]:
+    """Of the ranks, the test ones that significance needs, in the fewest bits."""
+    files = {name: (run.folder / name).read_bytes() for name in KEPT}
+    ranks = {f"test_{protocol}": run.ranks(protocol) for protocol in ("sampled", "full")}
+    if all(values is not None for values in ranks.values()):
+        files["ranks.npz"] = _compressed(ranks)
+    return files
+
+
+def _compressed(arrays: dict[str, np.ndarray]) -> bytes:
+    """As np.savez_compressed, with the same bytes at any time."""
+    import io
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, values in arrays.items():
+            array = io.BytesIO()
+            np.lib.format.write_array(array, values.astype(np.min_scalar_type(int(values.max()))))
+            entry = zipfile.ZipInfo(f"{name}.npy", LONG_AGO)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            file.writestr(entry, array.getvalue())
+    return buffer.getvalue()
