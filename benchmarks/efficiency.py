@@ -320,7 +320,8 @@ def main(
                 "parameters": row.parameters,
             }
             print(
-                f"{name:28s} step of {batch_size} {spent[0]:8.3f} s  inference of {eval_batch_size} {spent[1]:8.3f} s",
+                f"{name:28s} step of {batch_size} {spent[0]:8.3f} s  inference of "
+                f"{eval_batch_size} {spent[1]:8.3f} s",
                 flush=True,
             )
             gc.collect()
@@ -375,7 +376,8 @@ def ratios(times: dict[str, list], share: float) -> dict[str, list[float]]:
 def table(about: dict) -> str:
     """Markdown: the rows, then the ratios beside the paper's."""
     lines = [
-        "| row | train s / epoch | inference s | trained M | inference M | peak MiB | padded tokens / s | paper: h / h / B / B |",
+        "| row | train s / epoch | inference s | trained M | inference M | peak MiB | padded "
+        "tokens / s | paper: h / h / B / B |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in about["rows"].items():
@@ -385,8 +387,10 @@ def table(about: dict) -> str:
             continue
         rate = f"{row['padded_tokens_per_second']:,.0f}" if row["padded_tokens_per_second"] else "-"
         lines.append(
-            f"| {name} | {row['train_seconds_per_epoch']:,.1f} | {row['inference_seconds']:,.1f} | {row['trained_parameters'] / 1e6:,.2f} |"
-            f" {row['parameters'] / 1e6:,.2f} | {row['peak_bytes'] / 2**20:,.0f} | {rate} | {paper} |"
+            f"| {name} | {row['train_seconds_per_epoch']:,.1f} | {row['inference_seconds']:,.1f} "
+            f"| {row['trained_parameters'] / 1e6:,.2f} |"
+            f" {row['parameters'] / 1e6:,.2f} | {row['peak_bytes'] / 2**20:,.0f} | {rate} | "
+            f"{paper} |"
         )
     if about["ratios"]:
         lines += ["", "| 32 layers over 4 | train | inference |", "|---|---|---|"]

@@ -306,7 +306,8 @@ def catalogue(bench: Bench, n_rows: int = 256) -> None:
         ]
         own = table.numel() * 4 if trained else 0
         bench.add(
-            f"catalogue CE, {n_rows} x {n_items:,} x {DIM}, {'trained' if trained else 'frozen'} table",
+            f"catalogue CE, {n_rows} x {n_items:,} x {DIM}, {'trained' if trained else 'frozen'} "
+            f"table",
             "ms",
             timed,
             1e3,
@@ -492,7 +493,8 @@ def write_reviews(path: Path, n_rows: int) -> None:
 def table(bench: Bench) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| row | unit | ours | plain | ratio | P + R | mean history | token ratio | floor of a batch | of matrix rate | peak MiB, ours / plain |",
+        "| row | unit | ours | plain | ratio | P + R | mean history | token ratio | floor of a "
+        "batch | of matrix rate | peak MiB, ours / plain |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in bench.rows:
@@ -515,7 +517,8 @@ def table(bench: Bench) -> str:
             else "-"
         )
         lines.append(
-            f"| {row['row']} | {row['unit']} | {' | '.join(numbers)} | {row['ratio']:.2f}x | {' | '.join(tokens)} | {reached} | {peak} |"
+            f"| {row['row']} | {row['unit']} | {' | '.join(numbers)} | {row['ratio']:.2f}x | "
+            f"{' | '.join(tokens)} | {reached} | {peak} |"
         )
     return "\n".join(lines)
 
@@ -564,7 +567,7 @@ def main(
     )
     folder = Path(output_dir)
     check_writable(folder, "--output_dir")
-    interactions, _ = Domain.of(data).read()
+    interactions, csv = Domain.of(data).read()
     device = processes.choose_device(device)
     location = base.locate(base_model)
     torch.manual_seed(0)
@@ -592,7 +595,7 @@ def main(
     print(f"{'':58s} {'ours':>12s} {'plain':>12s} {'':8s} {'ratio':>7s}", flush=True)
     for name in rows:
         parts[name](bench)
-    result = about | {"data": str(find_csv(domain_type, data_path)), "rows": bench.rows}
+    result = about | {"data": str(csv), "rows": bench.rows}
     measure.write_report(folder, "throughput", result, table(bench))
     return result
 

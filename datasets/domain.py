@@ -113,8 +113,8 @@ def find_csv(domain: str, data_path: str | None = None) -> Path:
 def candidates(domain: str) -> list[Path]:
     """Where a domain's CSV may be, the first place first."""
     names = [domain, *(alias for alias, name in ALIASES.items() if name == domain)]
-    files = [f"{name}{suffix}" for name in names for suffix in SUFFIXES]
-    return [Path(folder) / file for folder in FOLDERS for file in files]
+    places = [Path(folder) / name for name in names for folder in FOLDERS]
+    return [place.with_name(place.name + suffix) for place in places for suffix in SUFFIXES]
 
 
 class Inputs(NamedTuple):

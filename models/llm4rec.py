@@ -122,13 +122,12 @@ class LLM4Rec(nn.Module):
                 not fit.
         """
         taught = teacher.config["model"]
-        mine, theirs = (
-            {name: s[name] for name in ("strategy", *LoRA().values())} for s in (spec, taught)
-        )
-        if mine != theirs:
-            raise UsageError(
-                f"--student_init=teacher: the teacher was trained with {theirs}, not {mine}"
-            )
+        for name in ("strategy", *LoRA().values()):
+            if spec[name] != taught[name]:
+                raise UsageError(
+                    f"--student_init=teacher: the teacher was trained with {name} {taught[name]},"
+                    f" not {spec[name]}"
+                )
         tensors, _ = checkpoint.load(teacher.folder / "best")
         taken = kept_tensors(tensors, taught["layers"], spec["layers"])
         own = checkpoint.trained_tensors(self)

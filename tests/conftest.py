@@ -60,20 +60,19 @@ def small_model(
     **extra,
 ) -> LLM4Rec:
     torch.manual_seed(seed)
-    model = assemble(
-        LlamaModel(small_config(layers, kv_heads)),
-        torch.randn(n_items, dim),
-        prompt_ids=list(range(n_prompt)),
-        response_ids=list(range(50, 50 + n_response)),
-        n_blocks=n_blocks,
-        exit_heads=exit_heads,
-        strategy=strategy,
-        lora_r=3,
-        lora_alpha=5,
-        lora_dropout=0.0,
-        lora_target_modules=TARGETS,
-        **extra,
-    )
+    spec = {
+        "prompt_ids": list(range(n_prompt)),
+        "response_ids": list(range(50, 50 + n_response)),
+        "n_blocks": n_blocks,
+        "exit_heads": exit_heads,
+        "strategy": strategy,
+        "lora_r": 3,
+        "lora_alpha": 5,
+        "lora_dropout": 0.0,
+        "lora_target_modules": TARGETS,
+    }
+    llama = LlamaModel(small_config(layers, kv_heads))
+    model = assemble(llama, torch.randn(n_items, dim), spec, **extra)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zero at the start: LoRA would not be felt
@@ -108,7 +107,9 @@ def real(name: str) -> Path:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """What is below a folder; locks, which are empty and stay, are left out."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)) for path in paths}
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -133,8 +134,7 @@ def script(name: str, *flags: str, cwd: Path, status: int = 0) -> subprocess.Com
 
 @pytest.fixture(scope="session")
 def house(tmp_path_factory):
-    """A working folder, with a space in its name, where the four scripts ran once with short flags.
-    """
+    """A working folder, with a space in its name, where the four scripts ran once with short flags."""
     folder = tmp_path_factory.mktemp("a house")
     write_demo(folder / "data/demo.csv", n_users=120, n_items=160)
     short = ("--max_steps=3", "--eval_batch_size=64", "--batch_size=32")

@@ -121,7 +121,8 @@ def describe(folder: Path) -> list[str]:
         ("log", (folder / "metrics.jsonl").read_text()),
     ):
         lines.append(
-            f"{name} {hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]}"
+            f"{name} "
+            f"{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]}"
         )
     return lines
 

@@ -11,15 +11,23 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from benchmarks import measure
 from benchmarks.plain import plain_twin
 from datasets.prompts import Prompt, read_template, tokenise
 from models import base
-from models.llm4rec import build, count_parameters, specify
+from models.builtin import ensure_built_in
+from models.llm4rec import build, specify
 from models.selection import select_layers
 from tests.conftest import TARGETS, histories, small_config
 from utils.errors import UsageError
+from utils.flags import LLM, LoRA
 
 LORA = {"lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.0, "lora_target_modules": TARGETS}
+SMALL = {"n_layers": 2, "max_seq_length": 8, "n_blocks": 1, "exit_heads": False}
+
+
+def choice(selection: str, interval: int, strategy: str = "auto") -> LLM:
+    return LLM(layer_selection=selection, interval_nums=interval, train_strategy=strategy)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +104,7 @@ def test_kept_layers_equal_the_full_load_and_other_shards_may_be_absent(
 ):
     folder = copied(checkpoint, tmp_path)
     config = base.read_config(str(folder))
-    layers = select_layers([*range(config.num_hidden_layers)], kept, selection, interval)
+    layers = select_layers([*range(config.num_hidden_layers)], kept, choice(selection, interval))
     assert layers == expected
     needed = {f"model-{i // 2 + 1:05d}-of-00008.safetensors" for i in layers} | {
         "model-00001-of-00008.safetensors",
@@ -124,44 +132,20 @@ def test_kept_layers_equal_the_full_load_and_other_shards_may_be_absent(
 @pytest.mark.parametrize("selection", ["first", "interval"])
 @pytest.mark.parametrize("strategy", ["lora", "full"])
 def test_a_loaded_recommender_equals_its_plain_twin(checkpoint, selection, strategy, float64_norm):
-    spec = specify(
-        str(checkpoint),
-        "x",
-        [1, 2, 3],
-        [4, 5],
-        kept=4,
-        max_seq_length=8,
-        n_blocks=2,
-        exit_heads=True,
-        layer_selection=selection,
-        interval_nums=2,
-        train_strategy=strategy,
-        **LORA,
-    )
+    llm = choice(selection, 2, strategy)
+    shape = {"n_layers": 4, "max_seq_length": 8, "n_blocks": 2, "exit_heads": True}
+    spec = specify(str(checkpoint), "x", [1, 2, 3], [4, 5], llm, LoRA(**LORA), **shape)
     torch.manual_seed(0)
-    model = build(base=str(checkpoint), item_table=torch.randn(23, 6), bf16=False, **spec).double()
+    model = build(str(checkpoint), torch.randn(23, 6), spec, bf16=False).double()
     plain, _ = plain_twin(model, (3, 5, TARGETS) if strategy == "lora" else None)
     batch = histories([3, 8, 1])
     torch.testing.assert_close(model(batch), plain(batch), atol=1e-12, rtol=1e-12)
 
 
 def test_dtype_and_what_is_trained(checkpoint):
-    spec = specify(
-        str(checkpoint),
-        "x",
-        [1],
-        [2],
-        kept=2,
-        max_seq_length=8,
-        n_blocks=1,
-        exit_heads=False,
-        layer_selection="first",
-        interval_nums=1,
-        train_strategy="auto",
-        **LORA,
-    )
+    spec = specify(str(checkpoint), "x", [1], [2], LLM(), LoRA(**LORA), **SMALL)
     assert spec["strategy"] == "lora"
-    model = build(base=str(checkpoint), item_table=torch.randn(23, 6), bf16=True, **spec)
+    model = build(str(checkpoint), torch.randn(23, 6), spec, bf16=True)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or name.startswith(("adapter", "head")) for name in trained)
     assert {name.split(".")[-4] for name in trained if "lora_" in name} == set(TARGETS)
@@ -177,7 +161,7 @@ def test_dtype_and_what_is_trained(checkpoint):
 )
 def test_layer_counts_out_of_range_are_refused(kept, selection, interval):
     with pytest.raises(UsageError, match="the base checkpoint has 16 layers"):
-        select_layers([*range(16)], kept, selection, interval)
+        select_layers([*range(16)], kept, choice(selection, interval))
 
 
 def test_faulty_checkpoints_are_named(checkpoint, tmp_path):
@@ -262,39 +246,28 @@ def test_a_hub_that_fails_is_one_line(monkeypatch, error, message):
 
 def test_unknown_bases():
     with pytest.raises(UsageError, match="no such folder"):
-        base.locate("./nowhere", [])
+        base.locate("./nowhere")
     with pytest.raises(UsageError, match="no such folder"):
-        base.locate("nowhere", [])
+        base.locate("nowhere")
     with pytest.raises(
         UsageError,
         match="someone/llama: no such folder here, and the Hugging Face hub cannot be reached",
     ):
-        base.locate("someone/llama", [])
+        base.locate("someone/llama")
 
 
 def test_an_unknown_lora_target_is_refused(checkpoint):
-    spec = specify(
-        str(checkpoint),
-        "x",
-        [1],
-        [2],
-        kept=2,
-        max_seq_length=8,
-        n_blocks=1,
-        exit_heads=False,
-        layer_selection="first",
-        interval_nums=1,
-        train_strategy="lora",
-        **(LORA | {"lora_target_modules": ["gate_proj", "nope"]}),
-    )
+    lora = LoRA(**LORA | {"lora_target_modules": ["gate_proj", "nope"]})
+    spec = specify(str(checkpoint), "x", [1], [2], LLM(train_strategy="lora"), lora, **SMALL)
     with pytest.raises(UsageError, match="nope matches no projection; there are .*gate_proj"):
-        build(base=str(checkpoint), item_table=torch.randn(23, 6), bf16=False, **spec)
+        build(str(checkpoint), torch.randn(23, 6), spec, bf16=False)
 
 
 def test_prompt_ids_are_the_templates_without_special_tokens(checkpoint):
     texts = read_template("alpaca")
     assert texts.prompt.endswith(
-        "### Instruction:\nGiven the user\u2019s purchase history, predict next possible item to be purchased.\n\n### Input:\n"
+        "### Instruction:\nGiven the user\u2019s purchase history, predict next possible item to "
+        "be purchased.\n\n### Input:\n"
     )
     assert texts.response == "\n### Response:\n"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -335,16 +308,16 @@ def test_a_base_without_tokenizer_is_refused(checkpoint, tmp_path):
 
 def test_built_in_bases_load_like_any_other_and_keep_the_prompts_length(tmp_path):
     texts = read_template("alpaca")
-    location = base.locate("tiny", [*texts], root=tmp_path)
+    location = str(ensure_built_in("tiny", tmp_path))
     before = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
-    assert base.locate("tiny", [*texts], root=tmp_path) == location
+    assert str(ensure_built_in("tiny", tmp_path)) == location
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
     assert [len(ids) for ids in tokenise(texts, location)] == [62, 7]
     config = base.read_config(location)
     llama = base.load_llama(location, config, [0, 1], torch.float32)
     full = LlamaModel.from_pretrained(location, dtype=torch.float32)
     assert torch.equal(llama.layers[1].mlp.up_proj.weight, full.layers[1].mlp.up_proj.weight)
-    assert base.locate("tiny", [*texts], root=tmp_path / "again") != location
+    assert str(ensure_built_in("tiny", tmp_path / "again")) != location
     for name, content in before.items():
         assert (tmp_path / "again/tiny" / name).read_bytes() == content, name
 
@@ -363,6 +336,6 @@ def test_parameter_counts_are_the_papers(layers, total, lora):
         num_hidden_layers=32,
         vocab_size=32000,
     )
-    everything, adapters = count_parameters(config, layers, 16, TARGETS)
+    everything, adapters = measure.count_parameters(config, layers, 16, TARGETS)
     assert round(everything / 1e9, 3) == total
     assert round(adapters / 1e6, 2) == lora

@@ -15,10 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import efficiency, measure, plain, throughput
 from datasets import process, sequences
 from datasets.demo import write_demo
-from models.losses import catalogue_cross_entropy, recommendation_loss
+from models.catalogue import catalogue_cross_entropy
+from models.losses import recommendation_loss
 from tests.conftest import histories, small_config, small_model
 from utils.errors import UsageError
 from utils.evaluation import evaluate
+from utils.flags import DistillationLoss
 
 
 def test_the_plain_loss_is_distills_default_loss_in_parity():
@@ -26,9 +28,8 @@ def test_the_plain_loss_is_distills_default_loss_in_parity():
     batch, target = histories([3, 8, 1, 5]), torch.tensor([1, 2, 3, 4])
     with torch.no_grad():
         wanted = teacher(batch)
-    parts = recommendation_loss(
-        student(batch), wanted, student.item_table, target, **throughput.WEIGHTS
-    )
+    loss = DistillationLoss()
+    parts = recommendation_loss(student(batch), wanted, student.item_table, target, loss)
     given = plain.plain_loss(student(batch), wanted, student.item_table, target)
     torch.testing.assert_close(
         given.double(), parts["total"], atol=1e-5, rtol=1e-6

@@ -59,7 +59,10 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(saved, monkeypatch):
     )
     with pytest.raises(
         RunError,
-        match=r"No space left on device\): [\d,]+ bytes needed, [\d,]+ free; the checkpoint that was there stays",
+        match=(
+            r"No space left on device\): [\d,]+ bytes needed, [\d,]+ free; the checkpoint that "
+            r"was there stays"
+        ),
     ):
         checkpoint.save(folder, {"weight": torch.ones(2, 3)}, {"step": 8})
     assert checkpoint.load(folder)[1] == before

@@ -1,4 +1,5 @@
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import extract_emb
 import finetune
 import train_sr_trad
 from datasets import process
+from models.sasrec import SASRec
 from tests.conftest import ROOT
-from utils import cli
+from utils import cli, flags
 from utils.cli import UsageError, bind
 
 SCRIPTS = {
@@ -27,8 +29,8 @@ SCRIPTS = {
 
 def example(
     *,
-    rate: cli.PositiveFloat = 1.0,
-    count: cli.PositiveInt | None = None,
+    rate: flags.PositiveFloat = 1.0,
+    count: flags.PositiveInt | None = None,
     bf16: bool = True,
     names: list[str] = ["x"],  # noqa: B006
     kind: Literal["first", "interval"] = "first",
@@ -160,39 +162,62 @@ def test_help_names_every_flag(script):
         assert "one of first, interval" in text and "a whole number >= 1" in text
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_read(script):
-    """A flag is read by its own name, or through one of the module's tuples of flag names, or by
-    `fit`.
-    """
-    import inspect
+def test_every_flag_is_read():
+    """As an attribute of its group, or with all values of its group at once."""
+    read = set()
+    for path in [
+        *ROOT.glob("*.py"),
+        *(ROOT / "models").glob("*.py"),
+        *(ROOT / "utils").glob("*.py"),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                read.add(node.slice.value)
+    for path in (ROOT / "datasets").glob("*.py"):
+        read |= {
+            n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)
+        }
+    read |= set(inspect.signature(SASRec.__init__).parameters)  # SASRec(**sasrec.values())
+    spec = (ROOT / "models/llm4rec.py").read_text()
+    read |= {name for name in flags.LoRA().values() if f'"{name}"' in spec}  # spec | lora.values()
+    for script, module in SCRIPTS.items():
+        for flag in cli.defaults(module.main):
+            assert flag in read, f"{script}: --{flag} is never read"
 
-    from utils import training
 
-    tree = ast.parse((ROOT / script).read_text())
-    function = next(
-        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"
-    )
-    read = {
-        node.id
-        for node in ast.walk(function)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+def test_a_group_says_what_kind_of_flag_it_is():
+    for module in SCRIPTS.values():
+        for name, flag in cli.flags_of(module.main).items():
+            assert flag.group.kind in ("place", "model", "training", "free"), name
+
+
+def test_a_flag_of_two_scripts_has_one_text_and_type():
+    seen = {}
+    for module in SCRIPTS.values():
+        for name, flag in cli.flags_of(module.main).items():
+            assert seen.setdefault(name, flag.help) == flag.help
+
+
+def test_what_has_no_effect_is_said(capsys):
+    @cli.command
+    def main(*, loss: flags.DistillationLoss, llm: flags.LLM):
+        return loss, llm
+
+    loss, llm = main(norm_form="squared_l2", norm_lambda=0.0, interval_nums=3, temperature=2.0)
+    assert loss.given == {"norm_form", "norm_lambda", "temperature"} and llm.given == {
+        "interval_nums"
     }
-    tuples = {
-        name: value
-        for name, value in vars(SCRIPTS[script]).items()
-        if name in ("SHAPE", "LOSS", "PROTOCOL")
-    }
-    read |= {flag for name in read & set(tuples) for flag in tuples[name]}
-    if "settings" in ast.dump(function):
-        read |= set(inspect.signature(training.fit).parameters)
-    read |= {
-        node.slice.value
-        for node in ast.walk(function)
-        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
-    }
-    for flag in cli.defaults(SCRIPTS[script].main):
-        assert flag in read, f"{script}: --{flag} is never read"
+    printed = capsys.readouterr().out
+    for text in (
+        "--norm_form=squared_l2 (needs --norm_lambda above 0)",
+        "--temperature=2.0 (needs --logit_lambda above 0)",
+        "--interval_nums=3 (needs --layer_selection=interval)",
+    ):
+        assert text in printed
+    main(norm_form="squared_l2", interval_nums=3, layer_selection="interval")
+    assert capsys.readouterr().out == ""
 
 
 BAD_REQUESTS = {
@@ -222,7 +247,8 @@ BAD_REQUESTS = {
         ("", "teacher not found: output/demo/teacher/best; finetune.py writes it"),
         (
             "--distill_block=3",
-            "--distill_block=3 does not divide llama_decoder_nums_student 4 (4 % 3 = 1); use one of 1, 2, 4",
+            "--distill_block=3 does not divide llama_decoder_nums_student 4 (4 % 3 = 1); use one "
+            "of 1, 2, 4",
         ),
         ("--distill_lambda=-1", "expected a number >= 0"),
     ],

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from datasets.item_table import read_table, write_table
 from tests.conftest import ROOT
 from utils.errors import UsageError
-from datasets.item_table import read_table, write_table
 
 IDS = np.array([1, 3, 4])
 
@@ -124,8 +124,10 @@ def test_nan_in_a_row_that_no_item_uses_is_no_matter(tmp_path):
 
 def test_the_same_table_gives_the_same_bytes_in_every_process(tmp_path):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hashlib, torch; from datasets.item_table import write_table;"
-        "keep = [torch.randn(100) for _ in range(int(sys.argv[1]))]; write_table('t.pkl', torch.arange(20.).reshape(5, 4), {});"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hashlib, torch; from "
+        f"datasets.item_table import write_table;"
+        "keep = [torch.randn(100) for _ in range(int(sys.argv[1]))]; write_table('t.pkl', "
+        "torch.arange(20.).reshape(5, 4), {});"
         "print(hashlib.sha256(open('t.pkl', 'rb').read()).hexdigest())"
     )
     found = {

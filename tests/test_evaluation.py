@@ -36,7 +36,7 @@ def naive_ranks(data, split, scores, candidates):
 @pytest.mark.parametrize("split", [VALID, TEST])
 @pytest.mark.parametrize("tile", [1, 100, 2**24])
 def test_ranks_equal_a_naive_loop_with_ties_and_repeats(data, split, tile, monkeypatch):
-    monkeypatch.setattr(evaluation, "TILES", (tile, tile))
+    monkeypatch.setattr(evaluation, "CPU_TILE", tile)
     torch.manual_seed(0)
     table = torch.randn(data.n_items, 4).round()  # rounded: many ties
     view = EvaluationSplit(data, split, max_seq_length=5, seed=3, n_candidates=15)

@@ -2,14 +2,14 @@
 demo.
 """
 
+import io
 import json
 import math
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import extract_emb
 import finetune
 import train_sr_trad
 from datasets import process
-from experiments import ablation, found, motivation, report, rows, significance
+from experiments import ablation, motivation, paper, report, results, significance
 from tests.conftest import ROOT
 from utils import cli
 
@@ -46,16 +46,16 @@ PAPERS = ("cloth", "movie", "music", "sport")
             "8 layers: CE + L_ms",
         ),
         ("student", STUDENT, "SLMRec 4 <- 8"),
-        ("student", STUDENT | rows.OFF, "E4SRec-like, 4 layers"),
+        ("student", STUDENT | paper.OFF, "E4SRec-like, 4 layers"),
         (
             "student",
-            STUDENT | rows.OFF | {"student_init": "teacher"},
+            STUDENT | paper.OFF | {"student_init": "teacher"},
             "4 layers: CE, from the teacher's layers",
         ),
-        ("student", STUDENT | rows.ABLATION["cos_ms"], "4 <- 8: D_cos + L_ms"),
-        ("student", STUDENT | rows.ABLATION["ce_ms"], "4 layers: CE + L_ms"),
-        ("student", STUDENT | rows.ABLATION["logit_kl"], "4 <- 8: logit KL"),
-        ("student", STUDENT | rows.ABLATION["online"], "SLMRec 4 <- 8, online"),
+        ("student", STUDENT | paper.ABLATION["cos_ms"], "4 <- 8: D_cos + L_ms"),
+        ("student", STUDENT | paper.ABLATION["ce_ms"], "4 layers: CE + L_ms"),
+        ("student", STUDENT | paper.ABLATION["logit_kl"], "4 <- 8: logit KL"),
+        ("student", STUDENT | paper.ABLATION["online"], "SLMRec 4 <- 8, online"),
         (
             "student",
             STUDENT | {"llama_decoder_nums_student": 2, "distill_block": 2, "train_targets": "all"},
@@ -64,17 +64,17 @@ PAPERS = ("cloth", "movie", "music", "sport")
     ],
 )
 def test_rows_are_called_what_they_are(step, flags, expected):
-    assert rows.label(step, flags) == expected
+    assert paper.label(step, flags) == expected
 
 
 def test_every_row_of_the_ablation_binds_and_has_a_name_of_its_own():
     names = []
-    for flags in rows.ABLATION.values():
+    for flags in paper.ABLATION.values():
         cli.bind(distill.main, [f"--{name}={value}" for name, value in flags.items()])
-        names.append(rows.label("student", STUDENT | flags))
+        names.append(paper.label("student", STUDENT | flags))
     assert len(set(names)) == len(names)
     assert {"D_cos", "D_cos + D_norm", "D_cos + L_ms"} == {
-        name.removeprefix("4 <- 8: ") for name in names if name in rows.PAPER["cloth"]
+        name.removeprefix("4 <- 8: ") for name in names if name in paper.PAPER["cloth"]
     } - {
         "SLMRec 4 <- 8",
         "E4SRec-like, 4 layers",
@@ -101,7 +101,7 @@ def test_the_papers_figures_are_those_of_its_page():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 5 and cells[0] in names:
             for domain, cell in zip(PAPERS, cells[1:]):
-                assert rows.PAPER[domain][names[cells[0]]] == tuple(map(float, cell.split())), (
+                assert paper.PAPER[domain][names[cells[0]]] == tuple(map(float, cell.split())), (
                     domain,
                     cells[0],
                 )
@@ -153,7 +153,7 @@ def fake_run(folder, step, flags, seed, ranks, domain="cloth", settings=None, **
         protocol: summarise(np.array(ranks), (1, 5, 10, 20))
         for protocol in ("sampled", "full", "full_all")
     }
-    results = {
+    found = {
         "seed": seed,
         "users": len(ranks),
         "test": metrics,
@@ -175,10 +175,10 @@ def fake_run(folder, step, flags, seed, ranks, domain="cloth", settings=None, **
         "flags": flags,
         "model": {"layers": layers},
     }
-    if step == "student" and not rows.plain_ce(step, flags):
+    if step == "student" and not paper.plain_ce(step, flags):
         config["teacher"] = f"output/seed{seed}/teacher"
     (folder / "config.json").write_text(json.dumps(config | (settings or {})))
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(found))
     (folder / "metrics.jsonl").write_text(
         json.dumps({"event": "train", "step": 2, "ce": 3.0, "total": 3.0}) + "\n"
     )
@@ -189,7 +189,7 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
     teacher = cli.defaults(finetune.main) | {"domain_type": "cloth"}
     for seed, ranks in ((0, [1, 1, 2, 20]), (1, [1, 2, 4, 20])):
         fake_run(tmp_path / f"seed{seed}/slmrec", "student", STUDENT, seed, ranks)
-        fake_run(tmp_path / f"seed{seed}/ce", "student", STUDENT | rows.OFF, seed, [2, 2, 4, 20])
+        fake_run(tmp_path / f"seed{seed}/ce", "student", STUDENT | paper.OFF, seed, [2, 2, 4, 20])
         fake_run(tmp_path / f"seed{seed}/teacher", "teacher", teacher, seed, [1, 1, 1, 1])
     fake_run(
         tmp_path / "four", "teacher", teacher | {"llama_decoder_nums": 4}, 0, [2, 2, 4, 20]
@@ -197,14 +197,14 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
     fake_run(tmp_path / "slow", "student", STUDENT | {"learning_rate": 1e-5}, 0, [20, 20, 20, 20])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text('{"step": "student"}')
-    for name, config, results in (
+    for name, config, found in (
         ("odd", '{"step": ["a"]}', "{}"),
         ("bare", '{"step": "student"}', '{"steps": 3}'),
         ("list", "[1]", ""),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config)
-        (tmp_path / name / "results.json").write_text(results)
+        (tmp_path / name / "results.json").write_text(found)
     (tmp_path / "seed1/ce/metrics.jsonl").write_text('{"event": "train", "st')
     (tmp_path / "seed1/ce/ranks.npz").write_bytes(b"torn")
     text = report.main(runs=str(tmp_path), resamples=50).read_text()
@@ -244,8 +244,8 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
         "| SLMRec 4 <- 8 | E4SRec-like, 4 layers |" not in text.split("### Significance")[1]
     )  # the ranks of one seed are torn
     assert (
-        "SLMRec 4 <- 8 against E4SRec-like, 4 layers: ranks.npz of seed1/slmrec or seed1/ce is missing or torn"
-        in text
+        "SLMRec 4 <- 8 against E4SRec-like, 4 layers: ranks.npz of seed1/slmrec or seed1/ce is "
+        "missing or torn" in text
     )
     shutil.copyfile(tmp_path / "seed0/ce/ranks.npz", tmp_path / "seed1/ce/ranks.npz")
     text = report.main(runs=str(tmp_path), resamples=50).read_text()
@@ -263,14 +263,14 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
 
 def test_an_ablation_that_was_not_begun_takes_no_table_unless_it_is_the_papers(tmp_path):
     for domain in ("games", "cloth"):
-        for name, weights in (("slmrec", {}), ("ce", rows.OFF)):
+        for name, weights in (("slmrec", {}), ("ce", paper.OFF)):
             fake_run(tmp_path / domain / name, "student", STUDENT | weights, 0, [1, 2], domain)
     games = "### Ablation" in report.main(runs=str(tmp_path / "games"), resamples=50).read_text()
     assert (
         not games
         and "### Ablation" in report.main(runs=str(tmp_path / "cloth"), resamples=50).read_text()
     )
-    fake_run(tmp_path / "games/cos", "student", STUDENT | rows.ABLATION["cos"], 0, [1, 2], "games")
+    fake_run(tmp_path / "games/cos", "student", STUDENT | paper.ABLATION["cos"], 0, [1, 2], "games")
     assert (
         "| 4 <- 8: D_cos + L_ms | not run |"
         in report.main(runs=str(tmp_path / "games"), resamples=50).read_text()
@@ -278,8 +278,8 @@ def test_an_ablation_that_was_not_begun_takes_no_table_unless_it_is_the_papers(t
 
 
 def rows_of(root):
-    runs, notes = found.read_runs(root)
-    return {row.label: row for row in found.by_domain(runs, notes)["cloth"]}, notes
+    runs, notes = results.read_runs(root)
+    return {row.label: row for row in results.by_domain(runs, notes)["cloth"]}, notes
 
 
 def test_no_row_is_lost_and_none_is_mixed(tmp_path):
@@ -363,7 +363,7 @@ def test_what_cannot_be_paired_is_not(tmp_path, flags, settings, why):
     fake_run(
         tmp_path / "seed0/ce",
         "student",
-        STUDENT | rows.OFF,
+        STUDENT | paper.OFF,
         0,
         [1, 2],
         settings={"table_sha256": "one"},
@@ -377,7 +377,7 @@ def test_rows_are_compared_with_their_like(tmp_path):
     teacher = cli.defaults(finetune.main)
     for seed in (0, 1):
         fake_run(tmp_path / f"seed{seed}/teacher", "teacher", teacher, seed, [2, 2])
-        fake_run(tmp_path / f"seed{seed}/ce", "student", STUDENT | rows.OFF, seed, [4, 4])
+        fake_run(tmp_path / f"seed{seed}/ce", "student", STUDENT | paper.OFF, seed, [4, 4])
     fake_run(tmp_path / "search", "teacher", teacher | {"learning_rate": 1e-5}, 7, [1, 1])
     every = {"train_targets": "all"}
     fake_run(
@@ -388,7 +388,7 @@ def test_rows_are_compared_with_their_like(tmp_path):
         [1, 1],
         settings={"teacher": None},
     )
-    fake_run(tmp_path / "seed0/ce_all", "student", STUDENT | rows.OFF | every, 0, [2, 2])
+    fake_run(tmp_path / "seed0/ce_all", "student", STUDENT | paper.OFF | every, 0, [2, 2])
     labels, notes = rows_of(tmp_path)
     pairs = {
         tuple(line[:3]): line[-1] for line in significance.compare(list(labels.values()), 10, notes)
@@ -401,8 +401,8 @@ def test_rows_are_compared_with_their_like(tmp_path):
     assert pairs["E4SRec-like, 4 layers, every prefix", "E4SRec-like, 4 layers", "+0.2500"] == "0"
     assert not [pair for pair in pairs if "[" in pair[1]] and len(pairs) == 3
     assert (
-        "E4SRec-like, 8 layers [learning_rate=1e-05] against E4SRec-like, 8 layers: no seed in common"
-        in notes
+        "E4SRec-like, 8 layers [learning_rate=1e-05] against E4SRec-like, 8 layers: no seed in "
+        "common" in notes
     )
 
 
@@ -427,7 +427,7 @@ def test_rows_are_compared_with_their_like(tmp_path):
 )
 def test_one_odd_run_does_not_take_the_report_down(tmp_path, damage):
     fake_run(tmp_path / "seed0/slmrec", "student", STUDENT, 0, [1, 2])
-    fake_run(tmp_path / "seed0/ce", "student", STUDENT | rows.OFF, 0, [1, 2])
+    fake_run(tmp_path / "seed0/ce", "student", STUDENT | paper.OFF, 0, [1, 2])
     damage(tmp_path / "seed0/slmrec")
     assert "E4SRec-like, 4 layers" in report.main(runs=str(tmp_path), resamples=10).read_text()
 
@@ -447,7 +447,7 @@ def test_a_teacher_is_found_by_its_weights_and_other_depths_have_their_tables(tm
         weights_sha256="w",
     )
     fake_run(tmp_path / "s/slmrec", "student", deep, 0, [2, 2], settings={"teacher_sha256": "w"})
-    fake_run(tmp_path / "s/ce", "student", deep | rows.OFF, 0, [4, 4])
+    fake_run(tmp_path / "s/ce", "student", deep | paper.OFF, 0, [4, 4])
     labels, notes = rows_of(tmp_path)
     found_pairs = [line[:3] for line in significance.compare(list(labels.values()), 10, notes)]
     assert ["SLMRec 1 <- 32, B = 1", "E4SRec-like, 1 layer", "+0.2500"] in found_pairs
@@ -457,49 +457,35 @@ def test_a_teacher_is_found_by_its_weights_and_other_depths_have_their_tables(tm
 
 
 def test_the_report_goes_between_the_markers_and_what_it_reads_is_kept(tmp_path):
-    fake_run(tmp_path / "runs/seed0/slmrec", "student", STUDENT, 0, [1, 300], domain="x")
+    runs, kept = tmp_path / "runs", tmp_path / "kept"
+    fake_run(runs / "seed0/slmrec", "student", STUDENT, 0, [1, 300], domain="x")
     page = tmp_path / "page.md"
     page.write_text(f"mine\n{report.START}\nold\n{report.END}\nmine too\n")
-    report.main(runs=str(tmp_path / "runs"), keep=str(tmp_path / "kept"), resamples=10)
-    assert np.load(tmp_path / "kept/seed0/slmrec/ranks.npz")["test_sampled"].dtype == np.uint16
-    shutil.copytree(
-        tmp_path / "kept/seed0/slmrec", tmp_path / "kept/seed0/gone"
-    )  # kept earlier, no longer among the runs
-    shutil.copytree(tmp_path / "kept/seed0/slmrec", tmp_path / "kept/mine")
-    (tmp_path / "kept/mine/best").mkdir()  # a run, no copy
-    fake_run(
-        tmp_path / "kept/games/slmrec",
-        "student",
-        STUDENT,
-        0,
-        [1, 300],
-        domain="y",
-        settings={"data_sha256": "e" * 64},
-    )
-    (tmp_path / "runs/motivation.csv").write_text("part\n")
-    report.main(runs=str(tmp_path / "runs"), keep=str(tmp_path / "kept"), resamples=10)
-    assert (
-        not (tmp_path / "kept/seed0/gone").exists() and (tmp_path / "kept/motivation.csv").is_file()
-    )
-    assert (tmp_path / "kept/mine/ranks.npz").is_file() and (
-        tmp_path / "kept/games/slmrec/ranks.npz"
-    ).is_file()
-    shutil.rmtree(tmp_path / "kept/mine")
-    shutil.rmtree(tmp_path / "kept/games")
-    report.main(runs=str(tmp_path / "kept"), into=str(page), resamples=10)
+    archive = str(kept / "x.zip")
+    plain = report.main(runs=str(runs), keep=archive, resamples=10).read_text()
+    with zipfile.ZipFile(archive) as file:
+        names = ("config.json", "metrics.jsonl", "ranks.npz", "results.json")
+        assert sorted(file.namelist()) == [f"seed0/slmrec/{name}" for name in names]
+        ranks = np.load(io.BytesIO(file.read("seed0/slmrec/ranks.npz")))
+        assert ranks["test_sampled"].dtype == np.uint16 and ranks["test_full"].tolist() == [1, 300]
+    header, line = (kept / "x.csv").read_text().splitlines()
+    assert header.startswith("run,row,seed,steps,best_step,valid MRR,sampled HR@1,")
+    # MRR of ranks 1 and 300: (1 + 1/300) / 2
+    assert line.startswith("seed0/slmrec,SLMRec 4 <- 8,0,2,2,0.501667,0.500000,")
+    before = Path(archive).read_bytes()
+    report.main(runs=str(runs), keep=archive, resamples=10)
+    assert Path(archive).read_bytes() == before
+    report.main(runs=str(kept), into=str(page), resamples=10)
     text = page.read_text()
-    assert (
-        text.startswith(f"mine\n{report.START}\n\n## x")
-        and text.endswith(f"{report.END}\nmine too\n")
-        and "old" not in text
-    )
-    assert (
-        "](kept/report_x_metrics.png)" in text
-        and (tmp_path / "kept/report_x_metrics.png").is_file()
-    )
+    assert text.startswith(f"mine\n{report.START}\n\n## x") and "old" not in text
+    assert text.endswith(f"{report.END}\nmine too\n")
+    tables = plain.removeprefix("# Report\n\n").partition("![metrics]")[0]
+    assert tables in text  # from the archive as from the folder
+    assert "](kept/report_x_metrics.png)" in text
+    assert (kept / "report_x_metrics.png").is_file() and not (kept / "report.md").exists()
     (tmp_path / "below").mkdir()
     shutil.copyfile(page, tmp_path / "below/page.md")
-    report.main(runs=str(tmp_path / "runs"), into=str(tmp_path / "below/page.md"), resamples=10)
+    report.main(runs=str(runs), into=str(tmp_path / "below/page.md"), resamples=10)
     assert "](../runs/report_x_metrics.png)" in (tmp_path / "below/page.md").read_text()
 
 
@@ -511,7 +497,7 @@ def test_the_report_goes_between_the_markers_and_what_it_reads_is_kept(tmp_path)
         (
             report,
             {"runs": ".", "keep": "kept"},
-            "--keep=kept: one of it and --runs=. holds the other",
+            "--keep=kept: expected a name ending in .zip",
         ),
         (ablation, {"student_flags": "--max_seq_length 50"}, "--max_seq_length is the teacher's"),
         (
@@ -548,7 +534,7 @@ def test_wrong_requests_are_refused_before_any_work(module, flags, line, tmp_pat
 
 
 @pytest.mark.slow
-def test_ablation_shares_the_teacher_and_goes_on_where_it_stopped(inside, capsys):
+def test_ablation_shares_the_teacher_and_resumes_where_it_stopped(inside, capsys):
     flags = {
         "rows": ["ce", "slmrec", "blocks_2"],
         "seeds": [0, 1],
@@ -566,7 +552,7 @@ def test_ablation_shares_the_teacher_and_goes_on_where_it_stopped(inside, capsys
     root = Path("output/demo/paper")
     assert path == root / "report.md" and "| SLMRec 4 <- 8 | 0, 1 |" in path.read_text()
     assert (
-        len(list((root / "seed0/teacher_states").iterdir())) == 2
+        len(list((root / "seed0/teacher_states").glob("*/meta.json"))) == 2
     )  # four blocks and two, one pass each
     stamps = {run: run.stat().st_mtime_ns for run in root.rglob("results.json")}
     assert len(stamps) == 2 * 5
@@ -574,13 +560,13 @@ def test_ablation_shares_the_teacher_and_goes_on_where_it_stopped(inside, capsys
     capsys.readouterr()
     ablation.main(**flags)
     printed = capsys.readouterr().out
-    assert printed.count("finished before") == 9 and "seed1/ce: student" in printed
+    assert printed.count("holds this command's finished run") == 9
     assert {run for run in stamps if run.stat().st_mtime_ns != stamps[run]} == {
         root / "seed1/ce/results.json"
     }
     with pytest.raises(
         cli.UsageError,
-        match=r"seed0/ce holds a finished run with other flags: --learning_rate=0.5 \(the run has 0.001\); --overwrite",
+        match=r"seed0/ce holds a finished run with other flags: --learning_rate=0.5 \(the run has",
     ):
         ablation.main(**flags | {"student_flags": SHORT + " --learning_rate 0.5"})
 
@@ -628,7 +614,7 @@ def test_a_reproductions_flags_bind_and_its_paths_agree(domain, smoke):
     }
     written, bound = set(), []
     for words in commands(
-        ROOT / f"experiments/reproduce_{domain}.sh",
+        ROOT / f"experiments/domains/{domain}.sh",
         SEEDS="0 1",
         **({"SMOKE": "1"} if smoke else {}),
     ):
@@ -667,7 +653,7 @@ def test_a_reproductions_flags_bind_and_its_paths_agree(domain, smoke):
 def test_a_reproduction_without_its_raw_files_says_where_to_get_them(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "RAW": str(tmp_path)}
     done = subprocess.run(
-        ["bash", ROOT / "experiments/reproduce_music.sh"],
+        ["bash", ROOT / "experiments/domains/music.sh"],
         capture_output=True,
         text=True,
         env=environment,
@@ -679,7 +665,7 @@ def test_a_reproduction_without_its_raw_files_says_where_to_get_them(tmp_path):
 
 @pytest.mark.slow
 def test_the_page_of_results_comes_again_from_the_committed_runs(tmp_path):
-    """Tables and significance word for word; figures are drawn anew."""
+    """Tables and significance word for word; figures are drawn again."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     page = tmp_path / "docs/results.md"
     committed = page.read_text()
@@ -690,73 +676,34 @@ def test_the_page_of_results_comes_again_from_the_committed_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_only_taken_for_what_it_is(inside):
-    """What reproduce.sh asks before it skips a step."""
-
-    def status(*words):
-        done = subprocess.run(
-            [sys.executable, "-m", "experiments.runs", "python", *words],
-            cwd=inside,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        return done.returncode, done.stderr
-
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    flags = [*SHORT.split(), "--domain_type", "demo"]
-    teacher = ["finetune.py", *flags, "--base_model", "tiny", "--output_dir", "mine"]
-    assert status(*teacher)[0] == 3
-    finetune.main(
-        **cli.bind(finetune.main, teacher[1:]) | {"item_table": "output/demo/sasrec_item.pkl"}
-    )
-    teacher += ["--item_table", "output/demo/sasrec_item.pkl"]
-    assert status(*teacher) == (0, "")
-    code, line = status(*teacher, "--learning_rate", "0.5")
-    assert code == 2 and line.startswith(
-        "error: mine holds a finished run with other flags: --learning_rate=0.5 (the run has 0.001)"
-    )
-    student = [
-        "distill.py",
-        *flags,
-        "--teacher",
-        "mine",
-        "--item_table",
-        "output/demo/sasrec_item.pkl",
-        "--output_dir",
-        "student",
-    ]
-    distill.main(**cli.bind(distill.main, student[1:]))
-    assert status(*student) == (0, "")
-    results = json.loads(Path("mine/results.json").read_text())
-    Path("mine/results.json").write_text(
-        json.dumps(results | {"weights_sha256": "of another training"})
-    )
-    code, line = status(*student)
-    assert code == 2 and "student was made from another file: its teacher_sha256 is" in line
-    assert status(*student, "--overwrite")[0] == 3
-    code, line = status(*student[:-2], "--distill_lambda=0", "--output_dir", "mine")
-    assert code == 2 and "mine holds a finished teacher run, not a student run" in line
-    code, line = status(*teacher[:-1], "nowhere.pkl")
-    assert (
-        code == 2 and line == "error: item table not found: nowhere.pkl; extract_emb.py writes it\n"
-    )
-    plain = [
-        "distill.py",
-        *flags,
-        "--distill_lambda=0",
-        "--norm_lambda=0",
-        "--cls_multiple_lambda=0",
-        "--output_dir=plain",
-    ]
-    distill.main(**cli.bind(distill.main, [*plain[1:], "--max_seq_length=20"]))
-    assert status(*plain, "--max_seq_length=20") == (0, "")
-    code, line = status(*plain)  # 30 when it is not given
-    assert code == 2 and "--max_seq_length=30 (the run has 20)" in line
-    assert (
-        status("train_sr_trad.py")[0] in (0, 2) and "Traceback" not in status("train_sr_trad.py")[1]
-    )
-    assert status("other.py") == (
-        2,
-        "error: expected a command with one of train_sr_trad.py, finetune.py, distill.py\n",
-    )
+def test_a_finished_run_is_only_taken_for_what_it_is(inside, capsys):
+    """The same command prints the results; other flags or files are refused."""
+    common = cli.bind(finetune.main, SHORT.split()) | {"item_table": "output/demo/sasrec_item.pkl"}
+    teacher = common | {"output_dir": "mine"}
+    first = finetune.main(**teacher)
+    stamp = Path("mine/results.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert finetune.main(**teacher) == first
+    printed = capsys.readouterr().out
+    assert "mine holds this command's finished run" in printed and "test sampled  HR@1" in printed
+    assert Path("mine/results.json").stat().st_mtime_ns == stamp
+    other = r"mine holds a finished run with other flags: --learning_rate=0.5 \(the run has 0.001\)"
+    with pytest.raises(cli.UsageError, match=other):
+        finetune.main(**teacher, learning_rate=0.5)
+    student = common | {"teacher": "mine", "output_dir": "student"}
+    first = distill.main(**student)
+    assert distill.main(**student) == first
+    finetune.main(**teacher, seed=7, overwrite=True)
+    with pytest.raises(
+        cli.UsageError, match="student holds a finished run from another file: its teacher_sha256"
+    ):
+        distill.main(**student)
+    with pytest.raises(cli.UsageError, match="mine holds a teacher run, not a student run"):
+        distill.main(**student | {"output_dir": "mine"}, distill_lambda=0.0)
+    with pytest.raises(cli.UsageError, match="item table not found: nowhere.pkl; extract_emb.py"):
+        finetune.main(**teacher | {"item_table": "nowhere.pkl"}, seed=7)
+    plain = common | paper.OFF | {"output_dir": "plain"}
+    distill.main(**plain, max_seq_length=20)
+    assert distill.main(**plain, max_seq_length=20)["steps"] == 3
+    with pytest.raises(cli.UsageError, match=r"--max_seq_length=30 \(the run has 20\)"):
+        distill.main(**plain)  # 30 where it is not given

@@ -4,7 +4,8 @@ import lzma
 import numpy as np
 import pytest
 
-from datasets.interactions import find_csv, read_csv, write_csv
+from datasets.domain import find_csv
+from datasets.interactions import read_csv, write_csv
 from tests.conftest import real
 from utils.errors import UsageError
 

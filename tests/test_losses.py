@@ -1,30 +1,32 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models import losses
+from models import catalogue
+from models.catalogue import catalogue_cross_entropy
 from models.losses import (
     Output,
     block_cosine,
     block_distance,
-    catalogue_cross_entropy,
     exit_supervision,
     logit_kl,
     recommendation_loss,
     sampled_cross_entropy,
 )
 from tests.conftest import histories, small_model
+from utils.flags import DistillationLoss
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (3, 4), (256, 2048)])
 @pytest.mark.parametrize("trained_table", [True, False])
 @pytest.mark.parametrize("whole_rows", [1, 3 * 13, 2**20])
 def test_catalogue_cross_entropy_equals_the_plain_one(tile, trained_table, whole_rows, monkeypatch):
-    monkeypatch.setattr(losses, "TILES", (tile, tile))
-    monkeypatch.setattr(losses, "WHOLE_ROWS", (whole_rows, whole_rows))
-    monkeypatch.setattr(losses, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(catalogue, "CPU_TILE", tile)
+    monkeypatch.setattr(catalogue, "CPU_WHOLE", whole_rows)
+    monkeypatch.setattr(catalogue, "FEWEST_ROWS", 1)
     torch.manual_seed(0)
     users = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     table = torch.randn(13, 5, dtype=torch.float64, requires_grad=trained_table)
@@ -52,7 +54,7 @@ def test_catalogue_cross_entropy_by_hand():
 
 @pytest.mark.parametrize("tile", [(1, 1), (3, 4), (256, 2048)])
 def test_logit_kl_equals_the_plain_one(tile, monkeypatch):
-    monkeypatch.setattr(losses, "TILES", (tile, tile))
+    monkeypatch.setattr(catalogue, "CPU_TILE", tile)
     torch.manual_seed(0)
     teacher, table = (
         torch.randn(5, 3, 4, dtype=torch.float64),
@@ -123,11 +125,11 @@ def test_no_tile_of_logits_is_larger_than_said(monkeypatch):
         )
         with Largest() as seen:
             catalogue_cross_entropy(users, table, torch.arange(256)).backward()
-        rows, items = losses.TILES[0]
+        rows, items = catalogue.CPU_TILE
         assert (
             table.numel()
             <= seen.size
-            <= max(rows * items, losses.WHOLE_ROWS[0], table.numel())
+            <= max(rows * items, catalogue.CPU_WHOLE, table.numel())
             < users.shape[0] * table.shape[0]
         )
 
@@ -217,11 +219,8 @@ def test_logit_kl_by_hand_and_without_gradient_to_the_teacher():
     )
 
 
-EVERY = {
-    "distill_lambda": 1.0,
-    "norm_lambda": 0.1,
-    "cls_multiple_lambda": 1.0,
-}  # distill.py's defaults
+EVERY = DistillationLoss()  # distill.py's defaults
+NONE = DistillationLoss(distill_lambda=0.0, norm_lambda=0.0, cls_multiple_lambda=0.0)
 
 
 def outputs(train_teacher):
@@ -237,7 +236,7 @@ def outputs(train_teacher):
             wanted,
             student.item_table,
             torch.tensor([1, 2, 3, 4]),
-            **EVERY,
+            EVERY,
             train_teacher=train_teacher,
         ),
     )
@@ -273,12 +272,12 @@ def test_offline_no_gradient_reaches_the_teacher_online_it_reaches_both():
 def test_a_weight_of_zero_leaves_the_part_out():
     out = Output(torch.ones(1, 2), STUDENT, torch.ones(1, 1, 2))
     wanted = Output(torch.ones(1, 2), TEACHER, torch.ones(1, 1, 2))
-    assert set(recommendation_loss(out, wanted, torch.eye(2), torch.tensor([0]))) == {
+    assert set(recommendation_loss(out, wanted, torch.eye(2), torch.tensor([0]), NONE)) == {
         "ce",
         "teacher_ce",
         "total",
     }
-    assert set(recommendation_loss(out, None, torch.eye(2), torch.tensor([0]), **EVERY)) == {
+    assert set(recommendation_loss(out, None, torch.eye(2), torch.tensor([0]), EVERY)) == {
         "ce",
         "exits",
         "total",
@@ -292,9 +291,9 @@ def test_logit_kl_is_per_block_only_where_both_have_exits():
         torch.tensor([[math.log(3.0), 0.0]]), TEACHER, torch.tensor([[[math.log(3.0), 0.0]]])
     )
     one = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    both = recommendation_loss(out, wanted, table, target, logit_lambda=1.0)["logit_kl"]
-    final = recommendation_loss(
-        out, wanted._replace(exits=torch.zeros(1, 0, 2)), table, target, logit_lambda=1.0
-    )["logit_kl"]
+    loss = dataclasses.replace(NONE, logit_lambda=1.0)
+    both = recommendation_loss(out, wanted, table, target, loss)["logit_kl"]
+    without = wanted._replace(exits=torch.zeros(1, 0, 2))
+    final = recommendation_loss(out, without, table, target, loss)["logit_kl"]
     assert float(both) == pytest.approx(2 * one, rel=1e-6)
     assert float(final) == pytest.approx(one, rel=1e-6)

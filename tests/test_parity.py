@@ -8,6 +8,7 @@ import torch
 from benchmarks.plain import plain_twin
 from models.losses import recommendation_loss
 from tests.conftest import TARGETS, histories, small_config, small_model
+from utils.flags import DistillationLoss
 
 pytestmark = pytest.mark.usefixtures("float64_norm")
 LENGTHS = {
@@ -19,13 +20,7 @@ LENGTHS = {
     "one user": [3],
 }
 LORA = (3, 5, TARGETS)
-WEIGHTS = {
-    "distill_lambda": 1.0,
-    "norm_lambda": 0.1,
-    "cls_multiple_lambda": 0.7,
-    "logit_lambda": 0.5,
-    "temperature": 2.0,
-}
+LOSS = DistillationLoss(cls_multiple_lambda=0.7, logit_lambda=0.5, temperature=2.0)
 
 
 def compare_outputs(ours, plain):
@@ -49,8 +44,8 @@ def test_outputs_scores_losses_and_gradients(lengths, kv_heads, strategy):
     )
     with torch.no_grad():
         guide, plain_guide = teacher(batch), plain_teacher(batch)
-    parts = recommendation_loss(ours, guide, model.item_table, target, **WEIGHTS)
-    plain_parts = recommendation_loss(wanted, plain_guide, plain.item_table, target, **WEIGHTS)
+    parts = recommendation_loss(ours, guide, model.item_table, target, LOSS)
+    plain_parts = recommendation_loss(wanted, plain_guide, plain.item_table, target, LOSS)
     assert set(parts) == {
         "ce",
         "exits",
@@ -106,8 +101,7 @@ def test_one_layer():
 
 
 def test_a_cached_prompt_is_not_used_up():
-    """Three batches of different widths over one cache, each equal to the forward without a cache.
-    """
+    """Three batches of different widths over one cache, each equal to the forward without a cache."""
     model = small_model()
     encode = model.encoder()
     for lengths in ([8, 1], [2, 2, 2], [5]):
@@ -116,8 +110,7 @@ def test_a_cached_prompt_is_not_used_up():
 
 
 def test_padding_length_changes_nothing_but_positions():
-    """Fewer slots with the same items shift the response's positions; the plain form says the same.
-    """
+    """Fewer slots with the same items shift the response's positions; the plain form says the same."""
     model = small_model()
     plain, _ = plain_twin(model, None)
     for slots in (4, 6, 11):

@@ -35,7 +35,7 @@ def test_exactly_these_files_are_written(house):
         f"output/demo/{step}/{name}" for step in ("sasrec", "teacher", "student") for name in RUN
     }
     expected |= {f"output/base/tiny/{name}" for name in BASE}
-    (states,) = (folder / "output/demo/teacher_states").iterdir()
+    (states,) = (folder / "output/demo/teacher_states").glob("[!.]*")
     expected |= {
         f"output/demo/teacher_states/{states.name}/{name}"
         for name in ("user.bin", "states.bin", "exits.bin", "meta.json")
@@ -72,7 +72,8 @@ def test_results_and_logs_say_what_a_reader_needs(house):
     for part in ("ce", "exits", "align_cos", "align_norm", "teacher_ce", "total"):
         assert parts[part] > 0, part
     assert (
-        "inherited from the teacher in output/demo/teacher: base_model tiny" in printed["student"]
+        "inherited from the teacher in output/demo/teacher: max_seq_length 30, "
+        in printed["student"]
     )
 
 
@@ -88,15 +89,23 @@ def test_eval_only_repeats_the_metrics_and_trains_nothing(inside):
 
 
 def test_eval_only_refuses_what_contradicts_the_run(inside):
-    with pytest.raises(UsageError, match="--hid_dim=64: the run in output/demo/sasrec has 32"):
+    with pytest.raises(
+        UsageError, match="--hid_dim=64 contradicts the run in output/demo/sasrec, which has 32"
+    ):
         train_sr_trad.main(eval_only=True, hid_dim=64)
-    with pytest.raises(UsageError, match="--num_candidates=50: the run .* has 999"):
+    with pytest.raises(
+        UsageError, match="--num_candidates=50 contradicts the run .*, which has 999"
+    ):
         distill.main(eval_only=True, num_candidates=50)
 
 
-def test_a_second_run_is_refused_and_overwrite_gives_the_same_bits(inside):
-    with pytest.raises(UsageError, match="holds a finished run; --overwrite starts anew"):
-        finetune.main(**SHORT)
+def test_a_second_run_reads_the_first_and_overwrite_gives_the_same_bits(inside, capsys):
+    kept = hashes(inside / "output/demo/teacher")
+    results = finetune.main(**SHORT)
+    printed = capsys.readouterr().out
+    assert "output/demo/teacher holds this command's finished run" in printed
+    assert f"test sampled  HR@1 {results['test']['sampled']['HR@1']:.4f}" in printed
+    assert hashes(inside / "output/demo/teacher") == kept
     (inside / "output/demo/teacher/notes.txt").write_text("mine")
     finetune.main(**SHORT, overwrite=True)
     before = hashes(inside / "output/demo/teacher/best")

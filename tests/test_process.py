@@ -64,11 +64,14 @@ def test_every_defect_at_once_gives_the_expected_files(tmp_path, capsys):
     out = written(tmp_path)
     assert (out / "hand.csv").read_text() == (
         "reviewerID,asin,title\n"
-        'u2,"[2, 1, 0, 3]","[""Cup"", ""Tea pot"", ""Salt & Pepper\'s mill"", ""second record of D""]"\n'
-        'u1,"[0, 1, 3, 2]","[""Salt & Pepper\'s mill"", ""Tea pot"", ""second record of D"", ""Cup""]"\n'
+        'u2,"[2, 1, 0, 3]","[""Cup"", ""Tea pot"", ""Salt & Pepper\'s mill"", ""second record of '
+        'D""]"\n'
+        'u1,"[0, 1, 3, 2]","[""Salt & Pepper\'s mill"", ""Tea pot"", ""second record of D"", '
+        '""Cup""]"\n'
     )
     assert (out / "hand.items.csv").read_text() == (
-        "item_id,asin,title\n0,A,Salt & Pepper's mill\n1,B,Tea pot\n2,C,Cup\n3,D,second record of D\n"
+        "item_id,asin,title\n0,A,Salt & Pepper's mill\n1,B,Tea pot\n2,C,Cup\n3,D,second record "
+        "of D\n"
     )
     assert sorted(path.name for path in out.iterdir()) == ["hand.csv", "hand.items.csv"]
     printed = [line for line in capsys.readouterr().out.splitlines() if "interactions" in line]

@@ -10,19 +10,21 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 import distill
 import finetune
-from models.llm4rec import kept_of
+from models.llm4rec import kept_tensors
 from models.selection import block_influence, select_layers
 from tests.conftest import SHORT, histories, small_config
 from utils import checkpoint, cli
 from utils.errors import UsageError
+from utils.flags import LLM
 
 
 def test_influence_keeps_the_most_influential_in_their_order_of_the_earlier_of_equals():
     values = [0.3, 0.1, 0.9, 0.3, 0.0, 0.5]
-    assert select_layers([*range(6)], 3, "influence", influence=lambda: values) == [0, 2, 5]
-    assert select_layers([1, 3, 4], 2, "influence", influence=lambda: values) == [1, 3]
-    assert select_layers([0, 1, 2, 3, 4, 5], 2, "interval", 1, influence=None) == [0, 2]
-    assert select_layers([0, 2, 4, 6], 2, "last") == [4, 6]
+    influence = LLM(layer_selection="influence")
+    assert select_layers([*range(6)], 3, influence, lambda: values) == [0, 2, 5]
+    assert select_layers([1, 3, 4], 2, influence, lambda: values) == [1, 3]
+    assert select_layers([*range(6)], 2, LLM(layer_selection="interval")) == [0, 2]
+    assert select_layers([0, 2, 4, 6], 2, LLM(layer_selection="last")) == [4, 6]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_influence_keeps_the_most_influential_in_their_order_of_the_earlier_of_e
 )
 def test_what_does_not_fit_is_named(selection, kept, line):
     with pytest.raises(UsageError) as error:
-        select_layers([*range(8)], kept, selection)
+        select_layers([*range(8)], kept, LLM(layer_selection=selection))
     assert line in str(error.value)
 
 
@@ -85,7 +87,7 @@ def test_block_influence_is_that_of_the_plain_forward(tmp_path):
 def test_the_kept_layers_of_a_teacher_under_the_students_names():
     tensors = {f"decoder.llama.layers.{i}.w": torch.tensor(float(i)) for i in range(4)}
     tensors |= {"adapter.weight": torch.ones(1), "exit_heads.0.weight": torch.ones(1)}
-    kept = kept_of(tensors, [0, 2, 4, 6], [2, 6])  # the teacher's layers 1 and 3
+    kept = kept_tensors(tensors, [0, 2, 4, 6], [2, 6])  # the teacher's layers 1 and 3
     assert {name: float(tensor) for name, tensor in kept.items()} == {
         "decoder.llama.layers.0.w": 1.0,
         "decoder.llama.layers.1.w": 3.0,
@@ -166,7 +168,8 @@ def test_a_list_that_is_none_is_refused_with_the_words_there_are(typed):
 def test_a_start_from_the_teachers_layers_needs_its_lora(inside):
     finetune.main(**SHORT, train_strategy="lora", output_dir="t")
     with pytest.raises(
-        UsageError, match="--student_init=teacher: the teacher was trained with strategy and lora_"
+        UsageError,
+        match="--student_init=teacher: the teacher was trained with lora_alpha 16, not 64",
     ):
         distill.main(
             **SHORT,

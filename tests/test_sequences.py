@@ -14,16 +14,17 @@ def data(tmp_path):
 
 
 def test_the_first_batch_is_the_literal_one(data):
-    samples = training_samples(data, "last", 5)
+    samples = training_samples(data, "last", 5, every_position=True)
     rows = np.array([0, 1])
     assert samples.histories(rows).tolist() == [[PAD, 0, 1, 2, 3], [PAD, PAD, PAD, PAD, 3]]
     assert samples.targets(rows).tolist() == [4, 2]
     assert samples.shifted_targets(rows).tolist() == [[PAD, 1, 2, 3, 4], [PAD, PAD, PAD, PAD, 2]]
-    assert samples.counts().tolist() == [4, 1]
+    assert samples.counts().tolist() == samples.lengths().tolist() == [4, 1]
+    assert training_samples(data, "last", 5).counts().tolist() == [1, 1]
 
 
 def test_long_histories_keep_their_last_items(data):
-    samples = training_samples(data, "last", 2)
+    samples = training_samples(data, "last", 2, every_position=True)
     assert samples.histories(np.array([0])).tolist() == [[2, 3]]
     assert samples.shifted_targets(np.array([0])).tolist() == [[3, 4]]
     assert samples.counts().tolist() == [2, 1]

@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,29 +10,21 @@ from torch import nn
 from utils import checkpoint, training
 from utils.errors import RunError
 from utils.evaluation import Ranks
-from utils.metrics_log import MetricsLog
+from utils.flags import Runtime, Training
+from utils.run import Run
 
 SETTINGS = {
     "batch_size": 8,
-    "micro_batch_size": 8,
     "num_epochs": 2,
-    "max_steps": -1,
     "learning_rate": 0.1,
-    "lr_scheduler": "cosine",
     "warmup_steps": 2,
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
     "eval_steps": -1,
-    "save_steps": -1,
-    "patience": 0,
-    "log_steps": 1,
     "seed": 3,
-    "bf16": False,
 }
 N = 20
 
 
-def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, **changes):
+def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, micro=None, **changes):
     """Fit a linear model on fixed data; `mrrs` are the validation MRRs in order (the last one
     repeats).
     """
@@ -58,17 +51,12 @@ def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, **changes):
 
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
+    settings = Training(**SETTINGS | changes)
+    runtime = Runtime(micro_batch_size=micro, save_steps=-1, log_steps=1)
+    samples = SimpleNamespace(counts=lambda: counts, users=lambda rows: [f"u{row}" for row in rows])
+    run = Run("test", folder, None, (settings, runtime))
     fitted = training.fit(
-        module=model,
-        loss_fn=loss_fn,
-        counts=counts,
-        users_of=lambda rows: [f"u{row}" for row in rows],
-        ranks_of=ranks_of,
-        folder=folder,
-        log=MetricsLog(folder, False),
-        meta={},
-        resume=False,
-        **(SETTINGS | changes),
+        run, model, loss_fn, samples, ranks_of, settings, runtime, bf16=False, meta={}
     )
     assert not any(modes)
     return model, fitted, seen, looks, folder
@@ -88,7 +76,7 @@ def test_an_epoch_is_a_permutation_and_the_next_one_another(tmp_path):
 def test_accumulation_changes_nothing(tmp_path, micro, uneven):
     counts = np.random.default_rng(0).integers(1, 9, N) if uneven else None
     whole, *_ = run(tmp_path, counts=counts)
-    parts, *_ = run(tmp_path, counts=counts, micro_batch_size=micro)
+    parts, *_ = run(tmp_path, counts=counts, micro=micro)
     torch.testing.assert_close(parts.weight, whole.weight, atol=1e-13, rtol=1e-13)
 
 
@@ -137,7 +125,10 @@ def test_schedule_by_hand(tmp_path, kind, expected):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(tmp_path):
     with pytest.raises(
         RunError,
-        match=r"step 5: the loss or a gradient is not finite \(ce nan.*; batch of 8 samples .* of users u\d+, .*kept: .*run/best",
+        match=(
+            r"step 5: the loss or a gradient is not finite \(ce nan.*; batch of 8 samples .* of "
+            r"users u\d+, .*kept: .*run/best"
+        ),
     ):
         run(tmp_path, spoil=5)
     assert checkpoint.load(tmp_path / "run/best")[1]["step"] == 3

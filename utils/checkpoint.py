@@ -155,13 +155,11 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return _tensors(folder, WEIGHTS, contents), json.loads(contents[META])
 
 
-def newest(run: str | Path) -> tuple[Saved | None, list[str]]:
+def newest(run: str | Path) -> tuple[Saved, list[str]]:
     """The newest checkpoint of an unfinished run that verifies, and a note on each that does not.
 
-    Returns:
-        None where the run has no checkpoint at all.
     Raises:
-        UsageError: there are checkpoints and none to resume from, or the best one was lost and
+        UsageError: there is no checkpoint to resume from, or the best one was lost and
             cannot come again.
     """
     run = Path(run)
@@ -176,11 +174,8 @@ def newest(run: str | Path) -> tuple[Saved | None, list[str]]:
             notes.append(str(problem))
             best_step = _claimed_step(run / name) if name == "best" else best_step
     if not saved:
-        if notes:
-            raise UsageError(
-                f"{'; '.join(notes)}; nothing to resume from: --overwrite starts from scratch"
-            )
-        return None, []
+        problem = "; ".join(notes) or f"{run} has no checkpoint"
+        raise UsageError(f"{problem}; nothing to resume from: --overwrite starts from scratch")
     found = max(saved, key=lambda each: each.meta["step"])  # of equal ones the first, last
     if found.meta["best_step"] > 0 and _best_is_lost(saved, best_step, found.meta["step"]):
         raise UsageError(

@@ -200,9 +200,9 @@ def _split_word(word: str, flags: dict[str, Flag]) -> tuple[str, str | None]:
     """Name and value of `--name=value`, `--name` (value None) or `--noname` (value "false")."""
     name, equals, text = word[2:].partition("=")
     name = name.replace("-", "_")
-    if name not in flags and not equals and name.startswith("no") and name[2:] in flags:
-        if _is_bool(flags[name[2:]].hint):
-            return name[2:], "false"
+    negated = flags.get(name.removeprefix("no"))
+    if name not in flags and not equals and negated is not None and _is_bool(negated.hint):
+        return name.removeprefix("no"), "false"
     return name, text if equals else None
 
 

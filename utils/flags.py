@@ -177,7 +177,8 @@ class ItemTable(Group):
     kind: ClassVar[str] = "place"
     item_table: str | None = flag(
         None,
-        "the item table that step 2 writes and later steps read; output/<domain>/sasrec_item.pkl by default",
+        "the item table that step 2 writes and later steps read; output/<domain>/sasrec_item.pkl "
+        "by default",
     )
 
 
@@ -209,7 +210,8 @@ class StudentFiles(TeacherFiles):
     )
     teacher_cache: str = flag(
         "auto",
-        "where the frozen teacher's states on the training samples are kept, computed once and read by later runs;"
+        "where the frozen teacher's states on the training samples are kept, computed once and "
+        "read by later runs;"
         " auto is teacher_states/ beside the teacher's folder, off runs the teacher in every step",
     )
 
@@ -231,7 +233,8 @@ class Prompt(Sequence):
 
     base_model: str | None = flag(
         "tiny",
-        "a Hugging Face id, a local folder, or a built-in random base: tiny (hidden 64) or small (hidden 256)",
+        "a Hugging Face id, a local folder, or a built-in random base: tiny (hidden 64) or small "
+        "(hidden 256)",
     )
     prompt_template_name: str | None = flag("alpaca", "templates/<name>.json, or a path to one")
 
@@ -253,7 +256,8 @@ class SASRecModel(Group):
     )
     init_std: PositiveFloat = flag(
         0.02,
-        "standard deviation of the embeddings at the start; 1 as released, from which all-position training fails",
+        "standard deviation of the embeddings at the start; 1 as released, from which "
+        "all-position training fails",
     )
 
     def problems(self) -> list[str]:
@@ -272,7 +276,8 @@ class LLM(Group):
     kind: ClassVar[str] = "model"
     layer_selection: LayerSelection = flag(
         "first",
-        "which layers: first, interval, last, influence (those that change their input most), or numbers such as 0,2,4,6",
+        "which layers: first, interval, last, influence (those that change their input most), or "
+        "numbers such as 0,2,4,6",
     )
     interval_nums: PositiveInt = flag(
         1, "one layer in interval_nums + 1 is left out", needs="layer_selection=interval"
@@ -437,7 +442,8 @@ class SASRecLoss(Group):
     kind: ClassVar[str] = "training"
     loss: Literal["full", "sampled"] = flag(
         "full",
-        "cross-entropy over the whole catalogue (full), or over the target and uniform negatives (sampled)",
+        "cross-entropy over the whole catalogue (full), or over the target and uniform negatives "
+        "(sampled)",
     )
     num_negatives: PositiveInt = flag(
         256, "negatives per user; the user's positions share them", needs="loss=sampled"

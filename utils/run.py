@@ -104,7 +104,7 @@ class Run:
         Raises:
             UsageError: there is no config.json, it is damaged, or it is of another stage.
         """
-        config = read_json(folder / "config.json", f"{step} run")
+        config = read_json(folder / "config.json", step)
         found = config.get("step")
         if found != step:
             raise UsageError(f"{flag}={folder} holds a {found} run, expected a {step} run")
@@ -199,7 +199,8 @@ class Run:
             recorded = self.config.get(field)
             if recorded != value:
                 raise UsageError(
-                    f"--output_dir={self.folder} holds a finished run from another file: its {field}"
+                    f"--output_dir={self.folder} holds a finished run from another file: its "
+                    f"{field}"
                     f" is {_short(recorded)}, now it is {_short(value)}; choose another folder,"
                     " or --overwrite starts from scratch"
                 )
@@ -212,7 +213,8 @@ class Run:
             present = [name for name in (*OWN_FILES, *OWN_FOLDERS) if (self.folder / name).exists()]
             if present:
                 raise UsageError(
-                    f"--output_dir={self.folder} holds {', '.join(present)} but no run's config.json:"
+                    f"--output_dir={self.folder} holds {', '.join(present)} but no run's "
+                    f"config.json:"
                     " not a run's folder, choose another"
                 )
         elif self.config.get("step") != self.step:
@@ -276,6 +278,10 @@ class Run:
         """
         self._new_config = {"step": self.step} | config | {"flags": self.flags}
         self.resume = not self.overwrite and self._resumable()
+        if self.config is not None and not (self.overwrite or self.resume):
+            print(
+                f"{self.folder} holds an unfinished run without a checkpoint: starting from scratch"
+            )
 
     def _resumable(self) -> bool:
         """Whether the folder holds work to resume. config.json alone is none."""
@@ -430,9 +436,8 @@ class Run:
             for split, found in ranks.items()
             for protocol, values in found._asdict().items()
         }
-        with files.replacing(self.folder / "ranks.npz") as partial:
-            with open(partial, "wb") as file:
-                np.savez_compressed(file, reviewerID=np.array(users), **arrays)
+        with files.replacing(self.folder / "ranks.npz") as partial, open(partial, "wb") as file:
+            np.savez_compressed(file, reviewerID=np.array(users), **arrays)
         write_json(self.folder / "results.json", results)  # a run that was trained is finished now
         if results["steps"] is not None:
             (self.folder / CLOCK).unlink(missing_ok=True)

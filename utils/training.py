@@ -246,18 +246,12 @@ class _State:
         running = time.perf_counter() - self._started if self._started is not None else 0.0
         self.run.log.write_seconds(self.seconds + running)
 
-    def resume(self) -> str | None:
-        """Restore the newest good checkpoint, and the log; its name, or None where there is none."""
+    def resume(self) -> str:
+        """Restore the newest good checkpoint, and the log; returns the checkpoint's name."""
         folder = self.run.folder
         found, notes = checkpoint.newest(folder)
         for note in notes:
             tqdm.write(f"skipped: {note}")
-        if found is None:
-            tqdm.write(
-                f"{folder} holds an unfinished run without a checkpoint: starting from scratch"
-            )
-            self.run.log.cut(0)
-            return None
         checkpoint.restore(self.module, found.tensors, folder / found.name)
         for name, p in self.trained.items():
             saved = {key: found.state.get(f"{key}/{name}") for key in ADAM}

@@ -100,8 +100,7 @@ def kill_between(name: str) -> None:
 
 
 def kill_before_last(n: int) -> None:
-    """Die where the best/ of a step may be there and the n-th last/ of this process is not begun.
-    """
+    """Die where the best/ of a step may be there and the n-th last/ of this process is not begun."""
     left, save = [n], checkpoint.save
 
     def counted(folder, *args):

@@ -170,7 +170,8 @@ CASES = [
         1,
         "T",
         flags(domain_type="nowhere"),
-        "nowhere.csv (from --domain_type nowhere); looked in data, dataset/sequential; available: demo",
+        "nowhere.csv (from --domain_type nowhere); looked in data, dataset/sequential; "
+        "available: demo",
     ),
     (2, "TFD", flags(data_path="data"), "data is a directory, expected a CSV"),
     (3, "TFD", text(""), "bad.csv is empty; expected a header with reviewerID,asin"),
@@ -327,7 +328,7 @@ CASES = [
         44,
         "F",
         flags(eval_only=True, output_dir="output/demo/teacher", lora_r=8),
-        "--lora_r=8: the run in output/demo/teacher has 16",
+        "--lora_r=8 contradicts the run in output/demo/teacher, which has 16",
     ),
     (
         45,
@@ -365,7 +366,8 @@ CASES = [
         50,
         "D",
         flags(distill_block=3),
-        "--distill_block=3 does not divide llama_decoder_nums_student 4 (4 % 3 = 1); use one of 1, 2, 4",
+        "--distill_block=3 does not divide llama_decoder_nums_student 4 (4 % 3 = 1); use one of "
+        "1, 2, 4",
     ),
     (
         50,
@@ -453,7 +455,8 @@ CASES = [
         67,
         "TFD",
         flags(output_dir=None, learning_rate=0.5),
-        "holds a finished run with other flags: --learning_rate=0.5 (the run has 0.001); --overwrite",
+        "holds a finished run with other flags: --learning_rate=0.5 (the run has 0.001); "
+        "--overwrite",
     ),
     (72, "TFD", flags(device="cuda"), "--device=cuda: torch finds no CUDA device here"),
     (73, "FD", flags(prompt_template_name="nowhere"), "--prompt_template_name=nowhere: no file"),
@@ -468,7 +471,8 @@ CASES = [
         74,
         "F",
         flags(max_seq_length=5000),
-        "prompt, items and response are 5069 tokens, the base has 2048 positions; lower --max_seq_length",
+        "prompt, items and response are 5069 tokens, the base has 2048 positions; lower "
+        "--max_seq_length",
     ),
 ]
 
@@ -619,7 +623,9 @@ def test_rows_32_and_53_another_table_or_prompt_than_the_teachers(inside):
         distill.main(**SHORT, output_dir="s")
     with pytest.raises(
         cli.UsageError,
-        match="--prompt_template_name=other.json contradicts the teacher in narrow, which has alpaca",
+        match=(
+            "--prompt_template_name=other.json contradicts the teacher in narrow, which has alpaca"
+        ),
     ):
         distill.main(**SHORT, teacher="narrow", prompt_template_name="other.json", output_dir="s")
 

@@ -2,9 +2,9 @@
 locks, places, environments.
 """
 
-import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -22,8 +22,10 @@ import models.losses
 import train_sr_trad
 from datasets.demo import write_demo
 from tests.conftest import ROOT, SHORT, hashes
-from utils import checkpoint, cli, evaluation, runlog
+from utils import checkpoint, cli, evaluation, files
 from utils.errors import RunError, UsageError
+from utils.flags import Runtime, Training
+from utils.run import Run
 
 pytestmark = pytest.mark.slow
 RUN = {
@@ -92,10 +94,7 @@ def test_f4_a_damaged_last_checkpoint_is_passed_over_for_the_best(broken_off, fi
     damage(Path("run/last") / file, kind)
     train_sr_trad.main(**RUN)
     printed = capsys.readouterr().out
-    assert (
-        "going on from run/best, step 4" in printed
-        and "passed over: checkpoint run/last" in printed
-    )
+    assert "resuming from run/best, step 4" in printed and "skipped: checkpoint run/last" in printed
     assert file in printed or file == "manifest.json"  # an altered manifest accuses the files
     assert left() == broken_off
 
@@ -107,14 +106,14 @@ def test_f4_a_damaged_best_checkpoint_is_never_made_up(broken_off, file, kind):
     before = hashes(Path("run"))
     with pytest.raises(
         UsageError,
-        match="run/best: the best checkpoint is missing or damaged.*--overwrite starts anew",
+        match="run/best: the best checkpoint is missing or damaged.*--overwrite starts from scratch",
     ):
         train_sr_trad.main(**RUN)
     assert {name: value for name, value in hashes(Path("run")).items() if name != ".lock"} == {
         n: v for n, v in before.items() if n != ".lock"
     }
     damage(Path("run/last") / file, kind)
-    with pytest.raises(UsageError, match="nothing to go on from: --overwrite starts anew"):
+    with pytest.raises(UsageError, match="nothing to resume from: --overwrite starts from scratch"):
         train_sr_trad.main(**RUN)
     train_sr_trad.main(**RUN, overwrite=True)
     assert left() == broken_off
@@ -143,13 +142,14 @@ def test_f5_a_kill_between_the_two_renames_leaves_the_old_one(broken_off):
 CHANGED = [
     (
         {"batch_size": 16},
-        r"--batch_size=16 \(the run has 32\); give its flags to go on, or --overwrite",
+        r"--batch_size=16 \(the run has 32\); give its flags to resume it, or --overwrite",
     ),
     ({"seed": 1}, r"--seed=1 \(the run has 42\)"),
     ({"num_blocks": 1}, r"--num_blocks=1 \(the run has 2\)"),
     (
         {"data_path": "data/other.csv"},
-        "an unfinished run from something else: data_sha256 is .* \\(the run has .*; --overwrite starts anew",
+        "an unfinished run from something else: data_sha256 is .* \\(the run has .*; --overwrite "
+        "starts from scratch",
     ),
 ]
 
@@ -163,15 +163,24 @@ def test_f11_going_on_with_other_flags_or_data_is_refused(broken_off, changes, l
     assert hashes(Path("run")) == before
 
 
-def test_f11_a_student_of_another_teacher_or_table_is_refused(inside, monkeypatch):
-    def stops(*_, **__):
-        raise RunError("stopped here")
+def stop_at_step(patch, n):
+    """Let the n-th optimizer step fail."""
+    step, taken = torch.optim.AdamW.step, []
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", stops)
-        for main, folder in ((finetune.main, "t"), (distill.main, "s")):
-            with pytest.raises(RunError):
-                main(**SHORT, output_dir=folder)
+    def stops(self, *args, **kwargs):
+        taken.append(1)
+        if len(taken) == n:
+            raise RunError("stopped here")
+        return step(self, *args, **kwargs)
+
+    patch.setattr(torch.optim.AdamW, "step", stops)
+
+
+def test_f11_a_student_of_another_teacher_or_table_is_refused(inside, monkeypatch):
+    for main, folder in ((finetune.main, "t"), (distill.main, "s")):
+        with monkeypatch.context() as patch, pytest.raises(RunError):
+            stop_at_step(patch, 2)
+            main(**SHORT, save_steps=1, output_dir=folder)
     finetune.main(**SHORT, seed=5, output_dir="other")
     with pytest.raises(UsageError, match=r"teacher_sha256 is .* \(the run has"):
         distill.main(**SHORT, teacher="other", output_dir="s")
@@ -188,7 +197,7 @@ def test_row_68_and_f6_a_full_disk_keeps_the_checkpoint_and_says_what_is_needed(
     def limit():  # no file above 64 KiB can be written; works for root too
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
 
-    runlog.unlock("run")
+    files.release_lock(Path("run"))
     done = subprocess.run(
         [sys.executable, ROOT / "train_sr_trad.py", *flags],
         capture_output=True,
@@ -248,7 +257,10 @@ def test_f8_a_metric_that_is_no_number_stops_the_run(inside, monkeypatch):
     monkeypatch.setattr(evaluation, "rank_users", spoiled)
     with pytest.raises(
         RunError,
-        match="step 8, validation: a score is NaN or infinite.*the checkpoints that were there are kept",
+        match=(
+            "step 8, validation: a score is NaN or infinite.*the checkpoints that were there are "
+            "kept"
+        ),
     ):
         train_sr_trad.main(**RUN)
     assert checkpoint.load("run/best")[1]["step"] == 4
@@ -281,29 +293,29 @@ def test_f9_out_of_memory_is_one_line_with_the_flags_to_lower(fails, words, caps
     )
 
 
-def test_f13_a_second_process_is_kept_out_and_a_dead_ones_lock_taken_over(inside):
+def test_f13_a_second_process_is_kept_out_and_a_dead_ones_lock_is_free(inside):
     Path("run").mkdir()
-    with open("run/.lock", "w") as lock:
-        lock.write("12345 on here")
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run(
-            [sys.executable, ROOT / "train_sr_trad.py", "--output_dir=run"],
-            capture_output=True,
-            text=True,
-        )
-        assert (
-            done.returncode == 2
-            and "error: --output_dir=run: process 12345 on here is at work in it" in done.stderr
-        )
-        assert os.listdir("run") == [".lock"]
-    train_sr_trad.main(**RUN)  # the lock's holder is gone
-    assert not Path("run/.lock").exists()
+    holder = "import sys, time; from pathlib import Path; from utils import files;"
+    holder += "files.take_lock(Path('run')); print(flush=True); time.sleep(60)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", holder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        script = [sys.executable, ROOT / "train_sr_trad.py", "--output_dir=run"]
+        done = subprocess.run(script, capture_output=True, text=True)
+        process.kill()
+    assert done.returncode == 2
+    line = rf"error: --output_dir=run: process {process.pid} on \S+ is at work in it; wait, or"
+    assert re.match(line, done.stderr)
+    assert sorted(os.listdir("run")) == [".lock", ".lock-owner"]
+    train_sr_trad.main(**RUN)
+    assert not Path("run/.lock-owner").exists()
 
 
 def test_f14_candidates_are_the_same_under_any_locale_time_zone_and_threads(inside):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hashlib, numpy as np; from datasets import sequences;"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hashlib, numpy as np; from "
+        f"datasets import sequences;"
         "from datasets.interactions import read_csv; data = read_csv('data/demo.csv');"
         "split = sequences.EvaluationSplit(data, 1, 30, 42, 50);"
         "print(hashlib.sha256(split.candidates(np.arange(data.n_users)).tobytes()).hexdigest())"
@@ -425,30 +437,46 @@ def test_nothing_but_tensors_is_ever_unpickled():
         assert text.count("np.load(") == text.count("allow_pickle=False"), path
 
 
-def test_what_was_not_given_counts_when_a_run_goes_on(inside, monkeypatch):
-    """Without --micro_batch_size dropout would go on with other draws."""
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            torch.optim.AdamW,
-            "step",
-            lambda *_, **__: (_ for _ in ()).throw(RunError("stopped here")),
-        )
-        with pytest.raises(RunError):
-            finetune.main(**RUN, micro_batch_size=8)
-    with pytest.raises(
-        UsageError, match=r"--micro_batch_size=None \(the run has 8\); --overwrite starts anew"
-    ):
+def test_what_was_not_given_counts_when_a_run_is_resumed(inside, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RunError):
+        stop_at_step(patch, 4)
+        finetune.main(**RUN, bf16=True)
+    with pytest.raises(UsageError, match=r"bf16 is false \(the run has true\)"):
         finetune.main(**RUN)
+
+
+def test_flags_that_change_no_result_may_differ_when_a_run_is_resumed(inside, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(RunError):
+        stop_at_step(patch, 4)
+        finetune.main(**RUN, micro_batch_size=8)
+    capsys.readouterr()
+    changes = {"micro_batch_size": 16, "eval_batch_size": 50, "gradient_checkpointing": True}
+    results = finetune.main(**RUN | changes)
+    printed = capsys.readouterr().out
+    assert "resuming with --micro_batch_size=16 (was 8), --eval_batch_size=50 (was 64)" in printed
+    assert "--gradient_checkpointing=True (was False): speed and rounding may change" in printed
+    steps = [line["step"] for line in map(json.loads, open("run/metrics.jsonl"))]
+    assert results["steps"] == RUN["max_steps"] and steps == sorted(steps)
+
+
+def test_a_run_without_a_checkpoint_holds_nothing_back(inside, monkeypatch):
+    """Where a run failed before its first checkpoint, other flags start from scratch."""
+    with monkeypatch.context() as patch, pytest.raises(RunError):
+        stop_at_step(patch, 1)
+        finetune.main(**RUN)
+    assert Path("run/config.json").exists()
+    finetune.main(**RUN | {"batch_size": 16})
+    assert json.loads(Path("run/config.json").read_text())["flags"]["batch_size"] == 16
 
 
 def test_a_run_that_came_in_between_is_not_wiped(inside):
     """Another process finishes in the folder after this one looked at it and before it takes it."""
-    config = {"step": "sasrec", "flags": {}}
-    assert runlog.unfinished("run", config, overwrite=False) is False
+    run = Run.open("sasrec", Path("run"), Training(), Runtime())
+    run.prepare({})
     train_sr_trad.main(**RUN)
     before = hashes(Path("run"))
-    with pytest.raises(UsageError, match="another process was at work in it since this one looked"):
-        runlog.start("run", config, resume=False, overwrite=False)
+    with pytest.raises(UsageError, match="another process was at work in it meanwhile"):
+        run.begin()
     assert hashes(Path("run")) == before
 
 
@@ -495,12 +523,12 @@ def test_weights_that_are_not_finite_are_never_saved(inside):
 def test_an_unfinished_teacher_is_told_and_its_precision_comes_again(inside, capsys):
     first = finetune.main(**RUN, bf16=True)
     assert finetune.main(eval_only=True, output_dir="run")["test"] == first["test"]
-    with pytest.raises(UsageError, match="--bf16=False: the run in run has True"):
+    with pytest.raises(UsageError, match="--bf16=False contradicts the run in run, which has True"):
         finetune.main(eval_only=True, bf16=False, output_dir="run")
     Path("run/results.json").unlink()
     distill.main(**SHORT, teacher="run", output_dir="s")
     assert (
-        "the teacher in run is unfinished: its best checkpoint so far is read"
+        "the teacher run in run is unfinished: its best checkpoint so far is read"
         in capsys.readouterr().out
     )
 
@@ -526,7 +554,8 @@ def test_other_library_versions_are_told_once(broken_off, capsys):
     train_sr_trad.main(**RUN)
     assert (
         capsys.readouterr().out.count(
-            f"going on with other library versions, so not bit for bit: torch 1.0 -> {torch.__version__}\n"
+            f"resuming with other library versions, so not bit for bit: torch 1.0 -> "
+            f"{torch.__version__}\n"
         )
         == 1
     )
@@ -538,7 +567,10 @@ def test_a_damaged_config_says_what_to_do(broken_off, overwrite):
     before = hashes(Path("run"))
     with pytest.raises(
         UsageError,
-        match="^--output_dir: run/config.json: damaged, not JSON; choose another folder, or remove this one$",
+        match=(
+            "^--output_dir: run/config.json: damaged, not JSON; choose another folder, or remove "
+            "this one$"
+        ),
     ):
         train_sr_trad.main(**RUN, overwrite=overwrite)
     assert hashes(Path("run")) == before

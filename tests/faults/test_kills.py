@@ -106,8 +106,7 @@ def test_killed_at_every_stage_of_writing_a_checkpoint(uninterrupted, case, monk
 
 @pytest.mark.parametrize("case", CASES)
 def test_killed_in_steps_and_at_random_moments(uninterrupted, case, monkeypatch):
-    """In the first step, in the middle of an epoch, at its end; then at moments drawn once for all.
-    """
+    """In the first step, in the middle of an epoch, at its end; then at moments drawn once for all."""
     folder, expected = uninterrupted
     monkeypatch.chdir(folder)
     script, flags = CASES[case]
@@ -155,7 +154,7 @@ def test_killed_between_the_best_and_the_last_of_the_final_step(uninterrupted, m
     )  # the fourth: steps 3, 6, 9, 12
     assert statuses == [137]
     assert left == expected["sasrec"]
-    assert "going on from final step/best, step 12" in (folder / "log.txt").read_text()
+    assert "resuming from final step/best, step 12" in (folder / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("kind, status", [("term", 143), ("int", 130)])
@@ -169,7 +168,7 @@ def test_a_signal_lets_the_step_finish_and_saves(uninterrupted, kind, status, mo
     )  # the last one in step 12
     assert statuses == [status] * 6
     assert left == expected["teacher"]
-    assert "the same command goes on from there" in (folder / "log.txt").read_text()
+    assert "the same command resumes from there" in (folder / "log.txt").read_text()
 
 
 def test_a_finished_run_is_not_touched(uninterrupted, monkeypatch):
@@ -184,7 +183,8 @@ def test_a_finished_run_is_not_touched(uninterrupted, monkeypatch):
     )
     assert (
         done.returncode == 2
-        and "holds a finished run; --overwrite starts anew, --eval_only evaluates it" in done.stderr
+        and "holds a finished run; --overwrite starts from scratch, --eval_only evaluates it"
+        in done.stderr
     )
     assert hashes(Path("whole 0")) == before
 

@@ -96,7 +96,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message_and_the_run_goes_on_lat
     assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
     assert not Path("run/results.json").exists()
     again = start(2, "finetune.py", *flags)
-    assert "going on from run/last, step 2" in again.stdout
+    assert "resuming from run/last, step 2" in again.stdout
     start(
         1,
         "finetune.py",

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -15,52 +16,36 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 
 from models.losses import recommendation_loss  # noqa: E402
 from tests.conftest import exact_norm, histories, small_model  # noqa: E402
-from utils import cli, distributed, runlog, training  # noqa: E402
+from utils import cli, processes, training  # noqa: E402
 from utils.evaluation import Ranks  # noqa: E402
-from utils.metrics_log import MetricsLog  # noqa: E402
+from utils.flags import Exits, Runtime, Training  # noqa: E402
+from utils.run import Run  # noqa: E402
 
 
 def float64(folder: str) -> None:
     """Twenty steps of a small double-precision LLM4Rec without dropout; an odd number of samples,
     so that the last batch is uneven.
     """
-    distributed.start("cpu")
+    processes.start("cpu")
     modeling_llama.LlamaRMSNorm.forward = exact_norm
     model = small_model(strategy="lora")
     batch, target = histories([1 + i % 8 for i in range(21)]), torch.arange(21) % 23
 
     def loss_fn(rows: np.ndarray) -> dict:
-        return recommendation_loss(
-            model(batch[rows]), None, model.item_table, target[rows], cls_multiple_lambda=0.5
-        )
+        exits = Exits(cls_multiple_lambda=0.5)
+        return recommendation_loss(model(batch[rows]), None, model.item_table, target[rows], exits)
 
-    runlog.start(folder, {"step": "test", "flags": {}}, False, False)
-    training.fit(
-        module=model,
-        loss_fn=loss_fn,
-        counts=np.ones(21, int),
-        users_of=lambda rows: [],
-        ranks_of=lambda *_: Ranks(*(np.array([2]),) * 3),
-        folder=Path(folder),
-        log=MetricsLog(folder, False),
-        meta={},
-        resume=False,
-        batch_size=8,
-        micro_batch_size=2,
-        num_epochs=1,
-        max_steps=20,
-        learning_rate=0.01,
-        lr_scheduler="cosine",
-        warmup_steps=2,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        eval_steps=10,
-        save_steps=10,
-        patience=0,
-        log_steps=1,
-        seed=1,
-        bf16=False,
+    settings = Training(
+        batch_size=8, max_steps=20, learning_rate=0.01, warmup_steps=2, eval_steps=10, seed=1
     )
+    runtime = Runtime(micro_batch_size=2, save_steps=10, log_steps=1)
+    run = Run.open("test", Path(folder), settings, runtime)
+    run.prepare({})
+    run.begin()
+    samples = SimpleNamespace(counts=lambda: np.ones(21, int), users=lambda rows: [])
+    ranks = Ranks(*(np.array([2]),) * 3)
+    fit = training.fit
+    fit(run, model, loss_fn, samples, lambda *_: ranks, settings, runtime, bf16=False, meta={})
 
 
 def dying(script: str, *flags: str) -> None:
@@ -69,7 +54,7 @@ def dying(script: str, *flags: str) -> None:
 
     def dies(self, *args, **kwargs):
         taken.append(1)
-        if len(taken) == 3 and distributed.rank() == 1:
+        if len(taken) == 3 and processes.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, *args, **kwargs)
 
@@ -79,5 +64,5 @@ def dying(script: str, *flags: str) -> None:
 
 if __name__ == "__main__":
     {"float64": float64, "dying": dying}[sys.argv[1]](*sys.argv[2:])
-    if distributed.world() > 1:
+    if processes.world() > 1:
         os._exit(0)  # as cli.run does, and for its reason
