@@ -1,13 +1,15 @@
-"""Step 4: distil the teacher into a student with fewer layers, block by block, supervised at
-several exits.
+"""Step 4: distil the teacher into a student with fewer layers, block by block, with several exits.
 
-    python distill.py                       # demo domain, after finetune.py: a minute on 2 cores, HR@10 about .71
-    python distill.py --max_steps 20        # a few seconds, to see it run
+    python distill.py                   # demo domain: a minute on 2 cores, HR@10 about .71
+    python distill.py --max_steps 20    # a few seconds, to see it run
     python distill.py --domain_type cloth --learning_rate 3e-3 --max_steps 1500
-    python distill.py --domain_type cloth --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0   # CE, no teacher
-    python distill.py --domain_type cloth --distill_mode online --base_model meta-llama/Llama-2-7b-hf
-    python distill.py --domain_type cloth --eval_only                   # metrics of best/ again
-    python distill.py --domain_type cloth --distill_lambda 0.5 --output_dir runs/half   # the teacher's states are reused
+    python distill.py --domain_type cloth --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0
+    python distill.py --domain_type cloth --distill_mode online --base_model small
+    python distill.py --domain_type cloth --distill_lambda 0.5 --output_dir runs/half
+    python distill.py --domain_type cloth --eval_only              # metrics of best/ again
+
+The fourth is plain cross-entropy, without a teacher. The sixth reads the teacher's states that an
+earlier command wrote.
 
 Reads data/<domain>.csv, output/<domain>/sasrec_item.pkl and output/<domain>/teacher/; writes
 output/<domain>/student/ and, once per teacher, its states on the training samples beside the
@@ -19,19 +21,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from utils import cli
-from utils.flags import (
-    LAYER_WORDS,
-    DistillationLoss,
-    Evaluation,
-    LLMRuntime,
-    LoRA,
-    Prompt,
-    StudentFiles,
-    StudentLLM,
-    TeacherLLM,
-    Training,
-)
+from utils import cli, flags
 
 
 # Where the teacher's output comes from: (indices, history) -> Output or None.
@@ -40,7 +30,7 @@ def no_teacher(indices, history):
 
 
 def running_teacher(forward):
-    """Live (a frozen teacher's encoder) or online (the teacher that is trained)."""
+    """A frozen teacher's encoder (live), or the teacher that is trained too (online)."""
     return lambda indices, history: forward(history)
 
 
@@ -53,14 +43,16 @@ def cached_teacher(states, device):
 @cli.command
 def main(
     *,
-    files: StudentFiles,
-    prompt: Prompt = Prompt(base_model=None, prompt_template_name=None, max_seq_length=None),
-    llm: StudentLLM,
-    lora: LoRA,
-    loss: DistillationLoss,
-    training: Training,
-    evaluation: Evaluation,
-    runtime: LLMRuntime,
+    files: flags.StudentFiles,
+    prompt: flags.Prompt = flags.Prompt(
+        base_model=None, prompt_template_name=None, max_seq_length=None
+    ),
+    llm: flags.StudentLLM = flags.StudentLLM(llama_decoder_nums_teacher=None),
+    lora: flags.LoRA,
+    loss: flags.DistillationLoss,
+    training: flags.Training,
+    evaluation: flags.Evaluation,
+    runtime: flags.LLMRuntime,
 ) -> dict:
     """Train a student of N layers, aligned to the teacher's M layers at the ends of B blocks.
 
@@ -70,7 +62,6 @@ def main(
     terms that read it are 0.
     """
     from datasets.domain import Domain, read_inputs
-    from datasets.prompts import Prompt as Texts
     from datasets.prompts import read_template
     from utils.run import Run, agree
 
@@ -79,41 +70,29 @@ def main(
     trains = not runtime.eval_only
     from_teacher = trains and llm.student_init == "teacher"
     needs_teacher = trains and (loss.reads_teacher or from_teacher)
-    online = needs_teacher and loss.distill_mode == "online"
+    online = needs_teacher and llm.distill_mode == "online"
     offline = needs_teacher and not online
     exits = loss.cls_multiple_lambda > 0
     n_blocks = loss.distill_block if trains and (loss.reads_teacher or exits) else 1
     there = (teacher_folder / "best").is_dir() or (cache is not None and cache.is_dir())
+    missing = f"teacher not found: {teacher_folder / 'best'}; finetune.py writes it"
     cli.check(
         cli.divides(training, runtime),
         cli.blocks(n_blocks, llama_decoder_nums_student=llm.llama_decoder_nums_student),
-        (
-            not (online and from_teacher),
-            "--student_init=teacher starts from a trained teacher: use --distill_mode=offline",
-        ),
-        (
-            there or not offline,
-            f"teacher not found: {teacher_folder / 'best'}; finetune.py writes it"
-            " (or name a run with --teacher)",
-        ),
+        (there or not offline, f"{missing} (or name a run with --teacher)"),
     )
 
-    # What an earlier stage fixed is inherited; a flag that contradicts it is refused.
-    if offline:
+    teacher_run = None
+    if offline:  # what the teacher fixed is inherited; a flag that contradicts it is refused
         teacher_run = Run.read("teacher", teacher_folder, "--teacher")
         source, fixed = f"the teacher in {teacher_folder}", teacher_run.flags
         prompt = agree(prompt, fixed, source)
         llm = agree(llm, {"llama_decoder_nums_teacher": fixed["llama_decoder_nums"]}, source)
-        depth = f"llama_decoder_nums_teacher {llm.llama_decoder_nums_teacher}"
-        shown = [*(f"{name} {value}" for name, value in prompt.values().items()), depth]
-        print(f"inherited from {source}: {', '.join(shown)}", flush=True)
     elif trains:
-        prompt = prompt.filled()
-        depth = llm.llama_decoder_nums_teacher or TeacherLLM().llama_decoder_nums
-        llm = dataclasses.replace(llm, llama_decoder_nums_teacher=depth)
-    if loss.reads_teacher and trains:
-        depth = llm.llama_decoder_nums_teacher
-        cli.check(cli.blocks(n_blocks, llama_decoder_nums_teacher=depth))
+        prompt, llm = prompt.filled(), llm.filled()
+    n_layers, n_teacher = llm.llama_decoder_nums_student, llm.llama_decoder_nums_teacher
+    if trains and loss.reads_teacher:
+        cli.check(cli.blocks(n_blocks, llama_decoder_nums_teacher=n_teacher))
 
     folder = Path(files.output_dir or domain.folder / "student")
     groups = files, prompt, llm, lora, loss, training, evaluation, runtime
@@ -131,9 +110,9 @@ def main(
     from datasets import sequences, teacher_states
     from datasets.prompts import tokenise
     from models import base
-    from models.llm4rec import LLM4Rec, build, specify
+    from models.llm4rec import Calibration, LLM4Rec, build, specify
     from models.losses import recommendation_loss
-    from models.selection import CALIBRATION, block_ends, block_influence
+    from models.selection import block_ends
     from utils import processes
     from utils.evaluation import ranker
     from utils.training import fit
@@ -145,61 +124,46 @@ def main(
     bf16 = run.precision(training.bf16, on_cuda=device.type == "cuda")
     location = base.locate(prompt.base_model)
     table = inputs.item_table().to(device)  # [N, D]
-    samples, splits = sequences.prepare(
-        inputs.data, training.train_targets, prompt.max_seq_length, evaluation
-    )
-
-    def ranks_by(model: LLM4Rec):
-        encoder = partial(model.user_encoder, bf16)
-        return ranker(encoder, table, splits, runtime.eval_batch_size, device)
-
+    samples, splits = sequences.prepare(inputs.data, training.train_targets, prompt, evaluation)
+    ranks_by = ranker(table, splits, runtime.eval_batch_size, device)
     about = {"users": inputs.data.users, "candidates": splits["test"].candidate_counts()}
     if run.eval_only:
         run.check_same(inputs.hashes, inputs.table_path)
         student = LLM4Rec.load(run, table, bf16).to(device)
-        return run.finish(student, ranks_by(student), **about)
+        return run.finish(student, ranks_by(partial(student.user_encoder, bf16)), **about)
 
     taught = teacher_run.config["model"] if offline else None
-    prompt_ids = tokenise(template, location) if taught is None else Texts.of(taught)
-    calibration = samples.spread(CALIBRATION).to(device)
-    specify_model = partial(
-        specify,
-        location,
-        prompt.base_model,
-        *prompt_ids,
-        lora=lora,
-        max_seq_length=prompt.max_seq_length,
-        n_blocks=n_blocks,
-        influence=partial(
-            block_influence, location, *prompt_ids, calibration, table, bf16, training.seed
-        ),
+    ids = (
+        (taught["prompt_ids"], taught["response_ids"]) if offline else tokenise(template, location)
     )
-    same_exits = taught and taught["exit_heads"] and taught["n_blocks"] == n_blocks
-    spec = specify_model(
-        llm=llm,
-        n_layers=llm.llama_decoder_nums_student,
-        exit_heads=exits or bool(loss.logit_lambda and same_exits),
-        teacher_layers=taught["layers"] if from_teacher else None,
+    calibration = Calibration(samples.calibration().to(device), table, bf16, training.seed)
+    shape = {"lora": lora, "n_blocks": n_blocks, "calibration": calibration}
+    same_exits = offline and taught["exit_heads"] and taught["n_blocks"] == n_blocks
+    heads = exits or (loss.logit_lambda > 0 and same_exits)
+    pool = taught["layers"] if from_teacher else None
+    spec = specify(
+        location,
+        prompt,
+        ids,
+        llm,
+        n_layers=n_layers,
+        exit_heads=heads,
+        teacher_layers=pool,
+        **shape,
     )
     if spec["strategy"] == "full":
         cli.report_unused(lora, "the base is trained in full; --train_strategy=lora uses them")
-    if loss.reads_teacher and llm.llama_decoder_nums_teacher < llm.llama_decoder_nums_student:
-        print(
-            f"the teacher has {llm.llama_decoder_nums_teacher} layers,"
-            f" fewer than the student's {llm.llama_decoder_nums_student}"
-        )
+    if loss.reads_teacher and n_teacher < n_layers:
+        print(f"the teacher has {n_teacher} layers, fewer than the student's {n_layers}")
     run.prepare(
-        {
-            "domain": inputs.domain.name,
-            **inputs.hashes,
-            "random_base": prompt.base_model in base.BUILT_IN,
-            "base": base.contents(location),
-            "bf16": bf16,
-            "model": spec,
-            "teacher_sha256": teacher_sha256,
-            "cached": cache is not None,
-            "teacher": str(teacher_folder) if offline else "online" if online else None,
-        }
+        domain=inputs.domain.name,
+        **inputs.hashes,
+        **base.describe(prompt.base_model, location),
+        bf16=bf16,
+        model=spec,
+        teacher_sha256=teacher_sha256,
+        cached=cache is not None,
+        teacher=str(teacher_folder) if offline else "online" if online else None,
     )
 
     def build_model(spec: dict) -> LLM4Rec:
@@ -207,22 +171,22 @@ def main(
 
     def frozen_teacher():
         teacher = LLM4Rec.load(teacher_run, table, bf16).to(device)
-        teacher.return_states_at(block_ends(len(taught["layers"]), n_blocks))
+        teacher.return_states_at(block_ends(n_teacher, n_blocks))
         return teacher.requires_grad_(False).encoder(bf16)
 
     torch.manual_seed(training.seed)
     student = trained = build_model(spec)
     if from_teacher:
         student.start_from(teacher_run, spec)
-    waited = None
+    seconds = {"teacher_states_seconds": None}
     if not loss.reads_teacher:
         teacher_output = no_teacher
     elif online:
-        # A list of layers names the student's.
-        selection = llm.layer_selection if llm.layer_selection in LAYER_WORDS else "first"
-        teacher_llm = dataclasses.replace(llm, layer_selection=selection)
-        depth = llm.llama_decoder_nums_teacher
-        teacher = build_model(specify_model(llm=teacher_llm, n_layers=depth, exit_heads=exits))
+        if llm.layer_selection not in flags.LAYER_WORDS:  # a list names the student's layers
+            llm = dataclasses.replace(llm, layer_selection="first")
+        teacher = build_model(
+            specify(location, prompt, ids, llm, n_layers=n_teacher, exit_heads=exits, **shape)
+        )
         trained = torch.nn.ModuleDict({"student": student, "teacher": teacher})
         teacher_output = running_teacher(teacher)
     elif cache is None:
@@ -242,25 +206,21 @@ def main(
         states = teacher_states.open_or_build(
             cache, identity, frozen_teacher, samples, runtime.eval_batch_size, device
         )
-        waited = time.perf_counter() - started
+        seconds["teacher_states_seconds"] = time.perf_counter() - started
         teacher_output = cached_teacher(states, device)
 
     def loss_fn(indices):
         history = samples.histories(indices).to(device)
         target = samples.targets(indices).to(device)
         teacher = teacher_output(indices, history)
-        return recommendation_loss(
-            student(history), teacher, table, target, loss, train_teacher=online
-        )
+        return recommendation_loss(student(history), teacher, table, target, loss, online)
 
     run.begin()
+    ranks_of = ranks_by(partial(student.user_encoder, bf16))
     meta = {"layers": spec["layers"]}
-    fitted = fit(
-        run, trained, loss_fn, samples, ranks_by(student), training, runtime, bf16=bf16, meta=meta
-    )
+    fitted = fit(run, trained, loss_fn, samples, ranks_of, training, runtime, bf16=bf16, meta=meta)
     student.restore(run)
-    seconds = {"teacher_states_seconds": waited}
-    return run.finish(student, ranks_by(student), fitted=fitted, seconds=seconds, **about)
+    return run.finish(student, ranks_of, fitted=fitted, seconds=seconds, **about)
 
 
 if __name__ == "__main__":

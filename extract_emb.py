@@ -1,6 +1,6 @@
 """Step 2: write SASRec's item table as the pickle that the LLM steps (and the released code) read.
 
-    python extract_emb.py                                                # demo domain, a few seconds
+    python extract_emb.py                                      # demo domain, a few seconds
     python extract_emb.py --domain_type cloth
     python extract_emb.py --domain_type cloth --sasrec runs/my_sasrec --item_table runs/my_item.pkl
 

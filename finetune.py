@@ -1,11 +1,11 @@
 """Step 3: train the teacher, the first M layers of a LLaMA over projected SASRec item embeddings.
 
-    python finetune.py                      # demo domain, base tiny: a minute on 2 cores, HR@10 about .71
-    python finetune.py --max_steps 20       # a few seconds, to see it run
+    python finetune.py                  # demo domain: a minute on 2 cores, HR@10 about .71
+    python finetune.py --max_steps 20   # a few seconds, to see it run
     python finetune.py --domain_type cloth --base_model meta-llama/Llama-2-7b-hf \
         --learning_rate 1e-3 --num_epochs 3 --warmup_steps 100
     python finetune.py --domain_type cloth --base_model small --llama_decoder_nums 4 --num_epochs 5
-    python finetune.py --domain_type cloth --eval_only                  # metrics of best/ again
+    python finetune.py --domain_type cloth --eval_only             # metrics of best/ again
 
 Reads data/<domain>.csv and output/<domain>/sasrec_item.pkl; writes output/<domain>/teacher/.
 """
@@ -13,30 +13,20 @@ Reads data/<domain>.csv and output/<domain>/sasrec_item.pkl; writes output/<doma
 from functools import partial
 from pathlib import Path
 
-from utils import cli
-from utils.flags import (
-    Evaluation,
-    Exits,
-    LLMRuntime,
-    LoRA,
-    Prompt,
-    TeacherFiles,
-    TeacherLLM,
-    Training,
-)
+from utils import cli, flags
 
 
 @cli.command
 def main(
     *,
-    files: TeacherFiles,
-    prompt: Prompt,
-    llm: TeacherLLM,
-    lora: LoRA,
-    exits: Exits = Exits(cls_multiple_lambda=0.0),
-    training: Training,
-    evaluation: Evaluation,
-    runtime: LLMRuntime,
+    files: flags.TeacherFiles,
+    prompt: flags.Prompt,
+    llm: flags.TeacherLLM,
+    lora: flags.LoRA,
+    exits: flags.Exits = flags.Exits(cls_multiple_lambda=0.0),
+    training: flags.Training,
+    evaluation: flags.Evaluation,
+    runtime: flags.LLMRuntime,
 ) -> dict:
     """Train a teacher (or, with fewer layers, a small model without distillation)."""
     from datasets.domain import Domain, read_inputs
@@ -64,9 +54,8 @@ def main(
     from datasets import sequences
     from datasets.prompts import tokenise
     from models import base
-    from models.llm4rec import LLM4Rec, build, specify
+    from models.llm4rec import Calibration, LLM4Rec, build, specify
     from models.losses import recommendation_loss
-    from models.selection import CALIBRATION, block_influence
     from utils import processes
     from utils.evaluation import ranker
     from utils.training import fit
@@ -75,48 +64,22 @@ def main(
     bf16 = run.precision(training.bf16, on_cuda=device.type == "cuda")
     location = base.locate(prompt.base_model)
     table = inputs.item_table().to(device)  # [N, D]
-    samples, splits = sequences.prepare(
-        inputs.data, training.train_targets, prompt.max_seq_length, evaluation
-    )
-
-    def ranks_by(model: LLM4Rec):
-        encoder = partial(model.user_encoder, bf16)
-        return ranker(encoder, table, splits, runtime.eval_batch_size, device)
-
+    samples, splits = sequences.prepare(inputs.data, training.train_targets, prompt, evaluation)
+    ranks_by = ranker(table, splits, runtime.eval_batch_size, device)
     about = {"users": inputs.data.users, "candidates": splits["test"].candidate_counts()}
     if run.eval_only:
         run.check_same(inputs.hashes, inputs.table_path)
         model = LLM4Rec.load(run, table, bf16).to(device)
-        return run.finish(model, ranks_by(model), **about)
+        return run.finish(model, ranks_by(partial(model.user_encoder, bf16)), **about)
 
-    prompt_ids = tokenise(template, location)
-    calibration = samples.spread(CALIBRATION).to(device)
-    spec = specify(
-        location,
-        prompt.base_model,
-        *prompt_ids,
-        llm,
-        lora,
-        n_layers=llm.llama_decoder_nums,
-        max_seq_length=prompt.max_seq_length,
-        n_blocks=n_blocks,
-        exit_heads=exit_heads,
-        influence=partial(
-            block_influence, location, *prompt_ids, calibration, table, bf16, training.seed
-        ),
-    )
+    ids = tokenise(template, location)
+    depth = llm.llama_decoder_nums
+    calibration = Calibration(samples.calibration().to(device), table, bf16, training.seed)
+    spec = specify(location, prompt, ids, llm, lora, depth, n_blocks, exit_heads, calibration)
     if spec["strategy"] == "full":
         cli.report_unused(lora, "the base is trained in full; --train_strategy=lora uses them")
-    run.prepare(
-        {
-            "domain": inputs.domain.name,
-            **inputs.hashes,
-            "random_base": prompt.base_model in base.BUILT_IN,
-            "base": base.contents(location),
-            "bf16": bf16,
-            "model": spec,
-        }
-    )
+    base_about = base.describe(prompt.base_model, location)
+    run.prepare(domain=inputs.domain.name, **inputs.hashes, **base_about, bf16=bf16, model=spec)
     torch.manual_seed(training.seed)
     model = build(location, table, spec, bf16, runtime.gradient_checkpointing).to(device)
 
@@ -126,12 +89,11 @@ def main(
         return recommendation_loss(output, None, table, target, exits)
 
     run.begin()
+    ranks_of = ranks_by(partial(model.user_encoder, bf16))
     meta = {"layers": spec["layers"]}
-    fitted = fit(
-        run, model, loss_fn, samples, ranks_by(model), training, runtime, bf16=bf16, meta=meta
-    )
+    fitted = fit(run, model, loss_fn, samples, ranks_of, training, runtime, bf16=bf16, meta=meta)
     model.restore(run)
-    return run.finish(model, ranks_by(model), fitted=fitted, **about)
+    return run.finish(model, ranks_of, fitted=fitted, **about)
 
 
 if __name__ == "__main__":

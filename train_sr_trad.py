@@ -3,8 +3,8 @@
     python train_sr_trad.py                      # demo domain: a minute on 2 cores, HR@10 about .74
     python train_sr_trad.py --max_steps 20       # a few seconds, to see it run
     python train_sr_trad.py --domain_type cloth                          # data/cloth.csv[.gz|.xz]
-    python train_sr_trad.py --domain_type cloth --train_targets last --init_std 1 --learning_rate 1e-4 \
-        --batch_size 1024 --num_epochs 50 --patience 0 --seed 9999       # as first released
+    python train_sr_trad.py --domain_type cloth --train_targets last --init_std 1 \
+        --learning_rate 1e-4 --batch_size 1024 --num_epochs 50 --patience 0 --seed 9999
     python train_sr_trad.py --domain_type cloth --eval_only              # metrics of best/ again
 
 Reads data/<domain>.csv; writes output/<domain>/sasrec/ (best/, last/, config.json, metrics.jsonl,
@@ -13,26 +13,17 @@ results.json, ranks.npz).
 
 from pathlib import Path
 
-from utils import cli
-from utils.flags import (
-    Evaluation,
-    Runtime,
-    SASRecFiles,
-    SASRecLoss,
-    SASRecModel,
-    Sequence,
-    Training,
-)
+from utils import cli, flags
 
 
 @cli.command
 def main(
     *,
-    files: SASRecFiles,
-    sequence: Sequence,
-    sasrec: SASRecModel,
-    objective: SASRecLoss,
-    training: Training = Training(
+    files: flags.SASRecFiles,
+    sequence: flags.Sequence,
+    sasrec: flags.SASRecModel,
+    objective: flags.SASRecLoss,
+    training: flags.Training = flags.Training(
         train_targets="all",
         num_epochs=200,
         lr_scheduler="constant",
@@ -42,8 +33,8 @@ def main(
         eval_steps=-1,
         bf16=False,
     ),
-    evaluation: Evaluation,
-    runtime: Runtime = Runtime(save_steps=-1, log_steps=50),
+    evaluation: flags.Evaluation,
+    runtime: flags.Runtime = flags.Runtime(save_steps=-1, log_steps=50),
 ) -> dict:
     """Train SASRec on a domain's sequences and report popularity beside it."""
     from datasets.domain import Domain
@@ -73,17 +64,15 @@ def main(
 
     device = processes.choose_device(runtime.device)
     every_position = training.train_targets == "all"
-    samples, splits = sequences.prepare(
-        data, "last", sequence.max_seq_length, evaluation, every_position
-    )
+    samples, splits = sequences.prepare(data, "last", sequence, evaluation, every_position)
     if run.eval_only:
         run.check_same(hashes, csv_path)
     else:
-        run.prepare({"domain": domain.name, **hashes})
+        run.prepare(domain=domain.name, **hashes)
     torch.manual_seed(training.seed)
     model = SASRec(data.n_items, sequence.max_seq_length, **sasrec.values()).to(device)
     table = model.item_table  # [N, D], trained
-    ranks_of = ranker(lambda: model, table, splits, runtime.eval_batch_size, device)
+    ranks_of = ranker(table, splits, runtime.eval_batch_size, device)(lambda: model)
 
     def loss_fn(indices):
         history = samples.histories(indices).to(device)
@@ -105,16 +94,10 @@ def main(
     fitted = None
     if not run.eval_only:
         run.begin()
+        meta = {"items": data.n_items}
+        bf16 = training.bf16
         fitted = fit(
-            run,
-            model,
-            loss_fn,
-            samples,
-            ranks_of,
-            training,
-            runtime,
-            bf16=training.bf16,
-            meta={"items": data.n_items},
+            run, model, loss_fn, samples, ranks_of, training, runtime, bf16=bf16, meta=meta
         )
     weights, _ = checkpoint.load(run.folder / "best")
     checkpoint.restore(model, weights, run.folder / "best")
@@ -124,7 +107,7 @@ def main(
     def encode_alike(history):
         return counts.new_ones(len(history), 1)
 
-    by_popularity = ranker(lambda: encode_alike, counts, splits, runtime.eval_batch_size, device)
+    by_popularity = ranker(counts, splits, runtime.eval_batch_size, device)(lambda: encode_alike)
     return run.finish(
         model,
         ranks_of,

@@ -1,8 +1,8 @@
 """The paper's efficiency table: E4SRec with 32, 8 and 4 layers and SLMRec, plain and ours, time,
 parameters and memory.
 
-    python -m benchmarks.efficiency                                      # CPU: shape small, the same layer counts
-    python -m benchmarks.efficiency --shape llama-2-7b --batch_size 256 --eval_batch_size 512   # CUDA: LLaMA-2-7B's shape in bfloat16
+    python -m benchmarks.efficiency                    # CPU: shape small, the same layer counts
+    python -m benchmarks.efficiency --shape llama-2-7b --batch_size 256 --eval_batch_size 512
 
 Weights are random, prompt and response have 62 and 7 tokens, lengths and catalogue are the domain's
 (the demo's by default). Every round builds each row anew, warms it up with a step and times the
@@ -109,7 +109,7 @@ def shape_of(setting: Setting) -> measure.Shape:
 
 
 def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Row:
-    """`which` is plain or ours; distilled: the whole loss against cached teacher states, exits too."""
+    """`which` is plain or ours; distilled: the whole loss against cached teacher states."""
     shape, samples, device = shape_of(setting), samples_of(setting), torch.device(setting.device)
     bf16 = device.type == "cuda"
     model = shape.model(n_layers, "lora", BLOCKS if distilled else 1, distilled, bf16)
@@ -201,14 +201,12 @@ def sasrec_row(setting: Setting) -> Row:
     return Row(training_step(model, loss), infer, size, size)
 
 
-ROWS: dict[str, Callable[[Setting], Row]] = {
-    **{
-        f"E4SRec, {n} layers, {which}": functools.partial(
-            llm_row, which=which, n_layers=n, distilled=False
-        )
-        for which in ("plain", "ours")
-        for n in (32, 8, 4)
-    },
+ROWS: dict[str, Callable[[Setting], Row]] = {}
+for _which in ("plain", "ours"):
+    for _n in (32, 8, 4):
+        _row = functools.partial(llm_row, which=_which, n_layers=_n, distilled=False)
+        ROWS[f"E4SRec, {_n} layers, {_which}"] = _row
+ROWS |= {
     "SLMRec 4 <- 8, ours": functools.partial(llm_row, which="ours", n_layers=4, distilled=True),
     "SASRec, ours": sasrec_row,
 }
@@ -366,11 +364,11 @@ def ratios(times: dict[str, list], share: float) -> dict[str, list[float]]:
         ),
         "plain / ours, without distillation": (f"{large}, plain", "E4SRec, 4 layers, ours"),
     }
-    return {
-        label: np.median(seconds_of[one] / seconds_of[other], axis=0).tolist()
-        for label, (one, other) in compared.items()
-        if one in seconds_of and other in seconds_of
-    }
+    found = {}
+    for label, (one, other) in compared.items():
+        if one in seconds_of and other in seconds_of:
+            found[label] = np.median(seconds_of[one] / seconds_of[other], axis=0).tolist()
+    return found
 
 
 def table(about: dict) -> str:

@@ -157,7 +157,7 @@ def _processor() -> str:
 
 
 def write_report(folder: Path, name: str, result: dict[str, Any], table: str) -> None:
-    """Leave the figures as <name>.json and the table as <name>.md in `folder`, and print the table."""
+    """Write the figures as <name>.json and the table as <name>.md into `folder`, and print it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", result)
     (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")

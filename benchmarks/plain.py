@@ -175,9 +175,7 @@ def plain_ranks(users: Tensor, item_table: Tensor, target: Tensor, seen: list[li
 def plain_process(
     path: Path, min_rating: float, min_user: int, min_item: int, min_length: int
 ) -> pd.DataFrame:
-    """The released notebook's filters in pandas, in time order; one row per user with its list of items
-    numbered from 0.
-    """
+    """The released notebook's filters in pandas, in time order: one row per user, items from 0."""
     with open(path, encoding="utf-8") as file:
         frame = pd.DataFrame([json.loads(line) for line in file])[
             ["reviewerID", "asin", "overall", "unixReviewTime"]

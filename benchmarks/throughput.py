@@ -1,7 +1,7 @@
 """Ours beside the plain form, part by part, in one run: alternating, medians of the pairs' ratios.
 
-    python -m benchmarks.throughput                                      # lengths of the demo domain, base tiny
-    python -m benchmarks.throughput --data_path ../shared/data/amazon2014_beauty.csv.xz --base_model small
+    python -m benchmarks.throughput                    # lengths of the demo domain, base tiny
+    python -m benchmarks.throughput --data_path data/amazon2014_beauty.csv.xz --base_model small
 
 Every pair has the same weights and the same batches. The plain form is benchmarks/plain.py: the
 padded Hugging Face forward with peft, full logits, candidates by set difference, ranks by sorting,
@@ -206,14 +206,7 @@ def distillation(bench: Bench, teacher_layers: int, student_layers: int, n_block
         + 2 * 2 * (n_blocks - 1) * len(bench.batches[0]) * bench.shape.item_table.numel()
     )
     with tempfile.TemporaryDirectory() as folder:
-        some = np.arange(min(len(bench.samples), 4096))
-        part = some_of(bench.samples, some)
-        fill = measure.seconds(
-            lambda: teacher_states.open_or_build(
-                Path(folder), {"part": True}, lambda: encode, part, 512, bench.device
-            ),
-            bench.device,
-        ) * (len(bench.samples) / len(part))
+        fill = fill_seconds(bench, encode, Path(folder))
         cached = states_of_batches(bench, encode, Path(folder))
         timed = bench.race(
             training_step(student, lambda rows: loss(rows, lambda r, h: Output(*cached(r)))),
@@ -230,7 +223,8 @@ def distillation(bench: Bench, teacher_layers: int, student_layers: int, n_block
     break_even = fill / per_epoch / saved if saved > 0 else float("inf")
     name = f"distill step {student_layers} <- {teacher_layers}"
     bench.add(f"{name}, cached teacher", "ms", timed, 1e3, own, llm=True)
-    filled = f"{name}, first epoch and the pass that fills the cache (breaks even after {break_even:.1f})"
+    filled = f"{name}, first epoch and the pass that fills the cache"
+    filled += f" (breaks even after {break_even:.1f})"
     bench.add(
         filled, "ms", first_epoch, 1e3, llm=True, break_even_epochs=break_even, fill_seconds=fill
     )
@@ -242,6 +236,14 @@ def distillation(bench: Bench, teacher_layers: int, student_layers: int, n_block
         own + bench.operations(teacher_layers, "lora", training=False),
         llm=True,
     )
+
+
+def fill_seconds(bench: Bench, encode, folder: Path) -> float:
+    """Seconds that the teacher's pass over all samples takes, from a part of them."""
+    part = some_of(bench.samples, np.arange(min(len(bench.samples), 4096)))
+    arguments = folder, {"part": True}, lambda: encode, part, 512, bench.device
+    timed = measure.seconds(lambda: teacher_states.open_or_build(*arguments), bench.device)
+    return timed * len(bench.samples) / len(part)
 
 
 def some_of(samples: sequences.Samples, indices: np.ndarray) -> sequences.Samples:
@@ -395,7 +397,7 @@ def ranking(bench: Bench, n_users: int = 128) -> None:
 
 
 def sasrec(bench: Bench, batch_size: int = 256) -> None:
-    """Step 1 at its defaults, every position a target: an epoch is its steps times the median step."""
+    """Step 1 at its defaults, every position a target. An epoch: its steps times the median."""
     per_epoch = len(bench.samples) / batch_size
     rng = np.random.default_rng(0)
     batches = [

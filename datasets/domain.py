@@ -87,7 +87,7 @@ def canonical_domain(domain_type: str) -> str:
 
 
 def find_csv(domain: str, data_path: str | None = None) -> Path:
-    """The domain's CSV: `data_path` if given, else data/<domain>.csv[.gz|.xz], else in dataset/sequential/.
+    """The domain's CSV: `data_path`, else data/<domain>.csv[.gz|.xz], else in dataset/sequential/.
 
     Raises:
         UsageError: no such file; the line says where it was looked for and which domains are there.

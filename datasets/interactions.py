@@ -171,7 +171,8 @@ def _parse(path: Path, text: io.TextIOBase) -> Iterator[tuple[int, str, list[int
             continue
         if len(fields) != len(header):
             raise UsageError(
-                f"{path}: row {row} has {len(fields)} fields, expected {len(header)}; quote the list"
+                f"{path}: row {row} has {len(fields)} fields, expected {len(header)};"
+                " quote the list"
             )
         yield row, fields[user_column], _item_ids(path, row, fields[item_column])
 
@@ -187,7 +188,8 @@ def _columns(path: Path, header: list[str]) -> tuple[int, int]:
     near = {name: difflib.get_close_matches(name, names, n=1, cutoff=0.4) for name in missing}
     hints = [f"; is {match[0]!r} meant as {name}?" for name, match in near.items() if match]
     raise UsageError(
-        f"{path}: missing column {', '.join(missing)}; found {', '.join(names)[:200]}{''.join(hints)}"
+        f"{path}: missing column {', '.join(missing)};"
+        f" found {', '.join(names)[:200]}{''.join(hints)}"
     )
 
 

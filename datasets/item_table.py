@@ -109,7 +109,8 @@ def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
     path = Path(path)
     if not path.exists():
         raise UsageError(
-            f"item table not found: {path}; extract_emb.py writes it (or name one with --item_table)"
+            f"item table not found: {path}; extract_emb.py writes it"
+            " (or name one with --item_table)"
         )
     content = _unpickle(path)
     if not isinstance(content, dict) or KEY not in content:

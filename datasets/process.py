@@ -3,7 +3,7 @@
     python -m datasets.process --reviews Sports_and_Outdoors_5.json.gz \
         --meta meta_Sports_and_Outdoors.json.gz --domain_type sport
     python -m datasets.process --reviews R.json.gz --meta M.json.gz --domain_type gift --min_item 5
-    python -m datasets.process --reviews R.json.gz --domain_type sport --order file    # sequence order as released
+    python -m datasets.process --reviews R.json.gz --domain_type sport --order file    # as released
 
 The filters are the released notebook's, in its order: rating, rows per user, rows per item, length,
 repeats, length again. Reviews are read as a stream. About 16 bytes per review and the names of

@@ -15,11 +15,6 @@ class Prompt(NamedTuple):
     prompt: str | list[int]
     response: str | list[int]
 
-    @classmethod
-    def of(cls, spec: dict) -> "Prompt":
-        """The token ids that a model was trained with (see models.llm4rec.specify)."""
-        return cls(spec["prompt_ids"], spec["response_ids"])
-
 
 def read_template(name: str) -> Prompt:
     """The texts of templates/<name>.json, or of a JSON file given by its path.

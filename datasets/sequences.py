@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datasets.candidates import draw
 from datasets.interactions import MINIMUM_LENGTH, Interactions
-from utils.flags import Evaluation
+from utils.flags import Evaluation, Sequence
 
 TrainTargets = Literal["last", "all"]
 VALID, TEST = 2, 1  # the target's place from the end of the user's items; also a key of candidates
@@ -65,8 +65,8 @@ class Samples:
         owner = np.searchsorted(self.data.offsets, self.end[indices], side="right") - 1
         return [self.data.users[user] for user in owner]
 
-    def spread(self, n: int) -> Tensor:
-        """The histories of `n` samples (or all) at even distances, to calibrate on; int64 [n, L]."""
+    def calibration(self, n: int = 64) -> Tensor:
+        """The histories of `n` samples (or all) at even distances; int64 [n, L]."""
         return self.histories(np.unique(np.linspace(0, len(self) - 1, n).astype(np.int64)))
 
     def windows(self, end: np.ndarray, length: np.ndarray, width: int) -> Tensor:
@@ -144,7 +144,8 @@ class EvaluationSplit:
             share: (r, n) gives batches r, r + n, r + 2 n, ... alone.
         """
         samples = self.samples
-        every = np.arange(len(samples))[: None if limit is None else limit * batch_size]
+        n = len(samples) if limit is None else min(len(samples), limit * batch_size)
+        every = np.arange(n)
         for i in range(share[0] * batch_size, len(every), share[1] * batch_size):
             users = every[i : i + batch_size]
             target = samples.targets(users)
@@ -159,7 +160,7 @@ class EvaluationSplit:
             yield EvaluationBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
     def candidates(self, users: np.ndarray) -> np.ndarray:
-        """Negatives of the given users (indices into data.users), int64 [B, K], filled up with -1."""
+        """Negatives of users (indices into data.users), int64 [B, K], filled up with -1."""
         data = self.data
         starts, lengths = data.offsets[users], data.offsets[users + 1] - data.offsets[users]
         owner = np.repeat(np.arange(len(users)), lengths)
@@ -178,13 +179,14 @@ class EvaluationSplit:
 def prepare(
     data: Interactions,
     train_targets: TrainTargets,
-    max_seq_length: int,
+    sequence: Sequence,
     evaluation: Evaluation,
     every_position: bool = False,
 ) -> tuple[Samples, dict[str, EvaluationSplit]]:
     """The training samples and the evaluation splits `valid` and `test`. Prints their sizes."""
-    samples = training_samples(data, train_targets, max_seq_length, every_position)
-    protocol = max_seq_length, evaluation.candidate_seed, evaluation.num_candidates
+    slots = sequence.max_seq_length
+    samples = training_samples(data, train_targets, slots, every_position)
+    protocol = slots, evaluation.candidate_seed, evaluation.num_candidates
     splits = {
         "valid": EvaluationSplit(data, VALID, *protocol),
         "test": EvaluationSplit(data, TEST, *protocol),

@@ -260,7 +260,7 @@ def _check_room(folder: Path, needed: int, shape: list[int]) -> None:
         raise _unwritable(folder.parent, error) from None
     if needed > free:
         raise UsageError(
-            f"--teacher_cache: {folder.parent} has {free / 2**30:.2f} GiB free, the teacher's states"
-            f" need {needed / 2**30:.2f} GiB; name a folder on a larger disk, or use off"
-            " (the teacher then runs in every step)"
+            f"--teacher_cache: {folder.parent} has {free / 2**30:.2f} GiB free,"
+            f" the teacher's states need {needed / 2**30:.2f} GiB; name a folder on a larger disk,"
+            " or use off (the teacher then runs in every step)"
         )

@@ -1,10 +1,10 @@
 """The paper's ablation and what its readers asked for: what each loss term, block map, layer choice
 and start brings.
 
-    python -m experiments.ablation                              # demo domain, base tiny: 4 minutes on 2 cores
-    python -m experiments.ablation --rows ce,cos,cos_norm,cos_ms,slmrec  # the paper's five rows alone
-    python -m experiments.ablation --domain_type cloth --base_model meta-llama/Llama-2-7b-hf --seeds 0,1,2 \
-        --teacher_flags "--num_epochs 3 --warmup_steps 100" \
+    python -m experiments.ablation                    # demo domain, base tiny: 4 minutes on 2 cores
+    python -m experiments.ablation --rows ce,cos,cos_norm,cos_ms,slmrec    # the paper's five alone
+    python -m experiments.ablation --domain_type cloth --base_model meta-llama/Llama-2-7b-hf \
+        --seeds 0,1,2 --teacher_flags "--num_epochs 3 --warmup_steps 100" \
         --student_flags "--learning_rate 3e-3 --max_steps 1500"
 
 Below --output_dir (output/<domain>/paper by default) each seed has one SASRec, one item table, one
@@ -37,9 +37,7 @@ def main(
 
     unknown = [name for name in rows if name not in (*ABLATION, "all")]
     known = ", ".join(ABLATION)
-    cli.check(
-        (not unknown, f"--rows: there is no row {', '.join(unknown)}; choose from {known}"),
-    )
+    cli.check((not unknown, f"--rows: there is no row {', '.join(unknown)}; choose from {known}"))
     texts = {"sasrec": given.sasrec_flags, "teacher": given.teacher_flags, "student": student_flags}
     suite = open_suite(given, texts)
     # Rows without a teacher read what the others read.

@@ -1,7 +1,7 @@
 """Fig. 2: how many layers a recommender needs, and whether the final norm explains the jump at the
 last one.
 
-    python -m experiments.motivation                            # demo domain, base tiny: 90 s on 2 cores
+    python -m experiments.motivation                     # demo domain, base tiny: 90 s on 2 cores
     python -m experiments.motivation --domain_type cloth --base_model meta-llama/Llama-2-7b-hf \
         --layers 1,2,4,8,16,24,32 --teacher_flags "--num_epochs 3 --warmup_steps 100"
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.suite import Suite, SuiteFlags, open_suite
 from utils import cli
-from utils.flags import Evaluation, PositiveInt, TeacherFiles, flag
+from utils.flags import Evaluation, PositiveInt, Sequence, TeacherFiles, flag
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,7 +104,8 @@ def score_every_layer(
     protocol = Evaluation(
         num_candidates=flags["num_candidates"], candidate_seed=flags["candidate_seed"]
     )
-    _, splits = sequences.prepare(inputs.data, "last", flags["max_seq_length"], protocol)
+    length = Sequence(max_seq_length=flags["max_seq_length"])
+    _, splits = sequences.prepare(inputs.data, "last", length, protocol)
     encode, columns = model.encoder(bf16), model.item_table.float().T
     ranks: dict[str, list[list]] = {
         part: [[] for _ in range(n_layers)] for part in ("raw", "normed")

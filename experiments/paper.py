@@ -118,7 +118,8 @@ def label(step: str, flags: dict[str, Any]) -> str:
         released = flags["train_targets"] == "last" and flags["init_std"] == 1
         return "SASRec, as released" if released else "SASRec"
     teacher = step == "teacher"
-    layers = flags["llama_decoder_nums" if teacher else "llama_decoder_nums_student"]
+    depth = "llama_decoder_nums" if teacher else "llama_decoder_nums_student"
+    layers = flags[depth]
     parts = []
     if plain_ce(step, flags):
         parts.append(plain_name(layers))

@@ -1,10 +1,10 @@
 """One page over all runs below a folder: the paper's rows beside ours, significance, cost, and the
 losses' curves.
 
-    python -m experiments.report                                         # every results.json below output/
+    python -m experiments.report                         # every results.json below output/
     python -m experiments.report --runs output/cloth/paper
     python -m experiments.report --runs output/beauty/paper --keep docs/results/beauty.zip
-    python -m experiments.report --runs docs/results --into docs/results.md        # between the page's two markers
+    python -m experiments.report --runs docs/results --into docs/results.md   # between two markers
 
 Runs that differ in their seed alone (their teachers too) are one row: mean and standard deviation
 over seeds. Two rows are compared by a paired bootstrap over users of the reciprocal rank, averaged

@@ -6,6 +6,7 @@ A base is a Hugging Face id, a local folder in the Hugging Face layout, or a bui
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,11 @@ def locate(base_model: str) -> str:
         )
     read_config(base_model)
     return base_model
+
+
+def describe(base_model: str, base: str) -> dict[str, Any]:
+    """What config.json says of a base: the flag's value and where it is."""
+    return {"random_base": base_model in BUILT_IN, "base": contents(base)}
 
 
 def read_config(base: str) -> LlamaConfig:

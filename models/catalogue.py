@@ -136,7 +136,7 @@ def partition(
 def _table_gradient(
     users: Tensor, item_table: Tensor, log_partition: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The softmax's mean item vector [B, D], and the log-partitions' gradient to the table [N, D]."""
+    """The softmax's mean item vector [B, D], and the gradient to the table [N, D]."""
     mean, table_grad = torch.zeros_like(users), torch.zeros_like(item_table)
     rows, items = CPU_TILE if users.device.type == "cpu" else TILE
     for i in range(0, len(users), rows):

@@ -1,7 +1,8 @@
-"""A pruned LLaMA decoder that reads [prompt | items | response] and returns last-token states, without the waste.
+"""A pruned LLaMA decoder over [prompt | items | response] that computes no more than it must.
 
-The result equals the plain Hugging Face forward over [prompt | left-padded items | response] (benchmarks/plain.py,
-tests/test_parity.py). Only work whose result is not used, or is the same for every user, is left out:
+It returns last-token states. They equal those of the plain Hugging Face forward over
+[prompt | left-padded items | response] (benchmarks/plain.py, tests/test_parity.py). Only work whose
+result is not used, or is the same for every user, is left out:
 
 * The prompt is the same for all users and attention is causal. Its keys and values are computed
   once per step (with gradient) or, in inference, once for good.
@@ -218,7 +219,7 @@ def queries_keys_values(
 def _inner_layer(
     layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, layout: Layout, known: KeyValue | None
 ) -> Tensor:
-    """One layer over all packed tokens [T, H] -> [T, H]; T = P + S, or S where the prompt is known."""
+    """One layer over all packed tokens [T, H]; T = P + S, or S where the prompt is known."""
     n_prompt = len(x) - len(layout.source)
     sizes = [n_prompt, *(group.n_tokens for group in layout.groups)]
     # split, not slices: a slice's gradient is a tensor of zeros around it, that of a split one cat

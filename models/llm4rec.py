@@ -7,7 +7,7 @@ Legend: B batch, L item slots, N items (also the padding index), D item width, H
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,10 @@ from models.base import load_llama, locate, read_config
 from models.builtin import BUILT_IN
 from models.decoder import Decoder, KeyValue
 from models.losses import Output
-from models.selection import block_ends, select_layers
+from models.selection import block_ends, block_influence, select_layers
 from utils import checkpoint
 from utils.errors import UsageError
-from utils.flags import LLM, LoRA
+from utils.flags import LLM, LoRA, Prompt
 from utils.run import Run
 
 
@@ -104,12 +104,9 @@ class LLM4Rec(nn.Module):
             UsageError: the checkpoint is missing or does not fit.
         """
         tensors, _ = checkpoint.load(run.folder / "best")
-        if any(name.startswith("student.") for name in tensors):
-            tensors = {
-                name.removeprefix("student."): tensor
-                for name, tensor in tensors.items()
-                if not name.startswith("teacher.")
-            }
+        students = {name: t for name, t in tensors.items() if name.startswith("student.")}
+        if students:
+            tensors = {name.removeprefix("student."): t for name, t in students.items()}
         checkpoint.restore(self, tensors, run.folder / "best")
 
     def start_from(self, teacher: Run, spec: dict[str, Any]) -> None:
@@ -135,34 +132,39 @@ class LLM4Rec(nn.Module):
         checkpoint.restore(self, taken | heads, teacher.folder / "best")
 
 
+class Calibration(NamedTuple):
+    """What layer_selection `influence` is measured on: see models.selection.block_influence."""
+
+    history: Tensor
+    item_table: Tensor
+    bf16: bool
+    seed: int
+
+
 def specify(
     base: str,
-    base_model: str,
-    prompt_ids: list[int],
-    response_ids: list[int],
+    prompt: Prompt,
+    ids: tuple[list[int], list[int]],
     llm: LLM,
     lora: LoRA,
-    *,
     n_layers: int,
-    max_seq_length: int,
     n_blocks: int,
     exit_heads: bool,
-    influence: Callable[[], list[float]] | None = None,
+    calibration: Calibration | None = None,
     teacher_layers: list[int] | None = None,
 ) -> dict[str, Any]:
-    """What `build` needs to make the same model again, as JSON: layer indices, token ids, blocks,
-    what is trained.
+    """What `build` needs to make the same model again, as JSON.
 
     Args:
-        base, base_model: where it is, and the flag's value.
-        n_layers: how many are kept.
-        influence: see models.selection.select_layers.
+        base: where the base is (see models.base.locate).
+        ids: token ids of the prompt's two texts.
+        n_layers: how many layers are kept.
         teacher_layers: choose among these alone, to start from the teacher's.
     Raises:
         UsageError: the base lacks the layers or the positions asked for.
     """
-    config = read_config(base)
-    length = len(prompt_ids) + max_seq_length + len(response_ids)
+    config, (prompt_ids, response_ids) = read_config(base), ids
+    length = len(prompt_ids) + prompt.max_seq_length + len(response_ids)
     if length > config.max_position_embeddings:
         raise UsageError(
             f"prompt, items and response are {length} tokens, the base has"
@@ -173,7 +175,11 @@ def specify(
         pool, owner = teacher_layers, "the teacher"
     strategy = llm.train_strategy
     if strategy == "auto":  # LoRA on frozen random weights means little
-        strategy = "full" if base_model in BUILT_IN else "lora"
+        strategy = "full" if prompt.base_model in BUILT_IN else "lora"
+
+    def influence() -> list[float]:
+        return block_influence(base, prompt_ids, response_ids, *calibration)
+
     return {
         "layers": select_layers(pool, n_layers, llm, influence, owner),
         "prompt_ids": prompt_ids,

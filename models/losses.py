@@ -122,7 +122,7 @@ def exit_supervision(
 def logit_kl(
     teacher: Tensor, student: Tensor, item_table: Tensor, temperature: float, reduction: Reduction
 ) -> Tensor:
-    """KL(teacher || student) of catalogue softmaxes, times temperature squared (Hinton et al., 2015).
+    """KL(teacher || student) of catalogue softmaxes, times temperature^2 (Hinton et al., 2015).
 
     With t, s the user vectors over the temperature, v an item drawn from the teacher's softmax and
     Z the partitions:

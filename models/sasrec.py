@@ -102,7 +102,7 @@ class SASRec(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal self-attention and a two-layer ReLU network of the same width, each with a residual."""
+    """Causal self-attention and a two-layer ReLU network, each with a residual."""
 
     def __init__(self, width: int, num_heads: int, dropout: float, norm: Norm) -> None:
         super().__init__()

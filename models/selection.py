@@ -16,8 +16,6 @@ from models.base import load_llama, read_config
 from utils.errors import UsageError
 from utils.flags import LAYER_WORDS, LLM
 
-CALIBRATION = 64  # samples that the block influence is measured on
-
 
 def block_ends(n_layers: int, n_blocks: int) -> list[int]:
     """The number of layers after which each block ends: k * n_layers / n_blocks for k = 1 ..
@@ -59,7 +57,8 @@ def select_layers(
     rule = ""
     if selection == "interval":
         rest = [layer for i, layer in enumerate(pool) if (i + 1) % every != 0]
-        rule = f" and --layer_selection=interval --interval_nums={llm.interval_nums} leaves {len(rest)}"
+        flags = f"--layer_selection=interval --interval_nums={llm.interval_nums}"
+        rule = f" and {flags} leaves {len(rest)}"
     if not 1 <= kept <= len(rest):
         raise UsageError(f"{kept} decoder layers asked for, {owner} has {len(pool)} layers{rule}")
     if selection == "last":

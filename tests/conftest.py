@@ -1,6 +1,7 @@
 """Shared pieces of the tests: small LLaMAs, small domains, the real data where it is."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -112,6 +113,12 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in paths}
 
 
+def trained_lines(folder: str | Path) -> list[dict]:
+    """The train events of a run's log."""
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == "train"]
+
+
 def hashes(folder: Path) -> dict[str, str]:
     return {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -134,7 +141,7 @@ def script(name: str, *flags: str, cwd: Path, status: int = 0) -> subprocess.Com
 
 @pytest.fixture(scope="session")
 def house(tmp_path_factory):
-    """A working folder, with a space in its name, where the four scripts ran once with short flags."""
+    """A folder, with a space in its name, where the four scripts ran once with short flags."""
     folder = tmp_path_factory.mktemp("a house")
     write_demo(folder / "data/demo.csv", n_users=120, n_items=160)
     short = ("--max_steps=3", "--eval_batch_size=64", "--batch_size=32")

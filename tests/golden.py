@@ -1,7 +1,7 @@
 """Golden runs: short runs of the four scripts, and a hash of all they leave behind, by value.
 
     python tests/golden.py                    # about two minutes on 2 cores
-    python tests/golden.py > before.txt       # on one commit, and again on another: `diff` must be empty
+    python tests/golden.py > before.txt       # on two commits: `diff` must be empty
 
 A refactoring must not change a number. This file uses only the command lines of the scripts and the
 files that they write, so that it runs on any commit. Hashes are comparable on one machine with one
@@ -39,7 +39,8 @@ FIRST = {
 TEACHERS = {
     "teacher": f"finetune.py {LLM} --max_steps 24 --cls_multiple_lambda 0.5 --distill_block 2",
     "teacher_lora": f"finetune.py {LLM} --max_steps 20 --train_strategy lora --lora_dropout 0.3",
-    "teacher_prefixes": f"finetune.py {LLM} --max_steps 20 --llama_decoder_nums 2 --train_targets all",
+    "teacher_prefixes": f"finetune.py {LLM} --max_steps 20 --llama_decoder_nums 2"
+    " --train_targets all",
     "ce": f"distill.py {LLM} --max_steps 20 {OFF} --micro_batch_size 8",
     "online": f"distill.py {LLM} --max_steps 20 --distill_mode online --logit_lambda 0.5",
 }
@@ -48,7 +49,8 @@ STUDENTS = {
     "live": f"{STUDENT} --teacher_cache off --logit_lambda 1 --temperature 2 --distill_block 2",
     "lora": f"{STUDENT} --teacher teacher_lora --train_strategy lora --lora_dropout 0.3",
     "from_teacher": f"{STUDENT} --student_init teacher --layer_selection interval",
-    "influence": f"{STUDENT} --layer_selection influence --block_reduction mean --norm_form squared_l2",
+    "influence": f"{STUDENT} --layer_selection influence --block_reduction mean"
+    " --norm_form squared_l2",
 }
 KILLED = {
     "killed": f"{STUDENT} --teacher teacher_lora --train_strategy lora --lora_dropout 0.3"
@@ -107,11 +109,8 @@ def describe(folder: Path) -> list[str]:
                 f"{kind}/{part} {digest(load_file(folder / kind / f'{part}.safetensors'))}"
             )
     with np.load(folder / "ranks.npz", allow_pickle=False) as ranks:
-        counted = {
-            name: ranks[name].astype(np.int64)
-            for name in ranks.files
-            if name.startswith(("valid_", "test_"))
-        }
+        names = [name for name in ranks.files if name.startswith(("valid_", "test_"))]
+        counted = {name: ranks[name].astype(np.int64) for name in names}
         lines.append(f"ranks {digest(counted)}")
     results = json.loads((folder / "results.json").read_text())
     config = json.loads((folder / "config.json").read_text())

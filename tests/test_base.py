@@ -19,11 +19,14 @@ from models.builtin import ensure_built_in
 from models.llm4rec import build, specify
 from models.selection import select_layers
 from tests.conftest import TARGETS, histories, small_config
+from utils import flags
 from utils.errors import UsageError
 from utils.flags import LLM, LoRA
 
+WORDS = ["[UNK]", "Below", "is", "an", "instruction", "item", "Response"]
 LORA = {"lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.0, "lora_target_modules": TARGETS}
-SMALL = {"n_layers": 2, "max_seq_length": 8, "n_blocks": 1, "exit_heads": False}
+SMALL = {"n_layers": 2, "n_blocks": 1, "exit_heads": False}
+PROMPT = flags.Prompt(max_seq_length=8, base_model="x")
 
 
 def choice(selection: str, interval: int, strategy: str = "auto") -> LLM:
@@ -60,18 +63,7 @@ def checkpoint(tmp_path_factory):
         json.dumps({"metadata": {}, "weight_map": shard_of})
     )
     word_level = Tokenizer(
-        models.WordLevel(
-            {
-                "[UNK]": 0,
-                **{
-                    word: i
-                    for i, word in enumerate(
-                        ["Below", "is", "an", "instruction", "item", "Response"], 1
-                    )
-                },
-            },
-            unk_token="[UNK]",
-        )
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
     )
     word_level.pre_tokenizer = pre_tokenizers.Whitespace()
     word_level.add_special_tokens(["<s>"])
@@ -133,8 +125,9 @@ def test_kept_layers_equal_the_full_load_and_other_shards_may_be_absent(
 @pytest.mark.parametrize("strategy", ["lora", "full"])
 def test_a_loaded_recommender_equals_its_plain_twin(checkpoint, selection, strategy, float64_norm):
     llm = choice(selection, 2, strategy)
-    shape = {"n_layers": 4, "max_seq_length": 8, "n_blocks": 2, "exit_heads": True}
-    spec = specify(str(checkpoint), "x", [1, 2, 3], [4, 5], llm, LoRA(**LORA), **shape)
+    shape = {"n_layers": 4, "n_blocks": 2, "exit_heads": True}
+    ids = [1, 2, 3], [4, 5]
+    spec = specify(str(checkpoint), PROMPT, ids, llm, LoRA(**LORA), **shape)
     torch.manual_seed(0)
     model = build(str(checkpoint), torch.randn(23, 6), spec, bf16=False).double()
     plain, _ = plain_twin(model, (3, 5, TARGETS) if strategy == "lora" else None)
@@ -143,7 +136,7 @@ def test_a_loaded_recommender_equals_its_plain_twin(checkpoint, selection, strat
 
 
 def test_dtype_and_what_is_trained(checkpoint):
-    spec = specify(str(checkpoint), "x", [1], [2], LLM(), LoRA(**LORA), **SMALL)
+    spec = specify(str(checkpoint), PROMPT, ([1], [2]), LLM(), LoRA(**LORA), **SMALL)
     assert spec["strategy"] == "lora"
     model = build(str(checkpoint), torch.randn(23, 6), spec, bf16=True)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -258,7 +251,7 @@ def test_unknown_bases():
 
 def test_an_unknown_lora_target_is_refused(checkpoint):
     lora = LoRA(**LORA | {"lora_target_modules": ["gate_proj", "nope"]})
-    spec = specify(str(checkpoint), "x", [1], [2], LLM(train_strategy="lora"), lora, **SMALL)
+    spec = specify(str(checkpoint), PROMPT, ([1], [2]), LLM(train_strategy="lora"), lora, **SMALL)
     with pytest.raises(UsageError, match="nope matches no projection; there are .*gate_proj"):
         build(str(checkpoint), torch.randn(23, 6), spec, bf16=False)
 

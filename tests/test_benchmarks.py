@@ -98,11 +98,9 @@ def test_twins_of_a_half_precision_base_agree():
     ours, theirs = shape.twins(4, "lora", bf16=True)
     batch = histories([1, 12, 5, 7], n_items=300, slots=12)
     for model in (ours, theirs):
-        dtypes = {
-            p.dtype
-            for name, p in model.named_parameters()
-            if "layers" in name and "lora" not in name
-        }
+        named = model.named_parameters()
+        base = [p for name, p in named if "layers" in name and "lora" not in name]
+        dtypes = {p.dtype for p in base}
         assert dtypes == {torch.bfloat16}
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     with torch.no_grad():

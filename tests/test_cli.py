@@ -137,7 +137,8 @@ def test_a_wrong_request_is_answered_at_once_with_status_2_and_one_line(script, 
 
 def test_no_script_imports_torch_before_its_checks(tmp_path):
     for script in SCRIPTS:
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script[:-3]}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script[:-3]};"
+        code += "print([m for m in ('torch', 'transformers') if m in sys.modules])"
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
         )

@@ -130,12 +130,11 @@ def test_the_same_table_gives_the_same_bytes_in_every_process(tmp_path):
         "torch.arange(20.).reshape(5, 4), {});"
         "print(hashlib.sha256(open('t.pkl', 'rb').read()).hexdigest())"
     )
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", code, n], cwd=tmp_path, capture_output=True, text=True
-        ).stdout
-        for n in ("1", "77")
-    }
+    found = set()
+    for n in ("1", "77"):
+        command = [sys.executable, "-c", code, n]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        found.add(done.stdout)
     assert len(found) == 1 and len(found.pop()) == 65
 
 

@@ -75,10 +75,7 @@ def test_every_row_of_the_ablation_binds_and_has_a_name_of_its_own():
     assert len(set(names)) == len(names)
     assert {"D_cos", "D_cos + D_norm", "D_cos + L_ms"} == {
         name.removeprefix("4 <- 8: ") for name in names if name in paper.PAPER["cloth"]
-    } - {
-        "SLMRec 4 <- 8",
-        "E4SRec-like, 4 layers",
-    }
+    } - {"SLMRec 4 <- 8", "E4SRec-like, 4 layers"}
 
 
 def test_the_papers_figures_are_those_of_its_page():
@@ -209,11 +206,8 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
     (tmp_path / "seed1/ce/ranks.npz").write_bytes(b"torn")
     text = report.main(runs=str(tmp_path), resamples=50).read_text()
     assert text == report.main(runs=str(tmp_path), resamples=50).read_text()
-    table = [
-        line.strip("|").split("|")
-        for line in text.split("### Significance")[0].splitlines()
-        if line.startswith("| ")
-    ]
+    above = text.split("### Significance")[0].splitlines()
+    table = [line.strip("|").split("|") for line in above if line.startswith("| ")]
     lines = {cells[0].strip(): [cell.strip() for cell in cells] for cells in table}
     # HR@1: 2/4 and 1/4; MRR: (1 + 1 + 1/2 + 1/20)/4 = .6375, (1 + 1/2 + 1/4 + 1/20)/4 = .45
     assert (
@@ -494,11 +488,7 @@ def test_the_report_goes_between_the_markers_and_what_it_reads_is_kept(tmp_path)
     [
         (report, {"runs": "nowhere"}, "--runs=nowhere: no such folder"),
         (report, {"runs": "."}, "no finished run below it"),
-        (
-            report,
-            {"runs": ".", "keep": "kept"},
-            "--keep=kept: expected a name ending in .zip",
-        ),
+        (report, {"runs": ".", "keep": "kept"}, "--keep=kept: expected a name ending in .zip"),
         (ablation, {"student_flags": "--max_seq_length 50"}, "--max_seq_length is the teacher's"),
         (
             report,
@@ -614,9 +604,7 @@ def test_a_reproductions_flags_bind_and_its_paths_agree(domain, smoke):
     }
     written, bound = set(), []
     for words in commands(
-        ROOT / f"experiments/domains/{domain}.sh",
-        SEEDS="0 1",
-        **({"SMOKE": "1"} if smoke else {}),
+        ROOT / f"experiments/domains/{domain}.sh", SEEDS="0 1", **({"SMOKE": "1"} if smoke else {})
     ):
         name, *rest = words[1:] if words[0] == "-m" else words
         flags = cli.bind(mains[name], rest)

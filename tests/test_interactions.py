@@ -9,7 +9,11 @@ from datasets.interactions import read_csv, write_csv
 from tests.conftest import real
 from utils.errors import UsageError
 
-GOOD = 'reviewerID,asin,title\nann,"[5, 9, 5, 7]","[]"\nbob,"[9]",""\ncid,"[0, 7, 9, 5, 2]","[""a, \'b\'""]"\n'
+GOOD = """reviewerID,asin,title
+ann,"[5, 9, 5, 7]","[]"
+bob,"[9]",""
+cid,"[0, 7, 9, 5, 2]","[""a, 'b'""]"
+"""
 
 
 def test_a_small_file_reads_as_expected(tmp_path):

@@ -101,7 +101,7 @@ def test_one_layer():
 
 
 def test_a_cached_prompt_is_not_used_up():
-    """Three batches of different widths over one cache, each equal to the forward without a cache."""
+    """Three batches of different widths over one cache, each equal to the forward without."""
     model = small_model()
     encode = model.encoder()
     for lengths in ([8, 1], [2, 2, 2], [5]):
@@ -110,7 +110,7 @@ def test_a_cached_prompt_is_not_used_up():
 
 
 def test_padding_length_changes_nothing_but_positions():
-    """Fewer slots with the same items shift the response's positions; the plain form says the same."""
+    """Fewer slots with the same items shift the response's positions, as in the plain form."""
     model = small_model()
     plain, _ = plain_twin(model, None)
     for slots in (4, 6, 11):

@@ -20,11 +20,9 @@ from utils import checkpoint
 from utils.errors import UsageError
 
 pytestmark = pytest.mark.slow
-RUN = {"config.json", "metrics.jsonl", "results.json", "ranks.npz"} | {
-    f"{kind}/{name}"
-    for kind in ("best", "last")
-    for name in ("weights.safetensors", "state.safetensors", "meta.json", "manifest.json")
-}
+CHECKPOINT = ("weights.safetensors", "state.safetensors", "meta.json", "manifest.json")
+RUN = {"config.json", "metrics.jsonl", "results.json", "ranks.npz"}
+RUN |= {f"{kind}/{name}" for kind in ("best", "last") for name in CHECKPOINT}
 BASE = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 

@@ -11,7 +11,7 @@ import finetune
 import train_sr_trad
 from benchmarks import efficiency, throughput
 from datasets import process
-from experiments import ablation, demo, motivation, report
+from experiments import ablation, demo, flags_page, motivation, report
 from tests.conftest import ROOT
 from utils import cli
 
@@ -25,6 +25,7 @@ MAINS = {
     "experiments.ablation": ablation.main,
     "experiments.motivation": motivation.main,
     "experiments.report": report.main,
+    "experiments.flags_page": flags_page.main,
     "benchmarks.throughput": throughput.main,
     "benchmarks.efficiency": efficiency.main,
 }
@@ -38,6 +39,9 @@ PAGES = [
     "experiments/demo.py",
 ]
 PAGES += ["benchmarks/throughput.py", "benchmarks/efficiency.py"]
+PAGES += ["docs/data.md", "docs/speed.md", "experiments/flags_page.py"]
+TEXTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+TEXTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 PAGES += [
     "experiments/ablation.py",
     "experiments/motivation.py",
@@ -50,7 +54,8 @@ def commands(page):
     text = (ROOT / page).read_text().replace("\\\n", " ")
     if page.endswith(".py"):
         text = text.split('"""')[1]
-    return re.findall(r"^\s*(python (?:-m )?[\w./]+(?: .*)?)$", text, re.M)
+    found = re.findall(r"^\s*(python (?:-m )?[\w./]+(?: .*)?)$", text, re.M)
+    return [line for line in found if "..." not in line]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -74,22 +79,32 @@ def test_the_readmes_two_commands_are_what_ci_runs():
         assert f"\n{command.split()[1]}:" in targets
 
 
-def test_every_flag_is_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
+def test_the_page_of_flags_is_fresh():
+    page = flags_page.PAGE.read_text()
+    assert page == flags_page.with_tables(page), "run python -m experiments.flags_page"
     for name in ("train_sr_trad.py", "extract_emb.py", "finetune.py", "distill.py"):
         for flag in cli.defaults(MAINS[name]):
-            assert re.search(rf"`(--)?{flag}\b", readme), f"{name}: {flag}"
+            assert f"| `{flag}` |" in page, f"{name}: {flag}"
 
 
-def test_files_that_the_readme_names_exist():
+@pytest.mark.parametrize("page", TEXTS)
+def test_files_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text()
+    folders = "models|datasets|utils|templates|experiments|benchmarks|tests|docs"
+    named = set(re.findall(rf"`((?:{folders})/[\w./]+\.\w+)`", text))
+    links = re.findall(r"\]\(((?!http)[\w./-]+)\)", text)
+    named |= {str((ROOT / page).parent.joinpath(link).relative_to(ROOT)) for link in links}
+    if page == "README.md":
+        assert {"docs/flow.svg", "docs/flags.md", "CONTRIBUTING.md"} <= named
+    if page != "CHANGELOG.md":
+        for name in named:
+            assert (ROOT / name).exists(), name
+
+
+def test_functions_that_the_readme_names_exist():
+    """`file` (`function`, ...) in the table of what to edit."""
     readme = (ROOT / "README.md").read_text()
-    named = set(
-        re.findall(
-            r"`((?:models|datasets|utils|templates|experiments|benchmarks|tests|docs)/[\w./]+\.\w+)`",
-            readme,
-        )
-    )
-    named |= set(re.findall(r"\]\((docs/[\w./]+)\)", readme))
-    assert "datasets/process.ipynb" in named and "docs/flow.svg" in named
-    for name in named:
-        assert (ROOT / name).exists(), name
+    pairs = re.findall(r"`([\w/]+\.py)` \(`(\w+)`\)", readme)
+    assert len(pairs) >= 7
+    for file, name in pairs:
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(), re.M), (file, name)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import trained_lines
 from utils import checkpoint, training
 from utils.errors import RunError
 from utils.evaluation import Ranks
@@ -114,11 +115,7 @@ def test_patience_counts_evaluations_without_a_better_one(tmp_path):
 )
 def test_schedule_by_hand(tmp_path, kind, expected):
     *_, folder = run(tmp_path, max_steps=5, lr_scheduler=kind, learning_rate=1.0)
-    rates = [
-        line["learning_rate"]
-        for line in map(json.loads, open(folder / "metrics.jsonl"))
-        if line["event"] == "train"
-    ]
+    rates = [line["learning_rate"] for line in trained_lines(folder)]
     assert rates == pytest.approx(expected)
 
 

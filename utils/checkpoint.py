@@ -31,7 +31,7 @@ NAMES = ("last", "best")
 
 
 class Saved(NamedTuple):
-    """A checkpoint to resume from: its folder's name (last or best), trained tensors, state, meta."""
+    """A checkpoint to resume from; name is that of its folder, last or best."""
 
     name: str
     tensors: dict[str, Tensor]

@@ -215,7 +215,7 @@ def _next_value(words: list[str], hint: Any) -> str | None:
 
 
 def _described(main: Callable) -> Callable:
-    """A stand-in of `main` for fire's help page: a flag for each of ours, and the groups by name."""
+    """A stand-in of `main` for fire's help page: its flags, and the groups by name."""
     summary = inspect.getdoc(main) or ""
     flags = flags_of(main)
     parameters = []

@@ -112,25 +112,24 @@ def collect(found: list[Tensor], device: torch.device | str = "cpu") -> Ranks:
 
 
 def ranker(
-    encoder: Callable[[], Callable[[Tensor], Tensor]],
-    item_table: Tensor,
-    splits: dict[str, Any],
-    batch_size: int,
-    device: torch.device,
-) -> Callable[..., Ranks]:
-    """A function (split name, at most so many batches) -> Ranks.
+    item_table: Tensor, splits: dict[str, Any], batch_size: int, device: torch.device
+) -> Callable[[Callable], Callable[..., Ranks]]:
+    """Binds what every ranking of a run shares.
 
-    Args:
-        encoder: gives the encode function of the model's present weights.
+    Returns:
+        A function of `encoder`, which gives the encode function of the model's present weights. It
+        returns a function (split name, at most so many batches) -> Ranks.
     """
 
-    def ranks_of(split: str, limit: int | None = None) -> Ranks:
-        share = (processes.rank(), processes.world())
-        return evaluate(
-            encoder(), item_table, splits[split].batches(batch_size, device, limit, share)
-        )
+    def ranks_by(encoder: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[..., Ranks]:
+        def ranks_of(split: str, limit: int | None = None) -> Ranks:
+            share = (processes.rank(), processes.world())
+            batches = splits[split].batches(batch_size, device, limit, share)
+            return evaluate(encoder(), item_table, batches)
 
-    return ranks_of
+        return ranks_of
+
+    return ranks_by
 
 
 def rank_tile(scores: Tensor, target: Tensor, seen: Tensor, candidates: Tensor) -> Tensor:

@@ -3,14 +3,11 @@
 EDIT HERE to add a flag. Flags stand in groups, and the group that a flag is in says what kind of
 flag it is:
 
-=========
-============================================================================================== place
-where files are. What is in them is compared by hash; the names may differ when a run resumes. model
-what the trained model depends on. Compared when a run resumes; `--eval_only` reads it from the run.
-training   how the model is trained. Compared when a run resumes; `--eval_only` ignores it. free
-changes no result by contract (speed, logs). May differ when a run resumes.
-=========
-  ==============================================================================================
+* place: where files are. Their content is compared by hash; names may differ when a run resumes.
+* model: what the trained model depends on. It must be the same when a run resumes, and
+  `--eval_only` reads it from the run.
+* training: how the model is trained. It must be the same when a run resumes.
+* free: changes no result by contract (speed, logs). It may differ when a run resumes.
 
 A script lists groups in the signature of `main`, with an instance where its defaults differ.
 `utils.cli` binds the command line to them; `docs/flags.md` is made from this file (`python -m
@@ -133,7 +130,7 @@ class Group:
         return []
 
     def unused(self) -> list[str]:
-        """A line for each flag that was given and has no effect, because of another in the group."""
+        """A line for each flag that was given and has no effect, because of another here."""
         lines = []
         for field in self.fields():
             name, _, value = field.metadata["needs"].partition("=")
@@ -299,14 +296,20 @@ class StudentLLM(LLM):
     """Which decoder layers are kept, and what is trained"""
 
     llama_decoder_nums_student: PositiveInt = flag(4, "N, decoder layers kept")
-    llama_decoder_nums_teacher: PositiveInt | None = flag(
-        None, "M; the teacher's, 8 in online mode"
+    llama_decoder_nums_teacher: PositiveInt | None = flag(8, "M; the teacher's where there is one")
+    distill_mode: Literal["offline", "online"] = flag(
+        "offline", "offline: the teacher is frozen; online: both train together from the base"
     )
     student_init: Literal["base", "teacher"] = flag(
         "base",
         "start from the base's layers, or from the trained teacher's with its item adapter and head"
         " (layer_selection then chooses among the teacher's layers)",
     )
+
+    def problems(self) -> list[str]:
+        if self.student_init == "base" or self.distill_mode == "offline":
+            return []
+        return ["--student_init=teacher starts from a trained teacher: use --distill_mode=offline"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,9 +370,6 @@ class DistillationLoss(Exits):
         "l2", "the distance: l2 (released) or squared_l2 (paper)", needs="norm_lambda"
     )
     temperature: PositiveFloat = flag(1.0, "temperature of the logit KL", needs="logit_lambda")
-    distill_mode: Literal["offline", "online"] = flag(
-        "offline", "offline: the teacher is frozen; online: both train together from the base"
-    )
 
     @property
     def reads_teacher(self) -> bool:
@@ -385,11 +385,8 @@ class DistillationLoss(Exits):
 
 def terms() -> dict[str, str]:
     """Weight of a loss term -> the term's name in tables, the paper's three first."""
-    named = {
-        field.name: field.metadata["term"]
-        for field in DistillationLoss.fields()
-        if field.metadata["term"]
-    }
+    fields = [field for field in DistillationLoss.fields() if field.metadata["term"]]
+    named = {field.name: field.metadata["term"] for field in fields}
     paper = ("distill_lambda", "norm_lambda", "cls_multiple_lambda")
     return {name: named[name] for name in (*paper, *(name for name in named if name not in paper))}
 

@@ -218,7 +218,7 @@ def _process() -> str:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Python's error, CUDA's (torch.OutOfMemoryError), and the CPU allocator's plain RuntimeError."""
+    """Python's error, CUDA's, or the CPU allocator's, which is a plain RuntimeError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return "can't allocate memory" in str(error)

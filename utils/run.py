@@ -267,7 +267,7 @@ class Run:
 
     # -- training -----------------------------------------------------------------------------
 
-    def prepare(self, config: dict[str, Any]) -> None:
+    def prepare(self, **config: Any) -> None:
         """Compare with the unfinished run that is there, and set `resume`.
 
         Args:
@@ -345,21 +345,15 @@ class Run:
     def _report_changes(self) -> None:
         """Say what differs between this command and the run that it resumes."""
         recorded = self.config.get("flags", {})
-        changed = [
-            f"--{name}={value} (was {recorded[name]})"
-            for name, value in self._compared(("free",)).items()
-            if name in recorded
-            and name not in ("eval_only", "overwrite")
-            and recorded[name] != value
-        ]
+        changed = []
+        for name, value in self._compared(("free",)).items():
+            if name not in ("eval_only", "overwrite") and recorded.get(name, value) != value:
+                changed.append(f"--{name}={value} (was {recorded[name]})")
         if changed:
             print(f"resuming with {', '.join(changed)}: speed and rounding may change", flush=True)
         before, now = self.config.get("versions", {}), _versions()
-        other = [
-            f"{name} {before.get(name)} -> {now[name]}"
-            for name in now
-            if before.get(name) != now[name]
-        ]
+        newer = [name for name in now if before.get(name) != now[name]]
+        other = [f"{name} {before.get(name)} -> {now[name]}" for name in newer]
         if other:
             print(
                 f"resuming with other library versions, so not bit for bit: {', '.join(other)}",
@@ -405,7 +399,7 @@ class Run:
         return results
 
     def _head(self, module: "nn.Module", fitted: "Fitted | None", seconds: dict) -> dict[str, Any]:
-        """Which run, how large, how it was trained (kept from before where it is only evaluated)."""
+        """Which run, how large, how it was trained; kept from before where it is evaluated."""
         from utils import checkpoint
 
         config = read_json(self.folder / "config.json", "run")
@@ -431,13 +425,12 @@ class Run:
     def _write_results(
         self, results: dict[str, Any], ranks: dict[str, "Ranks"], users: list[str]
     ) -> None:
-        arrays = {
-            f"{split}_{protocol}": values.astype(np.int32)
-            for split, found in ranks.items()
-            for protocol, values in found._asdict().items()
-        }
+        arrays = {"reviewerID": np.array(users)}
+        for split, found in ranks.items():
+            for protocol, values in found._asdict().items():
+                arrays[f"{split}_{protocol}"] = values.astype(np.int32)
         with files.replacing(self.folder / "ranks.npz") as partial, open(partial, "wb") as file:
-            np.savez_compressed(file, reviewerID=np.array(users), **arrays)
+            np.savez_compressed(file, **arrays)
         write_json(self.folder / "results.json", results)  # a run that was trained is finished now
         if results["steps"] is not None:
             (self.folder / CLOCK).unlink(missing_ok=True)
@@ -456,13 +449,17 @@ def agree(group: G, fixed: dict[str, Any], source: str) -> G:
         UsageError: a flag contradicts the earlier stage; both values are named.
     """
     values = {name: fixed[name] for name in group.values() if name in fixed}
-    problems = [
-        f"--{name}={getattr(group, name)} contradicts {source}, which has {value}"
-        for name, value in values.items()
-        if name in group.given and getattr(group, name) not in (None, value)
-    ]
+    problems = []
+    for name, value in values.items():
+        given = getattr(group, name)
+        if name in group.given and given not in (None, value):
+            problems.append(f"--{name}={given} contradicts {source}, which has {value}")
     if problems:
         raise UsageError("; ".join(problems))
+    empty = [name for name in values if getattr(group, name) is None]
+    inherited = [f"{name} {values[name]}" for name in empty]
+    if inherited:
+        print(f"inherited from {source}: {', '.join(inherited)}", flush=True)
     return dataclasses.replace(group, **values)
 
 

@@ -40,7 +40,7 @@ class Samples(Protocol):
 
 
 class Fitted(NamedTuple):
-    """What training was: optimizer steps, step and validation MRR of the best checkpoint, seconds."""
+    """Optimizer steps, step and validation MRR of the best checkpoint, seconds of training."""
 
     steps: int
     best_step: int
@@ -230,12 +230,10 @@ class _State:
         generators = processes.gather(_generators(self.device))
         if not processes.is_first():
             return
-        state = {
-            f"{key}/{name}": self.optimizer.state[p][key]
-            for name, p in self.trained.items()
-            for key in ADAM
-            if p in self.optimizer.state
-        }
+        state = {}
+        for parameter, p in self.trained.items():
+            if p in self.optimizer.state:
+                state |= {f"{key}/{parameter}": self.optimizer.state[p][key] for key in ADAM}
         for rank, states in enumerate(generators):
             state |= {f"{key}.{rank}": value for key, value in states.items()}
         progress = self.progress
@@ -305,11 +303,9 @@ def _evaluate(ranks_of: RanksOf, progress: Progress, run: Run) -> bool:
         raise RunError(
             f"step {progress.step}, validation: {error}; the checkpoints that were there are kept"
         ) from None
-    flat = {
-        f"{protocol}/{name}": value
-        for protocol, values in metrics.items()
-        for name, value in values.items()
-    }
+    flat = {}
+    for protocol, values in metrics.items():
+        flat |= {f"{protocol}/{name}": value for name, value in values.items()}
     run.log.add("valid", progress.step, flat)
     mrr, hit_rate = metrics["sampled"]["MRR"], metrics["sampled"]["HR@10"]
     better = mrr > progress.best_mrr

@@ -77,7 +77,10 @@ def kill_at_stage(n: int) -> None:
                 die()
             return self.file.write(data)
 
-    checkpoint.open = lambda *args: Half(open(*args))
+    def half_open(*args):
+        return Half(open(*args))
+
+    checkpoint.open = half_open
     os.fsync = wrapped(os.fsync)
     shutil.rmtree = wrapped(shutil.rmtree)
     pathlib.Path.rename = wrapped(pathlib.Path.rename)
@@ -100,7 +103,7 @@ def kill_between(name: str) -> None:
 
 
 def kill_before_last(n: int) -> None:
-    """Die where the best/ of a step may be there and the n-th last/ of this process is not begun."""
+    """Die where the best/ of a step may be there and the n-th last/ is not begun."""
     left, save = [n], checkpoint.save
 
     def counted(folder, *args):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, hashes
+from tests.conftest import ROOT, hashes, trained_lines
 
 pytestmark = pytest.mark.slow
 RUN = [
@@ -51,11 +51,7 @@ def start(processes, script, *flags, status=0):
 
 
 def losses(folder):
-    return [
-        line["total"]
-        for line in map(json.loads, open(f"{folder}/metrics.jsonl"))
-        if line["event"] == "train"
-    ]
+    return [line["total"] for line in trained_lines(folder)]
 
 
 def ranks(folder):

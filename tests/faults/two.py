@@ -40,7 +40,7 @@ def float64(folder: str) -> None:
     )
     runtime = Runtime(micro_batch_size=2, save_steps=10, log_steps=1)
     run = Run.open("test", Path(folder), settings, runtime)
-    run.prepare({})
+    run.prepare()
     run.begin()
     samples = SimpleNamespace(counts=lambda: np.ones(21, int), users=lambda rows: [])
     ranks = Ranks(*(np.array([2]),) * 3)

@@ -1,0 +1,74 @@
+"""A new loss term is a function, a weight in its group, and a line in the sum: here with a toy."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, SHORT
+
+FIELD = """    toy_lambda: NonNegativeFloat = flag(
+        0.0, "weight of the toy term", term="toy", teacher=True
+    )
+
+    @property
+    def reads_teacher(self)"""
+FUNCTION = '''def toy(teacher: Tensor, student: Tensor) -> Tensor:
+    """A toy term."""
+    return (teacher - student).abs().mean()
+
+
+def block_cosine('''
+LINE = """        add("toy", loss.toy_lambda, toy, *states)
+        users = _users_at_ends"""
+FLAGS = ["--distill_lambda=0", "--norm_lambda=0", "--cls_multiple_lambda=0", "--toy_lambda=0.5"]
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1, (path, old)
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the sources with the three edits."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    for name in listed.split():
+        if name.endswith((".py", ".json")) and not name.startswith(("tests/", "docs/")):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    edit(tmp_path / "utils/flags.py", "    @property\n    def reads_teacher(self)", FIELD)
+    edit(tmp_path / "models/losses.py", "def block_cosine(", FUNCTION)
+    edit(tmp_path / "models/losses.py", "        users = _users_at_ends", LINE)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_toy_term_takes_three_edits(tree, inside):
+    def run(*words):
+        done = subprocess.run([sys.executable, *words], cwd=inside, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    short = [f"--{name}={value}" for name, value in SHORT.items()]
+    (inside / "output/demo/teacher_states").rename(inside / "kept_states")
+    printed = run(tree / "distill.py", *short, *FLAGS, "--output_dir=toy_run/toy")
+    assert "teacher states: none in" in printed  # the teacher was loaded
+    line = json.loads((inside / "toy_run/toy/metrics.jsonl").read_text().splitlines()[0])
+    assert set(line) >= {"ce", "toy", "teacher_ce", "total"} and "align_cos" not in line
+    assert line["total"] == pytest.approx(line["ce"] + 0.5 * line["toy"])
+    config = json.loads((inside / "toy_run/toy/config.json").read_text())
+    assert config["flags"]["toy_lambda"] == 0.5
+    assert "--toy_lambda" in run(tree / "distill.py", "--help")
+    code = "from experiments import report; report.main(runs='toy_run', resamples=10)"
+    run("-c", f"import sys; sys.path.insert(0, {str(tree)!r}); {code}")
+    assert "| 4 <- 8: toy |" in (inside / "toy_run/report.md").read_text()
+
+
+def test_the_toy_is_not_part_of_the_tree():
+    flags = importlib.import_module("utils.flags")
+    assert "toy_lambda" not in flags.DistillationLoss().values()

@@ -1,0 +1,89 @@
+"""Folders written by the commit before the house was rebuilt: tests/data/before.tar.xz.
+
+A domain of 60 users, SASRec of width 6, a LoRA teacher of two layers, students of one layer: one
+finished, one killed after its first checkpoint. Everything was computed with one thread.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import distill
+import finetune
+import train_sr_trad
+from models import builtin
+from tests.conftest import ROOT, hashes
+
+pytestmark = pytest.mark.slow
+LORA = {"train_strategy": "lora", "lora_r": 2, "lora_target_modules": ["gate_proj"]}
+SHORT = {
+    "max_steps": 8,
+    "batch_size": 16,
+    "eval_batch_size": 64,
+    "eval_steps": 4,
+    "save_steps": 4,
+    "log_steps": 2,
+}
+STUDENT = SHORT | LORA | {"llama_decoder_nums_student": 1, "distill_block": 1}
+
+
+@pytest.fixture
+def old(tmp_path, monkeypatch):
+    with tarfile.open(ROOT / "tests/data/before.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    base = builtin.ensure_built_in("tiny")
+    (meta,) = Path("output/demo/teacher_states").glob("*/meta.json")
+    for name, size, time in json.loads(meta.read_text())["identity"]["base"]:
+        assert (base / name).stat().st_size == size
+        os.utime(base / name, ns=(time, time))  # the cache knows the base by it
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "module, name", [(train_sr_trad, "sasrec"), (finetune, "teacher"), (distill, "student")]
+)
+def test_an_old_run_evaluates_as_it_did(old, module, name):
+    before = json.loads(Path(f"output/demo/{name}/results.json").read_text())
+    after = module.main(eval_only=True)
+    for split in ("valid", "test"):
+        for protocol, metrics in before[split].items():
+            assert after[split][protocol] == pytest.approx(metrics, abs=1e-6)
+    assert after["weights_sha256"] == before["weights_sha256"]
+
+
+def test_an_old_finished_run_is_known_as_such(old, capsys):
+    kept = hashes(Path("output/demo/student"))
+    distill.main(**STUDENT)
+    assert "holds this command's finished run" in capsys.readouterr().out
+    assert hashes(Path("output/demo/student")) == kept
+
+
+def test_an_old_unfinished_run_resumes_to_the_same_bits(old):
+    flags = [f"--{name}={value}" for name, value in STUDENT.items()]
+    command = [sys.executable, ROOT / "distill.py", *flags, "--output_dir=output/demo/unfinished"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from output/demo/unfinished/" in done.stderr + done.stdout
+    assert "teacher states: read from" in done.stdout  # the old cache serves
+    found, expected = (hashes(Path(f"output/demo/{n}/last")) for n in ("unfinished", "student"))
+    if found != expected:  # another processor or library rounds otherwise
+        logs = [Path(f"output/demo/{n}/metrics.jsonl") for n in ("unfinished", "student")]
+        ours, theirs = ([json.loads(line) for line in log.open()] for log in logs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.pop("event") == other.pop("event")
+            assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_an_old_teacher_teaches(old):
+    results = distill.main(**STUDENT | {"seed": 3}, output_dir="mine")
+    assert results["steps"] == 8
+    shutil.rmtree("output/demo/teacher_states")
+    distill.main(**STUDENT | {"seed": 3}, teacher_cache="off", output_dir="live")
