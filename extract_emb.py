@@ -13,8 +13,6 @@ from pathlib import Path
 from utils import cli
 from utils.flags import ExtractFiles
 
-LARGEST_GIB = 16  # of a table over all ids; ten million items of 128 numbers are 5 GiB
-
 
 @cli.command
 def main(*, files: ExtractFiles) -> dict:
@@ -43,7 +41,7 @@ def main(*, files: ExtractFiles) -> dict:
 
     import torch  # late, so that a wrong request is answered at once
 
-    from datasets.item_table import write_table
+    from datasets.item_table import check_size, write_table
     from utils import checkpoint
 
     weights, meta = checkpoint.load(folder / "best")
@@ -54,13 +52,8 @@ def main(*, files: ExtractFiles) -> dict:
             f" found {', '.join(sorted(weights)[:4])}; not a SASRec run"
         )
     trained = weights["item_embedding.weight"][: data.n_items]  # the last row is the padding
+    check_size(csv_path, data.item_ids, trained.shape[1])
     n_rows = int(data.item_ids[-1]) + 1
-    gib = n_rows * trained.shape[1] * 4 / 2**30
-    if gib > LARGEST_GIB:
-        raise cli.UsageError(
-            f"{csv_path}: ids reach {data.item_ids[-1]} for {data.n_items} items,"
-            f" a table of {gib:.0f} GiB; number the items from 0"
-        )
     table = torch.zeros(n_rows, trained.shape[1])
     table[torch.from_numpy(data.item_ids)] = trained
     about = {

@@ -54,7 +54,7 @@ def main(
 
     import torch  # late, so that a wrong request is answered at once
 
-    from datasets import sequences
+    from datasets import item_table, sequences
     from models.catalogue import catalogue_cross_entropy
     from models.losses import sampled_cross_entropy
     from models.sasrec import SASRec
@@ -62,6 +62,7 @@ def main(
     from utils.evaluation import ranker
     from utils.training import fit
 
+    item_table.check_size(csv_path, data.item_ids, sasrec.emb_dim)  # before hours of training
     device = processes.choose_device(runtime.device)
     every_position = training.train_targets == "all"
     samples, splits = sequences.prepare(data, "last", sequence, evaluation, every_position)

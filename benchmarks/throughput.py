@@ -453,7 +453,7 @@ def reviews(bench: Bench, n_rows: int = 200_000) -> None:
 
         def ours(_):
             raw, _ = process.read_reviews(path, 3)
-            kept = process.filter_reviews(raw, 5, 20, 5, "time", lambda *_: None)
+            kept = process.filter_reviews(raw, 5, 20, 5, None, lambda *_: None)
             process.write_domain(kept, {}, Path(folder) / "ours.csv")
 
         def theirs(_):

@@ -23,10 +23,11 @@ DEMO = Path("data/demo.csv")
 
 
 class Domain(NamedTuple):
-    """A domain's name, and where its CSV is if not in the usual places."""
+    """A domain's name, where its CSV is if not in the usual places, and how zeros are read."""
 
     name: str
     data_path: str | None
+    zero_is_item: bool = False
 
     @classmethod
     def of(cls, files: Data) -> "Domain":
@@ -35,7 +36,7 @@ class Domain(NamedTuple):
         Raises:
             UsageError: the name is not one path component.
         """
-        return cls(canonical_domain(files.domain_type), files.data_path)
+        return cls(canonical_domain(files.domain_type), files.data_path, files.zero_is_item)
 
     @property
     def folder(self) -> Path:
@@ -71,7 +72,7 @@ class Domain(NamedTuple):
             write_demo(DEMO)
             print(f"made the demo domain: {DEMO}", flush=True)
         path = find_csv(self.name, self.data_path)
-        return read_csv(path), path
+        return read_csv(path, self.zero_is_item), path
 
 
 def canonical_domain(domain_type: str) -> str:
@@ -98,9 +99,12 @@ def find_csv(domain: str, data_path: str | None = None) -> Path:
             raise UsageError(f"data file not found: {path} (from --data_path)")
         return path
     looked = candidates(domain)
-    for path in looked:
-        if path.exists():
-            return path
+    present = [path for path in looked if path.exists()]
+    if present:
+        if present[1:]:
+            others = ", ".join(map(str, present[1:]))
+            print(f"reading {present[0]}; not read: {others}", flush=True)
+        return present[0]
     there = [path.name for folder in FOLDERS for path in Path(folder).glob("*.csv*")]
     domains = sorted({name.split(".")[0] for name in there if ".items." not in name})
     raise UsageError(
@@ -164,7 +168,9 @@ def read_inputs(files: TeacherFiles) -> Inputs:
         if made_from != data.sha256:
             raise UsageError(
                 f"{table_path} was extracted from a CSV with sha256 {str(made_from)[:12]}...,"
-                f" {csv_path} has {data.sha256[:12]}...; run extract_emb.py again"
+                f" {csv_path} has {data.sha256[:12]}...; where the data has changed, run every step"
+                " again in order: train_sr_trad.py --overwrite, extract_emb.py, then this one"
+                " with --overwrite"
             )
         if about.get("table_sha256", table_sha256) != table_sha256:
             raise UsageError(

@@ -26,18 +26,20 @@ from utils.files import replacing
 
 MINIMUM_LENGTH = 4  # leave-one-out with a training target: at least one item before it
 LARGEST_ID = 2**31 - 2
+PADDED_SHARE = 0.05  # of lists with a run of item 0 at one end
+FEW_USERS = 10  # a trial file may end alike everywhere
 
 
 @dataclass(frozen=True)
 class Interactions:
-    """All users with at least MINIMUM_LENGTH items, packed.
+    """All users, packed; those with at least MINIMUM_LENGTH items first.
 
-    users: reviewerID, [U].
-    rows: data row in the file (from 0), int64 [U].
+    users: reviewerID of the long enough users, [U].
+    rows: their data rows in the file (from 0), int64 [U].
     items: catalogue indices, int32, user after user.
     offsets: int64 [U + 1] into `items`.
+    short_offsets: int64 [S + 1] into `items`, of the users that are too short to be evaluated.
     item_ids: the ids in the file, ascending, int64 [N].
-    dropped: number of users that were too short.
     sha256: of the uncompressed file.
     """
 
@@ -45,8 +47,8 @@ class Interactions:
     rows: np.ndarray
     items: np.ndarray
     offsets: np.ndarray
+    short_offsets: np.ndarray
     item_ids: np.ndarray
-    dropped: int
     sha256: str
 
     @property
@@ -57,16 +59,24 @@ class Interactions:
     def n_users(self) -> int:
         return len(self.users)
 
+    @property
+    def n_short(self) -> int:
+        """Users that are too short to be evaluated."""
+        return len(self.short_offsets) - 1
 
-def read_csv(path: str | Path) -> Interactions:
+
+def read_csv(path: str | Path, zero_is_item: bool = False) -> Interactions:
     """Read and check a sequence CSV.
 
+    Args:
+        zero_is_item: runs of item 0 at the ends of lists are meant.
     Raises:
         UsageError: one line naming the file, the row (the header is row 1) and the mend.
     """
     path = Path(path)
     names: dict[str, int] = {}  # reviewerID -> row
     rows, flat, lengths = [], [], []
+    padding = _Padding()
     digest = hashlib.sha256()
     for row, user, ids in _rows(path, digest):
         if user in names:
@@ -74,31 +84,74 @@ def read_csv(path: str | Path) -> Interactions:
                 f"{path}: reviewerID {user!r} stands in rows {names[user]} and {row};"
                 " expected one row per user"
             )
+        if not user.strip():
+            raise UsageError(f"{path}: row {row}: reviewerID is empty")
         names[user] = row
         rows.append(row - 2)
         flat.extend(ids)
         lengths.append(len(ids))
+        padding.look(ids)
     if not names:
         raise UsageError(f"{path}: 0 users; the file has a header and no rows")
     if not flat:
         raise UsageError(f"{path}: every user's list is empty")
+    if not zero_is_item:
+        padding.check(path, len(names))
     item_ids, items = np.unique(np.array(flat, dtype=np.int64), return_inverse=True)
     length = np.array(lengths, dtype=np.int64)
-    long_enough = length >= MINIMUM_LENGTH
-    if not long_enough.any():
+    enough = length >= MINIMUM_LENGTH
+    if not enough.any():
         raise UsageError(
             f"{path}: no user has {MINIMUM_LENGTH} items or more;"
             " leave-one-out needs train, valid and test items"
         )
-    return Interactions(
-        users=[user for user, kept in zip(names, long_enough) if kept],
-        rows=np.array(rows, dtype=np.int64)[long_enough],
-        items=items[np.repeat(long_enough, length)].astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(length[long_enough])]),
+    of_enough = np.repeat(enough, length)
+    offsets = np.concatenate([[0], np.cumsum(length[enough])])
+    data = Interactions(
+        users=[user for user, kept in zip(names, enough) if kept],
+        rows=np.array(rows, dtype=np.int64)[enough],
+        items=np.concatenate([items[of_enough], items[~of_enough]]).astype(np.int32),
+        offsets=offsets,
+        short_offsets=np.concatenate([[0], np.cumsum(length[~enough])]) + offsets[-1],
         item_ids=item_ids,
-        dropped=int((~long_enough).sum()),
         sha256=digest.hexdigest(),
     )
+    _check_meaning(path, data)
+    return data
+
+
+class _Padding:
+    """Counts lists with a run of item 0 at an end: somebody's padding looks like that."""
+
+    def __init__(self) -> None:
+        self.ends = {"start": 0, "end": 0}
+
+    def look(self, ids: list[int]) -> None:
+        if ids[:2] == [0, 0]:
+            self.ends["start"] += 1
+        if ids[-2:] == [0, 0]:
+            self.ends["end"] += 1
+
+    def check(self, path: Path, n_users: int) -> None:
+        """Raise UsageError where too many lists have such a run."""
+        for end, count in self.ends.items():
+            if count >= max(2, PADDED_SHARE * n_users):
+                raise UsageError(
+                    f"{path}: item 0 stands in a run at the {end} of {count} of {n_users} lists:"
+                    " padding? remove it, or say --zero_is_item if 0 is an item"
+                )
+
+
+def _check_meaning(path: Path, data: Interactions) -> None:
+    """Refuse files of valid form with which nothing can be learnt or measured."""
+    if data.n_items == 1:
+        raise UsageError(f"{path}: item {data.item_ids[0]} is the only one; there is no choice")
+    targets = np.unique(data.items[data.offsets[1:] - 1])
+    if len(targets) == 1 and data.n_users >= FEW_USERS:
+        item = data.item_ids[targets[0]]
+        raise UsageError(
+            f"{path}: every one of {data.n_users} users ends with item {item}: is it a marker?"
+        )
 
 
 class _Digesting(io.RawIOBase):
@@ -180,6 +233,9 @@ def _parse(path: Path, text: io.TextIOBase) -> Iterator[tuple[int, str, list[int
 def _columns(path: Path, header: list[str]) -> tuple[int, int]:
     names = [name.strip() for name in header]
     missing = [name for name in ("reviewerID", "asin") if name not in names]
+    twice = [name for name in ("reviewerID", "asin") if names.count(name) > 1]
+    if twice:
+        raise UsageError(f"{path}: column {twice[0]} stands {names.count(twice[0])} times")
     if not missing:
         return names.index("reviewerID"), names.index("asin")
     for separator in (";", "\t"):

@@ -4,9 +4,7 @@ trusting it.
 
 import codecs
 import collections
-import hashlib
 import io
-import json
 import pickle
 from pathlib import Path
 
@@ -15,9 +13,11 @@ import torch
 from torch import Tensor
 
 from utils.errors import UsageError
-from utils.files import replacing
+from utils.files import file_sha256, replacing, write_json
 
 KEY = "item_embedding"
+LARGEST_GIB = 16  # of an item table; ten million items of 128 numbers are 5 GiB
+SPARSE_GIB = 0.5  # of one that is nearly all gaps
 
 _ARRAY = object()  # stands for numpy.ndarray, whose own call would accept bytes as objects
 
@@ -90,13 +90,31 @@ def write_table(path: str | Path, table: Tensor, about: dict) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    _SameBytes(buffer, protocol=4).dump({KEY: table.detach().cpu().float().contiguous().clone()})
-    data = buffer.getvalue()
-    notes = json.dumps(about | {"table_sha256": hashlib.sha256(data).hexdigest()}, indent=2) + "\n"
-    for target, content in ((path, data), (path.with_suffix(".json"), notes.encode())):
-        with replacing(target) as partial:
-            partial.write_bytes(content)
+    with replacing(path) as partial:
+        with open(partial, "wb") as file:
+            _SameBytes(file, protocol=4).dump({KEY: table.detach().cpu().float().contiguous()})
+        sha256 = file_sha256(partial)
+    write_json(path.with_suffix(".json"), about | {"table_sha256": sha256})
+
+
+def check_size(path: Path, item_ids: np.ndarray, dim: int) -> None:
+    """Refuse ids whose table, a row for every number up to the largest id, would be too large.
+
+    Args:
+        path: the CSV, for the message.
+        item_ids: the ids that occur, ascending.
+        dim: the table's width.
+    Raises:
+        UsageError: more than LARGEST_GIB, or more than SPARSE_GIB that are nearly all gaps.
+    """
+    rows = int(item_ids[-1]) + 1
+    gib = rows * dim * 4 / 2**30
+    mostly_gaps = rows > 10 * len(item_ids)
+    if gib > LARGEST_GIB or (mostly_gaps and gib > SPARSE_GIB):
+        raise UsageError(
+            f"{path}: ids reach {item_ids[-1]} for {len(item_ids)} items, an item table of"
+            f" {gib:.1f} GiB; number the items from 0"
+        )
 
 
 def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
@@ -130,9 +148,11 @@ def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
     if len(broken):
         shown = ", ".join(map(str, broken[:5]))
         raise UsageError(f"{path}: rows {shown} contain NaN or infinity ({len(broken)} in all)")
-    if not rows.any():
+    empty = int((~rows.any(1)).sum())
+    if empty:
         raise UsageError(
-            f"{path}: every row of an occurring item is zero; the table was not trained"
+            f"{path}: {empty} of {len(rows)} occurring items have a row of zeros;"
+            " give every item of the CSV a vector"
         )
     return rows.contiguous()
 

@@ -6,13 +6,16 @@
     python -m datasets.process --reviews R.json.gz --domain_type sport --order file    # as released
 
 The filters are the released notebook's, in its order: rating, rows per user, rows per item, length,
-repeats, length again. Reviews are read as a stream. About 16 bytes per review and the names of
-users and items stay in memory.
+repeats, length again. Reviews are dated by day. Those of one user and day stand in an order that
+says nothing about the item (`--ties hash`), since raw files are in item order. Items are numbered
+in the order of their ASINs. Reviews are read as a stream. About 16 bytes per review and the names
+of users and items stay in memory.
 """
 
 import ast
 import csv
 import gzip
+import hashlib
 import html
 import json
 import lzma
@@ -32,7 +35,7 @@ from datasets.interactions import write_csv
 from utils import cli
 from utils.errors import UsageError
 from utils.files import replacing
-from utils.flags import NonNegativeFloat, PositiveInt, flag
+from utils.flags import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
 
 NUMBERS = {"overall", "unixReviewTime"}  # the fields that are numbers; all others are text
 BROKEN_SHARE = 0.01  # more broken lines than this are an error
@@ -98,30 +101,69 @@ def _array(column: array, dtype: type) -> np.ndarray:
 
 
 def filter_reviews(
-    reviews: Reviews, min_user: int, min_item: int, min_length: int, order: Order, report: Report
+    reviews: Reviews,
+    min_user: int,
+    min_item: int,
+    min_length: int,
+    tie_order: np.ndarray | None,
+    report: Report,
+    by_time: bool = True,
 ) -> Reviews:
-    """The released filters in their order.
+    """The released filters in their order. The result is sorted by user, then by time.
 
-    The result is sorted by user, then by time (ties and `file`: file order).
+    Args:
+        tie_order: int64 [n], the order of a user's reviews of equal time; None is file order.
+        by_time: False keeps a user's reviews in file order.
     """
-    reviews = reviews.keep(~_duplicates(reviews))
-    report("duplicate reviews dropped", reviews)
-    reviews = reviews.keep(_often(reviews.user, min_user))
-    report(f"users with >= {min_user} reviews", reviews)
-    reviews = reviews.keep(_often(reviews.item, min_item))
-    report(f"items with >= {min_item} reviews", reviews)
     index = np.arange(len(reviews.user))
-    keys = (index, reviews.user) if order == "file" else (index, reviews.time, reviews.user)
-    reviews = reviews.keep(np.lexsort(keys))
-    reviews = reviews.keep(_often(reviews.user, min_length))
-    report(f"sequences of >= {min_length}", reviews)
+    ties = index if tie_order is None else tie_order
+    keys = (index, ties, reviews.time, reviews.user) if by_time else (index, reviews.user)
+    order = np.lexsort(keys)  # positions in the result, before anything is left out
+    place = np.empty_like(order)
+    place[order] = index
+
+    def keep(mask: np.ndarray, stage: str) -> None:
+        nonlocal reviews, place
+        reviews, place = reviews.keep(mask), place[mask]
+        report(stage, reviews)
+
+    keep(~_duplicates(reviews), "duplicate reviews dropped")
+    keep(_often(reviews.user, min_user), f"users with >= {min_user} reviews")
+    keep(_often(reviews.item, min_item), f"items with >= {min_item} reviews")
+    order = np.argsort(place)
+    reviews, place = reviews.keep(order), place[order]
+    keep(_often(reviews.user, min_length), f"sequences of >= {min_length}")
     pairs = reviews.user.astype(np.int64) * max(1, len(reviews.items)) + reviews.item
     _, first = np.unique(pairs, return_index=True)
-    reviews = reviews.keep(np.sort(first))
-    report("repeats inside a user dropped", reviews)
-    reviews = reviews.keep(_often(reviews.user, min_length))
-    report(f"sequences of >= {min_length} again", reviews)
+    keep(np.sort(first), "repeats inside a user dropped")
+    keep(_often(reviews.user, min_length), f"sequences of >= {min_length} again")
     return reviews
+
+
+def tie_order(reviews: Reviews, seed: int) -> np.ndarray:
+    """An order of reviews that says nothing about item or file: a hash of (seed, user, item); int64
+    [n].
+    """
+    users = np.array([_hashed(f"{seed} {name}") for name in reviews.users], dtype=np.uint64)
+    items = np.array([_hashed(f"{seed} {name}") for name in reviews.items], dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        mixed = users[reviews.user] * np.uint64(0x9E3779B97F4A7C15) ^ items[reviews.item]
+        mixed ^= mixed >> np.uint64(30)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(27)
+    return (mixed >> np.uint64(1)).astype(np.int64)
+
+
+def _hashed(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def share_of_ties(reviews: Reviews) -> float:
+    """Share of a user's neighbouring reviews of equal time. Reviews are sorted by user."""
+    same_user = reviews.user[1:] == reviews.user[:-1]
+    same_time = reviews.time[1:] == reviews.time[:-1]
+    return float((same_user & same_time).sum() / max(1, same_user.sum()))
 
 
 def _duplicates(reviews: Reviews) -> np.ndarray:
@@ -265,6 +307,19 @@ def _parse_leniently(text: bytes) -> object:
             return None
 
 
+def _emptied(counts: dict[str, int], low: int) -> str:
+    """Which filter left nothing, and the flag that loosens it."""
+    mends = {"rating": "min_rating", "users": "min_user", "items": "min_item"}
+    mends["sequences"] = "min_length"
+    before = low + next(iter(counts.values()))
+    for stage, left in counts.items():
+        if not left:
+            mend = mends.get(stage.split()[0], "min_user")
+            return f"nothing is left of {before:,} reviews after '{stage}'; lower --{mend}"
+        before = left
+    return "nothing is left"
+
+
 @cli.command
 def main(
     *,
@@ -276,6 +331,10 @@ def main(
     min_item: PositiveInt = flag(20, "fewest reviews of an item"),
     min_length: PositiveInt = flag(5, "shortest sequence"),
     order: Order = flag("time", "sequences by time, or in file order as released"),
+    ties: Literal["hash", "file"] = flag(
+        "hash", "reviews of one user and time: by a hash of user and item, or in file order"
+    ),
+    tie_seed: NonNegativeInt = flag(0, "seed of that hash"),
     output_dir: str = flag("data", "where the files go"),
     overwrite: bool = flag(False, "replace the domain's files"),
 ) -> None:
@@ -289,11 +348,20 @@ def main(
     raw, low = read_reviews(reviews, min_rating)
     print(f"{low:,} reviews rated below {min_rating:g} left out")
     print_counts(f"rating >= {min_rating:g}", raw)
-    kept = filter_reviews(raw, min_user, min_item, min_length, order, print_counts)
+    counts: dict[str, int] = {f"rating >= {min_rating:g}": len(raw.user)}
+
+    def report(stage: str, left: Reviews) -> None:
+        counts[stage] = len(left.user)
+        print_counts(stage, left)
+
+    by_hash = tie_order(raw, tie_seed) if ties == "hash" else None
+    by_time = order == "time"
+    kept = filter_reviews(raw, min_user, min_item, min_length, by_hash, report, by_time)
     if not len(kept.user):
-        raise UsageError(
-            f"{reviews}: nothing is left after the filters; lower --min_item or --min_user"
-        )
+        raise UsageError(f"{reviews}: {_emptied(counts, low)}")
+    if by_time:
+        how = f"by a hash with --tie_seed={tie_seed}" if ties == "hash" else "in file order"
+        print(f"{share_of_ties(kept):.1%} of a user's neighbouring reviews share a time: {how}")
     wanted = {kept.items[code] for code in np.unique(kept.item)}
     titles, repeats = read_titles(meta, wanted) if meta else ({}, 0)
     write_domain(kept, titles, path)

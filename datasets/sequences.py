@@ -63,7 +63,8 @@ class Samples:
     def users(self, indices: np.ndarray) -> list[str]:
         """The reviewerID of each sample."""
         owner = np.searchsorted(self.data.offsets, self.end[indices], side="right") - 1
-        return [self.data.users[user] for user in owner]
+        names = self.data.users
+        return [names[user] if user < len(names) else "a short user" for user in owner]
 
     def calibration(self, n: int = 64) -> Tensor:
         """The histories of `n` samples (or all) at even distances; int64 [n, L]."""
@@ -82,15 +83,23 @@ class Samples:
 def training_samples(
     data: Interactions, targets: TrainTargets, max_seq_length: int, every_position: bool = False
 ) -> Samples:
-    """items[:-3] -> items[-3] of every user (`last`), or every prefix of items[:-2] to its next
-    item (`all`).
+    """items[:-3] -> items[-3] of every user (`last`), or every prefix of items[:-2] (`all`).
+
+    Args:
+        every_position: each position of a window is a target. Users that are too short to be
+            evaluated train with all their items then.
     """
     first, final = data.offsets[:-1], data.offsets[1:] - 3
-    if targets == "last":
-        return Samples(data, final, final - first, max_seq_length, every_position)
-    per_user = final - first
-    end = np.repeat(final + 1 - np.cumsum(per_user), per_user) + np.arange(per_user.sum())
-    return Samples(data, end, end - np.repeat(first, per_user), max_seq_length)
+    if targets == "all":
+        per_user = final - first
+        end = np.repeat(final + 1 - np.cumsum(per_user), per_user) + np.arange(per_user.sum())
+        return Samples(data, end, end - np.repeat(first, per_user), max_seq_length)
+    end, length = final, final - first
+    if every_position:
+        short = np.diff(data.short_offsets)
+        end = np.concatenate([end, data.short_offsets[1:][short >= 2] - 1])
+        length = np.concatenate([length, short[short >= 2] - 1])
+    return Samples(data, end, length, max_seq_length, every_position)
 
 
 class EvaluationBatch(NamedTuple):
@@ -196,22 +205,26 @@ def prepare(
 
 
 def popularity(data: Interactions) -> Tensor:
-    """How often each item occurs among the items before every user's validation target; float32
-    [N].
-    """
+    """How often each item occurs before the users' validation targets; float32 [N]."""
     known_until = np.repeat(data.offsets[1:] - VALID, np.diff(data.offsets))
-    known = data.items[np.arange(len(data.items)) < known_until]
-    return torch.from_numpy(np.bincount(known, minlength=data.n_items).astype(np.float32))
+    known = np.ones(len(data.items), dtype=bool)  # of short users all
+    known[: data.offsets[-1]] = np.arange(data.offsets[-1]) < known_until
+    return torch.from_numpy(
+        np.bincount(data.items[known], minlength=data.n_items).astype(np.float32)
+    )
 
 
 def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationSplit]) -> str:
     """The domain in a line or two: sizes, what was dropped, candidates where there are too few."""
     lines = [
-        f"{data.n_users:,} users, {data.n_items:,} items, {len(data.items):,} interactions;"
+        f"{data.n_users:,} users, {data.n_items:,} items, {data.offsets[-1]:,} interactions;"
         f" {len(samples):,} training samples"
     ]
-    if data.dropped:
-        lines.append(f"dropped {data.dropped:,} users with fewer than {MINIMUM_LENGTH} items")
+    if data.n_short:
+        used = "training of SASRec on every position and popularity use their items"
+        lines.append(
+            f"not evaluated: {data.n_short:,} users with fewer than {MINIMUM_LENGTH} items; {used}"
+        )
     few = splits["test"].fewest_candidates()
     if few < splits["test"].n_candidates:
         lines.append(
@@ -223,5 +236,5 @@ def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationS
 
 def _distinct_per_user(data: Interactions) -> np.ndarray:
     owner = np.repeat(np.arange(data.n_users), np.diff(data.offsets))
-    pairs = np.unique(owner * np.int64(data.n_items) + data.items)
+    pairs = np.unique(owner * np.int64(data.n_items) + data.items[: data.offsets[-1]])
     return np.bincount(pairs // data.n_items, minlength=data.n_users)

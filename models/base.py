@@ -4,6 +4,7 @@ A base is a Hugging Face id, a local folder in the Hugging Face layout, or a bui
 (models/builtin.py).
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from models.builtin import BUILT_IN, ensure_built_in
 from utils.errors import UsageError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints store it
+SAMPLES, SAMPLE = 64, 4096  # pieces of a shard that its fingerprint covers, and their bytes
 
 
 def locate(base_model: str) -> str:
@@ -40,7 +44,54 @@ def locate(base_model: str) -> str:
 
 def describe(base_model: str, base: str) -> dict[str, Any]:
     """What config.json says of a base: the flag's value and where it is."""
-    return {"random_base": base_model in BUILT_IN, "base": contents(base)}
+    about = {"random_base": base_model in BUILT_IN, "base": contents(base)}
+    return about | {"base_sha256": fingerprint(base)}
+
+
+def check_unchanged(config: dict[str, Any], base: str) -> None:
+    """Refuse another base than the one that a run was trained on.
+
+    Where the base was trained in full its weights are in the checkpoint, and nothing is compared.
+
+    Args:
+        config: the run's config.json.
+    Raises:
+        UsageError: the base differs.
+    """
+    if config["model"]["strategy"] == "full":
+        return
+    recorded, found = config.get("base_sha256"), None
+    if recorded is not None:
+        found = fingerprint(base)
+    elif "base" in config:  # a run that is older than fingerprints
+        recorded, found = config["base"], contents(base)
+    if json.loads(json.dumps(found)) != recorded:
+        raise UsageError(
+            f"--base_model={config['flags']['base_model']}: {base} is another base than the one"
+            f" that the run was trained on (its fingerprint is {str(found)[:12]}..., the run has"
+            f" {str(recorded)[:12]}...); put the right one back"
+        )
+
+
+def fingerprint(base: str) -> str:
+    """sha256 over config.json, and the names, sizes, headers and samples of the weight files.
+
+    Cheap for any size. A hub's snapshot is known by its commit.
+    """
+    if not Path(base).is_dir():
+        return hashlib.sha256(json.dumps(contents(base)).encode()).hexdigest()
+    digest = hashlib.sha256((Path(base) / "config.json").read_bytes())
+    for path in sorted(Path(base).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
+            for i in range(SAMPLES):
+                file.seek(size * i // SAMPLES)
+                digest.update(file.read(SAMPLE))
+            file.seek(max(0, size - SAMPLE))
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
 
 
 def read_config(base: str) -> LlamaConfig:
@@ -59,6 +110,13 @@ def read_config(base: str) -> LlamaConfig:
     found = content.get("model_type") if isinstance(content, dict) else None
     if found != "llama":
         raise UsageError(f"--base_model={base}: model_type {found} unsupported, expected llama")
+    if content.get("quantization_config"):
+        method = content["quantization_config"]
+        method = method.get("quant_method", "?") if isinstance(method, dict) else method
+        raise UsageError(
+            f"--base_model={base}: is quantised ({method}); its scales are not read here, use the"
+            " checkpoint in bf16, fp16 or fp32 that it was made from"
+        )
     try:
         return LlamaConfig(**content)
     except Exception as error:  # transformers checks fields in several ways
@@ -129,6 +187,7 @@ def _read_tensors(base: str, names: list[str], dtype: torch.dtype) -> dict[str, 
     shard_of = _shards(base)
     # LlamaForCausalLM's names or LlamaModel's
     prefix = "model." if any(name.startswith("model.") for name in shard_of) else ""
+    _refuse_unread(base, prefix, names, list(shard_of))
     missing = [prefix + name for name in names if prefix + name not in shard_of]
     if missing:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
@@ -149,8 +208,41 @@ def _read_tensors(base: str, names: list[str], dtype: torch.dtype) -> dict[str, 
                         f"--base_model={base}: {shard_name} lacks the tensor {prefix + name}"
                         " that the index places there"
                     )
-                tensors[name] = shard.get_tensor(prefix + name).to(dtype)
+                tensor = shard.get_tensor(prefix + name)
+                if tensor.dtype not in WEIGHT_TYPES:
+                    raise UsageError(
+                        f"--base_model={base}: {prefix + name} is {tensor.dtype}, quantised;"
+                        " use the checkpoint in bf16, fp16 or fp32 that it was made from"
+                    )
+                tensors[name] = tensor.to(dtype)
     return tensors
+
+
+def _refuse_unread(base: str, prefix: str, names: list[str], stored: list[str]) -> None:
+    """Refuse a checkpoint that has more tensors in a kept layer than are read: none may be dropped.
+
+    Raises:
+        UsageError: scales of quantised weights, LoRA that is not merged, or something else.
+    """
+    kept = {name.split(".")[1] for name in names if name.startswith("layers.")}
+    known = {prefix + name for name in names}
+    unread = []
+    for name in stored:
+        _, _, rest = name.partition(f"{prefix}layers.")
+        inside = name.startswith(f"{prefix}layers.") and rest.split(".")[0] in kept
+        if inside and name not in known and not name.endswith(COMPUTED):
+            unread.append(name)
+    if not unread:
+        return
+    reason = "nothing here reads them"
+    if any("scale" in name or "zero" in name or "g_idx" in name for name in unread):
+        reason = "the weights are quantised; use the checkpoint in bf16, fp16 or fp32"
+    elif any("lora" in name for name in unread):
+        reason = "LoRA is not merged; merge it into the weights (peft: merge_and_unload) and save"
+    raise UsageError(
+        f"--base_model={base}: has {len(unread)} more tensors in the kept layers, such as"
+        f" {unread[0]}: {reason}"
+    )
 
 
 def _shards(base: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from models.base import load_llama, locate, read_config
+from models.base import check_unchanged, load_llama, locate, read_config
 from models.builtin import BUILT_IN
 from models.decoder import Decoder, KeyValue
 from models.losses import Output
@@ -90,9 +90,10 @@ class LLM4Rec(nn.Module):
         """The model of a run's best checkpoint.
 
         Raises:
-            UsageError: the base or the checkpoint is missing or does not fit.
+            UsageError: the base or the checkpoint is missing, does not fit, or is another base.
         """
         base = locate(run.config["flags"]["base_model"])
+        check_unchanged(run.config, base)
         model = build(base, item_table, run.config["model"], bf16)
         model.restore(run)
         return model

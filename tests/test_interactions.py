@@ -22,10 +22,10 @@ def test_a_small_file_reads_as_expected(tmp_path):
     data = read_csv(path)
     assert data.users == ["ann", "cid"]
     assert data.rows.tolist() == [0, 2]
-    assert data.dropped == 1
+    assert data.n_short == 1
     assert data.item_ids.tolist() == [0, 2, 5, 7, 9]
-    assert data.items.tolist() == [2, 4, 2, 3, 0, 3, 4, 2, 1]
-    assert data.offsets.tolist() == [0, 4, 9]
+    assert data.items.tolist() == [2, 4, 2, 3, 0, 3, 4, 2, 1, 4]  # bob's last
+    assert data.offsets.tolist() == [0, 4, 9] and data.short_offsets.tolist() == [9, 10]
 
 
 def test_compression_bom_and_line_ends_do_not_matter(tmp_path):

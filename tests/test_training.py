@@ -52,8 +52,11 @@ def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, micro=None, **changes):
 
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
-    settings = Training(**SETTINGS | changes)
-    runtime = Runtime(micro_batch_size=micro, save_steps=-1, log_steps=1)
+    given = SETTINGS | changes
+    settings = Training(**given, given=frozenset(given))
+    runtime = Runtime(
+        micro_batch_size=micro, save_steps=-1, log_steps=1, given=frozenset({"save_steps"})
+    )
     samples = SimpleNamespace(counts=lambda: counts, users=lambda rows: [f"u{row}" for row in rows])
     run = Run("test", folder, None, (settings, runtime))
     fitted = training.fit(
@@ -140,3 +143,40 @@ def test_metrics_are_on_disk_as_the_run_goes(tmp_path):
         "valid"
     ]
     assert lines[3]["sampled/MRR"] == 0.5 and lines[0]["ce"] == lines[0]["total"] > 0
+
+
+def plan(n, given_training=(), given_runtime=(), **changes):
+    settings = Training(**changes, given=frozenset(changes) | set(given_training))
+    return training.Plan.of(n, settings, Runtime(given=frozenset(given_runtime)))
+
+
+def test_what_was_not_given_fits_the_amount_of_training():
+    """442 users are 2 steps per epoch; 20 epochs would be 40 steps with a warm-up of 50."""
+    few = plan(442)
+    assert (few.per_epoch, few.total, few.warmup) == (2, 240, 24)
+    assert (few.eval_every, few.save_every, few.patience_from) == (48, 48, 500)
+    many = plan(22_363)  # 88 steps per epoch
+    assert (many.total, many.warmup, many.eval_every, many.patience_from) == (1760, 50, 100, 500)
+
+
+def test_what_was_given_is_taken_as_it_is():
+    given = plan(442, num_epochs=3, warmup_steps=50, eval_steps=100, patience=2)
+    assert (given.total, given.warmup, given.eval_every, given.patience_from) == (6, 50, 100, 0)
+    assert plan(442, max_steps=7).total == 7 and plan(442, max_steps=7).warmup == 0
+
+
+def test_every_epoch_is_not_every_step():
+    """Step 1 evaluates every epoch: of 2 steps on 442 users, of 88 on 22,363."""
+    few = training.Plan.of(442, Training(num_epochs=200, eval_steps=-1), Runtime(save_steps=-1))
+    assert (few.total, few.eval_every, few.save_every) == (400, 10, 10)
+    assert training.Plan.of(22_363, Training(eval_steps=-1), Runtime()).eval_every == 88
+    assert plan(442, eval_steps=-1).eval_every == 2  # given
+
+
+def test_patience_counts_from_where_there_is_something_to_judge(tmp_path):
+    """Ten evaluations without a better one before step 500 end nothing."""
+    settings = Training(num_epochs=400, patience=2, eval_steps=-1, given=frozenset({"num_epochs"}))
+    found = training.Plan.of(N, settings, Runtime())
+    assert found.patience_from == 500
+    *_, fitted = [run(tmp_path, mrrs=(0.5, 0.1), num_epochs=12, patience=2)[1]]
+    assert fitted.steps == 9  # given: the first evaluation is the best, two more end it

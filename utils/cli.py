@@ -106,6 +106,7 @@ def command(main: Callable) -> Callable:
             except UsageError as problem:
                 problems.append(str(problem))
         _raise_all(problems)
+        values = {name: _expanded(value) for name, value in values.items()}
         arguments = _arguments(main, values)
         groups = [argument for argument in arguments.values() if isinstance(argument, Group)]
         _raise_all([line for group in groups for line in group.problems()])
@@ -136,6 +137,11 @@ def _arguments(main: Callable, values: dict[str, Any]) -> dict[str, Any]:
                 instance, **given[name], given=frozenset(given[name])
             )
     return arguments
+
+
+def _expanded(value: Any) -> Any:
+    """A path below the home folder, where a text begins with ~."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def check(*rules: tuple[bool, str]) -> None:

@@ -155,6 +155,9 @@ class Data(Group):
         "demo", "the domain; its CSV is data/<domain>.csv[.gz|.xz]; demo is made on first use"
     )
     data_path: str | None = flag(None, "the domain's CSV, wherever it is")
+    zero_is_item: bool = flag(
+        False, "runs of item 0 at the start or end of lists are items, not somebody's padding"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,8 +186,8 @@ def call(command: Callable[[], Any]) -> None:
         reason = str(error).splitlines()[0][:160] if str(error) else "MemoryError"
         _end(
             1,
-            f"error: {_process()}out of memory ({reason}); lower --micro_batch_size"
-            " (or --batch_size), --eval_batch_size or --max_seq_length",
+            f"error: {_process()}out of memory ({reason}); lower --micro_batch_size or"
+            " --eval_batch_size and give the command again",
         )
     except KeyboardInterrupt:
         _end(130, "interrupted")

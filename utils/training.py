@@ -23,6 +23,9 @@ from utils.processes import Signals
 from utils.run import Run
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+LEAST_STEPS = 240  # of training, of the flags that were not given: see Plan
+LEAST_EVALUATIONS, LEAST_INTERVAL = 5, 10
+PATIENCE_FROM = 500
 RANK_STRIDE = 1_000_003  # the seeds of the processes' dropout are this far apart
 
 LossFn = Callable[[np.ndarray], dict[str, Tensor]]
@@ -46,6 +49,61 @@ class Fitted(NamedTuple):
     best_step: int
     best_mrr: float
     seconds: float
+
+
+class Plan(NamedTuple):
+    """How much there is to train, and what follows from it for flags that were not given.
+
+    total: optimizer steps. per_epoch: optimizer steps per epoch. warmup: steps of warm-up.
+    eval_every, save_every: steps between evaluations and between writing last/.
+    patience_from: patience counts from this step on.
+    """
+
+    total: int
+    per_epoch: int
+    warmup: int
+    eval_every: int
+    save_every: int
+    patience_from: int
+
+    @classmethod
+    def of(cls, n_samples: int, training: Training, runtime: Runtime) -> "Plan":
+        """Few samples make few steps. Unless the flags are given, training takes at least
+        LEAST_STEPS steps, warm-up is a tenth of them at most, and there are at least
+        LEAST_EVALUATIONS.
+        """
+        per_epoch = math.ceil(n_samples / training.batch_size)
+        total = training.num_epochs * per_epoch
+        if "num_epochs" not in training.given:
+            total = max(total, LEAST_STEPS)
+        if training.max_steps > 0:
+            total = training.max_steps
+        warmup = training.warmup_steps
+        if "warmup_steps" not in training.given:
+            warmup = min(warmup, total // 10)
+
+        def interval(steps: int, given: bool) -> int:
+            if given:
+                return steps if steps > 0 else per_epoch
+            if steps < 0:  # every epoch, but not every few steps
+                return max(per_epoch, min(LEAST_INTERVAL, total))
+            return max(1, min(steps, total // LEAST_EVALUATIONS))
+
+        return cls(
+            total,
+            per_epoch,
+            warmup,
+            interval(training.eval_steps, "eval_steps" in training.given),
+            interval(runtime.save_steps, "save_steps" in runtime.given),
+            0 if "patience" in training.given else PATIENCE_FROM,
+        )
+
+    def __str__(self) -> str:
+        epochs = f"{self.total / self.per_epoch:.4g} epochs of {self.per_epoch}"
+        return (
+            f"training: {self.total} steps ({epochs}), warm-up {self.warmup},"
+            f" validation every {self.eval_every}"
+        )
 
 
 @dataclass
@@ -98,15 +156,20 @@ def fit(
     torch.manual_seed(training.seed + RANK_STRIDE * processes.rank())
     device = next(module.parameters()).device
     counts = samples.counts()
-    steps_per_epoch = math.ceil(len(counts) / training.batch_size)
-    total = training.max_steps if training.max_steps > 0 else training.num_epochs * steps_per_epoch
+    plan = Plan.of(len(counts), training, runtime)
+    total = plan.total
+    print(plan, flush=True)
     state = _State(run, module, training, device, meta)
     micro_batch_size = runtime.micro_batch_size or training.batch_size // processes.world()
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    factor = _schedule(training, total)
+    factor = _schedule(training.lr_scheduler, plan.warmup, total)
 
     def due(step: int, every: int) -> bool:
-        return step == total or step % (every if every > 0 else steps_per_epoch) == 0
+        return step == total or step % every == 0
+
+    def out_of_patience() -> bool:
+        waited = progress.waited if progress.step >= plan.patience_from else 0
+        return 0 < training.patience <= waited
 
     module.eval()
     ranks_of("valid", 2)
@@ -114,13 +177,13 @@ def fit(
     progress = state.progress
     state.start_clock()
     module.train()
-    if source == "best" and due(progress.step, runtime.save_steps):
+    if source == "best" and due(progress.step, plan.save_every):
         state.save("last")  # due at the same step; the run was killed before it was written
     bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=1.0)
     with bar, Signals() as signals:
         batches = _batches(len(counts), training.batch_size, total, training.seed)
         for indices in itertools.islice(batches, progress.step, None):
-            if _out_of_patience(progress, training):
+            if out_of_patience():
                 tqdm.write(
                     f"stopped at step {progress.step}: {training.patience} evaluations"
                     " without a better validation MRR"
@@ -143,10 +206,10 @@ def fit(
             if step % runtime.log_steps == 0 or step == total:
                 means = {name: float(np.mean(values)) for name, values in progress.running.items()}
                 progress.running = {}
-                about = {"learning_rate": rate, "grad_norm": norm, "epoch": step / steps_per_epoch}
+                about = {"learning_rate": rate, "grad_norm": norm, "epoch": step / plan.per_epoch}
                 run.log.add("train", step, means | about)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
-            if due(step, training.eval_steps):
+            if due(step, plan.eval_every):
                 state.stop_clock()
                 module.eval()
                 if _evaluate(ranks_of, progress, run):
@@ -154,8 +217,8 @@ def fit(
                 module.train()
                 state.start_clock()
             stopping = stopping or (signals.received if processes.world() == 1 else 0)
-            ends = stopping or _out_of_patience(progress, training)
-            if ends or due(step, runtime.save_steps):
+            ends = stopping or out_of_patience()
+            if ends or due(step, plan.save_every):
                 state.save("last")
             if stopping:
                 raise Stopped(
@@ -288,10 +351,6 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def _out_of_patience(progress: Progress, training: Training) -> bool:
-    return 0 < training.patience <= progress.waited
-
-
 def _evaluate(ranks_of: RanksOf, progress: Progress, run: Run) -> bool:
     """Validate; whether it is the best so far.
 
@@ -377,11 +436,12 @@ def _accumulate(
     return dict(zip(parts, means)), stopping
 
 
-def _schedule(training: Training, total: int) -> Callable[[int], float]:
-    """Factor of the learning rate at an optimizer step: linear warm-up, then cosine or linear to
-    zero, or constant.
+def _schedule(kind: str, warmup: int, total: int) -> Callable[[int], float]:
+    """Factor of the learning rate at an optimizer step, counted from 0.
+
+    Linear warm-up, then cosine or linear to zero, or constant. The first step has 1 / warmup of the
+    rate, where the schedule of transformers has 0.
     """
-    warmup, kind = training.warmup_steps, training.lr_scheduler
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -1,0 +1,384 @@
+"""What people of this field run into, and each kind of mistake behind it.
+
+Inputs are made here. A case is refused in one line that names what was seen, or gives the right
+value; advice that a message gives is followed.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import distill
+import extract_emb
+import finetune
+import train_sr_trad
+from datasets import process, sequences
+from datasets.interactions import read_csv
+from datasets.item_table import check_size
+from models import base
+from tests.conftest import SHORT, hashes, real, write_sequences
+from utils.errors import RunError, UsageError
+
+LISTS = [[i % 7 + 1, i % 5 + 8, i % 11 + 13, i % 3 + 24, i + 30] for i in range(40)]
+
+
+def changed_base(change):
+    """A copy of the tiny base whose tensors `change` edits in place."""
+    folder = Path(shutil.copytree("output/base/tiny", "my base"))
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return {"base_model": "./my base", "llama_decoder_nums": 4, "output_dir": "new"}
+
+
+def quantised(kind, scale):
+    def change(tensors):
+        name = "layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name].to(kind)
+        if scale:
+            tensors["layers.1.mlp.up_proj.weight_scale"] = torch.ones(1)
+
+    return change
+
+
+def with_lora(layer):
+    def change(tensors):
+        tensors[f"layers.{layer}.mlp.up_proj.lora_A.default.weight"] = torch.ones(2, 64)
+
+    return change
+
+
+UNREAD = [
+    (
+        quantised(torch.float8_e4m3fn, scale=True),
+        "has 1 more tensors .*: the weights are quantised",
+    ),
+    (quantised(torch.float8_e4m3fn, scale=False), "up_proj.weight is torch.float8_e4m3fn, quant"),
+    (quantised(torch.int8, scale=False), "up_proj.weight is torch.int8, quantised; use the check"),
+    (with_lora(2), "lora_A.default.weight: LoRA is not merged; merge it into the weights"),
+    (
+        lambda t: t.update({"layers.0.mlp.gate.bias": torch.ones(3)}),
+        "gate.bias: nothing here reads",
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change, line", UNREAD)
+def test_a_tensor_of_a_kept_layer_that_nothing_reads_is_refused(inside, change, line):
+    flags = changed_base(change)
+    before = hashes(Path("."))
+    with pytest.raises(UsageError, match=f"--base_model=./my base: .*{line}"):
+        finetune.main(**SHORT, **flags)
+    assert hashes(Path(".")) == before
+
+
+@pytest.mark.slow
+def test_what_is_not_needed_may_be_there(inside):
+    """LoRA of a layer that is not kept, stored rotary frequencies, a language model's head."""
+
+    def change(tensors):
+        with_lora(6)(tensors)
+        tensors["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        tensors["lm_head.weight"] = torch.ones(3, 64)
+
+    assert finetune.main(**SHORT, **changed_base(change))["steps"] == 3
+
+
+@pytest.mark.slow
+def test_a_config_that_says_quantised_is_refused(inside):
+    flags = changed_base(lambda tensors: None)
+    path = Path("my base/config.json")
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"is quantised \(awq\); its scales are not read here"):
+        finetune.main(**SHORT, **flags)
+
+
+@pytest.mark.slow
+def test_an_exchanged_base_is_refused_by_name(inside):
+    """By --eval_only of a LoRA run, by distill.py's LoRA teacher, when resuming."""
+    flags = changed_base(lambda tensors: None) | {"train_strategy": "lora", "output_dir": "lora"}
+    result = finetune.main(**SHORT, **flags)
+    assert finetune.main(eval_only=True, output_dir="lora")["test"] == result["test"]
+    weights = load_file("my base/model.safetensors")
+    weights["layers.2.mlp.up_proj.weight"] *= 1.5  # the same names and sizes
+    save_file(weights, "my base/model.safetensors")
+    line = "--base_model=./my base: .* is another base than the one that the run was trained on"
+    with pytest.raises(UsageError, match=line):
+        finetune.main(eval_only=True, output_dir="lora")
+    with pytest.raises(UsageError, match=line):
+        distill.main(**SHORT, teacher="lora", teacher_cache="off", output_dir="s")
+
+
+def test_a_fingerprint_sees_a_byte_in_a_header_and_a_changed_size(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(10.0)}, path)
+    first = base.fingerprint(str(tmp_path))
+    save_file({"a": torch.arange(10.0)}, path)
+    assert base.fingerprint(str(tmp_path)) == first
+    for tensors in ({"b": torch.arange(10.0)}, {"a": torch.arange(11.0)}, {"a": torch.ones(10)}):
+        save_file(tensors, path)
+        assert base.fingerprint(str(tmp_path)) != first
+
+
+MEANING = {
+    "zeros at the end": ([ids + [0] * (9 - len(ids)) for ids in LISTS], "at the end of 40 of 40"),
+    "zeros at the start": ([[0, 0, 0, *ids] for ids in LISTS], "at the start of 40 of 40 lists"),
+    "some padded": ([*LISTS[:30], *[ids + [0, 0] for ids in LISTS[30:]]], "end of 10 of 40 lists"),
+    "one item": ([[7, 7, 7, 7]] * 12, "item 7 is the only one"),
+    "one target": ([[*ids, 99] for ids in LISTS], "every one of 40 users ends with item 99"),
+}
+
+
+@pytest.mark.parametrize("name", MEANING)
+def test_valid_form_with_an_impossible_meaning_is_refused(tmp_path, name):
+    lists, line = MEANING[name]
+    path = write_sequences(tmp_path / "d.csv", lists)
+    with pytest.raises(UsageError, match=line):
+        read_csv(path)
+
+
+def test_zero_is_an_item_where_it_is_said(tmp_path):
+    path = write_sequences(tmp_path / "d.csv", [[0, 0, 0, *ids] for ids in LISTS])
+    assert read_csv(path, zero_is_item=True).item_ids[0] == 0
+    write_sequences(tmp_path / "e.csv", [[0, *ids, 0] for ids in LISTS[:9]] + LISTS)
+    assert read_csv(tmp_path / "e.csv").item_ids[0] == 0  # no runs
+
+
+def test_two_columns_of_one_name_and_an_empty_user_are_refused(tmp_path):
+    path = write_sequences(tmp_path / "d.csv", LISTS, "reviewerID,asin,asin")
+    with pytest.raises(UsageError, match="column asin stands 2 times"):
+        read_csv(path)
+    path.write_text('reviewerID,asin\na,"[1, 2, 3, 4]"\n ,"[1, 2, 3, 4]"\n')
+    with pytest.raises(UsageError, match="row 3: reviewerID is empty"):
+        read_csv(path)
+
+
+@pytest.mark.slow
+def test_of_two_files_of_a_domain_the_one_that_is_read_is_named(inside, capsys):
+    shutil.copyfile("data/demo.csv", "data/demo.csv.gz")
+    train_sr_trad.main(eval_only=True)
+    assert "reading data/demo.csv; not read: data/demo.csv.gz" in capsys.readouterr().out
+
+
+def test_ids_of_nine_digits_are_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lists = [[item * 10_000_019 for item in ids] for ids in LISTS]
+    path = write_sequences(tmp_path / "data/far.csv", lists)
+    with pytest.raises(
+        UsageError, match=r"far.csv: ids reach \d+ for .* GiB; number the items from"
+    ):
+        train_sr_trad.main(domain_type="far", **SHORT)
+    assert not Path("output").exists()
+    ids = np.array([5, 600_000])  # .3 GiB, nearly all gaps
+    check_size(path, ids, 128)
+    with pytest.raises(UsageError, match="number the items from 0"):
+        check_size(path, ids * 4, 128)
+
+
+def test_short_users_count_in_popularity_and_train_sasrec(tmp_path):
+    """Users of 4, 3, 2 and 1 items; ids 1..6 are indices 0..5."""
+    lists = [[1, 2, 3, 4], [5, 5, 6], [2, 5], [6]]
+    data = read_csv(write_sequences(tmp_path / "d.csv", lists))
+    assert data.n_users == 1 and data.n_short == 3
+    # before the validation target: 1, 2; of short users everything: 5 5 6, 2 5, 6
+    assert sequences.popularity(data).tolist() == [1, 2, 0, 0, 3, 2]
+    samples = sequences.training_samples(data, "last", 3, every_position=True)
+    every = np.arange(len(samples))
+    assert samples.histories(every).tolist() == [[6, 6, 0], [6, 4, 4], [6, 6, 1]]
+    assert samples.shifted_targets(every).tolist() == [[6, 6, 1], [6, 4, 5], [6, 6, 4]]
+    assert samples.users(every) == ["u0", "a short user", "a short user"]
+    assert len(sequences.training_samples(data, "last", 3)) == 1
+    assert len(sequences.training_samples(data, "all", 3)) == 1
+
+
+def reviews_of_one_day(path: Path) -> Path:
+    """30 users with 6 items each on one day, the file in item order."""
+    rows = []
+    rng = np.random.default_rng(0)
+    for user in range(30):
+        for item in sorted(rng.choice(40, 6, replace=False)):
+            rows.append({"reviewerID": f"U{user}", "asin": f"B{item:03}", "overall": 5.0})
+            rows[-1]["unixReviewTime"] = 86400
+    rows.sort(key=lambda row: row["asin"])
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def rising(path: Path) -> float:
+    """Share of neighbouring items whose number rises."""
+    data = read_csv(path)
+    steps = [np.diff(items) for items in np.split(data.items, data.offsets[1:-1])]
+    return float((np.concatenate(steps) > 0).mean())
+
+
+def test_reviews_of_one_day_stand_in_an_order_that_says_nothing(tmp_path, capsys):
+    reviews = str(reviews_of_one_day(tmp_path / "r.json"))
+    common = {"reviews": reviews, "min_item": 1, "output_dir": str(tmp_path)}
+    process.main(domain_type="file", ties="file", **common)
+    assert "100.0% of a user's neighbouring reviews share a time: in file order" in (
+        capsys.readouterr().out
+    )
+    process.main(domain_type="hash", **common)
+    process.main(domain_type="again", **common)
+    process.main(domain_type="other", tie_seed=1, **common)
+    assert rising(tmp_path / "file.csv") == 1.0  # the next item is the larger one
+    assert rising(tmp_path / "hash.csv") == pytest.approx(0.5, abs=0.12)
+    texts = [(tmp_path / f"{name}.csv").read_text() for name in ("hash", "again", "other")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_filter_that_left_nothing_is_named(tmp_path):
+    path = reviews_of_one_day(tmp_path / "r.json")
+    common = {"reviews": str(path), "domain_type": "x", "output_dir": str(tmp_path)}
+    path.write_text(path.read_text().replace('"overall": 5.0', '"overall": 1'))
+    with pytest.raises(
+        UsageError, match="left of 180 reviews after 'rating >= 3'; lower --min_rat"
+    ):
+        process.main(**common)
+    process.main(**common, min_rating=1, min_item=1)
+    for flag, stage in (
+        ("min_user", "users with >= 99 reviews"),
+        ("min_length", "sequences of >="),
+    ):
+        with pytest.raises(UsageError, match=f"'{stage}.*'; lower --{flag}"):
+            process.main(**common, min_rating=1, overwrite=True, **{"min_item": 1, flag: 99})
+
+
+@pytest.mark.slow
+def test_the_home_folder_is_expanded(inside, monkeypatch):
+    (inside / "home").mkdir()
+    monkeypatch.setenv("HOME", str(inside / "home"))
+    train_sr_trad.main(**SHORT, output_dir="~/run", data_path="~/../data/demo.csv")
+    assert (inside / "home/run/results.json").is_file() and not Path("~").exists()
+
+
+@pytest.mark.slow
+def test_ranks_name_their_users(inside):
+    with np.load("output/demo/sasrec/ranks.npz", allow_pickle=False) as ranks:
+        users = ranks["reviewerID"].tolist()
+        assert users == read_csv("data/demo.csv").users
+        assert len(ranks["test_full"]) == len(users)
+
+
+# -- advice that the next command takes ---------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 4])
+def test_advice_when_memory_runs_out(inside, monkeypatch, after):
+    """Before and after the first checkpoint: the same command with a lower --micro_batch_size."""
+    step, taken = torch.optim.AdamW.step, []
+
+    def runs_out(self, *args, **kwargs):
+        taken.append(1)
+        if len(taken) == after:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *args, **kwargs)
+
+    flags = SHORT | {"max_steps": 6, "save_steps": 3, "output_dir": "run"}
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.optim.AdamW, "step", runs_out)
+        finetune.main(**flags)
+    results = finetune.main(**flags | {"micro_batch_size": 8, "eval_batch_size": 32})
+    assert results["steps"] == 6
+
+
+@pytest.mark.slow
+def test_advice_when_the_data_has_grown(inside):
+    """The first refusal names the whole road, and it works."""
+    with open("data/demo.csv", "a") as file:
+        file.write('new,"[1, 2, 3, 4, 5]","[]"\n')
+    with pytest.raises(UsageError) as error:
+        finetune.main(**SHORT)
+    road = "train_sr_trad.py --overwrite, extract_emb.py, then this one with --overwrite"
+    assert road in str(error.value)
+    train_sr_trad.main(**SHORT, overwrite=True)
+    extract_emb.main()
+    finetune.main(**SHORT, overwrite=True)
+    with pytest.raises(UsageError, match="holds a finished run from another file.* --overwrite"):
+        distill.main(**SHORT)
+    assert distill.main(**SHORT, overwrite=True)["users"] == 121
+
+
+@pytest.mark.slow
+def test_advice_when_extracting_from_another_run(inside):
+    with open("data/demo.csv", "a") as file:
+        file.write('new,"[1, 2, 3, 4, 5]","[]"\n')
+    with pytest.raises(UsageError, match="run every step again with --overwrite, the first one fi"):
+        extract_emb.main()
+    train_sr_trad.main(**SHORT, overwrite=True)
+    extract_emb.main()
+
+
+@pytest.mark.slow
+def test_advice_when_a_folder_is_taken(inside, monkeypatch):
+    with pytest.raises(UsageError, match="choose another folder, or --overwrite starts from scrat"):
+        finetune.main(**SHORT, seed=9)
+    finetune.main(**SHORT, seed=9, output_dir="another")
+    finetune.main(**SHORT, seed=9, overwrite=True)
+    flags = SHORT | {"save_steps": 1, "output_dir": "unfinished"}
+    with monkeypatch.context() as patch, pytest.raises(RunError):
+        step, taken = torch.optim.AdamW.step, []
+
+        def stops(self, *args, **kwargs):
+            taken.append(1)
+            if len(taken) == 2:
+                raise RunError("stopped")
+            return step(self, *args, **kwargs)
+
+        patch.setattr(torch.optim.AdamW, "step", stops)
+        finetune.main(**flags)
+    with pytest.raises(UsageError, match="give its flags to resume it, or --overwrite starts"):
+        finetune.main(**flags, seed=9)
+    assert finetune.main(**flags)["seed"] == 42
+    assert finetune.main(**flags, seed=9, overwrite=True)["seed"] == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, advice, mended",
+    [
+        ({"max_seq_length": 5000}, "lower --max_seq_length", {"max_seq_length": 20}),
+        ({"batch_size": 30, "micro_batch_size": 7}, "is not a multiple", {"micro_batch_size": 6}),
+        ({"prompt_template_name": "x"}, "available: alpaca", {"prompt_template_name": "alpaca"}),
+        (
+            {"cls_multiple_lambda": 1.0, "distill_block": 3},
+            "use one of 1, 2, 4, 8",
+            {"distill_block": 2},
+        ),
+        ({"device": "cuda"}, "use --device=cpu", {"device": "cpu"}),
+    ],
+)
+def test_advice_about_a_flag(inside, flags, advice, mended):
+    if flags.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(UsageError, match=advice):
+        finetune.main(**SHORT | flags, output_dir="new")
+    assert finetune.main(**SHORT | flags | mended, output_dir="new")["steps"] == 3
+
+
+@pytest.mark.slow
+def test_gift_cards_with_default_flags(tmp_path):
+    """442 users reach their level with the README's commands; seeds vary by less than .1."""
+    reviews = real("Gift_Cards_5.json.gz")
+    process.main(reviews=str(reviews), domain_type="gift", min_item=5, output_dir=str(tmp_path))
+    command = [sys.executable, train_sr_trad.__file__, "--data_path", str(tmp_path / "gift.csv")]
+    folder = tmp_path / "run"
+    done = subprocess.run(
+        [*command, "--output_dir", str(folder)], env=os.environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((folder / "results.json").read_text())
+    popularity = results["popularity"]["test"]["sampled"]["HR@10"]
+    assert results["test"]["sampled"]["HR@10"] > max(0.25, popularity)
