@@ -1,19 +1,20 @@
 """Step 4: distil the teacher into a student with fewer layers, block by block, with several exits.
 
-    python distill.py                   # demo domain: a minute on 2 cores, HR@10 about .71
-    python distill.py --max_steps 20    # a few seconds, to see it run
+    python distill.py                   # demo domain: a minute on 2 cores, sampled HR@10 about .71
+    python distill.py --max_steps 20 --output_dir runs/try         # a few seconds, to see it run
     python distill.py --domain_type cloth --learning_rate 3e-3 --max_steps 1500
-    python distill.py --domain_type cloth --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0
-    python distill.py --domain_type cloth --distill_mode online --base_model small
-    python distill.py --domain_type cloth --distill_lambda 0.5 --output_dir runs/half
     python distill.py --domain_type cloth --eval_only              # metrics of best/ again
 
-The fourth is plain cross-entropy, without a teacher. The sixth reads the teacher's states that an
-earlier command wrote.
+Cross-entropy alone, without a teacher; online; other weights over the same cached teacher:
+
+    python distill.py --output_dir runs/ce --distill_lambda 0 --norm_lambda 0 \
+        --cls_multiple_lambda 0
+    python distill.py --distill_mode online --output_dir runs/online
+    python distill.py --distill_lambda 0.5 --output_dir runs/half
 
 Reads data/<domain>.csv, output/<domain>/sasrec_item.pkl and output/<domain>/teacher/; writes
-output/<domain>/student/ and, once per teacher, its states on the training samples beside the
-teacher's folder: output/<domain>/teacher_states/.
+output/<domain>/student/ and, once per teacher and block map, the teacher's states on the training
+samples beside the teacher's folder: output/<domain>/teacher_states/.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Step 3: train the teacher, the first M layers of a LLaMA over projected SASRec item embeddings.
 
-    python finetune.py                  # demo domain: a minute on 2 cores, HR@10 about .71
-    python finetune.py --max_steps 20   # a few seconds, to see it run
+    python finetune.py                  # demo domain: a minute on 2 cores, sampled HR@10 .71
+    python finetune.py --max_steps 20 --output_dir runs/try        # a few seconds, to see it run
     python finetune.py --domain_type cloth --base_model meta-llama/Llama-2-7b-hf \
         --learning_rate 1e-3 --num_epochs 3 --warmup_steps 100
     python finetune.py --domain_type cloth --base_model small --llama_decoder_nums 4 --num_epochs 5

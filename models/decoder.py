@@ -5,7 +5,7 @@ It returns last-token states. They equal those of the plain Hugging Face forward
 result is not used, or is the same for every user, is left out:
 
 * The prompt is the same for all users and attention is causal. Its keys and values are computed
-  once per step (with gradient) or, in inference, once for good.
+  once per step (with gradient) or, in inference, once per evaluation.
 * Padded item slots are not computed: the linear layers see only real tokens, packed one after
   another. Positions stay those of the padded layout.
 * In the last layer only the last token needs a query, an output projection and an MLP.
@@ -13,7 +13,8 @@ result is not used, or is the same for every user, is left out:
 With LoRA dropout > 0 the prompt's dropout mask is therefore shared by the batch; the expectation is
 unchanged.
 
-EDIT `queries_keys_values` for a backbone that makes them differently. LEAVE the rest ALONE.
+EDIT `queries_keys_values` where queries, keys or values are computed differently. LEAVE the rest
+ALONE.
 
 Legend: B batch, L item slots, R response tokens, P prompt tokens, S packed suffix tokens (items and
 response of all users), T all tokens computed (P + S, or S where the prompt is known), W widest

@@ -1,10 +1,13 @@
 """The paper's loss, term by term. EDIT HERE.
 
-    L = L_ce + lambda1 * (1 - D_cos) + lambda2 * D_norm + lambda3 * L_ms  (+ logit_lambda * logit
-    KL)
+    L = L_ce + distill_lambda * (1 - cos) + norm_lambda * distance
+        + cls_multiple_lambda * L_ms + logit_lambda * logit KL
+
+The first three weights are the paper's lambda1, lambda2 and lambda3. It calls the cosine D_cos, the
+distance D_norm, and the exits' cross-entropy L_ms; the logit KL is ours.
 
 To add a term: a function here, its weight in `DistillationLoss` of utils/flags.py, and a line in
-    `recommendation_loss`.
+`recommendation_loss`.
 
 Legend: B batch, E block ends, H LLM width, D item width, N items, L slots, K negatives.
 """
@@ -88,9 +91,7 @@ def recommendation_loss(
 
 
 def block_cosine(teacher: Tensor, student: Tensor, reduction: Reduction) -> Tensor:
-    """1 - cos(teacher, student) of states [B, E, H]: mean over users, sum or mean over blocks (the
-    paper's D_cos).
-    """
+    """1 - cos(teacher, student) of states [B, E, H]: mean over users, sum or mean over blocks."""
     cosine = F.cosine_similarity(wide(teacher), wide(student), dim=-1)  # [B, E]
     return _over_blocks(1.0 - cosine, reduction)
 

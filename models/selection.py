@@ -2,8 +2,8 @@
 
 EDIT `block_ends` for another block map.
 
-Legend: B batch, L item slots, P prompt tokens, R response tokens, T = P + L + R, N items (also the
-    padding index).
+Legend: B batch, L item slots, P prompt tokens, R response tokens, T = P + L + R (padded), N items
+(also the padding index).
 """
 
 from collections.abc import Callable

@@ -3,13 +3,13 @@
 EDIT HERE to add a flag. Flags stand in groups, and the group that a flag is in says what kind of
 flag it is:
 
-* place: where files are. Their content is compared by hash; names may differ when a run resumes.
+* place: where files are. Their content is compared by hash; paths may differ when a run resumes.
 * model: what the trained model depends on. It must be the same when a run resumes, and
   `--eval_only` reads it from the run.
 * training: how the model is trained. It must be the same when a run resumes.
-* free: changes no result by contract (speed, logs). It may differ when a run resumes.
+* free: by design does not change results (speed, logs). It may differ when a run resumes.
 
-A script lists groups in the signature of `main`, with an instance where its defaults differ.
+A script lists groups in the signature of `main`, and passes an instance to override defaults.
 `utils.cli` binds the command line to them; `docs/flags.md` is made from this file (`python -m
 experiments.flags_page`).
 """
