@@ -154,6 +154,8 @@ def main(
     )
     if spec["strategy"] == "full":
         cli.report_unused(lora, "the base is trained in full; --train_strategy=lora uses them")
+    if not offline and "teacher" in files.given:
+        print(f"without effect: --teacher={files.teacher} (no trained teacher is read)")
     if loss.reads_teacher and n_teacher < n_layers:
         print(f"the teacher has {n_teacher} layers, fewer than the student's {n_layers}")
     run.prepare(
@@ -175,7 +177,7 @@ def main(
         teacher.return_states_at(block_ends(n_teacher, n_blocks))
         return teacher.requires_grad_(False).encoder(bf16)
 
-    torch.manual_seed(training.seed)
+    torch.manual_seed(run.seed)
     student = trained = build_model(spec)
     if from_teacher:
         student.start_from(teacher_run, spec)

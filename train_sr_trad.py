@@ -70,7 +70,7 @@ def main(
         run.check_same(hashes, csv_path)
     else:
         run.prepare(domain=domain.name, **hashes)
-    torch.manual_seed(training.seed)
+    torch.manual_seed(run.seed)
     model = SASRec(data.n_items, sequence.max_seq_length, **sasrec.values()).to(device)
     table = model.item_table  # [N, D], trained
     ranks_of = ranker(table, splits, runtime.eval_batch_size, device)(lambda: model)

@@ -109,6 +109,19 @@ def _ensure(
         where = f"{folder} {problem}; computing them again"
     print(f"teacher states: {where}", flush=True)
     _build(folder, identity, load_teacher(), samples, batch_size, device)
+    _report_others(root, folder)
+
+
+def _report_others(root: Path, folder: Path) -> None:
+    """Say how much room the states of other teachers, or of other samples, take."""
+    others = [path for path in root.glob("[!.]*") if path.is_dir() and path != folder]
+    size = sum(file.stat().st_size for path in others for file in path.iterdir())
+    if others:
+        print(
+            f"teacher states: {len(others)} other folders in {root} take {size / 2**30:.2f} GiB;"
+            " remove those of teachers that are gone",
+            flush=True,
+        )
 
 
 def _problem(folder: Path, identity: dict[str, Any], n: int) -> str:

@@ -43,6 +43,10 @@ SPENT = (
 COST = ["row", "parameters", "trained", "steps", "best step", "training s"]
 COST += ["teacher states s", "inference users/s", "valid MRR"]
 NOT_RUN = "not run"
+PAPERS_ORDER = (
+    "The paper's figures are of sequences in file order (its notebook drops the time); ours are as"
+    " `datasets.process` was told, by time unless `--order file`."
+)
 
 
 @cli.command
@@ -117,7 +121,7 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     ablation = [_ablation_label(flags, *depths) for flags in ABLATION.values()]
     others = sorted(row.label for row in rows if row.label not in (*main_labels, *ablation))
     paper = PAPER.get(domain.partition(" (")[0], {})
-    parts = [f"## {domain}", _head(rows)]
+    parts = [f"## {domain}", _head(rows, bool(paper))]
     for title, labels in (
         ("Main rows", main_labels),
         ("Ablation", ablation),
@@ -142,7 +146,7 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     return "\n\n".join(parts)
 
 
-def _head(rows: list[Row]) -> str:
+def _head(rows: list[Row], paper: bool) -> str:
     runs = [run for row in rows for run in row.runs.values()]
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     random_base = any(run.results.get("random_base") for run in runs)
@@ -150,6 +154,7 @@ def _head(rows: list[Row]) -> str:
         f"{rows[0].first.results['users']:,} users, test set;"
         f" mean ± standard deviation over the seeds (of {seeds}) that a row has."
         + (" LLM rows stand on a random base." if random_base else "")
+        + (f" {PAPERS_ORDER}" if paper else "")
     )
 
 

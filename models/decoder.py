@@ -150,10 +150,11 @@ class Decoder(nn.Module):
         n_prompt, n_response = len(self.prompt_ids), len(self.response_ids)
         layout = Layout.of(real, n_prompt, n_response)
         response = self.llama.embed_tokens(self.response_ids)
-        x = torch.cat([items, response.to(items.dtype)]).index_select(0, layout.source)  # [S, H]
+        # Under autocast the stream stays in the base's precision, as Hugging Face's does.
+        x = torch.cat([items, response]).index_select(0, layout.source)  # [S, H]
         position = layout.position
         if prompt is None:  # the prompt's tokens go first in the same packed product
-            x = torch.cat([self.llama.embed_tokens(self.prompt_ids).to(x.dtype), x])  # [T, H]
+            x = torch.cat([self.llama.embed_tokens(self.prompt_ids), x])  # [T, H]
             position = torch.cat([torch.arange(n_prompt, device=x.device), position])
         rotation = self._rotation(x, n_prompt + real.shape[1] + n_response, position)
         last = layout.last + len(x) - len(layout.source)

@@ -246,3 +246,18 @@ def test_the_fused_lora_is_pefts_layer(dropout):
             out = forward(layer, x)
             results.append((out, torch.autograd.grad(out.square().sum(), inputs)))
         torch.testing.assert_close(*results, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_bfloat16_with_full_training_is_as_near_as_the_plain_form(seed):
+    """Under autocast the residual stream stays in float32, as Hugging Face's does."""
+    model = small_model(layers=8, n_blocks=4, seed=seed)
+    plain, _ = plain_twin(model, None)
+    batch = histories([3, 8, 1, 5, 8, 2] * 4)
+    with torch.no_grad():
+        exact = plain.double()(batch).states
+        model, plain = model.float(), plain.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = model(batch).states, plain(batch).states
+    error, expected = ((x.double() - exact).norm() for x in (ours, theirs))
+    assert error <= 1.1 * expected

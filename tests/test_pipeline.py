@@ -15,7 +15,7 @@ import extract_emb
 import finetune
 import train_sr_trad
 from datasets.demo import write_demo
-from tests.conftest import SHORT, TARGETS, files, hashes, small_config
+from tests.conftest import SHORT, TARGETS, files, hashes, small_config, trained_lines
 from utils import checkpoint
 from utils.errors import UsageError
 
@@ -331,7 +331,7 @@ def test_a_folder_saved_by_llama_for_causal_lm_is_a_base(inside):
         {name: tensor for name, tensor in tensors.items() if "layers.1" not in name},
         "my base/model.safetensors",
     )
-    with pytest.raises(UsageError, match="lacks the tensor model.layers.1."):
+    with pytest.raises(UsageError, match="is another base than the one that the run was"):
         distill.main(eval_only=True, output_dir="s")
 
 
@@ -394,3 +394,35 @@ def test_a_gap_in_the_ids_changes_no_metric(inside):
     extract_emb.main()
     teacher.append(finetune.main(**SHORT, llama_decoder_nums=2, overwrite=True))
     assert teacher[0]["test"] == teacher[1]["test"]
+
+
+def test_a_student_does_not_share_its_teachers_draws(inside):
+    """At equal seeds: other new weights, another order of samples; the same seed gives the same."""
+    still = SHORT | {"learning_rate": 1e-12, "llama_decoder_nums": 4, "log_steps": 1}
+    finetune.main(**still, output_dir="t")
+    del still["llama_decoder_nums"]
+    off = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
+    for name in ("s", "again"):
+        distill.main(**still, **off, output_dir=name)
+    weights = {name: checkpoint.load(f"{name}/best")[0] for name in ("t", "s", "again")}
+    for name in ("adapter.weight", "head.weight"):
+        assert not torch.allclose(weights["t"][name], weights["s"][name], atol=1e-3)
+        assert torch.equal(weights["s"][name], weights["again"][name])
+    name = "decoder.llama.layers.0.mlp.up_proj.weight"  # the base's, for both
+    assert torch.allclose(weights["t"][name], weights["s"][name], atol=1e-6)
+    losses = [[line["ce"] for line in trained_lines(name)] for name in ("t", "s", "again")]
+    assert losses[1] == losses[2] != losses[0]
+    assert json.loads(Path("s/config.json").read_text())["draws"] == 1
+
+
+def test_a_teacher_that_is_not_read_is_said(inside, capsys):
+    off = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
+    distill.main(**SHORT, **off, teacher="output/demo/teacher", output_dir="ce")
+    assert "without effect: --teacher=output/demo/teacher" in capsys.readouterr().out
+
+
+def test_the_room_of_other_teachers_states_is_said(inside, capsys):
+    distill.main(**SHORT, train_targets="all", output_dir="s")
+    assert "teacher states: 1 other folders in output/demo/teacher_states take 0.00 GiB" in (
+        capsys.readouterr().out
+    )

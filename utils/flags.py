@@ -119,6 +119,10 @@ class Group:
         """Flag name -> value."""
         return {field.name: getattr(self, field.name) for field in self.fields()}
 
+    def all_given(self) -> "Group":
+        """As if the user had written every flag."""
+        return dataclasses.replace(self, given=frozenset(self.values()))
+
     def filled(self) -> "Group":
         """With the class's own default wherever the value is None: nothing was there to inherit."""
         own = {field.name: field.default for field in self.fields()}

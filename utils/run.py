@@ -33,6 +33,7 @@ OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", "clock
 OWN_FOLDERS = ("best", "last", "tensorboard", ".old-best", ".old-last")
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors", "fire")
 CLOCK = "clock.json"
+STUDENT_STREAM = 0x5EED_0F_57D  # between a student's draws and those of a teacher of equal --seed
 G = TypeVar("G", bound=Group)
 
 
@@ -109,6 +110,22 @@ class Run:
         if found != step:
             raise UsageError(f"{flag}={folder} holds a {found} run, expected a {step} run")
         return cls(step, folder, config, ())
+
+    @property
+    def seed(self) -> int:
+        """The seed of this stage's draws: new weights, sample order, dropout.
+
+        A student draws from another stream than its teacher, whatever `--seed` of either. A run
+        from before this rule resumes with its own draws.
+        """
+        seed = self.flags["seed"]
+        shared = self.step != "student" or self.older
+        return seed if shared else (seed + STUDENT_STREAM) % 2**63
+
+    @property
+    def older(self) -> bool:
+        """Whether a run is resumed that is from before streams of draws and plans of training."""
+        return self.resume and "draws" not in self.config
 
     @property
     def finished(self) -> bool:
@@ -277,7 +294,7 @@ class Run:
             UsageError: an unfinished run was made from other files, or is of another model; what
                 differs is named.
         """
-        self._new_config = {"step": self.step} | config | {"flags": self.flags}
+        self._new_config = {"step": self.step, "draws": 1} | config | {"flags": self.flags}
         self.resume = not self.overwrite and self._resumable()
         if self.config is not None and not (self.overwrite or self.resume):
             print(

@@ -87,7 +87,7 @@ class Plan(NamedTuple):
                 return steps if steps > 0 else per_epoch
             if steps < 0:  # every epoch, but not every few steps
                 return max(per_epoch, min(LEAST_INTERVAL, total))
-            return max(1, min(steps, total // LEAST_EVALUATIONS))
+            return max(min(LEAST_INTERVAL, total), min(steps, total // LEAST_EVALUATIONS))
 
         return cls(
             total,
@@ -153,16 +153,15 @@ def fit(
         Stopped: a signal came.
     """
     # Dropout's stream starts here, whatever was drawn to build the models.
-    torch.manual_seed(training.seed + RANK_STRIDE * processes.rank())
+    torch.manual_seed(run.seed + RANK_STRIDE * processes.rank())
     device = next(module.parameters()).device
     counts = samples.counts()
-    plan = Plan.of(len(counts), training, runtime)
-    total = plan.total
-    print(plan, flush=True)
+    if run.older:  # from before plans: every flag counts as it is
+        training, runtime = (group.all_given() for group in (training, runtime))
     state = _State(run, module, training, device, meta)
+    state.plan = Plan.of(len(counts), training, runtime)
     micro_batch_size = runtime.micro_batch_size or training.batch_size // processes.world()
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    factor = _schedule(training.lr_scheduler, plan.warmup, total)
 
     def due(step: int, every: int) -> bool:
         return step == total or step % every == 0
@@ -173,7 +172,10 @@ def fit(
 
     module.eval()
     ranks_of("valid", 2)
-    source = state.resume() if run.resume else None
+    source = state.resume() if run.resume else None  # with the plan that it began with
+    plan, total = state.plan, state.plan.total
+    print(plan, flush=True)
+    factor = _schedule(training.lr_scheduler, plan.warmup, total)
     progress = state.progress
     state.start_clock()
     module.train()
@@ -181,7 +183,7 @@ def fit(
         state.save("last")  # due at the same step; the run was killed before it was written
     bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=1.0)
     with bar, Signals() as signals:
-        batches = _batches(len(counts), training.batch_size, total, training.seed)
+        batches = _batches(len(counts), training.batch_size, total, run.seed)
         for indices in itertools.islice(batches, progress.step, None):
             if out_of_patience():
                 tqdm.write(
@@ -246,6 +248,7 @@ class _State:
     ) -> None:
         self.run, self.module, self.device, self.meta = run, module, device, meta
         self.progress = Progress()
+        self.plan: Plan | None = None
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.parameters = list(self.trained.values())
         self.optimizer = torch.optim.AdamW(
@@ -302,6 +305,7 @@ class _State:
         progress = self.progress
         meta = self.meta | {"step": progress.step, "best_step": progress.best_step}
         meta["progress"] = vars(progress)
+        meta["plan"] = self.plan._asdict()
         weights = checkpoint.trained_tensors(self.module)
         checkpoint.save(self.run.folder / name, weights, meta, state)
         running = time.perf_counter() - self._started if self._started is not None else 0.0
@@ -323,6 +327,8 @@ class _State:
         step = found.meta["step"]
         self.run.log.cut(step)
         self.progress = Progress(**found.meta["progress"])
+        if "plan" in found.meta:
+            self.plan = Plan(**found.meta["plan"])
         self.seconds = self.run.log.seconds()
         tqdm.write(f"resuming from {folder / found.name}, step {step}")
         return found.name
