@@ -85,7 +85,8 @@ def fingerprint(base: str) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
-            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header, size)))
             for i in range(SAMPLES):
                 file.seek(size * i // SAMPLES)
                 digest.update(file.read(SAMPLE))

@@ -14,6 +14,7 @@ import distill
 import extract_emb
 import finetune
 import train_sr_trad
+from datasets import item_table
 from datasets.demo import write_demo
 from tests.conftest import SHORT, TARGETS, files, hashes, small_config, trained_lines
 from utils import checkpoint
@@ -247,9 +248,10 @@ def test_a_contradiction_with_the_teacher_is_refused_naming_both(inside):
 
 
 def test_a_damaged_note_and_ids_without_measure_are_one_line(inside, monkeypatch):
-    monkeypatch.setattr(extract_emb, "LARGEST_GIB", 1e-6)
+    monkeypatch.setattr(item_table, "LARGEST_GIB", 1e-6)
     with pytest.raises(
-        UsageError, match="ids reach 160 for 160 items, a table of 0 GiB; number the items from 0"
+        UsageError,
+        match="ids reach 160 for 160 items, an item table of 0.0 GiB; number the items from 0",
     ):
         extract_emb.main()
     Path("output/demo/sasrec_item.json").write_text("{")

@@ -279,7 +279,7 @@ def test_a_second_run_needs_no_teacher_weights_and_says_so(inside, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_the_scripts_losses_are_those_of_the_live_teacher(inside, strategy):
-    short = SHORT | {"max_steps": 20, "log_steps": 1, "logit_lambda": 0.5}
+    short = SHORT | {"max_steps": 20, "log_steps": 1, "eval_steps": 20, "logit_lambda": 0.5}
     finetune.main(**SHORT, train_strategy=strategy, output_dir="guide/teacher")
     distill.main(
         **short,
