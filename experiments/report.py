@@ -62,7 +62,7 @@ def main(
     into: str | None = flag(
         None, "put the report between the two markers of this Markdown file, not into report.md"
     ),
-    resamples: PositiveInt = flag(2000, "of the bootstrap"),
+    resamples: PositiveInt = flag(20_000, "of the bootstrap"),
 ) -> Path:
     """Write the report of every run below a folder."""
     root = Path(runs)
@@ -189,10 +189,10 @@ def _significance(rows: list[Row], resamples: int, notes: list[str]) -> str:
     if not lines:
         return "No two rows to compare: their ranks.npz are missing, or they share no seed."
     return markdown(significance.HEAD, lines) + (
-        "\n\nDifference of the mean reciprocal rank, paired bootstrap over users of its mean over"
-        " the seeds both have; how seeds scatter is not in the interval, nothing is corrected for"
-        f" the number of comparisons, and {resamples:,} resamples show"
-        f" no p below {2 / (resamples + 1):.4f}."
+        "\n\nDifference of the mean reciprocal rank over the seeds both have; bootstrap over users"
+        f" and seeds ({resamples:,} resamples, so that no p is below {2 / (resamples + 1):.4f}),"
+        " over users alone where there is one seed. Holm's correction is over all comparisons of"
+        f" this table, {2 * len(lines)} in number."
     )
 
 

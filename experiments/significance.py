@@ -1,4 +1,6 @@
-"""Whether two rows differ: a paired bootstrap over users."""
+"""Whether two rows differ: a bootstrap over users and seeds, and Holm's correction."""
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -6,9 +8,21 @@ from experiments.paper import plain_ce, plain_name
 from experiments.results import Row, Run
 
 SAME_CANDIDATES = ("num_candidates", "candidate_seed")
+PROTOCOLS = ("sampled", "full")
 CHUNK = 2**24  # resampled users held at once
 HEAD = ["row", "against"]
-HEAD += ["sampled MRR", "95 % interval", "p", "full MRR", "95 % interval", "p", "seeds"]
+for _name in PROTOCOLS:
+    HEAD += [f"{_name} MRR", "95 % interval", "p", "p, Holm"]
+HEAD += ["seeds"]
+
+
+class Estimate(NamedTuple):
+    """A difference: its mean, its 95 % percentile interval, and a two-sided p."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
 
 
 def compare(rows: list[Row], resamples: int, notes: list[str]) -> list[list[str]]:
@@ -18,7 +32,8 @@ def compare(rows: list[Row], resamples: int, notes: list[str]) -> list[list[str]
     cross-entropy alone at their depth, with their teacher, and with SLMRec and D_cos of their
     depths.
     """
-    by_label, lines = {row.label: row for row in rows}, []
+    by_label = {row.label: row for row in rows}
+    names, seeds, differences = [], [], []
     for row in rows:
         for other in _references(row, by_label):
             theirs = by_label[other].runs
@@ -27,10 +42,14 @@ def compare(rows: list[Row], resamples: int, notes: list[str]) -> list[list[str]
             if problem:
                 notes.append(f"{row.label} against {other}: {problem}")
                 continue
-            sampled, full = (_comparison(pairs, name, resamples) for name in ("sampled", "full"))
-            seeds = ", ".join(str(mine.seed) for mine, _ in pairs)
-            lines.append([row.label, other, *sampled, *full, seeds])
-    return lines
+            names.append([row.label, other])
+            seeds.append(", ".join(str(mine.seed) for mine, _ in pairs))
+            differences += [_difference(pairs, protocol) for protocol in PROTOCOLS]
+    found = bootstrap(differences, resamples)
+    corrected = holm([estimate.p for estimate in found])
+    cells = [_cells(estimate, p) for estimate, p in zip(found, corrected)]
+    lines = zip(names, cells[::2], cells[1::2], seeds)
+    return [[*pair, *sampled, *full, text] for pair, sampled, full, text in lines]
 
 
 def _references(row: Row, by_label: dict[str, Row]) -> list[str]:
@@ -81,31 +100,73 @@ def _incomparable(mine: Run, theirs: Run) -> str:
     return ""
 
 
-def _comparison(pairs: list[tuple[Run, Run]], protocol: str, resamples: int) -> list[str]:
-    """Difference, interval and p."""
-    differences = [1 / mine.ranks(protocol) - 1 / theirs.ranks(protocol) for mine, theirs in pairs]
-    mean, low, high, p = paired_bootstrap(np.mean(differences, axis=0), resamples)
-    return [f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p:.4f}"]
+def _difference(pairs: list[tuple[Run, Run]], protocol: str) -> np.ndarray:
+    """Of the reciprocal ranks, [seeds, U]."""
+    return np.stack(
+        [1 / mine.ranks(protocol) - 1 / theirs.ranks(protocol) for mine, theirs in pairs]
+    )
 
 
-def paired_bootstrap(
-    difference: np.ndarray, resamples: int, seed: int = 0
-) -> tuple[float, float, float, float]:
-    """Mean, 95 % percentile interval and two-sided p of a paired difference [U].
+def _cells(estimate: Estimate, corrected: float) -> list[str]:
+    mean, low, high, p = estimate
+    return [f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p:.4f}", f"{corrected:.3f}"]
 
-    Efron and Tibshirani (1993), ch. 13 and 16. p is twice the smaller share of resampled means on
-    either side of zero, the sample itself counted among them, so that it is never 0 (Davison and
-    Hinkley, 1997, ch. 4).
+
+def bootstrap(differences: list[np.ndarray], resamples: int, seed: int = 0) -> list[Estimate]:
+    """Estimates of paired differences, each [seeds, U], with U alike for all.
+
+    Users and seeds are resampled together (Efron and Tibshirani, 1993, ch. 8 and 13): one draw of
+    users for all seeds, and seeds with replacement. A difference of one seed is resampled over
+    users alone. p is twice the smaller share of resampled means on either side of zero, the sample
+    itself counted among them, so that it is never 0 (Davison and Hinkley, 1997, ch. 4).
+    """
+    if not differences:
+        return []
+    rows = np.concatenate(differences)  # [all seeds, U]
+    means = _resampled(rows, resamples, seed)  # [resamples, all seeds]
+    bounds = np.cumsum([len(difference) for difference in differences])[:-1]
+    draws = np.random.default_rng((seed, 1))
+    estimates = []
+    for difference, mine in zip(differences, np.split(means, bounds, axis=1)):
+        n = len(difference)
+        if n > 1:
+            drawn = draws.integers(0, n, (resamples, n))
+            mine = np.take_along_axis(mine, drawn, axis=1)
+        resampled = mine.mean(1)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        smaller = min((resampled <= 0).sum(), (resampled >= 0).sum())
+        p = min(1.0, 2 * (1 + smaller) / (resamples + 1))
+        estimates.append(Estimate(float(difference.mean()), float(low), float(high), float(p)))
+    return estimates
+
+
+def _resampled(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Means of rows [n, U] over users drawn with replacement, the same for all rows; [resamples,
+    n].
     """
     rng = np.random.default_rng(seed)
-    means, users = [], len(difference)
+    users = rows.shape[1]
     chunk = max(1, CHUNK // users)
+    means = []
     for start in range(0, resamples, chunk):
         n = min(resamples - start, chunk)
         drawn = rng.integers(0, users, (n, users), dtype=np.int32)
-        means.append(difference[drawn].mean(1))
-    resampled = np.concatenate(means)
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    smaller = min((resampled <= 0).sum(), (resampled >= 0).sum())
-    p = min(1.0, 2 * (1 + smaller) / (resamples + 1))
-    return float(difference.mean()), float(low), float(high), float(p)
+        place = drawn + users * np.arange(n)[:, None]
+        counts = np.bincount(place.ravel(), minlength=n * users).reshape(n, users)
+        means.append(counts @ rows.T / users)
+    return np.concatenate(means)
+
+
+def holm(values: list[float]) -> list[float]:
+    """p corrected for the number of comparisons (Holm, 1979): none of them false at this level."""
+    order = np.argsort(values, kind="stable")
+    corrected, largest = [0.0] * len(values), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, values[index] * (len(values) - place)))
+        corrected[index] = largest
+    return corrected
+
+
+def paired_bootstrap(difference: np.ndarray, resamples: int, seed: int = 0) -> Estimate:
+    """The estimate of one paired difference over users, [U]."""
+    return bootstrap([difference[None]], resamples, seed)[0]

@@ -130,9 +130,31 @@ def test_paired_bootstrap_on_what_can_be_worked_out():
     whole, chunk = significance.paired_bootstrap(difference, 64), significance.CHUNK
     try:
         significance.CHUNK = 4000 * 10
-        assert significance.paired_bootstrap(difference, 64) == whole
+        assert significance.paired_bootstrap(difference, 64) == pytest.approx(whole)
     finally:
         significance.CHUNK = chunk
+
+
+def test_seeds_are_resampled_with_users():
+    """Three seeds that differ: the interval is wider than over users, and holds all their means."""
+    rng = np.random.default_rng(0)
+    users = rng.normal(0.0, 1.0, 2000)
+    seeds = np.array([0.0, 0.2, 0.4])
+    both = significance.bootstrap([users + seeds[:, None]], 4000)[0]
+    over_users = significance.paired_bootstrap(users + 0.2, 4000)
+    assert both.mean == pytest.approx(over_users.mean)
+    assert both.high - both.low > 2 * (over_users.high - over_users.low)
+    # the mean of three draws of three seeds: variance of the seeds / 3, beside that over users / U
+    spread = math.sqrt(seeds.var() / 3 + users.var() / 2000)
+    assert both.high - both.low == pytest.approx(2 * 1.96 * spread, rel=0.1)
+    alone, again = significance.bootstrap([users[None] + 0.2, users + seeds[:, None]], 4000)
+    assert alone == pytest.approx(over_users) and again.mean == pytest.approx(both.mean)
+
+
+def test_holms_correction_by_hand():
+    # ordered .01, .02, .03, .5: times 4, 3, 2, 1, never below an earlier one
+    assert significance.holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert significance.holm([0.9, 0.8]) == [1.0, 1.0] and significance.holm([]) == []
 
 
 def test_mean_and_spread():
