@@ -91,6 +91,11 @@ def main(
         llm = agree(llm, {"llama_decoder_nums_teacher": fixed["llama_decoder_nums"]}, source)
     elif trains:
         prompt, llm = prompt.filled(), llm.filled()
+        print(f"base {prompt.base_model}, without a trained teacher")
+        cli.report_unused(files, "no trained teacher is read", "teacher", "teacher_cache")
+        if not online:
+            reason = "no term reads a teacher"
+            cli.report_unused(llm, reason, "distill_mode", "llama_decoder_nums_teacher")
     n_layers, n_teacher = llm.llama_decoder_nums_student, llm.llama_decoder_nums_teacher
     if trains and loss.reads_teacher:
         cli.check(cli.blocks(n_blocks, llama_decoder_nums_teacher=n_teacher))
@@ -154,8 +159,6 @@ def main(
     )
     if spec["strategy"] == "full":
         cli.report_unused(lora, "the base is trained in full; --train_strategy=lora uses them")
-    if not offline and "teacher" in files.given:
-        print(f"without effect: --teacher={files.teacher} (no trained teacher is read)")
     if loss.reads_teacher and n_teacher < n_layers:
         print(f"the teacher has {n_teacher} layers, fewer than the student's {n_layers}")
     run.prepare(

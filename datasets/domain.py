@@ -23,11 +23,11 @@ DEMO = Path("data/demo.csv")
 
 
 class Domain(NamedTuple):
-    """A domain's name, where its CSV is if not in the usual places, and how zeros are read."""
+    """A domain, where its CSV is if not in the usual places, and how list ends are read."""
 
     name: str
     data_path: str | None
-    zero_is_item: bool = False
+    ends_are_items: bool = False
 
     @classmethod
     def of(cls, files: Data) -> "Domain":
@@ -36,7 +36,7 @@ class Domain(NamedTuple):
         Raises:
             UsageError: the name is not one path component.
         """
-        return cls(canonical_domain(files.domain_type), files.data_path, files.zero_is_item)
+        return cls(canonical_domain(files.domain_type), files.data_path, files.ends_are_items)
 
     @property
     def folder(self) -> Path:
@@ -72,7 +72,7 @@ class Domain(NamedTuple):
             write_demo(DEMO)
             print(f"made the demo domain: {DEMO}", flush=True)
         path = find_csv(self.name, self.data_path)
-        return read_csv(path, self.zero_is_item), path
+        return read_csv(path, self.ends_are_items), path
 
 
 def canonical_domain(domain_type: str) -> str:
@@ -154,6 +154,10 @@ def read_inputs(files: TeacherFiles) -> Inputs:
     """
     domain = Domain.of(files)
     table_path = Path(files.item_table or domain.item_table)
+    notes = table_path.with_suffix(".json")
+    about = read_json(notes, "item table notes") if notes.is_file() else {}
+    if about.get("sasrec_flags", {}).get("ends_are_items"):  # as it was said in step 1
+        domain = domain._replace(ends_are_items=True)
     data, csv_path = domain.read()
     if not table_path.is_file():
         raise UsageError(
@@ -161,9 +165,7 @@ def read_inputs(files: TeacherFiles) -> Inputs:
             " (or name one with --item_table)"
         )
     table_sha256 = hashlib.sha256(table_path.read_bytes()).hexdigest()
-    notes = table_path.with_suffix(".json")
-    if notes.is_file():
-        about = read_json(notes, "item table notes")
+    if about:
         made_from = about.get("data_sha256")
         if made_from != data.sha256:
             raise UsageError(

@@ -15,6 +15,7 @@ import io
 import json
 import lzma
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from utils.files import replacing
 MINIMUM_LENGTH = 4  # leave-one-out with a training target: at least one item before it
 LARGEST_ID = 2**31 - 2
 PADDED_SHARE = 0.05  # of lists with a run of item 0 at one end
+ALIKE_SHARE = 0.5  # of lists with the same item at one end
 FEW_USERS = 10  # a trial file may end alike everywhere
 
 
@@ -65,18 +67,18 @@ class Interactions:
         return len(self.short_offsets) - 1
 
 
-def read_csv(path: str | Path, zero_is_item: bool = False) -> Interactions:
+def read_csv(path: str | Path, ends_are_items: bool = False) -> Interactions:
     """Read and check a sequence CSV.
 
     Args:
-        zero_is_item: runs of item 0 at the ends of lists are meant.
+        ends_are_items: what looks like padding at the ends of lists is meant.
     Raises:
         UsageError: one line naming the file, the row (the header is row 1) and the mend.
     """
     path = Path(path)
     names: dict[str, int] = {}  # reviewerID -> row
     rows, flat, lengths = [], [], []
-    padding = _Padding()
+    ends = _Ends()
     digest = hashlib.sha256()
     for row, user, ids in _rows(path, digest):
         if user in names:
@@ -90,13 +92,11 @@ def read_csv(path: str | Path, zero_is_item: bool = False) -> Interactions:
         rows.append(row - 2)
         flat.extend(ids)
         lengths.append(len(ids))
-        padding.look(ids)
+        ends.look(ids)
     if not names:
         raise UsageError(f"{path}: 0 users; the file has a header and no rows")
     if not flat:
         raise UsageError(f"{path}: every user's list is empty")
-    if not zero_is_item:
-        padding.check(path, len(names))
     item_ids, items = np.unique(np.array(flat, dtype=np.int64), return_inverse=True)
     length = np.array(lengths, dtype=np.int64)
     enough = length >= MINIMUM_LENGTH
@@ -116,42 +116,45 @@ def read_csv(path: str | Path, zero_is_item: bool = False) -> Interactions:
         item_ids=item_ids,
         sha256=digest.hexdigest(),
     )
-    _check_meaning(path, data)
+    if data.n_items == 1:
+        raise UsageError(f"{path}: item {item_ids[0]} is the only one; there is no choice")
+    if not ends_are_items:
+        ends.check(path)
     return data
 
 
-class _Padding:
-    """Counts lists with a run of item 0 at an end: somebody's padding looks like that."""
+class _Ends:
+    """Counts what stands at the ends of lists: padding and markers stand there in many."""
 
     def __init__(self) -> None:
-        self.ends = {"start": 0, "end": 0}
+        self.runs = {"start": 0, "end": 0}  # lists with a run of item 0
+        self.items = {"start": Counter(), "end": Counter()}
+        self.lists = 0
 
     def look(self, ids: list[int]) -> None:
-        if ids[:2] == [0, 0]:
-            self.ends["start"] += 1
-        if ids[-2:] == [0, 0]:
-            self.ends["end"] += 1
+        if not ids:
+            return
+        self.lists += 1
+        for end, pair in (("start", ids[:2]), ("end", ids[:-3:-1])):
+            self.runs[end] += pair == [0, 0]
+            self.items[end][pair[0]] += 1
 
-    def check(self, path: Path, n_users: int) -> None:
-        """Raise UsageError where too many lists have such a run."""
-        for end, count in self.ends.items():
-            if count >= max(2, PADDED_SHARE * n_users):
+    def check(self, path: Path) -> None:
+        """Raise UsageError where too many lists end alike."""
+        mend = "remove it, or say --ends_are_items if it is meant"
+        for end, count in self.runs.items():
+            if count >= max(3, PADDED_SHARE * self.lists):
                 raise UsageError(
-                    f"{path}: item 0 stands in a run at the {end} of {count} of {n_users} lists:"
-                    " padding? remove it, or say --zero_is_item if 0 is an item"
+                    f"{path}: item 0 stands in a run at the {end} of {count} of {self.lists} lists:"
+                    f" padding? {mend}"
                 )
-
-
-def _check_meaning(path: Path, data: Interactions) -> None:
-    """Refuse files of valid form with which nothing can be learnt or measured."""
-    if data.n_items == 1:
-        raise UsageError(f"{path}: item {data.item_ids[0]} is the only one; there is no choice")
-    targets = np.unique(data.items[data.offsets[1:] - 1])
-    if len(targets) == 1 and data.n_users >= FEW_USERS:
-        item = data.item_ids[targets[0]]
-        raise UsageError(
-            f"{path}: every one of {data.n_users} users ends with item {item}: is it a marker?"
-        )
+        for end, counts in self.items.items():
+            item, count = counts.most_common(1)[0]
+            if self.lists >= FEW_USERS and count > ALIKE_SHARE * self.lists:
+                raise UsageError(
+                    f"{path}: item {item} stands at the {end} of {count} of {self.lists} lists:"
+                    f" padding, or a marker? {mend}"
+                )
 
 
 class _Digesting(io.RawIOBase):

@@ -221,9 +221,10 @@ def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationS
         f" {len(samples):,} training samples"
     ]
     if data.n_short:
-        used = "training of SASRec on every position and popularity use their items"
+        used = "popularity and training use" if samples.every_position else "popularity uses"
         lines.append(
-            f"not evaluated: {data.n_short:,} users with fewer than {MINIMUM_LENGTH} items; {used}"
+            f"not evaluated: {data.n_short:,} users with fewer than {MINIMUM_LENGTH} items;"
+            f" {used} their items"
         )
     few = splits["test"].fewest_candidates()
     if few < splits["test"].n_candidates:

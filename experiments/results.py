@@ -126,7 +126,7 @@ def read_runs(root: Path, unpacked: Path | None = None) -> tuple[list[Run], list
             with zipfile.ZipFile(archive) as file:
                 file.extractall(unpacked / archive.stem)
         more, more_notes = _read_folder(unpacked)
-        found, notes = found + more, notes + more_notes
+        found, notes = more + found, notes + more_notes  # of equal runs the last counts
     return sorted(found, key=lambda run: [*SCRIPTS].index(run.step)), notes
 
 

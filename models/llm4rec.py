@@ -120,6 +120,7 @@ class LLM4Rec(nn.Module):
                 not fit.
         """
         taught = teacher.config["model"]
+        check_unchanged(teacher.config, locate(teacher.config["flags"]["base_model"]))
         for name in ("strategy", *LoRA().values()):
             if spec[name] != taught[name]:
                 raise UsageError(

@@ -47,6 +47,7 @@ GOOD = [
     ("--bf16=false", {"bf16": False}),
     ("--bf16=NO", {"bf16": False}),
     ("--bf16 0", {"bf16": False}),
+    ("--bf16 False", {"bf16": False}),
     ("--nobf16", {"bf16": False}),
     ("--bf16", {"bf16": True}),
     ("--bf16 --rate=3", {"bf16": True, "rate": 3.0}),

@@ -489,6 +489,13 @@ def test_the_report_goes_between_the_markers_and_what_it_reads_is_kept(tmp_path)
     # MRR of ranks 1 and 300: (1 + 1/300) / 2
     assert line.startswith("seed0/slmrec,SLMRec 4 <- 8,0,2,2,0.501667,0.500000,")
     before = Path(archive).read_bytes()
+    stale = json.loads((runs / "seed0/slmrec/results.json").read_text())
+    stale["test"]["sampled"]["HR@1"] = 0.125
+    inside = tmp_path / "mixed"
+    shutil.copytree(runs, inside)
+    shutil.copyfile(archive, inside / "x.zip")
+    (inside / "seed0/slmrec/results.json").write_text(json.dumps(stale))
+    assert "0.1250" in report.main(runs=str(inside), resamples=10).read_text()  # the live run wins
     report.main(runs=str(runs), keep=archive, resamples=10)
     assert Path(archive).read_bytes() == before
     report.main(runs=str(kept), into=str(page), resamples=10)

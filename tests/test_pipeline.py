@@ -417,10 +417,18 @@ def test_a_student_does_not_share_its_teachers_draws(inside):
     assert json.loads(Path("s/config.json").read_text())["draws"] == 1
 
 
-def test_a_teacher_that_is_not_read_is_said(inside, capsys):
+def test_what_is_not_read_without_a_teacher_is_said(inside, capsys):
     off = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
-    distill.main(**SHORT, **off, teacher="output/demo/teacher", output_dir="ce")
-    assert "without effect: --teacher=output/demo/teacher" in capsys.readouterr().out
+    unread = {"teacher": "t", "teacher_cache": "c", "distill_mode": "online", "distill_block": 2}
+    distill.main(**SHORT, **off, **unread, llama_decoder_nums_teacher=4, output_dir="ce")
+    printed = capsys.readouterr().out
+    assert "base tiny, without a trained teacher" in printed
+    for text in (
+        "--teacher=t, --teacher_cache=c (no trained teacher is read)",
+        "--distill_mode=online, --llama_decoder_nums_teacher=4 (no term reads a teacher)",
+        "--distill_block=2 (no term has a weight)",
+    ):
+        assert text in printed
 
 
 def test_the_room_of_other_teachers_states_is_said(inside, capsys):

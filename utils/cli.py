@@ -215,7 +215,7 @@ def _split_word(word: str, flags: dict[str, Flag]) -> tuple[str, str | None]:
 def _next_value(words: list[str], hint: Any) -> str | None:
     """The value of a flag without `=`: the next word, taken from `words`, or true for a boolean."""
     follows = bool(words) and not _is_flag(words[0])
-    if follows and (not _is_bool(hint) or words[0] in BOOLEANS):
+    if follows and (not _is_bool(hint) or words[0].lower() in BOOLEANS):
         return words.pop(0)
     return "true" if _is_bool(hint) else None
 
@@ -372,8 +372,9 @@ def divides(training: Training, runtime: Runtime) -> tuple[bool, str]:
     return fits, f"--batch_size={training.batch_size} is not a multiple of {' x '.join(factors)}"
 
 
-def report_unused(group: Group, reason: str) -> None:
-    """Say which flags of a group were given though the group has no effect."""
-    given = [f"--{name}={getattr(group, name)}" for name in group.values() if name in group.given]
+def report_unused(group: Group, reason: str, *names: str) -> None:
+    """Say which flags of a group (all by default) were given though they have no effect."""
+    given = [name for name in names or group.values() if name in group.given]
+    given = [f"--{name}={getattr(group, name)}" for name in given]
     if given:
         print(f"without effect: {', '.join(given)} ({reason})", flush=True)

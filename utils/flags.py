@@ -87,6 +87,7 @@ def flag(
     term: str = "",
     teacher: bool = False,
     needs: str = "",
+    adapts: bool = False,
 ) -> Any:
     """A flag of a group, or of a script's own.
 
@@ -95,10 +96,11 @@ def flag(
         help: one or two lines for `--help` and docs/flags.md.
         term: for the weight of a loss term, the term's name in tables.
         teacher: for the weight of a loss term, whether the term reads the teacher's output.
+        adapts: whether the value fits itself to the amount of training unless it is given.
         needs: `name` or `name=value` of a flag in the same group without which this one has no
             effect.
     """
-    metadata = {"help": help, "term": term, "teacher": teacher, "needs": needs}
+    metadata = {"help": help, "term": term, "teacher": teacher, "needs": needs, "adapts": adapts}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: [*default], metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -118,6 +120,11 @@ class Group:
     def values(self) -> dict[str, Any]:
         """Flag name -> value."""
         return {field.name: getattr(self, field.name) for field in self.fields()}
+
+    def fixed(self) -> list[str]:
+        """The given flags that would otherwise fit themselves to the amount of training."""
+        fields = (field for field in self.fields() if field.metadata["adapts"])
+        return [field.name for field in fields if field.name in self.given]
 
     def all_given(self) -> "Group":
         """As if the user had written every flag."""
@@ -159,8 +166,8 @@ class Data(Group):
         "demo", "the domain; its CSV is data/<domain>.csv[.gz|.xz]; demo is made on first use"
     )
     data_path: str | None = flag(None, "the domain's CSV, wherever it is")
-    zero_is_item: bool = flag(
-        False, "runs of item 0 at the start or end of lists are items, not somebody's padding"
+    ends_are_items: bool = flag(
+        False, "what looks like padding or a marker at the ends of many lists is items"
     )
 
 
@@ -351,10 +358,18 @@ class Exits(Group):
 
     def unused(self) -> list[str]:
         lines = super().unused()
-        if self.distill_block == 1 and self.cls_multiple_lambda and "distill_block" in self.given:
-            value = self.cls_multiple_lambda
-            lines.append(f"--cls_multiple_lambda={value} (--distill_block=1 has no inner exit)")
+        weight = self.cls_multiple_lambda
+        if self.distill_block == 1 and weight and "distill_block" in self.given:
+            lines.append(f"--cls_multiple_lambda={weight} (--distill_block=1 has no inner exit)")
+        if not self.weighted:
+            for name in sorted(self.given & {"distill_block", "block_reduction"}):
+                lines.append(f"--{name}={getattr(self, name)} (no term has a weight)")
         return lines
+
+    @property
+    def weighted(self) -> bool:
+        """Whether any term beside the cross-entropy has a weight."""
+        return self.cls_multiple_lambda > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,6 +392,10 @@ class DistillationLoss(Exits):
         "l2", "the distance: l2 (released) or squared_l2 (paper)", needs="norm_lambda"
     )
     temperature: PositiveFloat = flag(1.0, "temperature of the logit KL", needs="logit_lambda")
+
+    @property
+    def weighted(self) -> bool:
+        return self.cls_multiple_lambda > 0 or self.reads_teacher
 
     @property
     def reads_teacher(self) -> bool:
@@ -420,20 +439,22 @@ class Training(Group):
         "one target per user (last), or every position (SASRec) or prefix (LLM) of a history (all)",
     )
     batch_size: PositiveInt = flag(256, "users per optimizer step")
-    num_epochs: PositiveInt = flag(20, "passes over the training samples")
+    num_epochs: PositiveInt = flag(20, "passes over the training samples", adapts=True)
     max_steps: MaxSteps = flag(-1, "optimizer steps, instead of num_epochs; -1 for none")
     learning_rate: PositiveFloat = flag(1e-3, "peak learning rate of AdamW")
     lr_scheduler: Literal["cosine", "linear", "constant"] = flag(
         "cosine", "learning rate after the warm-up"
     )
-    warmup_steps: NonNegativeInt = flag(50, "steps of linear warm-up")
+    warmup_steps: NonNegativeInt = flag(50, "steps of linear warm-up", adapts=True)
     weight_decay: NonNegativeFloat = flag(0.0, "weight decay of AdamW")
     max_grad_norm: NonNegativeFloat = flag(1.0, "clip gradients to this norm; 0 disables clipping")
     patience: NonNegativeInt = flag(
-        0, "stop after so many evaluations without a better validation MRR; 0 disables it"
+        0,
+        "stop after so many evaluations without a better validation MRR; 0 disables it",
+        adapts=True,
     )
     eval_steps: Interval = flag(
-        100, "steps between evaluations; -1 evaluates at the end of every epoch"
+        100, "steps between evaluations; -1 evaluates at the end of every epoch", adapts=True
     )
     seed: Seed = flag(42, "seed of new weights, sample order and dropout")
     bf16: bool | None = flag(None, "compute in bfloat16; by default on CUDA")

@@ -276,7 +276,20 @@ class Run:
                 continue
             if value != recorded[name]:
                 shown.append(f"--{name}={value} (the run has {recorded[name]})")
+        fixed, recorded_fixed = self._fixed(), self.config.get("given")
+        if recorded_fixed is not None:  # a run from before does not say
+            for name in sorted({*fixed} ^ {*recorded_fixed}):
+                how = (
+                    "given, the run has it adapted"
+                    if name in fixed
+                    else "adapted, the run has it given"
+                )
+                shown.append(f"--{name}={self.flags[name]} is {how}")
         return ", ".join(shown)
+
+    def _fixed(self) -> list[str]:
+        """The flags that were given and would else adapt to the amount of training."""
+        return [name for group in self.groups if group.kind == "training" for name in group.fixed()]
 
     def _compared(self, kinds: tuple[str, ...] = ("model", "training")) -> dict[str, Any]:
         """The flags that must be the same when a run is resumed."""
@@ -294,7 +307,8 @@ class Run:
             UsageError: an unfinished run was made from other files, or is of another model; what
                 differs is named.
         """
-        self._new_config = {"step": self.step, "draws": 1} | config | {"flags": self.flags}
+        self._new_config = {"step": self.step, "draws": 1} | config
+        self._new_config |= {"flags": self.flags, "given": self._fixed()}
         self.resume = not self.overwrite and self._resumable()
         if self.config is not None and not (self.overwrite or self.resume):
             print(
@@ -312,7 +326,7 @@ class Run:
         plain = json.loads(json.dumps(self._new_config))
         other = []
         for name, value in plain.items():
-            if name in ("flags", "teacher") or name not in self.config:
+            if name in ("flags", "given", "teacher") or name not in self.config:
                 continue  # places; and what is younger than the run
             recorded = self.config[name]
             if recorded != value:

@@ -328,7 +328,8 @@ class _State:
         self.run.log.cut(step)
         self.progress = Progress(**found.meta["progress"])
         if "plan" in found.meta:
-            self.plan = Plan(**found.meta["plan"])
+            began = Plan(**found.meta["plan"])
+            self.plan = began._replace(save_every=self.plan.save_every)  # a free flag
         self.seconds = self.run.log.seconds()
         tqdm.write(f"resuming from {folder / found.name}, step {step}")
         return found.name

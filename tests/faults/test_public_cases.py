@@ -135,8 +135,13 @@ MEANING = {
     "zeros at the end": ([ids + [0] * (9 - len(ids)) for ids in LISTS], "at the end of 40 of 40"),
     "zeros at the start": ([[0, 0, 0, *ids] for ids in LISTS], "at the start of 40 of 40 lists"),
     "some padded": ([*LISTS[:30], *[ids + [0, 0] for ids in LISTS[30:]]], "end of 10 of 40 lists"),
+    "padded with N + 1": (
+        [(ids + [99] * 4)[: 5 + i % 4] for i, ids in enumerate(LISTS)],
+        "item 99",
+    ),
+    "one zero before all": ([[0, *ids] for ids in LISTS], "item 0 stands at the start of 40 of 40"),
     "one item": ([[7, 7, 7, 7]] * 12, "item 7 is the only one"),
-    "one target": ([[*ids, 99] for ids in LISTS], "every one of 40 users ends with item 99"),
+    "one target": ([[*ids, 99] for ids in LISTS], "item 99 stands at the end of 40 of 40 lists"),
 }
 
 
@@ -150,7 +155,7 @@ def test_valid_form_with_an_impossible_meaning_is_refused(tmp_path, name):
 
 def test_zero_is_an_item_where_it_is_said(tmp_path):
     path = write_sequences(tmp_path / "d.csv", [[0, 0, 0, *ids] for ids in LISTS])
-    assert read_csv(path, zero_is_item=True).item_ids[0] == 0
+    assert read_csv(path, ends_are_items=True).item_ids[0] == 0
     write_sequences(tmp_path / "e.csv", [[0, *ids, 0] for ids in LISTS[:9]] + LISTS)
     assert read_csv(tmp_path / "e.csv").item_ids[0] == 0  # no runs
 
@@ -162,6 +167,41 @@ def test_two_columns_of_one_name_and_an_empty_user_are_refused(tmp_path):
     path.write_text('reviewerID,asin\na,"[1, 2, 3, 4]"\n ,"[1, 2, 3, 4]"\n')
     with pytest.raises(UsageError, match="row 3: reviewerID is empty"):
         read_csv(path)
+
+
+@pytest.mark.slow
+def test_what_was_said_of_the_ends_holds_in_later_steps(tmp_path, monkeypatch, inside):
+    write_sequences(Path("data/zero.csv"), [[0, 0, *ids] for ids in LISTS])
+    short = SHORT | {"domain_type": "zero"}
+    with pytest.raises(UsageError, match="or say --ends_are_items if it is meant"):
+        train_sr_trad.main(**short)
+    train_sr_trad.main(**short, ends_are_items=True)
+    extract_emb.main(domain_type="zero")
+    finetune.main(**short)
+    distill.main(**short)
+
+
+@pytest.mark.slow
+def test_a_default_that_is_given_is_another_run_where_it_would_adapt(inside):
+    with pytest.raises(UsageError, match="--warmup_steps=50 is given, the run has it adapted"):
+        finetune.main(**SHORT, warmup_steps=50)
+    finetune.main(**SHORT, warmup_steps=50, output_dir="given")
+    assert finetune.main(**SHORT, warmup_steps=50, output_dir="given")["steps"] == 3
+    with pytest.raises(UsageError, match="--warmup_steps=50 is adapted, the run has it given"):
+        finetune.main(**SHORT, output_dir="given")
+
+
+@pytest.mark.slow
+def test_a_base_exchanged_under_a_teacher_is_refused_as_a_start_too(inside):
+    flags = changed_base(lambda tensors: None) | {"train_strategy": "lora", "output_dir": "lora"}
+    finetune.main(**SHORT, **flags)
+    weights = load_file("my base/model.safetensors")
+    weights["layers.2.mlp.up_proj.weight"] *= 1.5
+    save_file(weights, "my base/model.safetensors")
+    off = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
+    start = {"teacher": "lora", "student_init": "teacher", "train_strategy": "lora"}
+    with pytest.raises(UsageError, match="is another base than the one that the run was trained"):
+        distill.main(**SHORT, **off, **start, llama_decoder_nums_student=2, output_dir="s")
 
 
 @pytest.mark.slow
