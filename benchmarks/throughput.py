@@ -37,7 +37,7 @@ from models.sasrec import SASRec
 from utils import cli, processes
 from utils.evaluation import evaluate
 from utils.files import check_writable
-from utils.flags import Data, DistillationLoss, NonNegativeFloat, PositiveInt, flag
+from utils.flags import Data, DistillationLoss, NonNegativeFloat, NonNegativeInt, PositiveInt, flag
 
 DIM = 128
 LARGE = 376_858  # items of the paper's largest domain
@@ -537,6 +537,7 @@ def main(
     max_seq_length: PositiveInt = flag(30, "item slots of the padded layout"),
     repeats: PositiveInt = flag(7, "timed pairs per row, after one that warms up"),
     rest: NonNegativeFloat = flag(0.0, "seconds between pairs, where a shared machine needs it"),
+    busy: NonNegativeInt = flag(0, "other processes at work, a core each, while rows are timed"),
     rows: list[str] = flag(
         ["all"],
         "all, or some of steps, layouts, distill, inference, catalogue, candidates, ranking,"
@@ -585,6 +586,7 @@ def main(
         "base_model": base_model,
         "batch_size": len(bench.batches[0]),
         "repeats": repeats,
+        "busy": busy,
         "gflops": bench.rate / 1e9,
     }
     print(
@@ -595,8 +597,9 @@ def main(
         flush=True,
     )
     print(f"{'':58s} {'ours':>12s} {'plain':>12s} {'':8s} {'ratio':>7s}", flush=True)
-    for name in rows:
-        parts[name](bench)
+    with measure.busy(busy):
+        for name in rows:
+            parts[name](bench)
     result = about | {"data": str(csv), "rows": bench.rows}
     measure.write_report(folder, "throughput", result, table(bench))
     return result
