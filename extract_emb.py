@@ -36,9 +36,7 @@ def main(*, files: ExtractFiles) -> dict:
     )
     check_writable(path.parent, "--item_table")
     run = Run.read("sasrec", folder, "--sasrec")
-    if run.flags.get("ends_are_items"):  # as it was said in step 1
-        domain = domain._replace(ends_are_items=True)
-    data, csv_path = domain.read()
+    data, csv_path = domain.read_as_in(run.flags).read()
     run.check_same({"data_sha256": data.sha256}, csv_path)
 
     import torch  # late, so that a wrong request is answered at once

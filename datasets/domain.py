@@ -5,7 +5,7 @@ And what steps 3 and 4 read of it before any model.
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets.demo import write_demo
 from datasets.interactions import Interactions, read_csv
@@ -37,6 +37,11 @@ class Domain(NamedTuple):
             UsageError: the name is not one path component.
         """
         return cls(canonical_domain(files.domain_type), files.data_path, files.ends_are_items)
+
+    def read_as_in(self, recorded: dict[str, Any]) -> "Domain":
+        """This domain with the ends of lists read as an earlier step's flags say."""
+        said = self.ends_are_items or bool(recorded.get("ends_are_items"))
+        return self._replace(ends_are_items=said)
 
     @property
     def folder(self) -> Path:
@@ -156,8 +161,7 @@ def read_inputs(files: TeacherFiles) -> Inputs:
     table_path = Path(files.item_table or domain.item_table)
     notes = table_path.with_suffix(".json")
     about = read_json(notes, "item table notes") if notes.is_file() else {}
-    if about.get("sasrec_flags", {}).get("ends_are_items"):  # as it was said in step 1
-        domain = domain._replace(ends_are_items=True)
+    domain = domain.read_as_in(about.get("sasrec_flags", {}))
     data, csv_path = domain.read()
     if not table_path.is_file():
         raise UsageError(

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from datasets.demo import write_demo
 from models.llm4rec import LLM4Rec, assemble
+from utils.errors import RunError
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
@@ -124,6 +125,19 @@ def hashes(folder: Path) -> dict[str, str]:
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
         for name in sorted(files(folder))
     }
+
+
+def stop_at_step(patch: pytest.MonkeyPatch, n: int, error: Exception | None = None) -> None:
+    """Let the n-th optimizer step raise `error`, a RunError by default."""
+    step, taken = torch.optim.AdamW.step, []
+
+    def stops(self, *args, **kwargs):
+        taken.append(1)
+        if len(taken) == n:
+            raise error or RunError("stopped here")
+        return step(self, *args, **kwargs)
+
+    patch.setattr(torch.optim.AdamW, "step", stops)
 
 
 def script(name: str, *flags: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:

@@ -217,10 +217,9 @@ class Run:
             recorded = self.config.get(field)
             if recorded != value:
                 raise UsageError(
-                    f"--output_dir={self.folder} holds a finished run from another file: its "
-                    f"{field}"
-                    f" is {_short(recorded)}, now it is {_short(value)}; choose another folder,"
-                    " or --overwrite starts from scratch"
+                    f"--output_dir={self.folder} holds a finished run from another file:"
+                    f" its {field} is {_short(recorded)}, now it is {_short(value)};"
+                    " choose another folder, or --overwrite starts from scratch"
                 )
         print(f"{self.folder} holds this command's finished run", flush=True)
         print_results(self.results(), self.folder)
@@ -231,9 +230,8 @@ class Run:
             present = [name for name in (*OWN_FILES, *OWN_FOLDERS) if (self.folder / name).exists()]
             if present:
                 raise UsageError(
-                    f"--output_dir={self.folder} holds {', '.join(present)} but no run's "
-                    f"config.json:"
-                    " not a run's folder, choose another"
+                    f"--output_dir={self.folder} holds {', '.join(present)} but no run's"
+                    " config.json: not a run's folder, choose another"
                 )
         elif self.config.get("step") != self.step:
             raise UsageError(

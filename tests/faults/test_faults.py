@@ -21,7 +21,7 @@ import finetune
 import models.losses
 import train_sr_trad
 from datasets.demo import write_demo
-from tests.conftest import ROOT, SHORT, hashes, trained_lines
+from tests.conftest import ROOT, SHORT, hashes, stop_at_step, trained_lines
 from utils import checkpoint, cli, evaluation, files
 from utils.errors import RunError, UsageError
 from utils.flags import Runtime, Training
@@ -46,16 +46,8 @@ def broken_off(inside, monkeypatch):
     was not stopped.
     """
     train_sr_trad.main(**RUN | {"output_dir": "whole"})
-    step, taken = torch.optim.AdamW.step, []
-
-    def stops(self, *args, **kwargs):
-        taken.append(1)
-        if len(taken) == 8:
-            raise RunError("stopped here")
-        return step(self, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", stops)
+        stop_at_step(patch, 8)
         with pytest.raises(RunError, match="stopped here"):
             train_sr_trad.main(**RUN)
     assert [checkpoint.load(f"run/{name}")[1]["step"] for name in ("best", "last")] == [4, 6]
@@ -154,19 +146,6 @@ def test_f11_going_on_with_other_flags_or_data_is_refused(broken_off, changes, l
     with pytest.raises(UsageError, match=line):
         train_sr_trad.main(**RUN | changes)
     assert hashes(Path("run")) == before
-
-
-def stop_at_step(patch, n):
-    """Let the n-th optimizer step fail."""
-    step, taken = torch.optim.AdamW.step, []
-
-    def stops(self, *args, **kwargs):
-        taken.append(1)
-        if len(taken) == n:
-            raise RunError("stopped here")
-        return step(self, *args, **kwargs)
-
-    patch.setattr(torch.optim.AdamW, "step", stops)
 
 
 def test_f11_a_student_of_another_teacher_or_table_is_refused(inside, monkeypatch):

@@ -24,7 +24,7 @@ from datasets import process, sequences
 from datasets.interactions import read_csv
 from datasets.item_table import check_size
 from models import base
-from tests.conftest import SHORT, hashes, real, write_sequences
+from tests.conftest import SHORT, hashes, real, stop_at_step, write_sequences
 from utils.errors import RunError, UsageError
 
 LISTS = [[i % 7 + 1, i % 5 + 8, i % 11 + 13, i % 3 + 24, i + 30] for i in range(40)]
@@ -318,17 +318,9 @@ def test_ranks_name_their_users(inside):
 @pytest.mark.parametrize("after", [1, 4])
 def test_advice_when_memory_runs_out(inside, monkeypatch, after):
     """Before and after the first checkpoint: the same command with a lower --micro_batch_size."""
-    step, taken = torch.optim.AdamW.step, []
-
-    def runs_out(self, *args, **kwargs):
-        taken.append(1)
-        if len(taken) == after:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return step(self, *args, **kwargs)
-
     flags = SHORT | {"max_steps": 6, "save_steps": 3, "output_dir": "run"}
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(torch.optim.AdamW, "step", runs_out)
+        stop_at_step(patch, after, torch.OutOfMemoryError("CUDA out of memory"))
         finetune.main(**flags)
     results = finetune.main(**flags | {"micro_batch_size": 8, "eval_batch_size": 32})
     assert results["steps"] == 6
@@ -369,15 +361,7 @@ def test_advice_when_a_folder_is_taken(inside, monkeypatch):
     finetune.main(**SHORT, seed=9, overwrite=True)
     flags = SHORT | {"save_steps": 1, "output_dir": "unfinished"}
     with monkeypatch.context() as patch, pytest.raises(RunError):
-        step, taken = torch.optim.AdamW.step, []
-
-        def stops(self, *args, **kwargs):
-            taken.append(1)
-            if len(taken) == 2:
-                raise RunError("stopped")
-            return step(self, *args, **kwargs)
-
-        patch.setattr(torch.optim.AdamW, "step", stops)
+        stop_at_step(patch, 2)
         finetune.main(**flags)
     with pytest.raises(UsageError, match="give its flags to resume it, or --overwrite starts"):
         finetune.main(**flags, seed=9)
