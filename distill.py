@@ -12,9 +12,16 @@ Cross-entropy alone, without a teacher; online; other weights over the same cach
     python distill.py --distill_mode online --output_dir runs/online
     python distill.py --distill_lambda 0.5 --output_dir runs/half
 
+SASRec as a second teacher, or as the only one:
+
+    python distill.py --sasrec_lambda 1 --output_dir runs/both
+    python distill.py --sasrec_lambda 1 --output_dir runs/sasrec_kl --distill_lambda 0 \
+        --norm_lambda 0 --cls_multiple_lambda 0
+
 Reads data/<domain>.csv, output/<domain>/sasrec_item.pkl and output/<domain>/teacher/; writes
 output/<domain>/student/ and, once per teacher and block map, the teacher's states on the training
-samples beside the teacher's folder: output/<domain>/teacher_states/.
+samples beside the teacher's folder: output/<domain>/teacher_states/. SASRec is read from
+output/<domain>/sasrec/.
 """
 
 import dataclasses
@@ -33,6 +40,11 @@ def no_teacher(indices, history):
 def running_teacher(forward):
     """A frozen teacher's encoder (live), or the teacher that is trained too (online)."""
     return lambda indices, history: forward(history)
+
+
+def running_sasrec(forward, samples, device):
+    """SASRec's encoder, on its own number of items per history."""
+    return lambda indices, history: forward(samples.histories(indices).to(device))
 
 
 def cached_teacher(states, device):
@@ -58,9 +70,9 @@ def main(
     """Train a student of N layers, aligned to the teacher's M layers at the ends of B blocks.
 
     Loss: ce + distill_lambda * align_cos + norm_lambda * align_norm + cls_multiple_lambda * exits +
-    logit_lambda * logit_kl. What the teacher fixed (base, prompt, length, data, item table) is
-    inherited and may not be contradicted. No teacher is needed or loaded where the weights of all
-    terms that read it are 0.
+    logit_lambda * logit_kl + sasrec_lambda * sasrec_kl. What the teacher fixed (base, prompt,
+    length, data, item table) is inherited and may not be contradicted. No teacher is needed or
+    loaded where the weights of all terms that read it are 0.
     """
     from datasets.domain import Domain, read_inputs
     from datasets.prompts import read_template
@@ -69,7 +81,8 @@ def main(
     domain = Domain.of(files)
     teacher_folder, cache = domain.teacher(files)
     trains = not runtime.eval_only
-    from_teacher = trains and llm.student_init == "teacher"
+    from_teacher = trains and llm.student_init != "base"
+    with_layers = llm.student_init == "teacher"
     needs_teacher = trains and (loss.reads_teacher or from_teacher)
     online = needs_teacher and llm.distill_mode == "online"
     offline = needs_teacher and not online
@@ -83,7 +96,11 @@ def main(
         (there or not offline, f"{missing} (or name a run with --teacher)"),
     )
 
-    teacher_run = None
+    teacher_run = sasrec_run = None
+    if trains and loss.sasrec_lambda:
+        sasrec_run = Run.read("sasrec", Path(files.sasrec or domain.folder / "sasrec"), "--sasrec")
+    elif trains:
+        cli.report_unused(files, "needs --sasrec_lambda above 0", "sasrec")
     if offline:  # what the teacher fixed is inherited; a flag that contradicts it is refused
         teacher_run = Run.read("teacher", teacher_folder, "--teacher")
         source, fixed = f"the teacher in {teacher_folder}", teacher_run.flags
@@ -92,7 +109,9 @@ def main(
     elif trains:
         prompt, llm = prompt.filled(), llm.filled()
         print(f"base {prompt.base_model}, without a trained teacher")
-        cli.report_unused(files, "no trained teacher is read", "teacher", "teacher_cache")
+        cli.report_unused(files, "no trained teacher is read", "teacher")
+        if not sasrec_run:
+            cli.report_unused(files, "no trained teacher is read", "teacher_cache")
         if not online:
             reason = "no term reads a teacher"
             cli.report_unused(llm, reason, "distill_mode", "llama_decoder_nums_teacher")
@@ -110,6 +129,9 @@ def main(
     if offline:
         teacher_run.check_same(inputs.hashes, inputs.table_path)
         teacher_run.report_unfinished()
+    if sasrec_run:
+        sasrec_run.check_same({"data_sha256": inputs.data.sha256}, inputs.csv_path)
+        sasrec_run.report_unfinished()
 
     import torch  # late, so that a wrong request is answered at once
 
@@ -118,15 +140,18 @@ def main(
     from models import base
     from models.llm4rec import Calibration, LLM4Rec, build, specify
     from models.losses import recommendation_loss
+    from models.sasrec import SASRec
     from models.selection import block_ends
     from utils import processes
     from utils.evaluation import ranker
     from utils.training import fit
 
     teacher_sha256 = teacher_run.weights_sha256() if offline else None
-    if run.is_finished(inputs.hashes | {"teacher_sha256": teacher_sha256}):
+    sasrec_sha256 = sasrec_run.weights_sha256() if sasrec_run else None
+    taught_by = {"teacher_sha256": teacher_sha256, "sasrec_sha256": sasrec_sha256}
+    if run.is_finished(inputs.hashes | taught_by):
         return run.results()
-    device = processes.choose_device(runtime.device)
+    device = processes.choose_device(runtime.device, run.threads)
     bf16 = run.precision(training.bf16, on_cuda=device.type == "cuda")
     location = base.locate(prompt.base_model)
     table = inputs.item_table().to(device)  # [N, D]
@@ -146,7 +171,8 @@ def main(
     shape = {"lora": lora, "n_blocks": n_blocks, "calibration": calibration}
     same_exits = offline and taught["exit_heads"] and taught["n_blocks"] == n_blocks
     heads = exits or (loss.logit_lambda > 0 and same_exits)
-    pool = taught["layers"] if from_teacher else None
+    pool = taught["layers"] if from_teacher and with_layers else None
+    shape["exit_norm"] = loss.exit_norm
     spec = specify(
         location,
         prompt,
@@ -167,7 +193,7 @@ def main(
         **base.describe(prompt.base_model, location),
         bf16=bf16,
         model=spec,
-        teacher_sha256=teacher_sha256,
+        **taught_by,
         cached=cache is not None,
         teacher=str(teacher_folder) if offline else "online" if online else None,
     )
@@ -183,7 +209,16 @@ def main(
     torch.manual_seed(run.seed)
     student = trained = build_model(spec)
     if from_teacher:
-        student.start_from(teacher_run, spec)
+        student.start_from(teacher_run, spec, with_layers)
+
+    def outputs_of(load_teacher, samples, identity: dict):
+        """A frozen teacher's outputs on the samples, from disk where they are there."""
+        identity |= inputs.hashes | {"train_targets": training.train_targets}
+        states = teacher_states.open_or_build(
+            cache, identity, load_teacher, samples, runtime.eval_batch_size, device
+        )
+        return cached_teacher(states, device)
+
     seconds = {"teacher_states_seconds": None}
     if not loss.reads_teacher:
         teacher_output = no_teacher
@@ -199,27 +234,33 @@ def main(
         teacher_output = running_teacher(frozen_teacher())
     else:
         identity = {
-            **inputs.hashes,
             "weights_sha256": teacher_sha256,
             "base": base.identity(location),
             "bf16": bf16,
             "model": taught,
             "distill_block": n_blocks,
-            "train_targets": training.train_targets,
             "max_seq_length": prompt.max_seq_length,
         }
         started = time.perf_counter()
-        states = teacher_states.open_or_build(
-            cache, identity, frozen_teacher, samples, runtime.eval_batch_size, device
-        )
+        teacher_output = outputs_of(frozen_teacher, samples, identity)
         seconds["teacher_states_seconds"] = time.perf_counter() - started
-        teacher_output = cached_teacher(states, device)
+    sasrec_output = no_teacher
+    if sasrec_run:
+        sasrec = SASRec.load(sasrec_run, table)
+        slots = sasrec_run.flags["max_seq_length"]
+        longer = dataclasses.replace(samples, max_seq_length=slots)
+        if cache is None:
+            sasrec_output = running_sasrec(sasrec.encoder(), longer, device)
+        else:
+            identity = {"sasrec_sha256": sasrec_sha256, "max_seq_length": slots}
+            sasrec_output = outputs_of(sasrec.encoder, longer, identity)
 
     def loss_fn(indices):
         history = samples.histories(indices).to(device)
         target = samples.targets(indices).to(device)
         teacher = teacher_output(indices, history)
-        return recommendation_loss(student(history), teacher, table, target, loss, online)
+        sasrec = sasrec_output(indices, history)
+        return recommendation_loss(student(history), teacher, table, target, loss, online, sasrec)
 
     run.begin()
     ranks_of = ranks_by(partial(student.user_encoder, bf16))

@@ -60,7 +60,7 @@ def main(
     from utils.evaluation import ranker
     from utils.training import fit
 
-    device = processes.choose_device(runtime.device)
+    device = processes.choose_device(runtime.device, run.threads)
     bf16 = run.precision(training.bf16, on_cuda=device.type == "cuda")
     location = base.locate(prompt.base_model)
     table = inputs.item_table().to(device)  # [N, D]
@@ -75,7 +75,18 @@ def main(
     ids = tokenise(template, location)
     depth = llm.llama_decoder_nums
     calibration = Calibration(samples.calibration().to(device), table, bf16, training.seed)
-    spec = specify(location, prompt, ids, llm, lora, depth, n_blocks, exit_heads, calibration)
+    spec = specify(
+        location,
+        prompt,
+        ids,
+        llm,
+        lora,
+        depth,
+        n_blocks,
+        exit_heads,
+        calibration,
+        exit_norm=exits.exit_norm,
+    )
     if spec["strategy"] == "full":
         cli.report_unused(lora, "the base is trained in full; --train_strategy=lora uses them")
     base_about = base.describe(prompt.base_model, location)

@@ -63,7 +63,7 @@ def main(
     from utils.training import fit
 
     item_table.check_size(csv_path, data.item_ids, sasrec.emb_dim)  # before hours of training
-    device = processes.choose_device(runtime.device)
+    device = processes.choose_device(runtime.device, run.threads)
     every_position = training.train_targets == "all"
     samples, splits = sequences.prepare(data, "last", sequence, evaluation, every_position)
     if run.eval_only:

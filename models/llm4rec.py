@@ -31,10 +31,14 @@ class LLM4Rec(nn.Module):
         decoder: with its E block ends.
         item_table: [N, D], frozen; row = catalogue index.
         exit_heads: also predict at the E - 1 inner block ends.
+        exit_norm: exit heads read states that went through the decoder's final norm.
     """
 
-    def __init__(self, decoder: Decoder, item_table: Tensor, exit_heads: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, item_table: Tensor, exit_heads: bool, exit_norm: bool = False
+    ) -> None:
         super().__init__()
+        self.exit_norm = exit_norm
         width, dim = decoder.llama.config.hidden_size, item_table.shape[1]
         n_exits = len(decoder.block_ends) - 1 if exit_heads else 0
         self.decoder = decoder
@@ -52,7 +56,8 @@ class LLM4Rec(nn.Module):
         items = self.adapter(self.item_table[history[real]].to(self.adapter.weight.dtype))
         states = self.decoder(items, real, prompt)[order.argsort()]  # [B, E, H]
         user = self.head(states[:, -1])
-        exits = [head(states[:, k]) for k, head in enumerate(self.exit_heads)]
+        inner = self.decoder.llama.norm(states[:, :-1]) if self.exit_norm else states
+        exits = [head(inner[:, k]) for k, head in enumerate(self.exit_heads)]
         none = user.new_empty(len(user), 0, user.shape[1])
         return Output(user, states, torch.stack(exits, dim=1) if exits else none)
 
@@ -110,15 +115,26 @@ class LLM4Rec(nn.Module):
             tensors = {name.removeprefix("student."): t for name, t in students.items()}
         checkpoint.restore(self, tensors, run.folder / "best")
 
-    def start_from(self, teacher: Run, spec: dict[str, Any]) -> None:
-        """Take a trained teacher's layers, item adapter and head as the start; exit heads stay.
+    def start_from(self, teacher: Run, spec: dict[str, Any], with_layers: bool = True) -> None:
+        """Take a trained teacher's item adapter and head, and its layers, as the start.
+
+        Exit heads stay as they are.
 
         Args:
             spec: this model's.
+            with_layers: also the layers; else they stay the base's.
         Raises:
             UsageError: the teacher was trained in another way, or its checkpoint is missing or does
                 not fit.
         """
+        own = checkpoint.trained_tensors(self)
+        if not with_layers:
+            tensors, _ = checkpoint.load(teacher.folder / "best")
+            ends = {
+                name: t for name, t in tensors.items() if name.startswith(("adapter.", "head."))
+            }
+            checkpoint.restore(self, own | ends, teacher.folder / "best")
+            return
         taught = teacher.config["model"]
         check_unchanged(teacher.config, locate(teacher.config["flags"]["base_model"]))
         for name in ("strategy", *LoRA().values()):
@@ -129,7 +145,6 @@ class LLM4Rec(nn.Module):
                 )
         tensors, _ = checkpoint.load(teacher.folder / "best")
         taken = kept_tensors(tensors, taught["layers"], spec["layers"])
-        own = checkpoint.trained_tensors(self)
         heads = {name: value for name, value in own.items() if name.startswith("exit_heads.")}
         checkpoint.restore(self, taken | heads, teacher.folder / "best")
 
@@ -154,6 +169,7 @@ def specify(
     exit_heads: bool,
     calibration: Calibration | None = None,
     teacher_layers: list[int] | None = None,
+    exit_norm: bool = False,
 ) -> dict[str, Any]:
     """What `build` needs to make the same model again, as JSON.
 
@@ -189,6 +205,7 @@ def specify(
         "n_blocks": n_blocks,
         "exit_heads": exit_heads,
         "strategy": strategy,
+        **({"exit_norm": True} if exit_heads and exit_norm else {}),  # absent in older runs
     } | lora.values()
 
 
@@ -234,7 +251,7 @@ def assemble(
         inject_lora(llama, *(spec[name] for name in names))
     ends = block_ends(len(llama.layers), spec["n_blocks"])
     decoder = Decoder(llama, spec["prompt_ids"], spec["response_ids"], ends, gradient_checkpointing)
-    return LLM4Rec(decoder, item_table, spec["exit_heads"])
+    return LLM4Rec(decoder, item_table, spec["exit_heads"], spec.get("exit_norm", False))
 
 
 def kept_tensors(

@@ -1,10 +1,10 @@
 """The paper's loss, term by term. EDIT HERE.
 
     L = L_ce + distill_lambda * (1 - cos) + norm_lambda * distance
-        + cls_multiple_lambda * L_ms + logit_lambda * logit KL
+        + cls_multiple_lambda * L_ms + logit_lambda * logit KL + sasrec_lambda * SASRec KL
 
 The first three weights are the paper's lambda1, lambda2 and lambda3. It calls the cosine D_cos, the
-distance D_norm, and the exits' cross-entropy L_ms; the logit KL is ours.
+distance D_norm, and the exits' cross-entropy L_ms. The two KL terms are ours.
 
 To add a term: a function here, its weight in `DistillationLoss` of utils/flags.py, and a line in
 `recommendation_loss`.
@@ -46,6 +46,7 @@ def recommendation_loss(
     target: Tensor,
     loss: Exits,
     train_teacher: bool = False,
+    sasrec: Output | None = None,
 ) -> dict[str, Tensor]:
     """Every part of the loss, unweighted, and their weighted sum under `total`.
 
@@ -58,6 +59,8 @@ def recommendation_loss(
         target: catalogue index of the next item, int64 [B].
         loss: the weights, and how the terms are formed.
         train_teacher: online distillation; the teacher's own cross-entropy (and exits) count too.
+        sasrec: of the SASRec that the item table is from. Its user vector scores the same table, so
+            that its softmax teaches without any mapping between the two models.
     """
     parts: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
@@ -78,6 +81,10 @@ def recommendation_loss(
         add(
             "logit_kl", loss.logit_lambda, logit_kl, *users, item_table, loss.temperature, reduction
         )
+    if sasrec is not None and isinstance(loss, DistillationLoss):
+        users = sasrec.user[:, None], student.user[:, None]
+        temperature = loss.sasrec_temperature
+        add("sasrec_kl", loss.sasrec_lambda, logit_kl, *users, item_table, temperature, "mean")
     if teacher is not None:
         with torch.set_grad_enabled(train_teacher and torch.is_grad_enabled()):
             parts["teacher_ce"] = catalogue.catalogue_cross_entropy(

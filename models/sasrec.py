@@ -4,11 +4,18 @@ Legend: B batch, L item slots, N items (also the padding index), D item width, W
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.losses import Output
+from utils import checkpoint
+from utils.errors import UsageError
+from utils.flags import SASRecModel
+from utils.run import Run
 
 Norm = Literal["query", "pre", "post"]
 PARTS = 8  # of similar length, on CPU
@@ -99,6 +106,39 @@ class SASRec(nn.Module):
     def forward(self, history: Tensor) -> Tensor:
         """User vectors [B, D]: the state of the last position."""
         return self.states(history)[:, -1]
+
+    @torch.no_grad()
+    def encoder(self) -> Callable[[Tensor], Output]:
+        """A forward for inference, in the form of an LLM teacher without block ends."""
+        self.eval()
+
+        @torch.no_grad()
+        def encode(history: Tensor) -> Output:
+            user = self(history)
+            return Output(user, user.new_empty(len(user), 0, 0), user[:, None, :][:, :0])
+
+        return encode
+
+    @classmethod
+    def load(cls, run: Run, item_table: Tensor) -> "SASRec":
+        """The model of a run's best checkpoint.
+
+        Args:
+            item_table: [N, D], the table that a later step reads; it must be this SASRec's own.
+        Raises:
+            UsageError: the table is not this SASRec's, or the checkpoint is missing or damaged.
+        """
+        shape = {field.name: run.flags[field.name] for field in SASRecModel.fields()}
+        weights, _ = checkpoint.load(run.folder / "best")
+        own = weights["item_embedding.weight"][:-1]  # the last row is the padding
+        if not torch.equal(own, item_table.cpu()):
+            raise UsageError(
+                f"--sasrec={run.folder}: its item embeddings are not the item table;"
+                " name the run that the table is from"
+            )
+        model = cls(len(own), run.flags["max_seq_length"], **shape)
+        checkpoint.restore(model, weights, run.folder / "best")
+        return model.to(item_table.device)
 
 
 class Block(nn.Module):

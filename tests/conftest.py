@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # the same in every run: same bits
+
 import pytest
 import torch
 from transformers import LlamaConfig

@@ -131,6 +131,24 @@ def test_a_student_starts_where_the_teachers_layers_are(inside, strategy):
 
 
 @pytest.mark.slow
+def test_a_start_from_the_teachers_ends_keeps_the_bases_layers(inside):
+    """A learning rate of almost nothing leaves the start visible in the checkpoint."""
+    still = SHORT | {"learning_rate": 1e-12, "warmup_steps": 0}
+    distill.main(**still, output_dir="base")
+    distill.main(**still, student_init="adapter", output_dir="ends")
+    teacher = checkpoint.load("output/demo/teacher/best")[0]
+    base, ends = checkpoint.load("base/best")[0], checkpoint.load("ends/best")[0]
+    assert set(base) == set(ends)
+    for name, value in ends.items():
+        taken = name.startswith(("adapter.", "head."))
+        source = teacher if taken else base
+        torch.testing.assert_close(value, source[name], atol=1e-8, rtol=0)
+    assert not torch.allclose(base["adapter.weight"], teacher["adapter.weight"], atol=1e-3)
+    up = "decoder.llama.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(ends[up], teacher[up], atol=1e-4)
+
+
+@pytest.mark.slow
 def test_starting_from_a_teacher_refuses_what_cannot_be(inside):
     with pytest.raises(
         UsageError,

@@ -219,9 +219,12 @@ class StudentFiles(TeacherFiles):
     teacher: str | None = flag(
         None, "the folder of the step-3 run; output/<domain>/teacher by default"
     )
+    sasrec: str | None = flag(
+        None, "the folder of the step-1 run; output/<domain>/sasrec by default"
+    )
     teacher_cache: str = flag(
         "auto",
-        "where the frozen teacher's states on the training samples are kept, computed once and "
+        "where a frozen teacher's outputs on the training samples are kept, computed once and "
         "read by later runs;"
         " auto is teacher_states/ beside the teacher's folder, off runs the teacher in every step",
     )
@@ -314,16 +317,17 @@ class StudentLLM(LLM):
     distill_mode: Literal["offline", "online"] = flag(
         "offline", "offline: the teacher is frozen; online: both train together from the base"
     )
-    student_init: Literal["base", "teacher"] = flag(
+    student_init: Literal["base", "adapter", "teacher"] = flag(
         "base",
-        "start from the base's layers, or from the trained teacher's with its item adapter and head"
-        " (layer_selection then chooses among the teacher's layers)",
+        "start from the base; adapter takes the trained teacher's item adapter and head, teacher "
+        "also its layers (layer_selection then chooses among them)",
     )
 
     def problems(self) -> list[str]:
-        if self.student_init == "base" or self.distill_mode == "offline":
+        start = self.student_init
+        if start == "base" or self.distill_mode == "offline":
             return []
-        return ["--student_init=teacher starts from a trained teacher: use --distill_mode=offline"]
+        return [f"--student_init={start} starts from a trained teacher: use --distill_mode=offline"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +359,11 @@ class Exits(Group):
     block_reduction: Literal["sum", "mean"] = flag(
         "sum", "over blocks and exits: sum (released) or mean (paper)"
     )
+    exit_norm: bool = flag(
+        False,
+        "inner exits read normalised states, as the final one does (released: as they are)",
+        needs="cls_multiple_lambda",
+    )
 
     def unused(self) -> list[str]:
         lines = super().unused()
@@ -363,12 +372,12 @@ class Exits(Group):
             lines.append(f"--cls_multiple_lambda={weight} (--distill_block=1 has no inner exit)")
         if not self.weighted:
             for name in sorted(self.given & {"distill_block", "block_reduction"}):
-                lines.append(f"--{name}={getattr(self, name)} (no term has a weight)")
+                lines.append(f"--{name}={getattr(self, name)} (no term with a weight uses blocks)")
         return lines
 
     @property
     def weighted(self) -> bool:
-        """Whether any term beside the cross-entropy has a weight."""
+        """Whether any term that uses blocks has a weight."""
         return self.cls_multiple_lambda > 0
 
 
@@ -388,10 +397,18 @@ class DistillationLoss(Exits):
         term="logit KL",
         teacher=True,
     )
+    sasrec_lambda: NonNegativeFloat = flag(
+        0.0,
+        "weight of the KL divergence from SASRec's catalogue softmax (SASRec as a teacher)",
+        term="SASRec KL",
+    )
     norm_form: Literal["l2", "squared_l2"] = flag(
         "l2", "the distance: l2 (released) or squared_l2 (paper)", needs="norm_lambda"
     )
     temperature: PositiveFloat = flag(1.0, "temperature of the logit KL", needs="logit_lambda")
+    sasrec_temperature: PositiveFloat = flag(
+        1.0, "temperature of SASRec's KL", needs="sasrec_lambda"
+    )
 
     @property
     def weighted(self) -> bool:

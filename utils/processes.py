@@ -6,6 +6,7 @@ have been accumulated, so that a step is the same mathematics whatever the numbe
 """
 
 import datetime
+import functools
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 LONGEST_WAIT = datetime.timedelta(hours=6)  # while the first process fills the teacher's cache
 CHUNK = 2**25  # numbers per all-reduce
+PROBE_NUMBERS, PROBE_SECONDS, PROBES = 2**18, 0.02, 6  # see choose_threads
 FIRST_SPEAKS = 30  # seconds that the other processes leave the first one to report a wrong request
 
 
@@ -50,12 +52,13 @@ def start(device_type: str) -> None:
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
 
 
-def choose_device(device: str) -> "torch.device":
+def choose_device(device: str, threads: int | None = None) -> "torch.device":
     """The device of this process; several processes are joined here, each with a CUDA device of its
     own.
 
     Args:
         device: auto (CUDA where there is one), cpu or cuda.
+        threads: on CPU, how many threads compute; see choose_threads.
     Raises:
         UsageError: CUDA is asked for and there is none, or there are fewer devices than processes.
     """
@@ -72,10 +75,60 @@ def choose_device(device: str) -> "torch.device":
                 f"--nproc_per_node={processes}: one CUDA device per process, there are {devices}"
             )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        choose_threads(threads)
     start(device)
     if device == "cuda" and world() > 1:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(device)
+
+
+def choose_threads(recorded: int | None = None) -> None:
+    """Compute on CPU with `recorded` threads, else with as many as find a free core each.
+
+    A parallel region waits for its slowest thread. Beside another busy process that thread may be
+    off its core for milliseconds, and fewer threads are many times faster. So short regions are
+    timed here, and the number is halved as long as the worst of them is less than half as fast as
+    with half the threads. OMP_NUM_THREADS, where it is set, is left alone.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    all_threads = threads = _default_threads()
+    if recorded is not None:
+        threads = recorded
+    else:
+        while threads > 1 and min(_rates(threads)) < 0.5 * max(_rates(threads // 2)):
+            threads //= 2
+    torch.set_num_threads(threads)
+    if threads < all_threads:
+        reason = "as this run began" if recorded else "other processes are at work here"
+        print(f"{threads} of {all_threads} threads: {reason}; OMP_NUM_THREADS sets it", flush=True)
+
+
+@functools.cache
+def _default_threads() -> int:
+    """The number before any choice in this process."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _rates(threads: int) -> list[float]:
+    """Parallel regions per second with so many threads, some times over."""
+    import torch
+
+    torch.set_num_threads(threads)
+    numbers, rates = torch.zeros(PROBE_NUMBERS), []
+    for _ in range(PROBES):
+        numbers.add_(1)
+        started, done = time.perf_counter(), 0
+        while time.perf_counter() - started < PROBE_SECONDS:
+            numbers.add_(1)
+            done += 1
+        rates.append(done / (time.perf_counter() - started))
+    return rates
 
 
 def barrier() -> None:

@@ -123,6 +123,13 @@ class Run:
         return seed if shared else (seed + STUDENT_STREAM) % 2**63
 
     @property
+    def threads(self) -> int | None:
+        """The number of CPU threads that the run in the folder computes with; None where there is
+        none. Another number rounds otherwise.
+        """
+        return None if self.overwrite else (self.config or {}).get("threads")
+
+    @property
     def older(self) -> bool:
         """Whether a run is resumed that is from before streams of draws and plans of training."""
         return self.resume and "draws" not in self.config
@@ -382,6 +389,9 @@ class Run:
                 changed.append(f"--{name}={value} (was {recorded[name]})")
         if changed:
             print(f"resuming with {', '.join(changed)}: speed and rounding may change", flush=True)
+        threads = _threads()
+        if self.config.get("threads", threads) != threads:
+            print(f"resuming with {threads} threads, not {self.config['threads']}: not bit for bit")
         before, now = self.config.get("versions", {}), _versions()
         newer = [name for name in now if before.get(name) != now[name]]
         other = [f"{name} {before.get(name)} -> {now[name]}" for name in newer]
@@ -513,7 +523,18 @@ def environment() -> dict[str, Any]:
         commit = done.stdout.strip()
     except OSError:  # a container without git
         commit = ""
-    return {"versions": _versions(), "platform": platform.platform(), "commit": commit or None}
+    return {
+        "versions": _versions(),
+        "platform": platform.platform(),
+        "commit": commit or None,
+        "threads": _threads(),
+    }
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _versions() -> dict[str, str]:

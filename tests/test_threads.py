@@ -1,0 +1,81 @@
+"""How many CPU threads a run computes with: as many as find a free core, or as the run began."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import distill
+from tests.conftest import SHORT
+from utils import processes
+
+
+@pytest.fixture
+def four(monkeypatch):
+    """Four threads by default, none set by the user; the number is put back."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(processes, "_default_threads", lambda: 4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "rates, expected",
+    [
+        ({4: [9, 9, 8], 2: [10, 10, 10], 1: [11, 11, 11]}, 4),  # a quiet machine
+        ({4: [9, 9, 4], 2: [10, 10, 10], 1: [11, 11, 11]}, 2),  # once less than half as fast
+        ({4: [9, 9, 5], 2: [10, 10, 10], 1: [11, 11, 11]}, 4),  # just half
+        ({4: [1, 1, 1], 2: [9, 1, 9], 1: [11, 10, 10]}, 1),
+    ],
+)
+def test_the_number_is_halved_while_regions_wait(four, monkeypatch, capsys, rates, expected):
+    monkeypatch.setattr(processes, "_rates", lambda threads: rates[threads])
+    processes.choose_threads()
+    assert torch.get_num_threads() == expected
+    said = capsys.readouterr().out
+    line = f"{expected} of 4 threads: other processes are at work here; OMP_NUM_THREADS sets it\n"
+    assert said == ("" if expected == 4 else line)
+
+
+def test_a_number_that_the_user_set_is_left_alone(four, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(processes, "_rates", lambda threads: pytest.fail("measured"))
+    before = torch.get_num_threads()
+    processes.choose_threads(2)
+    assert torch.get_num_threads() == before
+
+
+def test_rates_are_measured_with_that_many_threads(four):
+    assert len(processes._rates(1)) == processes.PROBES
+    assert min(processes._rates(1)) > 0 and torch.get_num_threads() == 1
+
+
+@pytest.mark.slow
+def test_a_resumed_run_computes_with_the_threads_that_it_began_with(inside, four, monkeypatch):
+    monkeypatch.setattr(processes, "_rates", lambda threads: [1.0] if threads == 4 else [9.0])
+    distill.main(**SHORT, output_dir="s")
+    config = Path("s/config.json")
+    assert json.loads(config.read_text())["threads"] == 2
+    monkeypatch.setattr(processes, "_rates", lambda threads: pytest.fail("measured"))
+    torch.set_num_threads(1)
+    distill.main(eval_only=True, output_dir="s")
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    Path("s/results.json").unlink()
+    distill.main(**SHORT, output_dir="s")
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.slow
+def test_resuming_with_another_number_is_said(inside, capsys):
+    distill.main(**SHORT, output_dir="s")
+    config = json.loads(Path("s/config.json").read_text())
+    Path("s/config.json").write_text(json.dumps(config | {"threads": 64}))
+    Path("s/results.json").unlink()
+    capsys.readouterr()
+    distill.main(**SHORT, output_dir="s")
+    said = capsys.readouterr().out
+    assert re.search(r"resuming with \d+ threads, not 64: not bit for bit", said)
