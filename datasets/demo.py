@@ -34,7 +34,8 @@ def write_demo(
         users.append(f"U{user:05d}")
     order = rng.permutation(n_items) + 1  # ids say nothing about themes
     titles = [[names[item] for item in items] for items in sequences]
-    write_csv(path, users, [[int(order[item]) for item in items] for items in sequences], titles)
+    numbered = [[int(order[item]) for item in items] for items in sequences]
+    write_csv(path, zip(users, numbered, titles, strict=True))
 
 
 def _walk(

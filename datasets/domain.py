@@ -11,7 +11,8 @@ from datasets.demo import write_demo
 from datasets.interactions import Interactions, read_csv
 from utils.errors import UsageError
 from utils.files import read_json
-from utils.flags import Data, StudentFiles, TeacherFiles
+from utils.flags import Data, ServedFiles, StudentFiles, TeacherFiles
+from utils.run import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +21,7 @@ ALIASES = {"cloths": "cloth", "movies": "movie"}  # spellings of the released sc
 SUFFIXES = (".csv", ".csv.gz", ".csv.xz")
 FOLDERS = ("data", "dataset/sequential")
 DEMO = Path("data/demo.csv")
+STEPS = {"sasrec": "train_sr_trad.py", "teacher": "finetune.py", "student": "distill.py"}
 
 
 class Domain(NamedTuple):
@@ -149,6 +151,57 @@ class Inputs(NamedTuple):
         from datasets.item_table import read_table
 
         return read_table(self.table_path, self.data.item_ids)
+
+
+class Served(NamedTuple):
+    """A finished run, and the files that it was made from.
+
+    table_path: the item table; None for SASRec, which has its own.
+    """
+
+    run: Run
+    data: Interactions
+    csv_path: Path
+    table_path: Path | None
+
+    def item_table(self) -> "Tensor | None":
+        """The rows in catalogue order, float32 [N, D]."""
+        from datasets.item_table import read_table
+
+        return self.table_path and read_table(self.table_path, self.data.item_ids)
+
+
+def read_served(files: ServedFiles) -> Served:
+    """Find a run, and the CSV and item table that it was made from. Imports no torch.
+
+    Files that are not named are those that the run's own command read.
+
+    Raises:
+        UsageError: something is missing, or is not what the run was made from.
+    """
+    named = files.model in STEPS
+    folder = Domain.of(files).folder / files.model if named else Path(files.model)
+    if not (folder / "config.json").is_file():
+        maker = STEPS.get(files.model, "one of the four scripts")
+        raise UsageError(f"--model={files.model}: no run in {folder}; {maker} makes it")
+    step = read_json(folder / "config.json", "run").get("step")
+    run = Run.read(step if step in STEPS else "trained", folder, "--model")
+    if not (folder / "best").is_dir() and not (folder / ".old-best").is_dir():
+        raise UsageError(f"--model={files.model}: {folder} has no checkpoint best/; train first")
+    recorded = run.flags
+    name = files.domain_type if named else run.config.get("domain", files.domain_type)
+    path = files.data_path or recorded.get("data_path")
+    domain = Domain(canonical_domain(name), path, files.ends_are_items).read_as_in(recorded)
+    data, csv_path = domain.read()
+    hashes, table_path = {"data_sha256": data.sha256}, None
+    if step != "sasrec":
+        table_path = Path(files.item_table or recorded.get("item_table") or domain.item_table)
+        if not table_path.is_file():
+            raise UsageError(f"item table not found: {table_path}; name it with --item_table")
+        hashes["table_sha256"] = hashlib.sha256(table_path.read_bytes()).hexdigest()
+    run.check_same(hashes, table_path or csv_path)
+    run.report_unfinished()
+    return Served(run, data, csv_path, table_path)
 
 
 def read_inputs(files: TeacherFiles) -> Inputs:

@@ -6,6 +6,7 @@ This is the one place that says what a valid file is. Everything after it works 
 and have gaps without changing any number.
 """
 
+import ast
 import codecs
 import csv
 import difflib
@@ -16,7 +17,7 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,8 +180,69 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
     return opener(path, "rb")
 
 
+def read_histories(path: Path) -> Iterator[tuple[str, list[int]]]:
+    """(reviewerID, item ids) of every row of a sequence CSV.
+
+    Raises:
+        UsageError: as `read_csv`.
+    """
+    for _, user, ids in _rows(path, hashlib.sha256()):
+        yield user, ids
+
+
+def read_cells(path: Path) -> Iterator[tuple[int, str, str]]:
+    """(row, reviewerID, the text of its list) of every row.
+
+    Raises:
+        UsageError: no CSV with reviewerID and asin.
+    """
+    for row, header, fields in _records(path, hashlib.sha256()):
+        user_column, item_column = _columns(path, header)
+        yield row, fields[user_column], fields[item_column]
+
+
+def read_titles(path: Path) -> dict[int, str]:
+    """Item id -> title, from the CSV's `title` column: lists (JSON or Python) beside the items.
+
+    An item without a title, or a row whose lists differ in length, adds none.
+    """
+    titles: dict[int, str] = {}
+    for row, header, fields in _records(path, hashlib.sha256()):
+        names = [name.strip() for name in header]
+        if "title" not in names:
+            return {}
+        ids = _item_ids(path, row, fields[names.index("asin")])
+        shown = _parsed(fields[names.index("title")])
+        if isinstance(shown, list) and len(shown) == len(ids):
+            for item, title in zip(ids, shown):
+                if isinstance(title, str) and title and item not in titles:
+                    titles[item] = title
+    return titles
+
+
+def _parsed(cell: str) -> object:
+    """A cell as JSON or as a Python literal; None where it is neither."""
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(cell)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
 def _rows(path: Path, digest) -> Iterator[tuple[int, str, list[int]]]:
     """(row number, reviewerID, item ids) of every data row."""
+    columns = None
+    for row, header, fields in _records(path, digest):
+        columns = columns or _columns(path, header)
+        user, items = (fields[place] for place in columns)
+        yield row, user, _item_ids(path, row, items)
+
+
+def _records(path: Path, digest) -> Iterator[tuple[int, list[str], list[str]]]:
+    """(row number, header, fields) of every data row."""
     if path.is_dir():
         raise UsageError(f"{path} is a directory, expected a CSV file")
     csv.field_size_limit(2**31 - 1)
@@ -191,8 +253,8 @@ def _rows(path: Path, digest) -> Iterator[tuple[int, str, list[int]]]:
             yield from _parse(path, text)
     except UnicodeDecodeError:
         raise UsageError(
-            f"{path}: not UTF-8 at byte {_first_bad_byte(path)};"
-            " expected a UTF-8 CSV with reviewerID,asin"
+            f"{path}: not UTF-8 at byte {_first_bad_byte(path)}{_looks_like(path)};"
+            f" expected a UTF-8 CSV with reviewerID,asin; {_converts(path)}"
         ) from None
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise UsageError(f"{path}: damaged {path.suffix} file ({error})") from None
@@ -200,6 +262,21 @@ def _rows(path: Path, digest) -> Iterator[tuple[int, str, list[int]]]:
         raise UsageError(f"{path}: not a CSV ({error})") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _converts(path: Path) -> str:
+    """What to do with a file that is another kind of log."""
+    return f"python -m datasets.convert --input {path} --domain_type NAME makes one"
+
+
+def _looks_like(path: Path) -> str:
+    with open_bytes(path) as raw:
+        start = raw.read(4)
+    if start[:2] == b"\x1f\x8b":
+        return ", it looks like gzip without .gz"
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return ", it looks like UTF-16"
+    return ", it looks like parquet" if start == b"PAR1" else ""
 
 
 def _first_bad_byte(path: Path) -> int:
@@ -216,12 +293,12 @@ def _first_bad_byte(path: Path) -> int:
     return offset
 
 
-def _parse(path: Path, text: io.TextIOBase) -> Iterator[tuple[int, str, list[int]]]:
+def _parse(path: Path, text: io.TextIOBase) -> Iterator[tuple[int, list[str], list[str]]]:
     reader = csv.reader(text)
     header = next(reader, None)
     if not header:
         raise UsageError(f"{path} is empty; expected a header with reviewerID,asin")
-    user_column, item_column = _columns(path, header)
+    _columns(path, header)
     for row, fields in enumerate(reader, start=2):
         if not fields:
             continue
@@ -230,7 +307,7 @@ def _parse(path: Path, text: io.TextIOBase) -> Iterator[tuple[int, str, list[int
                 f"{path}: row {row} has {len(fields)} fields, expected {len(header)};"
                 " quote the list"
             )
-        yield row, fields[user_column], _item_ids(path, row, fields[item_column])
+        yield row, header, fields
 
 
 def _columns(path: Path, header: list[str]) -> tuple[int, int]:
@@ -243,12 +320,14 @@ def _columns(path: Path, header: list[str]) -> tuple[int, int]:
         return names.index("reviewerID"), names.index("asin")
     for separator in (";", "\t"):
         if len(names) == 1 and separator in names[0]:
-            raise UsageError(f"{path} looks {separator!r}-separated; expected commas")
+            raise UsageError(
+                f"{path} looks {separator!r}-separated; expected commas; {_converts(path)}"
+            )
     near = {name: difflib.get_close_matches(name, names, n=1, cutoff=0.4) for name in missing}
     hints = [f"; is {match[0]!r} meant as {name}?" for name, match in near.items() if match]
     raise UsageError(
         f"{path}: missing column {', '.join(missing)};"
-        f" found {', '.join(names)[:200]}{''.join(hints)}"
+        f" found {', '.join(names)[:100]}{''.join(hints)}; {_converts(path)}"
     )
 
 
@@ -260,7 +339,7 @@ def _item_ids(path: Path, row: int, cell: str) -> list[int]:
     except (ValueError, RecursionError):
         raise UsageError(
             f"{path}: row {row}: asin is not a valid JSON list ({cell[:40]!r});"
-            " use JSON such as [1, 2, 3]"
+            f" use JSON such as [1, 2, 3]; {_converts(path)}"
         ) from None
     if not isinstance(ids, list):
         raise UsageError(
@@ -270,7 +349,7 @@ def _item_ids(path: Path, row: int, cell: str) -> list[int]:
         if type(item) is not int:
             raise UsageError(
                 f"{path}: row {row}: element {position} of asin is {str(item)[:40]!r}"
-                f" ({type(item).__name__}), expected a whole number"
+                f" ({type(item).__name__}), expected a whole number; {_converts(path)}"
             )
         if not 0 <= item <= LARGEST_ID:
             bound = f"{item} < 0" if item < 0 else f"{str(item)[:20]} > {LARGEST_ID}"
@@ -280,16 +359,17 @@ def _item_ids(path: Path, row: int, cell: str) -> list[int]:
     return ids
 
 
-def write_csv(
-    path: str | Path, users: list[str], sequences: list[list[int]], titles: list[list[str]]
-) -> None:
+def write_csv(path: str | Path, rows: Iterable[tuple[str, list[int], list[str]]]) -> None:
     """Write a sequence CSV (JSON lists, \\n line ends) atomically; the same input gives the same
     bytes.
+
+    Args:
+        rows: user, items and their titles.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["reviewerID", "asin", "title"])
-        for user, items, names in zip(users, sequences, titles, strict=True):
+        for user, items, names in rows:
             writer.writerow([user, json.dumps(items), json.dumps(names, ensure_ascii=False)])

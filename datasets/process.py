@@ -24,7 +24,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import orjson
@@ -205,22 +205,34 @@ def clean_title(title: object) -> str:
     )  # lone surrogates cannot be written
 
 
-def write_domain(reviews: Reviews, titles: dict[str, str], path: str | Path) -> None:
+def write_domain(
+    reviews: Reviews,
+    titles: dict[str, str],
+    path: str | Path,
+    key: Callable[[str], Any] | None = None,
+) -> None:
     """Write <domain>.csv and, beside it, <domain>.items.csv (item_id, asin, title).
 
-    Items are numbered by ASIN from 0.
+    Items are numbered from 0 in the order of their ASINs.
+
+    Args:
+        key: of that order; text by default.
     """
     path = Path(path)
     kept = np.unique(reviews.item)
-    asins = sorted(reviews.items[code] for code in kept)
+    asins = sorted((reviews.items[code] for code in kept), key=key)
     number = {asin: i for i, asin in enumerate(asins)}
     of_code = np.zeros(len(reviews.items), dtype=np.int64)
     of_code[kept] = [number[reviews.items[code]] for code in kept]
     bounds = np.flatnonzero(np.diff(reviews.user, prepend=-1, append=-1))
     names = [titles.get(asin, "") for asin in asins]
-    sequences = [of_code[reviews.item[a:b]].tolist() for a, b in zip(bounds[:-1], bounds[1:])]
-    users = [reviews.users[reviews.user[a]] for a in bounds[:-1]]
-    write_csv(path, users, sequences, [[names[item] for item in items] for items in sequences])
+
+    def rows() -> Iterator[tuple[str, list[int], list[str]]]:
+        for a, b in zip(bounds[:-1], bounds[1:]):
+            items = of_code[reviews.item[a:b]].tolist()
+            yield reviews.users[reviews.user[a]], items, [names[item] for item in items]
+
+    write_csv(path, rows())
     listing = path.with_name(path.name.removesuffix(".csv") + ".items.csv")
     with replacing(listing) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -6,9 +6,12 @@ python -m experiments.flags_page                  # write the page; a test says 
 from pathlib import Path
 
 import distill
+import export
 import extract_emb
 import finetune
+import recommend
 import train_sr_trad
+from datasets import convert, process
 from utils import cli
 
 PAGE = Path(__file__).parent.parent / "docs" / "flags.md"
@@ -17,6 +20,10 @@ SCRIPTS = {
     "extract_emb": extract_emb.main,
     "finetune": finetune.main,
     "distill": distill.main,
+    "recommend": recommend.main,
+    "export": export.main,
+    "datasets.convert": convert.main,
+    "datasets.process": process.main,
 }
 START = "<!-- made by experiments.flags_page, do not edit -->"
 END = "<!-- end of flags -->"
@@ -42,7 +49,9 @@ def tables() -> str:
     groups: dict[str, dict[str, dict[str, cli.Flag]]] = {}
     for script, command in SCRIPTS.items():
         for name, flag in cli.flags_of(command).items():
-            title = f"{flag.group.__doc__} ({flag.group.kind})"
+            title = f"Of {script} alone"
+            if flag.group:
+                title = f"{flag.group.__doc__} ({flag.group.kind})"
             groups.setdefault(title, {}).setdefault(name, {})[script] = flag
     lines = []
     for title, flags in groups.items():
@@ -66,8 +75,10 @@ def _defaults(by_script: dict[str, cli.Flag]) -> str:
 def _value(default: object) -> str:
     if default is None:
         return "-"
+    if default is cli.REQUIRED:
+        return "required"
     if isinstance(default, list):
-        return ",".join(map(str, default))
+        return ",".join(map(str, default)) or "-"
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

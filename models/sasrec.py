@@ -120,7 +120,7 @@ class SASRec(nn.Module):
         return encode
 
     @classmethod
-    def load(cls, run: Run, item_table: Tensor) -> "SASRec":
+    def load(cls, run: Run, item_table: Tensor | None = None) -> "SASRec":
         """The model of a run's best checkpoint.
 
         Args:
@@ -131,14 +131,14 @@ class SASRec(nn.Module):
         shape = {field.name: run.flags[field.name] for field in SASRecModel.fields()}
         weights, _ = checkpoint.load(run.folder / "best")
         own = weights["item_embedding.weight"][:-1]  # the last row is the padding
-        if not torch.equal(own, item_table.cpu()):
+        if item_table is not None and not torch.equal(own, item_table.cpu()):
             raise UsageError(
                 f"--sasrec={run.folder}: its item embeddings are not the item table;"
                 " name the run that the table is from"
             )
         model = cls(len(own), run.flags["max_seq_length"], **shape)
         checkpoint.restore(model, weights, run.folder / "best")
-        return model.to(item_table.device)
+        return model if item_table is None else model.to(item_table.device)
 
 
 class Block(nn.Module):

@@ -127,8 +127,8 @@ def test_where_a_domain_is_looked_for(tmp_path, monkeypatch):
 
 def test_what_is_written_reads_back_and_is_the_same_bytes(tmp_path):
     arguments = (["a", "b"], [[3, 1, 2, 0], [1, 2, 3, 0, 4]], [["x"] * 4, ['say "é", no'] * 5])
-    write_csv(tmp_path / "one.csv", *arguments)
-    write_csv(tmp_path / "two.csv", *arguments)
+    write_csv(tmp_path / "one.csv", zip(*arguments, strict=True))
+    write_csv(tmp_path / "two.csv", zip(*arguments, strict=True))
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
     data = read_csv(tmp_path / "one.csv")
     assert data.users == ["a", "b"] and data.items.tolist() == [3, 1, 2, 0, 1, 2, 3, 0, 4]

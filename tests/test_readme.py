@@ -6,11 +6,13 @@ import shlex
 import pytest
 
 import distill
+import export
 import extract_emb
 import finetune
+import recommend
 import train_sr_trad
 from benchmarks import efficiency, throughput
-from datasets import process
+from datasets import convert, process
 from experiments import ablation, demo, flags_page, motivation, report
 from tests.conftest import ROOT
 from utils import cli
@@ -20,6 +22,9 @@ MAINS = {
     "extract_emb.py": extract_emb.main,
     "finetune.py": finetune.main,
     "distill.py": distill.main,
+    "recommend.py": recommend.main,
+    "export.py": export.main,
+    "datasets.convert": convert.main,
     "datasets.process": process.main,
     "experiments.demo": demo.main,
     "experiments.ablation": ablation.main,
@@ -35,6 +40,9 @@ PAGES = [
     "extract_emb.py",
     "finetune.py",
     "distill.py",
+    "recommend.py",
+    "export.py",
+    "datasets/convert.py",
     "datasets/process.py",
     "experiments/demo.py",
 ]
@@ -82,7 +90,7 @@ def test_the_readmes_two_commands_are_what_ci_runs():
 def test_the_page_of_flags_is_fresh():
     page = flags_page.PAGE.read_text()
     assert page == flags_page.with_tables(page), "run python -m experiments.flags_page"
-    for name in ("train_sr_trad.py", "extract_emb.py", "finetune.py", "distill.py"):
+    for name in MAINS.keys() & {f"{script}.py" for script in flags_page.SCRIPTS}:
         for flag in cli.defaults(MAINS[name]):
             assert f"| `{flag}` |" in page, f"{name}: {flag}"
 

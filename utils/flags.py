@@ -230,6 +230,15 @@ class StudentFiles(TeacherFiles):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServedFiles(ItemTable, Data):
+    """Files; what is not named is what the run was made from"""
+
+    model: str = flag(
+        "student", "sasrec, teacher or student of the domain, or the folder of a run or an export"
+    )
+
+
 # -- model --------------------------------------------------------------------------------------
 
 

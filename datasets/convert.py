@@ -1,0 +1,467 @@
+"""Any interaction log -> data/<domain>.csv and data/<domain>.items.csv.
+
+    python -m datasets.convert --input ratings.csv --domain_type shop
+    python -m datasets.convert --input log.parquet --domain_type shop --user buyer --time bought_at
+    python -m datasets.convert --input ml-100k.inter --items ml-100k.item --domain_type ml \
+        --min_rating 4 --min_user 5 --min_item 5
+    python -m datasets.convert --input lists.csv --domain_type shop        # a list per user
+
+Reads (user, item, time[, rating][, title]) as CSV, with semicolons or tabs, parquet, JSON lines,
+RecBole's .inter, MovieLens, Amazon 2014 to 2023; a list of items per user; "user item item ..." and
+"user item" text. Plain, gzip or xz. The log is read as a stream: about 16 bytes per interaction and
+the names of users and items stay in memory. Each user's items are sorted by time. Users and items
+are sorted by their ids, so that the same log in another format gives the same files.
+"""
+
+import ast
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from datasets import logs
+from datasets.domain import canonical_domain
+from datasets.logs import Form
+from datasets.process import (
+    Reviews,
+    clean_title,
+    print_counts,
+    share_of_ties,
+    tie_order,
+    write_domain,
+)
+from utils import cli
+from utils.errors import UsageError
+from utils.flags import NonNegativeInt, PositiveInt, flag
+
+NAMES = {  # role -> common names of its column; the first that is there counts
+    "user": "user_id userid user reviewerid uid customer_id customerid visitorid author_id",
+    "item": "item_id itemid item parent_asin asin product_id productid iid sid movie_id movieid"
+    " book_id song_id track_id business_id article_id sku",
+    "time": "timestamp time unixreviewtime datetime date ts unix_time event_time created_at t_dat",
+    "rating": "rating overall stars score",
+    "title": "title item_title movie_title product_name product_title item_name name",
+}
+REVIEW_TEXTS = {"text", "reviewtext", "review_text", "review"}  # their `title` is the review's
+WHOLE = re.compile(r"(\d+)\.0+")  # an id that went through a float
+LIST = re.compile(r"^\s*[\[(]|^\s*\S+(\s*[,|;]\s*|\s+)\S+")
+SPLIT = re.compile(r"[\s,|;]+")
+
+
+class Columns(NamedTuple):
+    """The name of the column of each role; None where there is none."""
+
+    user: str
+    item: str
+    time: str | None
+    rating: str | None
+    title: str | None
+
+    def present(self) -> dict[str, str]:
+        """Role -> column."""
+        return {role: name for role, name in self._asdict().items() if name is not None}
+
+
+class _Names:
+    """Codes of names, in the order in which they come."""
+
+    def __init__(self) -> None:
+        self.codes: dict[str, int] = {}
+
+    def encode(self, values: pa.Array) -> np.ndarray:
+        """int32 [n]; -1 where a value is empty."""
+        coded = values.dictionary_encode()
+        own = [self.code(name) for name in coded.dictionary.to_pylist()]
+        places = coded.indices.fill_null(len(own)).to_numpy()
+        return np.array([*own, -1], dtype=np.int32)[places]
+
+    def code(self, name: str) -> int:
+        name = name.strip()
+        whole = WHOLE.fullmatch(name)
+        name = whole[1] if whole else name
+        return self.codes.setdefault(name, len(self.codes)) if name else -1
+
+
+def choose_columns(form: Form, given: dict[str, str | None]) -> Columns:
+    """Which column is what: as the flags say, else by name, else by place.
+
+    Raises:
+        UsageError: a named column is missing, or user or item is not found.
+    """
+    chosen: dict[str, str | None] = {}
+    for role, name in given.items():
+        if name is not None and name not in form.columns:
+            raise UsageError(
+                f"--{role}={name}: {form.path} has no such column; found {form.shown()}"
+            )
+        chosen[role] = name
+    by_name = {_bare(name): name for name in reversed(form.columns)}
+    if not form.header:
+        by_place = _by_place(form)
+        chosen |= {role: chosen[role] or by_place.get(role) for role in NAMES}
+    else:
+        for role, names in NAMES.items():
+            found = [by_name[name] for name in names.split() if name in by_name]
+            chosen[role] = chosen[role] or next(iter(found), None)
+        if REVIEW_TEXTS & set(by_name) and given["title"] is None:
+            chosen["title"] = None
+    missing = [role for role in ("user", "item") if not chosen[role]]
+    if missing:
+        flags = " and ".join(f"--{role}" for role in missing)
+        raise UsageError(
+            f"{form.path}: which column is the {' and the '.join(missing)}? found {form.shown()};"
+            f" name it with {flags}"
+        )
+    return Columns(**chosen)
+
+
+def _bare(name: str) -> str:
+    """A column's name without RecBole's type and without case."""
+    return name.split(":")[0].strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _by_place(form: Form) -> dict[str, str]:
+    """Roles of columns without names: user, item[, rating], time; Amazon's ratings-only files of
+    2018 have the item first.
+    """
+    columns = form.columns
+    if len(columns) > 4 or len(columns) < 2:
+        raise UsageError(
+            f"{form.path}: no header, and {len(columns)} columns ({form.shown()});"
+            " name them with --user, --item, --time"
+        )
+    roles = ["user", "item", "rating", "time"] if len(columns) == 4 else ["user", "item", "time"]
+    first, second = ([row[i] for row in form.sample] for i in (0, 1))
+    asins = all(re.fullmatch(r"B\w{6,9}|\d{9}[\dX]", cell) for cell in first)
+    if asins and all(re.fullmatch(r"A\w{3,20}", cell) for cell in second):
+        roles[:2] = ["item", "user"]
+    return dict(zip(roles, columns))
+
+
+class _Log:
+    """What is collected of a log, batch by batch."""
+
+    def __init__(self, path: Path, min_rating: float | None) -> None:
+        self.path, self.min_rating = path, min_rating
+        self.users, self.items = _Names(), _Names()
+        self.user, self.item, self.time = [], [], []
+        self.title_of: dict[int, str] = {}
+        self.low = self.n = 0
+
+    def add(self, row: int, batch: dict[str, pa.Array]) -> None:
+        """Take the columns of a batch whose first line is `row`, by role."""
+        user = self._codes(self.users, batch["user"], "user", row)
+        item = self._codes(self.items, batch["item"], "item", row)
+        if "time" in batch:
+            time = self._times(batch["time"], row)
+        else:
+            time = np.arange(self.n, self.n + len(user))
+        self.n += len(user)
+        if "title" in batch:
+            self._titles(item, batch["title"])
+        if self.min_rating is not None:
+            kept = self._numbers(batch["rating"], "rating", row) >= self.min_rating
+            self.low += int((~kept).sum())
+            user, item, time = user[kept], item[kept], time[kept]
+        self.user.append(user)
+        self.item.append(item)
+        self.time.append(time)
+
+    def _codes(self, names: _Names, values: pa.Array, role: str, row: int) -> np.ndarray:
+        codes = names.encode(values)
+        empty = np.flatnonzero(codes < 0)
+        if len(empty):
+            raise UsageError(f"{self.path}: row {row + empty[0]}: the {role} is empty")
+        return codes
+
+    def _numbers(self, values: pa.Array, role: str, row: int) -> np.ndarray:
+        numbers = logs.numbers(values)
+        self._refuse(np.isnan(numbers), values, role, row, "a number")
+        return numbers
+
+    def _times(self, values: pa.Array, row: int) -> np.ndarray:
+        times, wrong = logs.times(values)
+        self._refuse(wrong, values, "time", row, "a number or a date such as 2024-04-25 08:00:00")
+        return times
+
+    def _refuse(self, wrong: np.ndarray, values: pa.Array, role: str, row: int, expected: str):
+        places = np.flatnonzero(wrong)
+        if len(places):
+            value = values[int(places[0])].as_py()
+            raise UsageError(
+                f"{self.path}: row {row + places[0]}: the {role} is {str(value)[:40]!r},"
+                f" expected {expected}"
+            )
+
+    def _titles(self, item: np.ndarray, titles: pa.Array) -> None:
+        new, first = np.unique(item, return_index=True)
+        for code, place in zip(new.tolist(), first.tolist()):
+            if code not in self.title_of:
+                self.title_of[code] = clean_title(titles[place].as_py())
+
+    def reviews(self) -> Reviews:
+        """Everything, in file order; users and items are coded in the order of their ids."""
+        columns = (np.concatenate(parts) for parts in (self.user, self.item, self.time))
+        user, item, time = columns
+        users, user = _sorted_codes(self.users.codes, user)
+        items, item = _sorted_codes(self.items.codes, item)
+        return Reviews(users, items, user, item, time)
+
+    def titles(self) -> dict[str, str]:
+        """Item -> title."""
+        names = list(self.items.codes)
+        return {names[code]: title for code, title in self.title_of.items()}
+
+
+def _sorted_codes(codes: dict[str, int], column: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The names in order, whole numbers by value, and the column with their new codes."""
+    names = sorted(codes, key=_order(codes))
+    new = np.empty(len(codes), dtype=np.int32)
+    new[[codes[name] for name in names]] = np.arange(len(codes), dtype=np.int32)
+    return names, new[column]
+
+
+def _order(names) -> Any:
+    numbers = all(name.isascii() and name.isdigit() for name in names)
+    return (lambda name: (int(name), name)) if numbers else None
+
+
+def read_log(form: Form, columns: Columns, min_rating: float | None) -> _Log:
+    """Stream a log of interactions, or of lists.
+
+    Raises:
+        UsageError: the file is damaged, or a line is wrong; its row is named.
+    """
+    log = _Log(form.path, min_rating)
+    present = columns.present()
+    for row, batch in logs.batches(form, list(present.values())):
+        by_role = {role: batch[name] for role, name in present.items()}
+        if form.lists or _holds_lists(form, columns):
+            for place, arrays in enumerate(_unrolled(form.path, row, by_role)):
+                log.add(row + place, arrays)
+        else:
+            log.add(row, by_role)
+    if not log.n:
+        raise UsageError(f"{form.path}: holds no interaction")
+    return log
+
+
+def _holds_lists(form: Form, columns: Columns) -> bool:
+    """Whether cells of the item column are lists. Of a file with times they are not."""
+    place = form.columns.index(columns.item)
+    cells = [row[place] for row in form.sample]
+    return columns.time is None and bool(cells) and all(LIST.match(cell) for cell in cells)
+
+
+def _unrolled(path: Path, row: int, batch: dict[str, pa.Array]) -> Iterator[dict[str, pa.Array]]:
+    """Every line's list as a batch of its own."""
+    titles = batch.get("title")
+    for place, cell in enumerate(batch["item"].to_pylist()):
+        items = parse_list(path, row + place, cell or "")
+        arrays = {"item": pa.array(items, pa.string())}
+        arrays["user"] = pa.array([batch["user"][place].as_py()] * len(items), pa.string())
+        if titles is not None:
+            names = _names(titles[place].as_py(), len(items))
+            arrays |= {"title": pa.array(names, pa.string())} if names else {}
+        yield arrays
+
+
+def parse_list(path: Path, row: int, cell: str) -> list[str]:
+    """The item ids of a cell: JSON, a Python literal, or text split at commas, spaces or bars.
+
+    Raises:
+        UsageError: an element is no text and no whole number.
+    """
+    values: Any = None
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            values = parse(cell)
+            break
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    if not isinstance(values, list | tuple):
+        values = [part.strip("'\"") for part in SPLIT.split(cell.strip().strip("[]()")) if part]
+    names = []
+    for position, value in enumerate(values):
+        text = str(value).strip() if type(value) in (int, float, str) else ""
+        if not text or text == "nan" or (type(value) is float and not value.is_integer()):
+            raise UsageError(
+                f"{path}: row {row}: element {position} of the list is {str(value)[:40]!r},"
+                " expected an id"
+            )
+        names.append(f"{value:.0f}" if type(value) is float else text)
+    return names
+
+
+def _names(cell: str | None, n: int) -> list[str]:
+    """A list of n titles; none where the cell holds something else."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            values = parse(cell or "")
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(values, list) and len(values) == n:
+            return [value if isinstance(value, str) else "" for value in values]
+    return []
+
+
+def read_titles(form: Form, columns: tuple[str | None, str | None], wanted: set[str]) -> dict:
+    """Item -> title, of a list of items.
+
+    Raises:
+        UsageError: which columns are item and title is not known.
+    """
+    by_name = {_bare(name): name for name in reversed(form.columns)}
+    chosen = []
+    for role, name in zip(("item", "title"), columns):
+        common = [by_name[known] for known in NAMES[role].split() if known in by_name]
+        place = None if form.header else form.columns[len(chosen)]
+        own = name if name in form.columns else None
+        chosen.append(own or next(iter(common), None) or place)
+    if None in chosen:
+        raise UsageError(
+            f"--items={form.path}: expected columns such as item_id and title,"
+            f" found {form.shown()}; name them with --item and --title"
+        )
+    item, title = chosen
+    titles: dict[str, str] = {}
+    names = _Names()
+    for _, batch in logs.batches(form, [item, title]):
+        for name, text in zip(batch[item].to_pylist(), batch[title].to_pylist()):
+            names.code(name or "")
+            whole = WHOLE.fullmatch((name or "").strip())
+            name = whole[1] if whole else (name or "").strip()
+            if name in wanted:
+                titles[name] = titles.get(name) or clean_title(text)
+    return titles
+
+
+def filter_log(
+    log: Reviews,
+    ties: np.ndarray | None,
+    dedup: bool,
+    min_user: int,
+    min_item: int,
+    min_length: int,
+) -> Reviews:
+    """Sort by user and time; then drop repeats, rare users and items, and short sequences, until
+    nothing changes. Prints a line after every filter.
+
+    Args:
+        ties: int64 [n], the order of a user's interactions of equal time; None is file order.
+    """
+    keys = (log.time, log.user) if ties is None else (ties, log.time, log.user)
+    order = np.lexsort(keys)  # stable
+    log = log._replace(user=log.user[order], item=log.item[order], time=log.time[order])
+    if dedup:
+        pairs = log.user.astype(np.int64) * len(log.items) + log.item
+        first = np.sort(np.unique(pairs, return_index=True)[1])
+        log = log.keep(first)
+        print_counts("repeats of an item dropped", log)
+    rules = [
+        ("users", "user", min_user),
+        ("items", "item", min_item),
+        ("lists", "user", min_length),
+    ]
+    changes = True
+    while changes:
+        changes = False
+        for what, column, least in rules:
+            codes = getattr(log, column)
+            kept = np.bincount(codes)[codes] >= least if len(codes) else np.zeros(0, bool)
+            if kept.all():
+                continue
+            log, changes = log.keep(kept), True
+            print_counts(f"{what} with >= {least} interactions", log)
+            if not len(log.user):
+                flags = {"users": "min_user", "items": "min_item", "lists": "min_length"}
+                raise UsageError(
+                    f"nothing is left after '{what} with >= {least}'; lower --{flags[what]}"
+                )
+    return log
+
+
+@cli.command
+def main(
+    *,
+    input: str = flag(help="the log"),
+    domain_type: str = flag(help="name of the domain, and so of the files written"),
+    items: str | None = flag(None, "a list of items with titles, where the log has none"),
+    user: str | None = flag(None, "name of the user column; without a header its number, from 1"),
+    item: str | None = flag(None, "the same of the item column"),
+    time: str | None = flag(None, "the same of the time column"),
+    rating: str | None = flag(None, "the same of the rating column"),
+    title: str | None = flag(None, "the same of the title column, of the log or of --items"),
+    min_rating: float | None = flag(None, "lowest rating kept; by default ratings are not read"),
+    min_user: PositiveInt = flag(1, "fewest interactions of a user"),
+    min_item: PositiveInt = flag(1, "fewest interactions of an item"),
+    min_length: PositiveInt = flag(1, "shortest list, after the other filters"),
+    dedup: bool = flag(False, "of a user's repeats of an item keep the first"),
+    ties: Literal["file", "hash"] = flag(
+        "file", "interactions of one user and time: in file order, or by a hash of user and item"
+    ),
+    tie_seed: NonNegativeInt = flag(0, "seed of that hash"),
+    output_dir: str = flag("data", "where the files go"),
+    overwrite: bool = flag(False, "replace the domain's files"),
+) -> None:
+    """Turn any log of interactions into a domain's sequences."""
+    path = Path(output_dir) / f"{canonical_domain(domain_type)}.csv"
+    cli.check(
+        (Path(input).is_file(), f"--input={input}: file not found"),
+        (items is None or Path(items).is_file(), f"--items={items}: file not found"),
+        (overwrite or not path.exists(), f"{path} is there already; --overwrite replaces it"),
+        (path.resolve() != Path(input).resolve(), f"--input={input} is the file to be written"),
+    )
+    form = logs.look(Path(input))
+    given = {"user": user, "item": item, "time": time, "rating": rating, "title": title}
+    if items is not None and title not in form.columns:
+        given["title"] = None
+    columns = choose_columns(form, given)
+    print(f"{input}: {form.describe()}")
+    for role, name in columns.present().items():
+        print(f"  {role}: {form.where(name)}{logs.unit(form, name) if role == 'time' else ''}")
+    if columns.time is None:
+        print("  no time: items stay in file order")
+    cli.check(
+        (
+            min_rating is None or columns.rating is not None,
+            f"--min_rating={min_rating}: {input} has no rating; name it with --rating",
+        )
+    )
+    if min_rating is None:
+        columns = columns._replace(rating=None)
+    log = read_log(form, columns, min_rating)
+    whole = log.reviews()
+    if min_rating is not None:
+        print(f"{log.low:,} interactions rated below {min_rating:g} left out")
+    if not len(whole.user):
+        raise UsageError(f"nothing is left of {log.n:,} interactions; lower --min_rating")
+    print_counts("read", whole)
+    by_hash = tie_order(whole, tie_seed) if ties == "hash" else None
+    kept = filter_log(whole, by_hash, dedup, min_user, min_item, min_length)
+    if columns.time is not None:
+        how = f"by a hash with --tie_seed={tie_seed}" if ties == "hash" else "in file order"
+        print(
+            f"{share_of_ties(kept):.1%} of a user's neighbouring interactions share a time: {how}"
+        )
+    titles = log.titles()
+    if items is not None:
+        wanted = {kept.items[code] for code in np.unique(kept.item)}
+        titles |= read_titles(logs.look(Path(items)), (item, title), wanted)
+    write_domain(kept, titles, path, _order(kept.items))
+    longest = Counter(np.bincount(kept.user).tolist())
+    short = sum(users for length, users in longest.items() if 0 < length < 4)
+    if short:
+        print(f"{short:,} users have fewer than 4 items: they are not evaluated")
+    named = sum(bool(titles.get(kept.items[code])) for code in np.unique(kept.item))
+    print(f"titles: {named:,} items have one")
+    print(f"wrote {path} and {path.with_suffix('.items.csv')}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

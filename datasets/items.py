@@ -1,0 +1,147 @@
+"""What items are called: their ids in the CSV, their original ids and their titles."""
+
+import csv
+import difflib
+import re
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from datasets.interactions import open_bytes, read_titles
+from utils.errors import UsageError
+from utils.files import replacing
+
+Name = Literal["auto", "id", "asin", "title"]
+COLUMNS = ["item_id", "asin", "title"]
+
+
+class Items(NamedTuple):
+    """By catalogue index: id in the CSV (int64 [N]), original id and title ("" where unknown)."""
+
+    ids: np.ndarray
+    asins: list[str]
+    titles: list[str]
+
+    @classmethod
+    def of(cls, csv_path: Path, item_ids: np.ndarray) -> "Items":
+        """From <domain>.items.csv beside the CSV; without it the titles stand in the CSV itself.
+
+        Raises:
+            UsageError: items.csv is damaged.
+        """
+        listing = csv_path.with_name(re.sub(r"\.csv(\.gz|\.xz)?$", ".items.csv", csv_path.name))
+        if listing.is_file():
+            return cls.read(listing, item_ids)
+        titles = read_titles(csv_path)
+        return cls(item_ids, [""] * len(item_ids), [titles.get(i, "") for i in item_ids.tolist()])
+
+    @classmethod
+    def read(cls, listing: Path, item_ids: np.ndarray) -> "Items":
+        """From an items.csv; ids that are not in it have no names.
+
+        Raises:
+            UsageError: it is damaged.
+        """
+        named: dict[int, tuple[str, str]] = {}
+        try:
+            with open_bytes(listing) as raw:
+                rows = csv.reader(raw.read().decode("utf-8-sig").splitlines())
+                for number, row in enumerate(rows, start=1):
+                    if number == 1:
+                        where = [[name.strip() for name in row].index(name) for name in COLUMNS]
+                    elif row:
+                        item, asin, title = (row[place] for place in where)
+                        named[int(item)] = asin, title
+        except (ValueError, IndexError, csv.Error):
+            raise UsageError(
+                f"{listing}: row {number}: expected item_id,asin,title with whole item_ids"
+            ) from None
+        names = [named.get(item, ("", "")) for item in item_ids.tolist()]
+        return cls(item_ids, [asin for asin, _ in names], [title for _, title in names])
+
+    def write(self, listing: Path) -> None:
+        """Write an items.csv, in catalogue order."""
+        with replacing(listing) as partial, open(partial, "w", encoding="utf-8", newline="") as f:
+            writer = csv.writer(f, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows(zip(self.ids.tolist(), self.asins, self.titles))
+
+    def show(self, index: int) -> str:
+        """An item for people: its title, else its original id, else its id."""
+        return self.titles[index] or self.asins[index] or f"item {self.ids[index]}"
+
+
+class Finder:
+    """Finds items by id, original id or title; `auto` tries in this order.
+
+    Of equal names the first item counts. Titles are compared without case.
+    """
+
+    def __init__(self, items: Items, by: Name) -> None:
+        every: dict[str, dict] = {
+            "id": {item: index for index, item in enumerate(items.ids.tolist())},
+            "asin": _first(items.asins),
+            "title": _first([title.casefold() for title in items.titles]),
+        }
+        self.items = items
+        self.tables = every if by == "auto" else {by: every[by]}
+
+    def find(self, name: str, source: str) -> int:
+        """The catalogue index of an item.
+
+        Args:
+            source: what named it, for messages.
+        Raises:
+            UsageError: there is no such item; a near one is offered.
+        """
+        name = name.strip()
+        for kind, table in self.tables.items():
+            key: object = name.casefold() if kind == "title" else name
+            if kind == "id":
+                key = int(name) if name.isascii() and name.isdigit() else None
+            if key in table:
+                return table[key]
+        raise UsageError(f"{source}: {name[:60]!r} is no item{self._near(name)}")
+
+    def _near(self, name: str) -> str:
+        """A hint: an item with a name like this one, or what ids there are."""
+        items, folded = self.items, name.casefold()
+        names = {}
+        for kind in self.tables.keys() - {"id"}:
+            names |= {key.casefold(): index for key, index in self.tables[kind].items()}
+        near = difflib.get_close_matches(folded, names, n=1, cutoff=0.6)
+        if not near and len(name) > 3:
+            near = [key for key in names if folded in key][:1]
+        if not near:
+            return f"; ids run from {items.ids[0]} to {items.ids[-1]}"
+        index = names[near[0]]
+        by_asin = items.asins[index].casefold() == near[0]
+        shown = items.asins[index] if by_asin else items.titles[index]
+        return f"; did you mean {shown!r} (id {items.ids[index]})?"
+
+
+def _first(names: list[str]) -> dict[str, int]:
+    table: dict[str, int] = {}
+    for index, name in enumerate(names):
+        if name:
+            table.setdefault(name, index)
+    return table
+
+
+def read_items(path: Path, finder: Finder, flag: str) -> list[int]:
+    """Catalogue indices of a file with one item per line.
+
+    Raises:
+        UsageError: the file is missing or empty, or a line names no item.
+    """
+    if not path.is_file():
+        raise UsageError(f"{flag}={path}: file not found")
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            found.append(finder.find(line, f"{flag}={path}: line {number}"))
+    if not found:
+        raise UsageError(f"{flag}={path}: names no item")
+    return found

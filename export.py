@@ -1,0 +1,144 @@
+"""Write a trained student, or teacher, as a folder that others can use.
+
+    python export.py --output_dir export/demo                           # demo domain: half a minute
+    python export.py --domain_type cloth --output_dir export/cloth
+    python export.py --domain_type cloth --model teacher --output_dir export/teacher
+    python export.py --domain_type cloth --output_dir export/cloth --onnx    # recommender.onnx too
+    python recommend.py --model export/cloth --history 12,99            # from the folder alone
+
+The folder has a plain Hugging Face LLaMA (`AutoModel.from_pretrained` loads it), the item table and
+heads, items.csv, and a model card with the code that computes the scores. That code is run on the
+histories of test users and must give the model's own scores, and so must the ONNX graph, else
+nothing is written.
+"""
+
+import os
+import shutil
+import string
+from importlib.util import find_spec
+from pathlib import Path
+
+from utils import cli, flags
+from utils.flags import PositiveInt, flag
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+TEMPLATES = Path(__file__).parent / "templates"
+RANKED = {
+    "sampled": "the target among 999 items that the user never met",
+    "full": "the whole catalogue, without the user's history",
+    "full_all": "the whole catalogue",
+}
+
+
+def model_card(served, code: str) -> str:
+    """templates/model_card.md, filled in.
+
+    Args:
+        served: the run and its data (datasets.domain.Served).
+        code: Python that computes the scores with transformers alone.
+    """
+    run, data = served.run, served.data
+    recorded, model = run.flags, run.config["model"]
+    lines = []
+    results = run.folder / "results.json"
+    test = run.results()["test"] if results.is_file() else {}
+    for protocol, metrics in test.items():
+        values = (f"{metrics[n]:.4f}" for n in ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR"))
+        lines.append(f"| {RANKED[protocol]} | {' | '.join(values)} |")
+    random = run.config.get("random_base", False)
+    text = (TEMPLATES / "model_card.md").read_text(encoding="utf-8")
+    return string.Template(text).substitute(
+        n_layers=len(model["layers"]),
+        step=run.step,
+        domain=run.config["domain"],
+        base=recorded["base_model"],
+        layers=", ".join(map(str, model["layers"])),
+        licence="none: it is random and has read no text" if random else "see its own card",
+        n_users=f"{data.n_users:,}",
+        n_items=f"{data.n_items:,}",
+        sha256=data.sha256,
+        max_seq_length=recorded["max_seq_length"],
+        strategy=model["strategy"],
+        seed=recorded["seed"],
+        metrics="\n".join(lines) or "| not evaluated |",
+        code=code.rstrip(),
+    )
+
+
+@cli.command
+def main(
+    *,
+    files: flags.ServedFiles,
+    output_dir: str = flag(help="the folder to be written"),
+    verify_users: PositiveInt = flag(1000, "test users whose scores are compared"),
+    onnx: bool = flag(False, "also write recommender.onnx: history, lengths -> scores"),
+    overwrite: bool = flag(False, "replace the folder, if it is an export"),
+) -> Path:
+    """Export a run."""
+    from datasets.domain import read_served
+    from utils.files import check_writable
+
+    folder = Path(output_dir)
+    is_export = (folder / "recommender.json").is_file()
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    lacking = [name for name in ONNX_PACKAGES if onnx and find_spec(name) is None]
+    cli.check(
+        (not lacking, f"--onnx needs {', '.join(lacking)}; pip install {' '.join(lacking)}"),
+        (
+            empty or (overwrite and is_export),
+            f"--output_dir={folder}: is there already;"
+            + (" --overwrite replaces it" if is_export else " not an export, choose another"),
+        ),
+    )
+    check_writable(folder.parent, "--output_dir")
+    served = read_served(files)
+    run = served.run
+    cli.check((run.step != "sasrec", "--model: SASRec is no LLaMA; export a teacher or a student"))
+
+    import numpy as np
+    import torch  # late, so that a wrong request is answered at once
+    from tqdm import tqdm
+
+    from datasets.items import Items
+    from datasets.sequences import TEST, EvaluationSplit
+    from models import exported
+    from models.llm4rec import LLM4Rec
+
+    table, slots = served.item_table(), run.flags["max_seq_length"]
+    model = LLM4Rec.load(run, table, bf16=False)
+    split = EvaluationSplit(served.data, TEST, slots, 0, 1)
+    indices = np.arange(min(verify_users, served.data.n_users))
+    histories = split.samples.histories(indices)
+    encode = model.user_encoder()
+    expected = torch.cat([encode(part) @ table.T for part in histories.split(256)])
+
+    partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        item_ids = torch.from_numpy(served.data.item_ids)
+        counts = np.bincount(served.data.items, minlength=served.data.n_items)
+        popularity = torch.from_numpy(counts.astype(np.float32))
+        exported.save(partial, model, item_ids, popularity, slots)
+        Items.of(served.csv_path, served.data.item_ids).write(partial / "items.csv")
+        code = (TEMPLATES / "scores.py").read_text(encoding="utf-8")
+        (partial / "README.md").write_text(model_card(served, code), encoding="utf-8")
+        scores = exported.card_scores(code, partial)
+        rows = [row[row != len(table)].tolist() for row in histories]
+        found = [scores(row) for row in tqdm(rows, desc="the card's code", unit="user")]
+        exported.verify(expected, torch.stack(found), "the card's code")
+        if onnx:
+            graph = exported.save_onnx(partial, model, slots)
+            exported.verify(expected, exported.onnx_scores(graph, rows, slots), "the ONNX graph")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    ways = "the card's code and the ONNX graph give" if onnx else "the card's code gives"
+    print(f"{ways} the model's scores for {len(rows):,} test users")
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"wrote {folder}: {size / 2**20:.1f} MiB")
+    return folder
+
+
+if __name__ == "__main__":
+    cli.run(main)

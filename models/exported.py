@@ -1,0 +1,218 @@
+"""A recommender as a folder for others: a plain Hugging Face LLaMA, and what stands around it.
+
+config.json and model.safetensors are the decoder (LoRA merged, layers renumbered);
+recommender.safetensors has adapter, heads, item table, item ids and popularity; recommender.json
+the prompt and the shape. templates/scores.py computes the scores with transformers alone.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaModel
+
+from models.decoder import Decoder
+from models.llm4rec import LLM4Rec
+from models.recommender import Recommender
+from utils.errors import RunError, UsageError
+from utils.files import read_json, write_json
+
+WEIGHTS, SHAPE = "recommender.safetensors", "recommender.json"
+TOLERANCE = 1e-5  # of scores, relative to the largest
+TOP = 10
+ONNX_BATCH = 64
+LARGEST_ONNX = 2**30  # bytes of weights in one file; more are written beside it
+
+
+def save(
+    folder: Path, model: LLM4Rec, item_ids: Tensor, popularity: Tensor, max_seq_length: int
+) -> None:
+    """Write the model's files into an existing folder. LoRA of `model` is merged.
+
+    Args:
+        model: in float32.
+        item_ids: int64 [N], by catalogue index.
+        popularity: float [N].
+        max_seq_length: L.
+    """
+    decoder = model.decoder
+    merge_lora(decoder.llama)
+    decoder.llama.config.architectures = ["LlamaModel"]
+    decoder.llama.save_pretrained(folder)
+    names = ("adapter.", "head.", "exit_heads.")
+    tensors = {name: t for name, t in model.state_dict().items() if name.startswith(names)}
+    tensors |= {"item_table": model.item_table, "item_ids": item_ids, "popularity": popularity}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    shape = {
+        "prompt_ids": decoder.prompt_ids.tolist(),
+        "response_ids": decoder.response_ids.tolist(),
+        "max_seq_length": max_seq_length,
+        "block_ends": decoder.block_ends,
+        "exit_norm": model.exit_norm,
+    }
+    write_json(folder / SHAPE, shape)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors are written for the owner alone
+
+
+def merge_lora(llama: LlamaModel) -> None:
+    """Add every LoRA to the weight that it stands beside."""
+    for name, module in list(llama.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(llama.get_submodule(parent), child, module.get_base_layer())
+
+
+def load(
+    folder: Path, device: torch.device, exit: int | None = None
+) -> tuple[Recommender, "torch.Tensor"]:
+    """The recommender of an exported folder, and its item ids (int64 [N], a numpy array).
+
+    Raises:
+        UsageError: a file is missing or damaged, or there is no such exit.
+    """
+    shape = read_json(folder / SHAPE, "exported recommender")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        llama = LlamaModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        ends = shape["block_ends"]
+        decoder = Decoder(llama, shape["prompt_ids"], shape["response_ids"], ends)
+        item_ids, popularity = tensors.pop("item_ids"), tensors.pop("popularity")
+        table = tensors.pop("item_table")
+        heads = any(name.startswith("exit_heads.") for name in tensors)
+        model = LLM4Rec(decoder, table, heads, shape["exit_norm"])
+        around = {name for name in model.state_dict() if not name.startswith("decoder.")}
+        if around != set(tensors):
+            raise KeyError(*sorted(around ^ set(tensors)))
+        model.load_state_dict(tensors, strict=False)
+    except (OSError, KeyError, SafetensorError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(f"{folder}: damaged, not a folder of export.py ({reason})") from None
+    model = model.to(device)
+    if exit is not None:
+        model.read_at_exit(exit)
+    slots = shape["max_seq_length"]
+    recommender = Recommender(model.user_encoder(), model.item_table, popularity, slots)
+    return recommender, item_ids.numpy()
+
+
+def card_scores(code: str, folder: Path) -> Callable[[list[int]], Tensor]:
+    """The function `scores` of the card's own code, run on the folder."""
+    names: dict[str, Any] = {"__name__": "card"}
+    code = code.replace('FOLDER = "."', f"FOLDER = {json.dumps(str(folder))}")
+    exec(compile(code, "the card's code", "exec"), names)
+    return names["scores"]
+
+
+def verify(expected: Tensor, found: Tensor, what: str) -> None:
+    """Compare scores [n, N] with those of the exported model.
+
+    Items whose scores differ by less than the tolerance may change places.
+
+    Raises:
+        RunError: a score differs, or a list of the best items.
+    """
+    allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
+    error = float((expected - found).abs().max())
+    if not error <= allowed:
+        raise RunError(
+            f"{what} gives other scores: they differ by {error:.2g}, allowed {allowed:.2g};"
+            " nothing was written"
+        )
+    k = min(TOP, expected.shape[1])
+    best, other = (values.topk(k, dim=1) for values in (expected, found))
+    apart = (expected.gather(1, other.indices) - best.values).abs().max()
+    if not float(apart) <= 2 * allowed:
+        raise RunError(f"{what} gives other lists; nothing was written")
+
+
+class Graph(nn.Module):
+    """The scores as one graph without data-dependent steps, for ONNX.
+
+    The layout is [prompt | items | free slots | response]. Free slots are masked, and positions are
+    those of the layout that the model was trained on.
+    """
+
+    def __init__(self, model: LLM4Rec, max_seq_length: int) -> None:
+        super().__init__()
+        self.model, self.max_seq_length = model, max_seq_length
+
+    def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """Scores [B, N].
+
+        Args:
+            history: int64 [B, L], lines of items.csv from 0, oldest first, then anything below N.
+            lengths: int64 [B], how many of them count, at least 1.
+        """
+        model, decoder = self.model, self.model.decoder
+        llama, slots = decoder.llama, self.max_seq_length
+        n_prompt, n_response = len(decoder.prompt_ids), len(decoder.response_ids)
+        batch_size, length = history.shape[0], n_prompt + slots + n_response
+        prompt = llama.embed_tokens(decoder.prompt_ids).expand(batch_size, -1, -1)
+        response = llama.embed_tokens(decoder.response_ids).expand(batch_size, -1, -1)
+        items = model.adapter(model.item_table[history])
+        inputs = torch.cat([prompt, items, response], dim=1)  # [B, T, H]
+        place = torch.arange(length, device=history.device)
+        of_item = (place >= n_prompt) & (place < n_prompt + slots)
+        free = slots - lengths[:, None]
+        position = place + free * of_item  # [B, T]
+        used = ~of_item | (place - n_prompt < lengths[:, None])
+        seen = (place[None, :] <= place[:, None]) & used[:, None, :]  # [B, T, T]
+        mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
+        # A free slot's position may pass the last one; nothing reads it.
+        position = position.clamp(max=length - 1)
+        out = llama(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=position, use_cache=False
+        )
+        return model.head(out.last_hidden_state[:, -1]) @ model.item_table.T
+
+
+def save_onnx(folder: Path, model: LLM4Rec, max_seq_length: int) -> Path:
+    """Write recommender.onnx: history [B, L], lengths [B] -> scores [B, N], any B.
+
+    Args:
+        model: with its LoRA merged, as `save` leaves it.
+    """
+    graph = Graph(model, max_seq_length).eval()
+    size = sum(tensor.numel() * 4 for tensor in graph.state_dict().values())
+    history = torch.zeros(2, max_seq_length, dtype=torch.int64)
+    lengths = torch.tensor([1, max_seq_length])
+    batch = {0: torch.export.Dim("batch", min=1)}
+    path = folder / "recommender.onnx"
+    torch.onnx.export(
+        graph,
+        (history, lengths),
+        path,
+        input_names=["history", "lengths"],
+        output_names=["scores"],
+        dynamic_shapes={"history": batch, "lengths": batch},
+        dynamo=True,
+        external_data=size > LARGEST_ONNX,
+        verbose=False,
+    )
+    return path
+
+
+def onnx_scores(path: Path, histories: list[list[int]], max_seq_length: int) -> Tensor:
+    """The graph's scores [n, N] of histories (lines of items.csv), by onnxruntime on CPU."""
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    scores = []
+    for start in range(0, len(histories), ONNX_BATCH):
+        part = histories[start : start + ONNX_BATCH]
+        padded = torch.zeros(len(part), max_seq_length, dtype=torch.int64)
+        lengths = torch.tensor([len(history) for history in part])
+        for row, history in zip(padded, part):
+            row[: len(history)] = torch.tensor(history)
+        feed = {"history": padded.numpy(), "lengths": lengths.numpy()}
+        scores.append(torch.from_numpy(session.run(["scores"], feed)[0]))
+    return torch.cat(scores)

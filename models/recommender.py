@@ -1,0 +1,132 @@
+"""Top-k lists for bare histories, from any model that gives user vectors.
+
+Legend: B batch, L item slots, N items (also the padding index), D item width, k list length.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.llm4rec import LLM4Rec
+from models.sasrec import SASRec
+from utils.errors import UsageError
+from utils.run import Run
+
+CPU_TILE, TILE = 2**23, 2**26  # scores held at once
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """A model in evaluation mode, and what it recommends from.
+
+    encode: histories int64 [B, L], padded with N on the left -> user vectors [B, D].
+    item_table: [N, D]; a score is the product of a user vector and a row.
+    popularity: float [N], the scores where there is no history.
+    max_seq_length: L, how many of the last items are read.
+    """
+
+    encode: Callable[[Tensor], Tensor]
+    item_table: Tensor
+    popularity: Tensor
+    max_seq_length: int
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        histories: Sequence[Sequence[int]],
+        k: int,
+        exclude: Literal["seen", "none"] = "seen",
+        allowed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The k best items of each history, the best first; equal scores in item order.
+
+        Args:
+            histories: catalogue indices (0 .. N-1) in time order, of any length. Without any item
+                the list is by popularity.
+            exclude: `seen` leaves out every item of the history, `none` nothing.
+            allowed: bool [N], the items that may be recommended; all by default.
+        Returns:
+            items int64 [n, k] and scores float32 [n, k]; -1 and -inf where no item is left.
+        """
+        n_items, device = len(self.item_table), self.item_table.device
+        rows = max(1, (CPU_TILE if device.type == "cpu" else TILE) // n_items)
+        items, scores = [], []
+        vectors = self.encode(self._padded(histories).to(device)).float()
+        columns = self.item_table.float().T
+        for start in range(0, len(histories), rows):
+            part = histories[start : start + rows]
+            score = vectors[start : start + rows] @ columns  # [b, N]
+            empty = [i for i, history in enumerate(part) if not len(history)]
+            score[empty] = self.popularity.to(score)
+            if allowed is not None:
+                score[:, ~allowed] = -torch.inf
+            if exclude == "seen":
+                owner = [i for i, history in enumerate(part) for _ in history]
+                seen = [item for history in part for item in history]
+                score[owner, seen] = -torch.inf
+            best = top_k(score, k)
+            items.append(best[0].cpu())
+            scores.append(best[1].cpu())
+        return torch.cat(items), torch.cat(scores)
+
+    def _padded(self, histories: Sequence[Sequence[int]]) -> Tensor:
+        """The last L items of each, int64 [n, L]; an empty one reads item 0 and is not used."""
+        padded = torch.full((len(histories), self.max_seq_length), len(self.item_table))
+        for row, history in zip(padded, histories):
+            last = torch.as_tensor(history[-self.max_seq_length :], dtype=torch.int64)
+            row[len(row) - max(1, len(last)) :] = last if len(last) else 0
+        return padded
+
+
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of scores [B, N], equal ones in column order; -1 where they are
+    -inf.
+
+    Returns:
+        columns int64 [B, k] and values [B, k].
+    """
+    k_there = min(k, scores.shape[1])
+    values, columns = scores.topk(k_there, dim=1)
+    # topk takes any of the columns that equal the last value. Take the first ones instead.
+    last = values[:, -1:]
+    for row in ((scores >= last).sum(1) > k_there).nonzero().squeeze(1).tolist():
+        columns[row] = scores[row].sort(descending=True, stable=True).indices[:k_there]
+    columns = columns.sort(dim=1).values
+    values = scores.gather(1, columns)
+    order = values.argsort(dim=1, descending=True, stable=True)
+    values, columns = values.gather(1, order), columns.gather(1, order)
+    columns = columns.masked_fill(values == -torch.inf, -1)
+    missing = k - k_there
+    if missing:
+        columns = torch.nn.functional.pad(columns, (0, missing), value=-1)
+        values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
+    return columns, values
+
+
+def of_run(
+    run: Run, item_table: Tensor | None, popularity: Tensor, device: torch.device, exit: int | None
+) -> Recommender:
+    """The recommender of a finished run.
+
+    Args:
+        item_table: [N, D] that an LLM run was made from; of a SASRec run None.
+        popularity: [N].
+        exit: of an LLM trained with exits, the inner exit to read, from 1.
+    Raises:
+        UsageError: the checkpoint or the exit is missing.
+    """
+    slots = run.flags["max_seq_length"]
+    if run.step == "sasrec":
+        if exit is not None:
+            raise UsageError(f"--exit={exit}: SASRec has no exits")
+        sasrec = SASRec.load(run).to(device).eval()
+        return Recommender(sasrec, sasrec.item_table, popularity, slots)
+    table = item_table.to(device)
+    bf16 = run.config.get("bf16", False)
+    model = LLM4Rec.load(run, table, bf16).to(device)
+    if exit is not None:
+        model.read_at_exit(exit)
+    return Recommender(model.user_encoder(bf16), table, popularity, slots)

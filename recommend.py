@@ -1,0 +1,219 @@
+"""The top items for a history, from any finished run.
+
+    python recommend.py --history 12,99,1033             # demo domain, the student: a few seconds
+    python recommend.py --history '["Warm lamp 21"]' --k 5              # by title
+    python recommend.py --domain_type cloth --model sasrec --history 12,99
+    python recommend.py --domain_type cloth --users all --output recs.parquet
+    python recommend.py --model runs/my_student --users histories.csv --output recs.csv --k 20
+    python recommend.py --model export/cloth --history 12,99            # what export.py wrote
+
+Items are named by their ids in the domain's CSV, by their original ids or by their titles, both
+from <domain>.items.csv. Without a history the list is by popularity. As a function:
+
+    from recommend import recommend
+    items, scores = recommend([[12, 99], [1033]], k=10, domain_type="cloth")
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from utils import cli, flags
+from utils.flags import PositiveInt, flag
+
+if TYPE_CHECKING:
+    import torch
+
+    from datasets.items import Finder, Items
+    from models.recommender import Recommender
+
+PLACES = "  {place:>4}  {score:>9}  {id:>9}  {title}"
+
+
+def recommend(
+    histories: Sequence[Sequence[int]],
+    k: int = 10,
+    *,
+    exclude: Literal["seen", "none"] = "seen",
+    exit: int | None = None,
+    device: str = "auto",
+    **files,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best items of each history, the best first; equal scores in item order.
+
+    Reads the model anew in every call. `open_model` reads it once for many.
+
+    Args:
+        histories: item ids of the domain's CSV, in time order; n lists of any length.
+        exclude: `seen` leaves out the items of the history, `none` nothing.
+        exit: the inner exit of a student to read, from 1.
+        device: auto, cpu or cuda.
+        files: domain_type, data_path, item_table, model, as on the command line.
+    Returns:
+        item ids int64 [n, k] and scores float32 [n, k]; -1 and -inf where no item is left.
+    Raises:
+        UsageError: a file is missing, or an id is unknown.
+    """
+    from datasets.items import Finder
+
+    recommender, names = open_model(flags.ServedFiles(**files), exit, device)
+    finder = Finder(names, "id")
+    rows = [[finder.find(str(item), "histories") for item in history] for history in histories]
+    items, scores = recommender.recommend(rows, k, exclude)
+    found = items.numpy()
+    return np.where(found >= 0, names.ids[found], -1), scores.numpy()
+
+
+def open_model(
+    files: flags.ServedFiles, exit: int | None, device: str
+) -> tuple["Recommender", "Items"]:
+    """The recommender of a run or of an exported folder, and what its items are called."""
+    exported = (Path(files.model) / "recommender.json").is_file()
+    if exported:
+        return _open_export(Path(files.model), exit, device)
+    from datasets.domain import read_served
+    from datasets.items import Items
+
+    served = read_served(files)
+
+    import torch  # late, so that a wrong request is answered at once
+
+    from models import recommender
+    from utils import processes
+
+    names = Items.of(served.csv_path, served.data.item_ids)
+    chosen = processes.choose_device(device)
+    counts = np.bincount(served.data.items, minlength=served.data.n_items)
+    popularity = torch.from_numpy(counts.astype(np.float32))
+    table = served.item_table()
+    return recommender.of_run(served.run, table, popularity, chosen, exit), names
+
+
+def _open_export(folder: Path, exit: int | None, device: str) -> tuple["Recommender", "Items"]:
+    from datasets.items import Items
+    from models import exported
+    from utils import processes
+
+    recommender, item_ids = exported.load(folder, processes.choose_device(device), exit)
+    return recommender, Items.read(folder / "items.csv", item_ids)
+
+
+def allowed_items(
+    names: "Items", finder: "Finder", allow: str | None, deny: str | None
+) -> "torch.Tensor | None":
+    """bool [N], the items that may be recommended; None for all."""
+    import torch
+
+    from datasets.items import read_items
+
+    if allow is None and deny is None:
+        return None
+    allowed = torch.full((len(names.ids),), allow is None)
+    if allow is not None:
+        allowed[read_items(Path(allow), finder, "--allow")] = True
+    if deny is not None:
+        allowed[read_items(Path(deny), finder, "--deny")] = False
+    cli.check((bool(allowed.any()), "--allow and --deny leave no item to recommend"))
+    return allowed
+
+
+def read_users(
+    users: str, files: flags.ServedFiles, names: "Items", finder: "Finder"
+) -> tuple[list[str], list[list[int]]]:
+    """Names and histories (catalogue indices) of the domain's users, or of a file's."""
+    from datasets.convert import parse_list
+    from datasets.domain import read_served
+    from datasets.interactions import read_cells, read_histories
+
+    who, histories = [], []
+    if users == "all":
+        for user, ids in read_histories(read_served(files).csv_path):
+            who.append(user)
+            histories.append(np.searchsorted(names.ids, ids).tolist())
+        return who, histories
+    for row, user, cell in read_cells(Path(users)):
+        items = parse_list(Path(users), row, cell)
+        who.append(user)
+        histories.append([finder.find(item, f"--users={users}: row {row}") for item in items])
+    return who, histories
+
+
+def show(history: list[int], items: list[int], scores: list[float], names: "Items") -> None:
+    """One history and its list, as a table."""
+    print(f"history, {len(history)} items" if history else "no history: by popularity")
+    for item in history:
+        print(PLACES.format(place="", score="", id=names.ids[item], title=names.show(item)))
+    print(f"top {len(items)}")
+    for place, (item, score) in enumerate(zip(items, scores), start=1):
+        shown = {"id": names.ids[item], "title": names.show(item)}
+        print(PLACES.format(place=place, score=f"{score:.4f}", **shown))
+
+
+@cli.command
+def main(
+    *,
+    files: flags.ServedFiles,
+    history: list[str] = flag([], "items in time order, the last one most recent"),
+    users: str | None = flag(
+        None, "all, or a CSV with reviewerID,asin: lists for many users, into --output"
+    ),
+    k: PositiveInt = flag(10, "length of a list"),
+    output: str | None = flag(None, "the file of --users: .parquet, .csv or .jsonl"),
+    by: Literal["auto", "id", "asin", "title"] = flag(
+        "auto", "what names an item: its id in the CSV, its original id or its title; auto tries"
+    ),
+    exclude: Literal["seen", "none"] = flag("seen", "leave out the items of the history"),
+    allow: str | None = flag(None, "a file of items, one per line: only these are recommended"),
+    deny: str | None = flag(None, "a file of items that are never recommended"),
+    exit: PositiveInt | None = flag(None, "read an LLM at this inner exit, from 1: faster"),
+    batch_size: PositiveInt = flag(512, "users per forward pass"),
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one"),
+) -> list[dict] | None:
+    """Recommend for one history, on the screen, or for many, into a file."""
+    from datasets.items import Finder
+    from datasets.recommendations import Writer, rows
+
+    cli.check(
+        (not (history and users), "--history and --users: give one of them"),
+        (users is None or output is not None, "--users needs --output, the file of the lists"),
+        (output is None or users is not None, "--output is of --users; one history is shown"),
+        (users in (None, "all") or Path(users).is_file(), f"--users={users}: file not found"),
+    )
+    if output is not None:
+        Writer.check(Path(output))
+    recommender, names = open_model(files, exit, device)
+    finder = Finder(names, by)
+    allowed = allowed_items(names, finder, allow, deny)
+    if users is None:
+        own = [finder.find(name, "--history") for name in history]
+        items, scores = recommender.recommend([own], k, exclude, allowed)
+        there = int((items[0] >= 0).sum())
+        best, values = items[0, :there].tolist(), scores[0, :there].tolist()
+        show(own, best, values, names)
+        shown = [(int(names.ids[item]), names.titles[item]) for item in best]
+        return [{"item_id": i, "title": t, "score": s} for (i, t), s in zip(shown, values)]
+
+    from tqdm import tqdm
+
+    from utils import processes
+
+    who, histories = read_users(users, files, names, finder)
+    mine = np.array_split(np.arange(len(who)), processes.world())[processes.rank()]
+    with Writer(Path(output)) as writer, tqdm(total=len(mine), unit="user", mininterval=1) as bar:
+        for start in range(0, len(mine), batch_size):
+            part = mine[start : start + batch_size]
+            own = [histories[i] for i in part]
+            items, scores = recommender.recommend(own, k, exclude, allowed)
+            writer.add(rows([who[i] for i in part], items.numpy(), scores.numpy(), names))
+            bar.update(len(part))
+    empty = sum(not history for history in histories)
+    if empty:
+        print(f"{empty:,} users without history: by popularity")
+    print(f"wrote {output}: {k} items for each of {len(who):,} users")
+    return None
+
+
+if __name__ == "__main__":
+    cli.run(main)

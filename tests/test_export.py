@@ -1,0 +1,104 @@
+"""An exported folder: plain transformers and ONNX give the model's scores, or nothing is left."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+import distill
+import export
+import finetune
+import recommend
+from models import exported
+from tests.conftest import SHORT
+from utils.errors import RunError, UsageError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_a_folder_works_alone(inside, strategy, tmp_path, monkeypatch):
+    finetune.main(**SHORT, train_strategy=strategy, learning_rate=0.01, output_dir="t")
+    short = SHORT | {"learning_rate": 0.01, "layer_selection": "1,3,5,7"}
+    distill.main(**short, teacher="t", train_strategy=strategy, output_dir="s")
+    expected = recommend.main(model="s", history=["12", "99"], k=5)
+    at_exit = recommend.main(model="s", history=["12", "99"], k=5, exit=1)
+    export.main(model="s", output_dir="out/shop", onnx=True)
+    assert {path.name for path in Path("out/shop").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "recommender.safetensors",
+        "recommender.json",
+        "recommender.onnx",
+        "items.csv",
+    }
+    shutil.move("out/shop", tmp_path / "shop")
+    monkeypatch.chdir(tmp_path)
+    for flags, wanted in (({}, expected), ({"exit": 1}, at_exit)):
+        found = recommend.main(model="shop", history=["12", "99"], k=5, **flags)
+        assert [row["item_id"] for row in found] == [row["item_id"] for row in wanted]
+        for row, other in zip(found, wanted):
+            assert row["score"] == pytest.approx(other["score"], abs=1e-5)
+            assert row["title"] == other["title"]
+    llama = AutoModel.from_pretrained("shop")
+    assert type(llama).__name__ == "LlamaModel" and len(llama.layers) == 4
+    assert not any("lora" in name for name, _ in llama.named_parameters())
+    card = Path("shop/README.md").read_text()
+    assert "layers 1, 3, 5, 7" in card and f"trained | {strategy}" in card
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1]
+    assert len(code.splitlines()) < 40
+    ran = subprocess.run([sys.executable, "-c", code], cwd="shop", capture_output=True, text=True)
+    assert len(json.loads(ran.stdout)) == 10, ran.stderr
+
+
+@pytest.mark.slow
+def test_a_mismatch_is_an_error_and_leaves_nothing(inside, monkeypatch):
+    monkeypatch.setattr(exported, "card_scores", lambda *_: lambda history: torch.ones(160))
+    with pytest.raises(RunError, match="the card's code gives other scores"):
+        export.main(output_dir="out")
+    assert not Path("out").exists() and not list(Path().glob(".tmp-*"))
+
+
+def test_scores_that_nearly_agree_may_change_places():
+    expected = torch.tensor([[3.0, 2.0, 2.0 + 1e-6, 1.0]])
+    exported.verify(expected, torch.tensor([[3.0, 2.0 + 1e-6, 2.0, 1.0]]), "x")
+    with pytest.raises(RunError, match="x gives other scores: they differ by 0.01, allowed 3e-05"):
+        exported.verify(expected, expected + torch.tensor([0, 0, 0.01, 0]), "x")
+    with pytest.raises(RunError, match="other scores"):
+        exported.verify(expected, expected * torch.nan, "x")
+
+
+@pytest.mark.slow
+def test_requests_that_cannot_be(inside, monkeypatch):
+    Path("mine").mkdir()
+    Path("mine/letter.txt").write_text("x")
+    for flags, message in (
+        ({"output_dir": "mine"}, "--output_dir=mine: is there already; not an export"),
+        ({"output_dir": "mine", "overwrite": True}, "not an export, choose another"),
+        (
+            {"output_dir": "o", "model": "sasrec"},
+            "SASRec is no LLaMA; export a teacher or a student",
+        ),
+        ({"output_dir": "o", "model": "none"}, "--model=none: no run in none"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            export.main(**flags)
+    export.main(output_dir="o", verify_users=3)
+    with pytest.raises(
+        UsageError, match="--output_dir=o: is there already; --overwrite replaces it"
+    ):
+        export.main(output_dir="o")
+    export.main(output_dir="o", model="teacher", overwrite=True, verify_users=3)
+    assert "8 LLaMA layers (teacher)" in Path("o/README.md").read_text()
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(UsageError, match="--onnx needs onnxscript; pip install onnxscript"):
+        export.main(output_dir="p", onnx=True)
+    Path("o/recommender.safetensors").write_bytes(b"x")
+    with pytest.raises(UsageError, match="o: damaged, not a folder of export.py"):
+        recommend.main(model="o", history=["1"])

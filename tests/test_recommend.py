@@ -1,0 +1,252 @@
+"""Top-k lists: equal to the ranks of evaluation, in every form of request and of output."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import distill
+import recommend
+import train_sr_trad
+from datasets.domain import read_served
+from datasets.items import Finder, Items
+from datasets.sequences import TEST, EvaluationSplit
+from models.recommender import Recommender, top_k
+from tests.conftest import SHORT, histories, script, small_model
+from utils.errors import UsageError
+from utils.flags import ServedFiles
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 9])
+def test_top_k_is_a_stable_sort(k):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 3, (50, 7), generator=generator).float()  # many are equal
+    scores[torch.rand(50, 7, generator=generator) < 0.3] = -torch.inf
+    columns, values = top_k(scores, k)
+    for row, found, value in zip(scores.tolist(), columns.tolist(), values.tolist()):
+        there = [i for i in range(7) if row[i] != -np.inf]
+        best = sorted(there, key=lambda i: (-row[i], i))[:k]
+        assert found == best + [-1] * (k - len(best))
+        assert value == [row[i] for i in best] + [-np.inf] * (k - len(best))
+
+
+def test_lists_by_hand():
+    table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [1.0, 0.0]])
+
+    def encode(history):  # the sum of the items read; index 4 is the padding
+        rows = torch.cat([table, torch.zeros(1, 2)])
+        return rows[history].sum(1)
+
+    recommender = Recommender(encode, table, torch.tensor([1.0, 5.0, 5.0, 0.0]), 2)
+    items, scores = recommender.recommend([[0], [1, 2, 0], []], 3)
+    assert items.tolist() == [[2, 3, 1], [3, -1, -1], [1, 2, 0]]
+    assert scores.tolist() == [[2, 1, 0], [3, -np.inf, -np.inf], [5, 5, 1]]
+    items, _ = recommender.recommend([[0], [1, 2, 0]], 2, exclude="none")
+    assert items.tolist() == [[2, 0], [2, 0]]
+    allowed = torch.tensor([False, True, False, True])
+    items, _ = recommender.recommend([[0], []], 2, allowed=allowed)
+    assert items.tolist() == [[3, 1], [1, 3]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["student", "teacher", "sasrec"])
+def test_a_targets_place_is_its_rank(inside, model):
+    served = read_served(ServedFiles(model=model))
+    data = served.data
+    recommender, names = recommend.open_model(ServedFiles(model=model), None, "cpu")
+    split = EvaluationSplit(data, TEST, served.run.flags["max_seq_length"], 0, 1)
+    ends = split.samples.end
+    seen = [data.items[a:b].tolist() for a, b in zip(data.offsets[:-1], ends)]
+    items, scores = recommender.recommend(seen, data.n_items)
+    with np.load(f"output/demo/{model}/ranks.npz") as found:
+        ranks = found["test_full"]
+    compared = 0
+    for row, (target, history) in enumerate(zip(data.items[ends], seen)):
+        if target in history:  # evaluation ranks it all the same
+            continue
+        place = items[row].tolist().index(target)
+        near = (scores[row] - scores[row, place]).abs() < 1e-5  # others of nearly equal score
+        if near.sum() == 1:
+            assert place + 1 == ranks[row]
+            compared += 1
+    assert compared > 60
+
+
+@pytest.mark.slow
+def test_the_function_takes_and_gives_ids(inside):
+    ids, scores = recommend.recommend([[12, 99], [], [3]], 4)
+    assert ids.shape == scores.shape == (3, 4) and ids.dtype == np.int64
+    assert not set(ids[0]) & {12, 99}
+    data = read_served(ServedFiles()).data
+    counts = np.bincount(data.items, minlength=data.n_items)
+    best = np.argsort(-counts, kind="stable")[:4]
+    assert ids[1].tolist() == data.item_ids[best].tolist()
+    with pytest.raises(UsageError, match="histories: '999' is no item; ids run from 1 to 160"):
+        recommend.recommend([[999]])
+
+
+@pytest.mark.slow
+def test_one_history_on_the_screen(inside, capsys):
+    title = Items.of(Path("data/demo.csv"), np.arange(1, 161)).titles[11]
+    by_id = recommend.main(history=["12", "99"], k=3)
+    said = capsys.readouterr().out
+    assert "history, 2 items" in said and title in said and "top 3" in said
+    assert said.splitlines()[-1].split()[:3] == [
+        "3",
+        f"{by_id[2]['score']:.4f}",
+        str(by_id[2]["item_id"]),
+    ]
+    assert recommend.main(history=[title.upper(), "99"], k=3) == by_id
+    recommend.main()
+    assert "no history: by popularity" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_many_users_into_a_file_of_each_form(inside):
+    for suffix in ("csv", "jsonl", "parquet"):
+        recommend.main(users="all", output=f"out/recs.{suffix}", k=4, batch_size=50)
+    rows = list(csv.DictReader(open("out/recs.csv")))
+    lines = [json.loads(line) for line in open("out/recs.jsonl")]
+    table = pq.read_table("out/recs.parquet").to_pylist()
+    assert len(rows) == len(lines) == len(table) == 4 * 120
+    for row, line, other in zip(rows, lines, table):
+        score = pytest.approx(line.pop("score"), rel=1e-5)
+        assert float(row.pop("score")) == score and other.pop("score") == score
+        assert line == other and {name: str(value) for name, value in line.items()} == row
+    ids, _ = recommend.recommend([[int(rows[0]["item_id"])]], 2)
+    users = "reviewerID,asin\nann,[" + rows[0]["item_id"] + ']\nbob,[]\ncid,"12 99"\n'
+    Path("mine.csv").write_text(users)
+    recommend.main(users="mine.csv", output="mine_out.csv", k=2)
+    mine = list(csv.DictReader(open("mine_out.csv")))
+    assert [row["reviewerID"] for row in mine] == ["ann", "ann", "bob", "bob", "cid", "cid"]
+    assert [int(row["item_id"]) for row in mine[:2]] == ids[0].tolist()
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "recs.csv",
+        "recs.jsonl",
+        "recs.parquet",
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_file(inside):
+    from tests.faults.test_processes import start
+
+    recommend.main(users="all", output="one.csv", k=3)
+    for suffix in ("csv", "parquet"):
+        start(2, "recommend.py", "--users=all", f"--output=two.{suffix}", "--k=3")
+    one, two = (list(csv.DictReader(open(f"{name}.csv"))) for name in ("one", "two"))
+    for row, other in zip(one, two, strict=True):  # other batches round otherwise
+        assert float(row.pop("score")) == pytest.approx(float(other.pop("score")), abs=1e-5)
+        assert row == other
+    assert pq.read_table("two.parquet").num_rows == 3 * 120
+
+
+@pytest.mark.slow
+def test_an_inner_exit_is_the_models_own(inside):
+    recommender, names = recommend.open_model(ServedFiles(), 2, "cpu")
+    whole, _ = recommend.open_model(ServedFiles(), None, "cpu")
+    assert not np.array_equal(
+        recommender.recommend([[1, 2]], 9)[1], whole.recommend([[1, 2]], 9)[1]
+    )
+    for exit, said in ((9, "--exit=9: no such inner exit; the model has exits 1 to 3"),):
+        with pytest.raises(UsageError, match=said):
+            recommend.main(history=["1"], exit=exit)
+    with pytest.raises(UsageError, match="--exit=1: SASRec has no exits"):
+        recommend.main(history=["1"], exit=1, model="sasrec")
+    with pytest.raises(UsageError, match="--exit=1: no such inner exit; the model has none; train"):
+        recommend.main(history=["1"], exit=1, model="teacher")
+
+
+@pytest.mark.parametrize("exit_norm", [False, True])
+@pytest.mark.usefixtures("float64_norm")
+def test_reading_an_exit_gives_that_exits_vectors(exit_norm):
+    model = small_model(layers=4, n_blocks=2, n_items=23)
+    model.exit_norm = exit_norm
+    batch = histories([3, 8, 1, 5])
+    expected = model.encoder()(batch).exits[:, 0]
+    model.read_at_exit(1)
+    assert len(model.decoder.llama.layers) == 2
+    torch.testing.assert_close(model.user_encoder()(batch), expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_allow_and_deny(inside):
+    every = [row["item_id"] for row in recommend.main(history=["12"], k=160)]
+    assert len(every) == 159
+    Path("allow.txt").write_text("\n".join(map(str, [*every[5:9], 12])))
+    Path("deny.txt").write_text(f"{every[6]}\n\n")
+    assert [row["item_id"] for row in recommend.main(history=["12"], allow="allow.txt")] == every[
+        5:9
+    ]
+    both = recommend.main(history=["12"], allow="allow.txt", deny="deny.txt")
+    assert [row["item_id"] for row in both] == [every[5], *every[7:9]]
+    Path("wrong.txt").write_text("12\nnothing like it\n")
+    for flags, message in (
+        ({"allow": "wrong.txt"}, "--allow=wrong.txt: line 2: 'nothing like it' is no item"),
+        ({"deny": "none.txt"}, "--deny=none.txt: file not found"),
+        ({"allow": "deny.txt", "deny": "deny.txt"}, "--allow and --deny leave no item"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            recommend.main(history=["12"], **flags)
+
+
+@pytest.mark.slow
+def test_a_run_elsewhere_knows_its_own_files(inside):
+    shutil.move("data/demo.csv", "mine.csv")
+    shutil.move("output/demo/sasrec_item.pkl", "mine.pkl")
+    shutil.move("output/demo/sasrec_item.json", "mine.json")
+    own = {"data_path": "mine.csv", "item_table": "mine.pkl", "domain_type": "shop"}
+    distill.main(
+        **SHORT, **own, base_model="tiny", distill_lambda=0.0, norm_lambda=0.0, output_dir="s"
+    )
+    assert recommend.main(history=["12"], model="s", k=2)
+    train_sr_trad.main(**SHORT, data_path="mine.csv", domain_type="shop", output_dir="b")
+    assert recommend.main(history=["12"], model="b", k=2)
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_named(inside):
+    for flags, message in (
+        ({"model": "none"}, "--model=none: no run in none; one of the four scripts makes it"),
+        ({"domain_type": "x"}, "--model=student: no run in output/x/student; distill.py makes it"),
+        ({"item_table": "no.pkl"}, "item table not found: no.pkl; name it with --item_table"),
+        ({"users": "all"}, "--users needs --output"),
+        ({"users": "no.csv", "output": "a.csv"}, "--users=no.csv: file not found"),
+        ({"output": "a.csv"}, "--output is of --users"),
+        (
+            {"users": "all", "output": "a.xlsx"},
+            "--output=a.xlsx: must end in .csv, .jsonl, .parquet",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            recommend.main(**flags)
+    done = script("recommend.py", "--history=12,zzz", cwd=inside, status=2)
+    assert done.stderr.splitlines()[-1].startswith("error: --history: 'zzz' is no item")
+
+
+def test_names_are_found_in_order_and_near_ones_offered():
+    items = Items(np.array([3, 7, 9]), ["7", "B01", ""], ["Red mug", "Blue mug", "7"])
+    assert Finder(items, "auto").find("7", "x") == 1  # the id before the original id
+    assert Finder(items, "asin").find("7", "x") == 0
+    assert Finder(items, "title").find("7", "x") == 2
+    assert Finder(items, "auto").find(" blue MUG ", "x") == 1
+    for name, hint in (
+        ("blu mug", "did you mean 'Blue mug' \\(id 7\\)"),
+        ("b01x", "did you mean 'B01' \\(id 7\\)"),
+        ("8", "ids run from 3 to 9"),
+        ("zebra", "ids run from 3 to 9"),
+    ):
+        with pytest.raises(UsageError, match=f"x: '{name}' is no item; {hint}"):
+            Finder(items, "auto").find(name, "x")
+
+
+def test_a_damaged_items_csv_is_refused_by_its_row(tmp_path):
+    path = tmp_path / "a.items.csv"
+    path.write_text("item_id,asin,title\n1,x,y\none,x,y\n")
+    with pytest.raises(UsageError, match="a.items.csv: row 3: expected item_id,asin,title"):
+        Items.of(tmp_path / "a.csv", np.array([1]))
