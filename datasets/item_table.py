@@ -1,5 +1,8 @@
 """The item table on disk: a pickle `{'item_embedding': FloatTensor [rows, dim]}`, read without
 trusting it.
+
+Tables that others wrote are read too: a tensor or an array alone, .npy, a file of torch.save, and a
+dict with one entry. Row i is item id i in all of them.
 """
 
 import codecs
@@ -130,11 +133,7 @@ def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
             f"item table not found: {path}; extract_emb.py writes it"
             " (or name one with --item_table)"
         )
-    content = _unpickle(path)
-    if not isinstance(content, dict) or KEY not in content:
-        keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise UsageError(f"{path}: expected a dict with {KEY!r}, found {keys}")
-    table = content[KEY]
+    table = _the_table(path, _content(path))
     if isinstance(table, np.ndarray):
         table = torch.as_tensor(table)
     _check_form(path, table)
@@ -164,15 +163,41 @@ def _check_form(path: Path, table: object) -> None:
         found = f"{table.dtype} of shape {tuple(table.shape)}"
     else:
         return
-    raise UsageError(f"{path}: {KEY} must be floating point of shape [items, dim], found {found}")
+    raise UsageError(
+        f"{path}: the item table must be floating point of shape [items, dim], found {found}"
+    )
 
 
-def _unpickle(path: Path):
+def _the_table(path: Path, content: object) -> object:
+    """The one array in what a file holds."""
+    if isinstance(content, Tensor | np.ndarray):
+        return content
+    if isinstance(content, dict) and KEY in content:
+        return content[KEY]
+    if isinstance(content, dict) and len(content) == 1:
+        return next(iter(content.values()))
+    found = type(content).__name__
+    if isinstance(content, dict):
+        found = f"{len(content)} entries: {', '.join(map(str, content))}"[:100]
+    raise UsageError(
+        f"{path}: which is the item table? found {found};"
+        f" write it as torch.save({{'{KEY}': table}}, path), row = item id"
+    )
+
+
+def _content(path: Path) -> object:
+    """What a file holds, by its first bytes: numpy's, torch's, or a pickle's."""
     try:
         with open(path, "rb") as file:
+            start = file.read(6)
+            file.seek(0)
+            if start == b"\x93NUMPY":
+                return np.load(file, allow_pickle=False)
+            if start.startswith(b"PK"):
+                return torch.load(file, weights_only=True, map_location="cpu")
             return _TensorUnpickler(file).load()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:
         reason = str(error).split("\n")[0][:160]
-        raise UsageError(f"{path}: refused, not a plain pickled tensor ({reason})") from None
+        raise UsageError(f"{path}: refused, not a plain tensor ({reason})") from None

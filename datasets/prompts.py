@@ -54,15 +54,18 @@ def tokenise(texts: Prompt, base: str) -> Prompt:
     Raises:
         UsageError: the base has no tokenizer, or a text has no tokens.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlamaTokenizer
 
+    # Of tokenizer.model alone the library takes another class, which drops the first blank.
+    alone = {path.name for path in Path(base).glob("tokenizer*")} == {"tokenizer.model"}
+    kind = LlamaTokenizer if alone else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        tokenizer = kind.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a plain Exception for a damaged file
-        reason = str(error).strip().split("\n")[0][:160]
+        reason = str(error).strip().split("\n")[0][:120]
         raise UsageError(
-            f"--base_model={base}: no usable tokenizer;"
-            f" expected tokenizer.json beside the weights ({reason})"
+            f"--base_model={base}: no usable tokenizer; expected tokenizer.json, or"
+            f" tokenizer.model, beside the weights ({reason})"
         ) from None
     ids = Prompt(*(tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts))
     if not ids.response or not ids.prompt:

@@ -332,3 +332,27 @@ def test_parameter_counts_are_the_papers(layers, total, lora):
     everything, adapters = measure.count_parameters(config, layers, 16, TARGETS)
     assert round(everything / 1e9, 3) == total
     assert round(adapters / 1e6, 2) == lora
+
+
+def test_a_tokenizer_model_alone_is_enough(tmp_path):
+    """LLaMA-2's older folders have sentencepiece's file and no tokenizer.json."""
+    import sentencepiece
+
+    texts = read_template("alpaca")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(f"{texts.prompt}\n{texts.response}\n" * 20)
+    folder = tmp_path / "base"
+    folder.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=3,
+    )
+    (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 400}')
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert tokenise(texts, str(folder)) == tuple(plain.encode(list(texts)))

@@ -54,6 +54,38 @@ def test_what_others_write_is_read(tmp_path, protocol, kind):
     assert torch.equal(read_table(path, IDS), table()[IDS])
 
 
+@pytest.mark.parametrize("kind", ["tensor", "array", "npy", "torch.save", "state dict"])
+def test_tables_as_others_have_them_are_read(tmp_path, kind):
+    path = tmp_path / "t.pkl"
+    if kind == "npy":
+        np.save(path.with_suffix(".npy"), table().numpy())
+        path = path.with_suffix(".npy")
+    elif kind == "torch.save":
+        torch.save({"item_embedding": table()}, path)
+    else:
+        content = {"tensor": table(), "array": table().numpy()}
+        pickled(path, content.get(kind, {"item_embedding.weight": table()}))
+    assert torch.equal(read_table(path, IDS), table()[IDS])
+
+
+PUBLIC = ["array.npy", "bare_numpy.pkl", "bare_tensor.pkl", "state_dict.pkl", "torch_saved.pkl"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_tables_are_read(name):
+    path = ROOT.parent / "shared" / "cases" / "tables" / name
+    if not path.exists():
+        pytest.skip(f"cases not here: {path}")
+    assert read_table(path, np.arange(1, 201)).shape == (200, 32)
+
+
+def test_a_torch_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
+    torch.save({"item_embedding": table(), "x": Runs(tmp_path / "marker")}, tmp_path / "t.pt")
+    with pytest.raises(UsageError, match="refused") as error:
+        read_table(tmp_path / "t.pt", IDS)
+    assert not (tmp_path / "marker").exists() and len(str(error.value)) < 300
+
+
 class Runs:
     def __init__(self, marker):
         self.marker = marker
@@ -90,7 +122,10 @@ def broken(value, row=3):
 
 
 CASES = {
-    "no key": ({"embedding": table()}, "expected a dict with 'item_embedding', found embedding"),
+    "two entries": (
+        {"a": table(), "b": table()},
+        r"which is the item table\? found 2 entries: a, b; write it as torch.save",
+    ),
     "not a dict": ([table()], "found list"),
     "not a tensor": ({"item_embedding": [[1.0]]}, "found list"),
     "one dimension": ({"item_embedding": torch.ones(5)}, r"found torch.float32 of shape \(5,\)"),
@@ -102,7 +137,7 @@ CASES = {
     "nan": (broken(float("nan")), "rows 3 contain NaN"),
     "overflowed half": ({"item_embedding": (table() * 70000).half()}, "contain NaN or infinity"),
     "zeros": ({"item_embedding": torch.zeros(5, 2)}, "3 of 3 occurring items have a row of zeros"),
-    "text": (b"hello", "refused, not a plain pickled tensor"),
+    "text": (b"hello", "refused, not a plain tensor"),
     "empty": (b"", "refused"),
     "cut short": (pickle.dumps({"item_embedding": table()})[:-30], "refused"),
 }
@@ -170,5 +205,5 @@ def test_a_file_cannot_lay_objects_over_its_own_bytes(tmp_path):
             return np.ndarray, ((1,), np.dtype("O"), b"A" * 8)
 
     (tmp_path / "t.pkl").write_bytes(pickle.dumps({"item_embedding": Forged()}))
-    with pytest.raises(UsageError, match="refused, not a plain pickled tensor"):
+    with pytest.raises(UsageError, match="refused, not a plain tensor"):
         read_table(tmp_path / "t.pkl", np.arange(5))

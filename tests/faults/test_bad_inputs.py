@@ -219,9 +219,9 @@ CASES = [
         29,
         "FD",
         table(Runs()),
-        "refused, not a plain pickled tensor (forbidden global posix.system)",
+        "refused, not a plain tensor (forbidden global posix.system)",
     ),
-    (30, "FD", table(nested(Runs())), "refused, not a plain pickled tensor"),
+    (30, "FD", table(nested(Runs())), "refused, not a plain tensor"),
     (
         31,
         "FD",
