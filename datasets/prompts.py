@@ -57,7 +57,8 @@ def tokenise(texts: Prompt, base: str) -> Prompt:
     from transformers import AutoTokenizer, LlamaTokenizer
 
     # Of tokenizer.model alone the library takes another class, which drops the first blank.
-    alone = {path.name for path in Path(base).glob("tokenizer*")} == {"tokenizer.model"}
+    there = {path.name for path in Path(base).glob("tokenizer*")}
+    alone = "tokenizer.model" in there and not {"tokenizer.json", "tokenizer_config.json"} & there
     kind = LlamaTokenizer if alone else AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(base, trust_remote_code=False)
