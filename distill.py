@@ -91,6 +91,10 @@ def main(
     there = (teacher_folder / "best").is_dir() or (cache is not None and cache.is_dir())
     missing = f"teacher not found: {teacher_folder / 'best'}; finetune.py writes it"
     cli.check(
+        (
+            not (files.init_from and from_teacher),
+            "--init_from and --student_init both say where to start; give one of them",
+        ),
         cli.divides(training, runtime),
         cli.blocks(n_blocks, llama_decoder_nums_student=llm.llama_decoder_nums_student),
         (there or not offline, f"{missing} (or name a run with --teacher)"),
@@ -210,6 +214,8 @@ def main(
     student = trained = build_model(spec)
     if from_teacher:
         student.start_from(teacher_run, spec, with_layers)
+    if run.source and not run.resume:
+        student.continue_from(run.source, spec)
 
     def outputs_of(load_teacher, samples, identity: dict):
         """A frozen teacher's outputs on the samples, from disk where they are there."""

@@ -58,7 +58,7 @@ def main(
     from models.catalogue import catalogue_cross_entropy
     from models.losses import sampled_cross_entropy
     from models.sasrec import SASRec
-    from utils import checkpoint, processes
+    from utils import processes
     from utils.evaluation import ranker
     from utils.training import fit
 
@@ -94,14 +94,15 @@ def main(
 
     fitted = None
     if not run.eval_only:
+        if run.source and not run.resume:
+            model.restore(run.source)
         run.begin()
         meta = {"items": data.n_items}
         bf16 = training.bf16
         fitted = fit(
             run, model, loss_fn, samples, ranks_of, training, runtime, bf16=bf16, meta=meta
         )
-    weights, _ = checkpoint.load(run.folder / "best")
-    checkpoint.restore(model, weights, run.folder / "best")
+    model.restore(run)
     model.eval()
     counts = sequences.popularity(data).to(device)[:, None]  # [N, 1]: a table of width one
 

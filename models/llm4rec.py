@@ -135,6 +135,24 @@ class LLM4Rec(nn.Module):
             tensors = {name.removeprefix("student."): t for name, t in students.items()}
         checkpoint.restore(self, tensors, run.folder / "best")
 
+    def continue_from(self, source: Run, spec: dict[str, Any]) -> None:
+        """Take all weights of another run's best checkpoint as the start.
+
+        Args:
+            spec: this model's; the other's must be the same.
+        Raises:
+            UsageError: the other run is of another model or base, or its checkpoint is missing.
+        """
+        other = source.config["model"]
+        for name in sorted({*spec, *other}):
+            if spec.get(name) != other.get(name):
+                raise UsageError(
+                    f"--init_from={source.folder}: its model has {name} {other.get(name)},"
+                    f" this one {spec.get(name)}"
+                )
+        check_unchanged(source.config, locate(source.config["flags"]["base_model"]))
+        self.restore(source)
+
     def start_from(self, teacher: Run, spec: dict[str, Any], with_layers: bool = True) -> None:
         """Take a trained teacher's item adapter and head, and its layers, as the start.
 

@@ -119,6 +119,15 @@ class SASRec(nn.Module):
 
         return encode
 
+    def restore(self, run: Run) -> None:
+        """Take the weights of a run's best checkpoint.
+
+        Raises:
+            UsageError: the checkpoint is missing or does not fit.
+        """
+        weights, _ = checkpoint.load(run.folder / "best")
+        checkpoint.restore(self, weights, run.folder / "best")
+
     @classmethod
     def load(cls, run: Run, item_table: Tensor | None = None) -> "SASRec":
         """The model of a run's best checkpoint.
@@ -137,7 +146,7 @@ class SASRec(nn.Module):
                 " name the run that the table is from"
             )
         model = cls(len(own), run.flags["max_seq_length"], **shape)
-        checkpoint.restore(model, weights, run.folder / "best")
+        model.restore(run)
         return model if item_table is None else model.to(item_table.device)
 
 

@@ -179,6 +179,9 @@ class Output(Group):
     output_dir: str | None = flag(
         None, "the run's folder; output/<domain>/<sasrec, teacher or student> by default"
     )
+    init_from: str | None = flag(
+        None, "the folder of a run of the same step: start from its best weights"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

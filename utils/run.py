@@ -48,6 +48,7 @@ class Run:
             read.
         eval_only, overwrite: the flags of that name.
         resume: whether an unfinished run is resumed; set by `prepare`.
+        source: the run of `--init_from`, whose best weights are this one's start; None without.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Run:
         self.eval_only = bool(groups) and self.flags["eval_only"]
         self.overwrite = bool(groups) and self.flags["overwrite"]
         self.resume = False
+        self.source: Run | None = None
         self.log = MetricsLog(folder, self.flags.get("tensorboard", False))
         self._new_config: dict[str, Any] = {}
 
@@ -88,6 +90,8 @@ class Run:
             ) from None
         run = cls(step, folder, config, groups)
         run._refuse_foreign()
+        if run.flags.get("init_from") and not run.eval_only:
+            run.source = cls._open_source(step, Path(run.flags["init_from"]), folder)
         if run.eval_only:
             if not (folder / "best").is_dir() and not (folder / ".old-best").is_dir():
                 raise UsageError(
@@ -96,6 +100,15 @@ class Run:
                 )
         elif config is not None and not run.overwrite:
             run._refuse_other_flags()
+        return run
+
+    @classmethod
+    def _open_source(cls, step: str, source: Path, folder: Path) -> "Run":
+        if source.resolve() == folder.resolve():
+            raise UsageError(f"--init_from={source} is this run's own folder; name --output_dir")
+        run = cls.read(step, source, "--init_from")
+        if run.weights_sha256() is None or not (source / "best").is_dir():
+            raise UsageError(f"--init_from={source}: has no checkpoint best/")
         return run
 
     @classmethod
@@ -198,7 +211,9 @@ class Run:
         from utils import checkpoint
 
         found = checkpoint.weights_sha256(self.folder / "best")
-        return found or self.results().get("weights_sha256")
+        if found or not (self.folder / "results.json").is_file():
+            return found
+        return self.results().get("weights_sha256")
 
     def report_unfinished(self) -> None:
         """Say where a later stage reads a run that has not come to its end."""
@@ -220,6 +235,7 @@ class Run:
         """
         if self.overwrite or self.eval_only or not self.finished:
             return False
+        hashes = hashes | self._start()
         for field, value in hashes.items():
             recorded = self.config.get(field)
             if recorded != value:
@@ -313,12 +329,16 @@ class Run:
                 differs is named.
         """
         self._new_config = {"step": self.step, "draws": 1} | config
-        self._new_config |= {"flags": self.flags, "given": self._fixed()}
+        self._new_config |= {"flags": self.flags, "given": self._fixed()} | self._start()
         self.resume = not self.overwrite and self._resumable()
         if self.config is not None and not (self.overwrite or self.resume):
             print(
                 f"{self.folder} holds an unfinished run without a checkpoint: starting from scratch"
             )
+
+    def _start(self) -> dict[str, str | None]:
+        """What config.json says of the weights that the run starts from."""
+        return {"init_sha256": self.source.weights_sha256() if self.source else None}
 
     def _resumable(self) -> bool:
         """Whether the folder holds work to resume. config.json alone is none."""

@@ -215,12 +215,7 @@ CASES = [
         lambda: (PKL.unlink(), {})[1],
         "item table not found: output/demo/sasrec_item.pkl; extract_emb.py writes it",
     ),
-    (
-        29,
-        "FD",
-        table(Runs()),
-        "refused, not a plain tensor (forbidden global posix.system)",
-    ),
+    (29, "FD", table(Runs()), "refused, not a plain tensor (forbidden global posix.system)"),
     (30, "FD", table(nested(Runs())), "refused, not a plain tensor"),
     (
         31,

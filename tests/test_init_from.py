@@ -1,0 +1,70 @@
+"""--init_from: a new run starts from the best weights of another one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import distill
+import finetune
+import train_sr_trad
+from tests.conftest import SHORT, hashes, stop_at_step
+from utils import checkpoint
+from utils.errors import RunError, UsageError
+
+MAINS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
+STILL = SHORT | {"learning_rate": 1e-12, "warmup_steps": 0}
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("step", MAINS)
+def test_a_run_starts_from_anothers_best_weights(inside, step):
+    MAINS[step](**STILL, seed=9, init_from=f"output/demo/{step}", output_dir="next")
+    first, then = checkpoint.load(f"output/demo/{step}/best")[0], checkpoint.load("next/best")[0]
+    assert set(first) == set(then)
+    for name, tensor in then.items():
+        torch.testing.assert_close(tensor, first[name], atol=1e-8, rtol=0)
+    config = json.loads(Path("next/config.json").read_text())
+    manifest = json.loads(Path(f"output/demo/{step}/best/manifest.json").read_text())
+    assert config["init_sha256"] == manifest[checkpoint.WEIGHTS]
+
+
+def test_an_online_students_weights_are_taken_and_a_run_resumes_bit_for_bit(inside, monkeypatch):
+    distill.main(**SHORT, distill_mode="online", output_dir="online")
+    flags = SHORT | {"init_from": "online", "save_steps": 1}
+    distill.main(**flags, output_dir="whole")
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 3)
+        with pytest.raises(RunError):
+            distill.main(**flags, output_dir="cut")
+    distill.main(**flags, output_dir="cut")
+    assert hashes(Path("cut/last")) == hashes(Path("whole/last"))
+    distill.main(**flags, output_dir="whole")  # finished: prints its results
+    distill.main(**SHORT, seed=3, output_dir="online", overwrite=True)
+    with pytest.raises(UsageError, match="a finished run from another file: its init_sha256"):
+        distill.main(**flags, output_dir="whole")
+
+
+def test_what_cannot_be_a_start_is_refused(inside):
+    Path("none").mkdir()
+    shutil.copytree("output/demo/student", "empty")
+    shutil.rmtree("empty/best")
+    for flags, message in (
+        ({"init_from": "none"}, "none/config.json"),
+        ({"init_from": "empty"}, "--init_from=empty: has no checkpoint best/"),
+        ({"init_from": "output/demo/teacher"}, "holds a teacher run, expected a student run"),
+        ({"init_from": "s"}, "--init_from=s is this run's own folder; name --output_dir"),
+        (
+            {"init_from": "output/demo/student", "llama_decoder_nums_student": 8},
+            r"its model has layers \[0, 1, 2, 3\], this one \[0, 1, 2, 3, 4, 5, 6, 7\]",
+        ),
+        (
+            {"init_from": "output/demo/student", "student_init": "teacher"},
+            "--init_from and --student_init both say where to start",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            distill.main(**SHORT, **flags, output_dir="s")
+    assert not Path("s/best").exists()
