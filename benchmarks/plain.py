@@ -13,14 +13,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaModel
 
 from models.llm4rec import LLM4Rec
 from models.losses import Output
 
 
 class PlainLLM4Rec(nn.Module):
-    """[prompt | left-padded items | response] through LlamaModel with an attention mask."""
+    """[prompt | left-padded items | response] through the library, with an attention mask."""
 
     def __init__(
         self,
@@ -98,7 +97,7 @@ def plain_twin(
     torch.set_default_dtype(precision)  # a base in half precision is never held in single
     try:
         with device:
-            llama: nn.Module = LlamaModel(decoder.llama.config)
+            llama: nn.Module = type(decoder.llama)(decoder.llama.config)
     finally:
         torch.set_default_dtype(before)
     for name, buffer in decoder.llama.named_buffers():

@@ -1,7 +1,8 @@
 """Base checkpoints: where they are, and reading only the tensors that are needed.
 
 A base is a Hugging Face id, a local folder in the Hugging Face layout, or a built-in random LLaMA
-(models/builtin.py).
+(models/builtin.py). Its family is one of FAMILIES: decoders whose layers have LLaMA's residuals and
+MLP. What they do to queries and keys is the library's own modules (models/decoder.py).
 """
 
 import hashlib
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from models.builtin import BUILT_IN, ensure_built_in
 from utils.errors import UsageError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints store it
 SAMPLES, SAMPLE = 64, 4096  # pieces of a shard that its fingerprint covers, and their bytes
@@ -95,11 +96,11 @@ def fingerprint(base: str) -> str:
     return digest.hexdigest()
 
 
-def read_config(base: str) -> LlamaConfig:
+def read_config(base: str) -> PreTrainedConfig:
     """The base's configuration.
 
     Raises:
-        UsageError: no config.json, or not a LLaMA.
+        UsageError: no config.json, or a family that is not read here.
     """
     path = _file(base, "config.json")
     if path is None:
@@ -109,8 +110,11 @@ def read_config(base: str) -> LlamaConfig:
     except ValueError:
         raise UsageError(f"{path}: damaged, not JSON") from None
     found = content.get("model_type") if isinstance(content, dict) else None
-    if found != "llama":
-        raise UsageError(f"--base_model={base}: model_type {found} unsupported, expected llama")
+    if found not in FAMILIES:
+        raise UsageError(
+            f"--base_model={base}: model_type {found} unsupported, expected"
+            f" {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}"
+        )
     if content.get("quantization_config"):
         method = content["quantization_config"]
         method = method.get("quant_method", "?") if isinstance(method, dict) else method
@@ -119,9 +123,9 @@ def read_config(base: str) -> LlamaConfig:
             " checkpoint in bf16, fp16 or fp32 that it was made from"
         )
     try:
-        return LlamaConfig(**content)
+        return CONFIG_MAPPING[found](**content)
     except Exception as error:  # transformers checks fields in several ways
-        raise UsageError(f"{path}: not a LLaMA's configuration ({_line(error)})") from None
+        raise UsageError(f"{path}: not a {found}'s configuration ({_line(error)})") from None
 
 
 def contents(base: str) -> list:
@@ -143,7 +147,14 @@ def identity(base: str) -> list:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
-def load_llama(base: str, config: LlamaConfig, layers: list[int], dtype: torch.dtype) -> LlamaModel:
+def new_decoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """The library's decoder of this configuration, without a language model's head."""
+    return MODEL_MAPPING[type(config)](config)
+
+
+def load_llama(
+    base: str, config: PreTrainedConfig, layers: list[int], dtype: torch.dtype
+) -> PreTrainedModel:
     """The base cut down to `layers` (renumbered) with its embeddings and final norm; reads nothing
     else.
 
@@ -153,7 +164,7 @@ def load_llama(base: str, config: LlamaConfig, layers: list[int], dtype: torch.d
     """
     pruned = prune_config(config, len(layers))
     with torch.device("meta"):
-        llama = LlamaModel(pruned)
+        llama = new_decoder(pruned)
     stored = {}  # name in the pruned model -> name in the checkpoint
     for name in llama.state_dict():
         head, _, rest = name.partition(".")
@@ -171,16 +182,28 @@ def load_llama(base: str, config: LlamaConfig, layers: list[int], dtype: torch.d
                 f" config.json says {list(expected.shape)}"
             )
     llama.load_state_dict({name: tensors[stored[name]] for name in stored}, assign=True)
-    llama.rotary_emb = LlamaRotaryEmbedding(pruned)  # its buffers are computed, not stored
+    llama.rotary_emb = type(llama.rotary_emb)(pruned)  # its buffers are computed, not stored
     return llama
 
 
-def prune_config(config: LlamaConfig, n_layers: int) -> LlamaConfig:
+def prune_config(config: PreTrainedConfig, n_layers: int) -> PreTrainedConfig:
     """A copy of the configuration for `n_layers` layers."""
-    pruned = LlamaConfig(**config.to_dict())
-    pruned.num_hidden_layers = n_layers
-    pruned.use_cache = False
-    return pruned
+    content = config.to_dict() | {"num_hidden_layers": n_layers, "use_cache": False}
+    if content.get("layer_types"):  # attention windows are longer than our sequences
+        content["layer_types"] = ["full_attention"] * n_layers
+    return type(config)(**content)
+
+
+def longest(config: PreTrainedConfig) -> tuple[int, str]:
+    """How many tokens the base attends over, and what bounds them.
+
+    Qwen2 and Qwen3 have a window only where their configuration uses one.
+    """
+    window = getattr(config, "sliding_window", None)
+    positions = config.max_position_embeddings
+    if window and window < positions:
+        return window, "tokens in its attention window"
+    return positions, "positions"
 
 
 def _read_tensors(base: str, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:

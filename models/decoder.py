@@ -1,4 +1,5 @@
-"""A pruned LLaMA decoder over [prompt | items | response] that computes no more than it must.
+"""A pruned decoder over [prompt | items | response] that computes no more than it must: a LLaMA, or
+another of models.base.FAMILIES, whose layers have the same residuals, MLP and rotary positions.
 
 It returns last-token states. They equal those of the plain Hugging Face forward over
 [prompt | left-padded items | response] (benchmarks/plain.py, tests/test_parity.py). Only work whose
@@ -28,11 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaModel,
-    apply_rotary_pos_emb,
-)
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
 from models.catalogue import wide
 
@@ -122,7 +120,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        llama: LlamaModel,
+        llama: PreTrainedModel,
         prompt_ids: list[int],
         response_ids: list[int],
         block_ends: list[int],
@@ -207,13 +205,14 @@ def queries_keys_values(
     """
     attention, cos, sin = layer.self_attn, *rotation
     normed = layer.input_layernorm(x)
+    q_norm, k_norm = (getattr(attention, name, _same) for name in ("q_norm", "k_norm"))  # Qwen3
     # The order of the three products is the order in which their gradients are summed.
     if query_tokens is None:
-        query = _rotated(_heads(layer, attention.q_proj(normed)), rotation)
-    key = _rotated(_heads(layer, attention.k_proj(normed)), rotation)
+        query = _rotated(q_norm(_heads(layer, attention.q_proj(normed))), rotation)
+    key = _rotated(k_norm(_heads(layer, attention.k_proj(normed))), rotation)
     value = _heads(layer, attention.v_proj(normed))
     if query_tokens is not None:
-        query = _heads(layer, attention.q_proj(normed.index_select(0, query_tokens)))
+        query = q_norm(_heads(layer, attention.q_proj(normed.index_select(0, query_tokens))))
         query = _rotated(query, (cos[query_tokens], sin[query_tokens]))
     return query, key, value
 
@@ -260,6 +259,10 @@ def _last_layer(
             parts.append(grid.squeeze(2))  # [b, h, 1, d] -> [b, h, d]
     mixed = _joined(layer, query, known, torch.cat(own), torch.cat(level))
     return _feed(layer, x.index_select(0, last), mixed.flatten(1))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _heads(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A recommender as a folder for others: a plain Hugging Face LLaMA, and what stands around it.
+"""A recommender as a folder for others: a plain Hugging Face decoder, and what stands around it.
 
 config.json and model.safetensors are the decoder (LoRA merged, layers renumbered);
 recommender.safetensors has adapter, heads, item table, item ids and popularity; recommender.json
@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaModel
+from transformers import AutoModel, PreTrainedModel
 
 from models.decoder import Decoder
 from models.llm4rec import LLM4Rec
@@ -43,7 +43,7 @@ def save(
     """
     decoder = model.decoder
     merge_lora(decoder.llama)
-    decoder.llama.config.architectures = ["LlamaModel"]
+    decoder.llama.config.architectures = [type(decoder.llama).__name__]
     decoder.llama.save_pretrained(folder)
     names = ("adapter.", "head.", "exit_heads.")
     tensors = {name: t for name, t in model.state_dict().items() if name.startswith(names)}
@@ -62,7 +62,7 @@ def save(
         path.chmod(0o644)  # safetensors are written for the owner alone
 
 
-def merge_lora(llama: LlamaModel) -> None:
+def merge_lora(llama: PreTrainedModel) -> None:
     """Add every LoRA to the weight that it stands beside."""
     for name, module in list(llama.named_modules()):
         if isinstance(module, LoraLayer):
@@ -82,7 +82,7 @@ def load(
     shape = read_json(folder / SHAPE, "exported recommender")
     try:
         tensors = load_file(folder / WEIGHTS)
-        llama = LlamaModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        llama = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         ends = shape["block_ends"]
         decoder = Decoder(llama, shape["prompt_ids"], shape["response_ids"], ends)
         item_ids, popularity = tensors.pop("item_ids"), tensors.pop("popularity")

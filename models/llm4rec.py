@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers import PreTrainedModel
 
-from models.base import check_unchanged, load_llama, locate, read_config
+from models.base import check_unchanged, load_llama, locate, longest, read_config
 from models.builtin import BUILT_IN
 from models.decoder import Decoder, KeyValue
 from models.losses import Output
@@ -221,10 +221,11 @@ def specify(
     """
     config, (prompt_ids, response_ids) = read_config(base), ids
     length = len(prompt_ids) + prompt.max_seq_length + len(response_ids)
-    if length > config.max_position_embeddings:
+    most, unit = longest(config)
+    if length > most:
         raise UsageError(
-            f"prompt, items and response are {length} tokens, the base has"
-            f" {config.max_position_embeddings} positions; lower --max_seq_length"
+            f"prompt, items and response are {length} tokens, the base has {most} {unit};"
+            " lower --max_seq_length"
         )
     pool, owner = [*range(config.num_hidden_layers)], "the base checkpoint"
     if teacher_layers:
@@ -275,7 +276,7 @@ def build(
 
 
 def assemble(
-    llama: LlamaModel,
+    llama: PreTrainedModel,
     item_table: Tensor,
     spec: dict[str, Any],
     gradient_checkpointing: bool = False,

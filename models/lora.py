@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers import PreTrainedModel
 
 from utils.errors import UsageError
 
@@ -31,7 +31,9 @@ class FusedLinear(Linear):
         return torch.addmm(self.base_layer(x), low, up.to(low.dtype).T)
 
 
-def inject_lora(llama: LlamaModel, r: int, alpha: int, dropout: float, targets: list[str]) -> None:
+def inject_lora(
+    llama: PreTrainedModel, r: int, alpha: int, dropout: float, targets: list[str]
+) -> None:
     """Put LoRA (float32, no bias) on every projection named in `targets`.
 
     Raises:

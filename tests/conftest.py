@@ -13,8 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # the same in eve
 import pytest
 import torch
 from transformers import LlamaConfig
-from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from datasets.demo import write_demo
 from models.llm4rec import LLM4Rec, assemble
@@ -34,7 +36,8 @@ def exact_norm(self, x):
 @pytest.fixture
 def float64_norm(monkeypatch):
     """To compare in float64, both forms get a norm that does not round."""
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", exact_norm)
+    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+        monkeypatch.setattr(norm, "forward", exact_norm)
 
 
 def small_config(layers: int = 4, kv_heads: int = 4, **changes) -> LlamaConfig:

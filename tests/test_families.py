@@ -1,0 +1,147 @@
+"""Other backbones than LLaMA: the same numbers as the library's forward, through all the steps."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+import distill
+import export
+import finetune
+import recommend
+from benchmarks.plain import plain_twin
+from models import base
+from models.builtin import ensure_built_in
+from models.llm4rec import assemble
+from tests.conftest import SHORT, TARGETS, histories
+from utils.errors import UsageError
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "vocab_size": 400,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+}
+ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0}
+ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+CONFIGS = {
+    "llama 2": LlamaConfig(**SHAPE | {"num_key_value_heads": 4}),
+    "llama 3.2": LlamaConfig(**SHAPE, rope_parameters=ROPE, tie_word_embeddings=True),
+    "smollm2": LlamaConfig(**SHAPE | {"num_attention_heads": 8}, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SHAPE, sliding_window=300),
+    "mistral without a window": MistralConfig(**SHAPE, sliding_window=None, head_dim=12),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=12),
+}
+LORA = ["q_proj", "v_proj", *TARGETS]
+
+
+def build(name: str, strategy: str):
+    """A model around a random decoder whose biases and norms do something."""
+    torch.manual_seed(0)
+    llama = base.new_decoder(CONFIGS[name])
+    with torch.no_grad():
+        for parameter_name, parameter in llama.named_parameters():
+            if parameter_name.endswith("bias") or "norm" in parameter_name:
+                parameter.uniform_(0.5, 1.5)
+    spec = {
+        "prompt_ids": [1, 2, 3, 4, 5],
+        "response_ids": [6, 7],
+        "n_blocks": 2,
+        "exit_heads": True,
+        "strategy": strategy,
+        "lora_r": 3,
+        "lora_alpha": 5,
+        "lora_dropout": 0.0,
+        "lora_target_modules": LORA,
+    }
+    model = assemble(llama, torch.randn(23, 6), spec)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.normal_(std=0.3)
+    return model.double()
+
+
+@pytest.mark.usefixtures("float64_norm")
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs_and_gradients_equal_the_librarys(name, strategy):
+    model = build(name, strategy)
+    plain, names = plain_twin(model, (3, 5, LORA) if strategy == "lora" else None)
+    batch = histories([8, 1, 5, 3])
+    ours, theirs = model.train()(batch), plain.train()(batch)
+    for a, b, c in zip(ours, theirs, model.encoder()(batch)):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+        torch.testing.assert_close(c, b, atol=1e-11, rtol=1e-11)
+    slopes = [torch.randn_like(value) for value in ours]
+    for outputs in (model.train()(batch), theirs):
+        sum((value * slope).sum() for value, slope in zip(outputs, slopes)).backward()
+    own = dict(plain.named_parameters())
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    if strategy == "full":
+        assert any("q_norm" in key for key in trained) == (name == "qwen3")
+        assert any("q_proj.bias" in key for key in trained) == (name == "qwen2")
+    for key, parameter in trained.items():
+        other = own[names[key]].grad
+        torch.testing.assert_close(parameter.grad, other, atol=1e-9, rtol=1e-9)
+
+
+def save_base(name: str, folder: Path, tmp_path: Path) -> None:
+    """A checkpoint with a language model's names, in bfloat16, and a tokenizer."""
+    shutil.copytree(ensure_built_in("tiny", tmp_path / "bases"), folder)
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    decoder = base.new_decoder(CONFIGS[name]).bfloat16()
+    CONFIGS[name].save_pretrained(folder)
+    tensors = {f"model.{key}": value for key, value in decoder.state_dict().items()}
+    if not CONFIGS[name].tie_word_embeddings:
+        tensors["lm_head.weight"] = decoder.embed_tokens.weight.clone()
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama 3.2", "mistral", "qwen2", "qwen3"])
+def test_every_step_runs_on_it(inside, tmp_path, name):
+    save_base(name, Path("mine"), tmp_path)
+    flags = SHORT | {"base_model": "mine", "lora_dropout": 0.0}
+    taught = finetune.main(**flags, llama_decoder_nums=4, output_dir="t")
+    assert finetune.main(eval_only=True, output_dir="t")["test"] == taught["test"]
+    student = {"llama_decoder_nums_student": 2, "distill_block": 2}
+    for cache in ("auto", "off"):  # the cached teacher and the running one
+        distill.main(**SHORT, teacher="t", **student, teacher_cache=cache, output_dir=f"s_{cache}")
+    cached, live = (json.loads(Path(f"s_{c}/results.json").read_text()) for c in ("auto", "off"))
+    assert cached["test"]["full"]["MRR"] == pytest.approx(live["test"]["full"]["MRR"], rel=1e-3)
+    expected = recommend.main(model="s_auto", history=["12", "99"], k=3)
+    export.main(model="s_auto", output_dir="out", verify_users=50)
+    found = recommend.main(model="out", history=["12", "99"], k=3)
+    assert [row["item_id"] for row in found] == [row["item_id"] for row in expected]
+
+
+def test_a_window_shorter_than_the_sequence_is_refused(inside, tmp_path):
+    save_base("mistral", Path("mine"), tmp_path)
+    config = json.loads(Path("mine/config.json").read_text()) | {"sliding_window": 64}
+    Path("mine/config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UsageError,
+        match="prompt, items and response are 99 tokens, the base has 64 tokens in its attention"
+        " window; lower --max_seq_length",
+    ):
+        finetune.main(**SHORT, base_model="mine", llama_decoder_nums=2, output_dir="t")
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "mixtral", "qwen2_moe", "bert", "gpt2"])
+def test_what_is_not_supported_names_what_is(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(
+        UsageError, match=f"model_type {kind} unsupported, expected llama, mistral, qwen2 or qwen3"
+    ):
+        base.read_config(str(tmp_path))
