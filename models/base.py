@@ -1,8 +1,9 @@
 """Base checkpoints: where they are, and reading only the tensors that are needed.
 
-A base is a Hugging Face id, a local folder in the Hugging Face layout, or a built-in random LLaMA
-(models/builtin.py). Its family is one of FAMILIES: decoders whose layers have LLaMA's residuals and
-MLP. What they do to queries and keys is the library's own modules (models/decoder.py).
+A base is a Hugging Face id, a local folder in the Hugging Face layout, a GGUF file (models/gguf.py)
+or a built-in random LLaMA (models/builtin.py). Its family is one of FAMILIES: decoders whose layers
+have LLaMA's residuals and MLP. What they do to queries and keys is the library's own modules
+(models/decoder.py).
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from models import gguf
 from models.builtin import BUILT_IN, ensure_built_in
 from utils.errors import UsageError
 
@@ -29,10 +31,16 @@ def locate(base_model: str) -> str:
     """The folder or Hugging Face id behind `--base_model`.
 
     Raises:
-        UsageError: a path that does not exist, a hub that does not have it, or not a LLaMA.
+        UsageError: a path that does not exist, a hub that does not have it, or a family that is not
+            read here.
     """
     if base_model in BUILT_IN:
         return str(ensure_built_in(base_model))
+    if base_model in gguf.FILES or base_model.endswith(".gguf"):
+        path = gguf.FILES.get(base_model, Path(base_model))
+        folder = str(gguf.ensure_converted(path, base_model))
+        read_config(folder)
+        return folder
     is_path = base_model.startswith((".", "/", "~")) or base_model.count("/") != 1
     if not Path(base_model).is_dir() and (is_path or base_model.endswith("/")):
         raise UsageError(

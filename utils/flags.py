@@ -259,8 +259,8 @@ class Prompt(Sequence):
 
     base_model: str | None = flag(
         "tiny",
-        "a Hugging Face id, a local folder, or a built-in random base: tiny (hidden 64) or small "
-        "(hidden 256)",
+        "a Hugging Face id, a local folder, a GGUF file, smollm2, or a built-in random base: tiny "
+        "(hidden 64) or small (hidden 256)",
     )
     prompt_template_name: str | None = flag("alpaca", "templates/<name>.json, or a path to one")
 
