@@ -250,3 +250,25 @@ def test_a_damaged_items_csv_is_refused_by_its_row(tmp_path):
     path.write_text("item_id,asin,title\n1,x,y\none,x,y\n")
     with pytest.raises(UsageError, match="a.items.csv: row 3: expected item_id,asin,title"):
         Items.of(tmp_path / "a.csv", np.array([1]))
+
+
+@pytest.mark.slow
+def test_the_notebook_shows_lists(inside, monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+
+    from tests.conftest import ROOT
+
+    monkeypatch.setenv("SLMREC_RUNS", str(inside))
+    notebook = nbformat.read(ROOT / "docs/recommend.ipynb", as_version=4)
+    folder = {"metadata": {"path": str(ROOT / "docs")}}
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=folder).execute()
+    text = [
+        output.get("text", "") or output["data"]["text/plain"]
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    ]
+    expected = recommend.recommend([[12, 99, 103]], 5)[0][0]
+    assert str(expected[0]) in text[-3] and len(text[-2].splitlines()) == 5
+    assert "no." in text[-1]
