@@ -248,13 +248,17 @@ SAME = ["tab", "semicolon_excel", "floats", "strings_of_numbers", "comma_no_brac
 SAME += ["space_separated", "gz_without_suffix", "utf16_excel"]
 
 
+LOOKS = {"utf16_excel": "it looks like UTF-16", "gz_without_suffix": "it looks like gzip without"}
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_public_cases_of_one_log_are_the_same_domain(name):
     path = CASES / "csv" / f"{name}.csv"
     if not path.exists():
         pytest.skip(f"cases not here: {path}")
-    with pytest.raises(UsageError, match="python -m datasets.convert --input .* makes one"):
+    with pytest.raises(UsageError, match="python -m datasets.convert --input .* makes one") as no:
         read_csv(path)
+    assert LOOKS.get(name, "") in str(no.value)
     lists, items = written(path)
     assert (lists, items) == written(CASES / "csv" / "inter.inter")
     data = read_csv(Path("data/shop.csv"))

@@ -263,12 +263,9 @@ def test_the_notebook_shows_lists(inside, monkeypatch):
     notebook = nbformat.read(ROOT / "docs/recommend.ipynb", as_version=4)
     folder = {"metadata": {"path": str(ROOT / "docs")}}
     NotebookClient(notebook, timeout=120, kernel_name="python3", resources=folder).execute()
-    text = [
-        output.get("text", "") or output["data"]["text/plain"]
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-    ]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    text = [output.get("text", "") or output["data"]["text/plain"] for output in outputs]
     expected = recommend.recommend([[12, 99, 103]], 5)[0][0]
     assert str(expected[0]) in text[-3] and len(text[-2].splitlines()) == 5
     assert "no." in text[-1]
