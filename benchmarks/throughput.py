@@ -598,6 +598,9 @@ def main(
     )
     print(f"{'':58s} {'ours':>12s} {'plain':>12s} {'':8s} {'ratio':>7s}", flush=True)
     with measure.busy(busy):
+        if busy and device.type == "cpu":
+            processes.choose_threads()  # as a run does that starts beside them; for both sides
+        about["threads"] = torch.get_num_threads()
         for name in rows:
             parts[name](bench)
     result = about | {"data": str(csv), "rows": bench.rows}

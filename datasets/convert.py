@@ -40,10 +40,12 @@ from utils.errors import UsageError
 from utils.flags import NonNegativeInt, PositiveInt, flag
 
 NAMES = {  # role -> common names of its column; the first that is there counts
-    "user": "user_id userid user reviewerid uid customer_id customerid visitorid author_id",
+    "user": "user_id userid user reviewerid uid customer_id customerid customer visitorid"
+    " author_id",
     "item": "item_id itemid item parent_asin asin product_id productid iid sid movie_id movieid"
     " book_id song_id track_id business_id article_id sku",
-    "time": "timestamp time unixreviewtime datetime date ts unix_time event_time created_at t_dat",
+    "time": "timestamp time unixreviewtime datetime date ts unix_time event_time created_at t_dat"
+    " order_date purchase_date review_date",
     "rating": "rating overall stars score",
     "title": "title item_title movie_title product_name product_title item_name name",
 }
