@@ -42,9 +42,9 @@ def running_teacher(forward):
     return lambda indices, history: forward(history)
 
 
-def running_sasrec(forward, samples, device):
+def running_sasrec(forward, samples):
     """SASRec's encoder, on its own number of items per history."""
-    return lambda indices, history: forward(samples.histories(indices).to(device))
+    return lambda indices, history: forward(samples.histories(indices))
 
 
 def cached_teacher(states, device):
@@ -221,7 +221,7 @@ def main(
         """A frozen teacher's outputs on the samples, from disk where they are there."""
         identity |= inputs.hashes | {"train_targets": training.train_targets}
         states = teacher_states.open_or_build(
-            cache, identity, load_teacher, samples, runtime.eval_batch_size, device
+            cache, identity, load_teacher, samples, runtime.eval_batch_size
         )
         return cached_teacher(states, device)
 
@@ -256,13 +256,13 @@ def main(
         slots = sasrec_run.flags["max_seq_length"]
         longer = dataclasses.replace(samples, max_seq_length=slots)
         if cache is None:
-            sasrec_output = running_sasrec(sasrec.encoder(), longer, device)
+            sasrec_output = running_sasrec(sasrec.encoder(), longer)
         else:
             identity = {"sasrec_sha256": sasrec_sha256, "max_seq_length": slots}
             sasrec_output = outputs_of(sasrec.encoder, longer, identity)
 
     def loss_fn(indices):
-        history = samples.histories(indices).to(device)
+        history = samples.histories(indices)
         target = samples.targets(indices).to(device)
         teacher = teacher_output(indices, history)
         sasrec = sasrec_output(indices, history)

@@ -97,7 +97,7 @@ def main(
         model.continue_from(run.source, spec)
 
     def loss_fn(indices):
-        output = model(samples.histories(indices).to(device))
+        output = model(samples.histories(indices))
         target = samples.targets(indices).to(device)
         return recommendation_loss(output, None, table, target, exits)
 

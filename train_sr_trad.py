@@ -76,7 +76,7 @@ def main(
     ranks_of = ranker(table, splits, runtime.eval_batch_size, device)(lambda: model)
 
     def loss_fn(indices):
-        history = samples.histories(indices).to(device)
+        history = samples.histories(indices)
         if every_position:
             states = model.states(history)  # [B, L, D]
             targets = samples.shifted_targets(indices).to(device)  # [B, L]

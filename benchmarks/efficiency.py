@@ -161,9 +161,7 @@ def made_up_states(setting: Setting, shape: measure.Shape) -> Callable[[np.ndarr
         n = len(history)
         return torch.randn(n, DIM), torch.randn(n, BLOCKS, width), torch.empty(n, 0, DIM)
 
-    states = teacher_states.open_or_build(
-        Path(folder.name), {}, lambda: encode, part, 4096, torch.device("cpu")
-    )
+    states = teacher_states.open_or_build(Path(folder.name), {}, lambda: encode, part, 4096)
 
     def read(rows: np.ndarray, keep_alive=folder) -> list[Tensor]:
         return states.rows(rows % len(every), torch.device(setting.device))

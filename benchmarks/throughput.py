@@ -241,7 +241,7 @@ def distillation(bench: Bench, teacher_layers: int, student_layers: int, n_block
 def fill_seconds(bench: Bench, encode, folder: Path) -> float:
     """Seconds that the teacher's pass over all samples takes, from a part of them."""
     part = some_of(bench.samples, np.arange(min(len(bench.samples), 4096)))
-    arguments = folder, {"part": True}, lambda: encode, part, 512, bench.device
+    arguments = folder, {"part": True}, lambda: encode, part, 512
     timed = measure.seconds(lambda: teacher_states.open_or_build(*arguments), bench.device)
     return timed * len(bench.samples) / len(part)
 
@@ -258,9 +258,7 @@ def states_of_batches(bench: Bench, encode, folder: Path):
     """
     every = np.unique(np.concatenate(bench.batches))
     part = some_of(bench.samples, every)
-    states = teacher_states.open_or_build(
-        folder, {"batches": True}, lambda: encode, part, 512, bench.device
-    )
+    states = teacher_states.open_or_build(folder, {"batches": True}, lambda: encode, part, 512)
     return lambda rows: states.rows(np.searchsorted(every, rows), bench.device)
 
 

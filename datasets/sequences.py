@@ -160,13 +160,13 @@ class EvaluationSplit:
             target = samples.targets(users)
             longest = int(samples.length[users].max())
             met = samples.windows(samples.end[users], samples.length[users], longest)
-            batch = (
-                samples.histories(users),
+            on_device = (
                 target,
                 torch.where(met == self.data.n_items, target[:, None], met),
                 torch.from_numpy(self.candidates(users)),
             )
-            yield EvaluationBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+            moved = (tensor.to(device, non_blocking=True) for tensor in on_device)
+            yield EvaluationBatch(samples.histories(users), *moved)
 
     def candidates(self, users: np.ndarray) -> np.ndarray:
         """Negatives of users (indices into data.users), int64 [B, K], filled up with -1."""

@@ -62,7 +62,6 @@ def open_or_build(
     load_teacher: Callable[[], Callable[[Tensor], Any]],
     samples: Samples,
     batch_size: int,
-    device: torch.device,
 ) -> TeacherStates:
     """The states below `root` that belong to `identity`.
 
@@ -80,7 +79,7 @@ def open_or_build(
     if processes.is_first():  # the others wait
         _lock(root)
         try:
-            _ensure(folder, identity, load_teacher, samples, batch_size, device)
+            _ensure(folder, identity, load_teacher, samples, batch_size)
         finally:
             files.release_lock(root)
     processes.barrier()
@@ -93,7 +92,6 @@ def _ensure(
     load_teacher: Callable[[], Callable[[Tensor], Any]],
     samples: Samples,
     batch_size: int,
-    device: torch.device,
 ) -> None:
     """Compute the states unless `folder` holds them."""
     root = folder.parent
@@ -108,7 +106,7 @@ def _ensure(
     else:
         where = f"{folder} {problem}; computing them again"
     print(f"teacher states: {where}", flush=True)
-    _build(folder, identity, load_teacher(), samples, batch_size, device)
+    _build(folder, identity, load_teacher(), samples, batch_size)
     _report_others(root, folder)
 
 
@@ -201,11 +199,10 @@ def _build(
     encode: Callable[[Tensor], Any],
     samples: Samples,
     batch_size: int,
-    device: torch.device,
 ) -> None:
     """Run the teacher over all samples and put the result in place."""
     batches = _batches(samples.lengths(), batch_size)
-    first = values = encode(samples.histories(batches[0]).to(device))
+    first = values = encode(samples.histories(batches[0]))
     shapes = [[len(samples), *part.shape[1:]] for part in first]
     sizes = [int(np.prod(shape)) * part.element_size() for shape, part in zip(shapes, first)]
     _check_room(folder, sum(sizes), shapes[1])
@@ -219,7 +216,7 @@ def _build(
         options = {"unit": "batch", "dynamic_ncols": True, "mininterval": 1.0}
         for i, indices in enumerate(tqdm(batches, desc="teacher states", **options)):
             if i:
-                values = encode(samples.histories(indices).to(device))
+                values = encode(samples.histories(indices))
             for array, part in zip(arrays, values):
                 bits = part.cpu().contiguous().view(getattr(torch, array.dtype.name))
                 array[indices] = bits.numpy()

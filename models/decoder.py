@@ -23,7 +23,7 @@ suffix of a group, H width, h heads, d head width, E block ends; b, s: B and S o
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,14 +59,16 @@ class Group(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the packed suffix tokens stand; made once per batch.
+    """Where the packed suffix tokens stand; made once per batch, on the CPU.
 
+    length: T of the padded layout, P + L + R.
     source: [S], index into [item vectors | response vectors].
     position: [S], position in the padded layout, counted from the prompt's start.
     last: [B], packed index of each user's last token.
     groups: users in order, a few at a time, so that a batch sorted by length pads little.
     """
 
+    length: int
     source: Tensor
     position: Tensor
     last: Tensor
@@ -76,28 +78,67 @@ class Layout(NamedTuple):
     def of(cls, real: Tensor, n_prompt: int, n_response: int) -> "Layout":
         """From real [B, L] (True = an item), left-padded."""
         batch, slots = real.shape
-        device = real.device
-        tail = torch.ones(batch, n_response, dtype=torch.bool, device=device)
+        tail = torch.ones(batch, n_response, dtype=torch.bool)
         token = torch.cat([real, tail], dim=1)  # [B, L + R]
         width = token.sum(1)
         last = width.cumsum(0) - 1
-        widths = width.tolist()  # the one wait for the device
+        widths = width.tolist()
         n_items = sum(widths) - batch * n_response
         items = (real.flatten().cumsum(0) - 1).view_as(real)
-        response = (n_items + torch.arange(n_response, device=device)).expand(batch, -1)
+        response = (n_items + torch.arange(n_response)).expand(batch, -1)
         source = torch.cat([items, response], dim=1)[token]
-        slot = torch.arange(slots + n_response, device=device).expand(batch, -1)
+        slot = torch.arange(slots + n_response).expand(batch, -1)
         position = n_prompt + slot[token]
         groups = []
         for part in width.split(max(SMALLEST_GROUP, -(-batch // GROUPS))):
             groups.append(_group(part, widths[: len(part)]))
             widths = widths[len(part) :]
-        return cls(source, position, last, groups)
+        return cls(n_prompt + slots + n_response, source, position, last, groups)
+
+
+class Packed(NamedTuple):
+    """A batch of histories without padding, users sorted by length.
+
+    Everything that depends on the data is worked out here, on the CPU. The forward only indexes: it
+    never waits for the device, and can be captured.
+
+    items: [sum of lengths], catalogue indices, user after user.
+    back: [B], where each user of the batch stands in the sorted one.
+    """
+
+    items: Tensor
+    back: Tensor
+    layout: Layout
+
+    @classmethod
+    def of(cls, history: Tensor, n_items: int, n_prompt: int, n_response: int) -> "Packed":
+        """From left-padded catalogue indices [B, L]; n_items is the padding."""
+        history = history.cpu()
+        real = history != n_items
+        order = real.sum(1).argsort(stable=True)  # neighbours of similar length pad little
+        history, real = history[order], real[order]
+        return cls(history[real], order.argsort(), Layout.of(real, n_prompt, n_response))
+
+    def to(self, device: torch.device) -> "Packed":
+        """On the device; to CUDA through pinned memory, so that the CPU does not wait."""
+        return _moved(self, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Every tensor in nested tuples and lists, on the device."""
+    if isinstance(value, Tensor):
+        pinned = value.pin_memory() if device.type == "cuda" else value
+        return pinned.to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [_moved(part, device) for part in value]
+    if isinstance(value, tuple):
+        return type(value)(*(_moved(part, device) for part in value))
+    return value
 
 
 def _group(width: Tensor, widths: list[int]) -> Group:
-    """The group of users with these numbers of tokens, on the device and as Python numbers."""
-    column = torch.arange(max(widths), device=width.device)
+    """The group of users with these numbers of tokens, as a tensor and as Python numbers."""
+    column = torch.arange(max(widths))
     first = width.cumsum(0) - width
     grid = (first[:, None] + column).clamp(max=sum(widths) - 1).flatten()
     inside = column < width[:, None]  # [b, W]
@@ -136,17 +177,18 @@ class Decoder(nn.Module):
         self.register_buffer("prompt_ids", torch.tensor(prompt_ids), persistent=False)
         self.register_buffer("response_ids", torch.tensor(response_ids), persistent=False)
 
-    def forward(self, items: Tensor, real: Tensor, prompt: list[KeyValue] | None = None) -> Tensor:
+    def forward(
+        self, items: Tensor, layout: Layout, prompt: list[KeyValue] | None = None
+    ) -> Tensor:
         """Last-token states at the block ends, [B, E, H]: inner ones raw, the last one after the
         final norm.
 
         Args:
             items: vectors of the real items, user after user, [sum of lengths, H].
-            real: bool [B, L], where they stand in the left-padded layout.
+            layout: where they stand, on the same device.
             prompt: what `prompt_states` returned, to skip the prompt's own computation (inference).
         """
-        n_prompt, n_response = len(self.prompt_ids), len(self.response_ids)
-        layout = Layout.of(real, n_prompt, n_response)
+        n_prompt = len(self.prompt_ids)
         response = self.llama.embed_tokens(self.response_ids)
         # Under autocast the stream stays in the base's precision, as Hugging Face's does.
         x = torch.cat([items, response]).index_select(0, layout.source)  # [S, H]
@@ -154,7 +196,7 @@ class Decoder(nn.Module):
         if prompt is None:  # the prompt's tokens go first in the same packed product
             x = torch.cat([self.llama.embed_tokens(self.prompt_ids), x])  # [T, H]
             position = torch.cat([torch.arange(n_prompt, device=x.device), position])
-        rotation = self._rotation(x, n_prompt + real.shape[1] + n_response, position)
+        rotation = self._rotation(x, layout.length, position)
         last = layout.last + len(x) - len(layout.source)
         states = []
         for i, layer in enumerate(self.llama.layers):

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.base import check_unchanged, load_llama, locate, longest, read_config
 from models.builtin import BUILT_IN
-from models.decoder import Decoder, KeyValue
+from models.decoder import Decoder, KeyValue, Packed
 from models.losses import Output
 from models.selection import block_ends, block_influence, select_layers
 from utils import checkpoint
@@ -49,12 +50,22 @@ class LLM4Rec(nn.Module):
         self.exit_heads = nn.ModuleList(heads)
 
     def forward(self, history: Tensor, prompt: list[KeyValue] | None = None) -> Output:
-        """Left-padded catalogue indices [B, L] -> Output."""
-        real = history != len(self.item_table)
-        order = real.sum(1).argsort(stable=True)  # neighbours of similar length pad little
-        history, real = history[order], real[order]
-        items = self.adapter(self.item_table[history[real]].to(self.adapter.weight.dtype))
-        states = self.decoder(items, real, prompt)[order.argsort()]  # [B, E, H]
+        """Left-padded catalogue indices [B, L], best on the CPU -> Output on the model's device."""
+        return self.forward_packed(self.pack(history), prompt)
+
+    def pack(self, history: Tensor) -> Packed:
+        """The batch as the forward reads it, on the model's device."""
+        decoder, n_items = self.decoder, len(self.item_table)
+        packed = Packed.of(history, n_items, len(decoder.prompt_ids), len(decoder.response_ids))
+        return packed.to(self.item_table.device)
+
+    def forward_packed(self, packed: Packed, prompt: list[KeyValue] | None = None) -> Output:
+        """The forward of a packed batch: no step depends on the data."""
+        items = F.embedding(packed.items, self.item_table)  # [sum of lengths, D]
+        items = self.adapter(items.to(self.adapter.weight.dtype))
+        states = self.decoder(items, packed.layout, prompt).index_select(
+            0, packed.back
+        )  # [B, E, H]
         user = self.head(states[:, -1])
         inner = self.decoder.llama.norm(states[:, :-1]) if self.exit_norm else states
         exits = [head(inner[:, k]) for k, head in enumerate(self.exit_heads)]

@@ -54,7 +54,7 @@ class Recommender:
         n_items, device = len(self.item_table), self.item_table.device
         rows = max(1, (CPU_TILE if device.type == "cpu" else TILE) // n_items)
         items, scores = [], []
-        vectors = self.encode(self._padded(histories).to(device)).float()
+        vectors = self.encode(self._padded(histories)).float()
         columns = self.item_table.float().T
         for start in range(0, len(histories), rows):
             part = histories[start : start + rows]

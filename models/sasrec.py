@@ -78,8 +78,9 @@ class SASRec(nn.Module):
         On CPU users are processed in parts of similar length, so that little padding is computed.
         On a GPU the launches of several parts cost more than their padding.
         """
-        if history.device.type != "cpu":
-            return self._padded_states(history)
+        device = self.item_embedding.weight.device
+        if device.type != "cpu":
+            return self._padded_states(history.to(device, non_blocking=True))
         length = (history != self.n_items).sum(1)
         order, parts = length.argsort(stable=True), []
         for rows in order.chunk(PARTS):

@@ -67,7 +67,7 @@ def test_cached_and_live_teacher_give_the_same_losses_over_20_steps(tmp_path, ba
     live = trained(
         small_model(layers=2, n_blocks=2).train(), lambda rows: encode(data.histories(rows)), data
     )
-    states = teacher_states.open_or_build(tmp_path, {"a": 1}, lambda: encode, data, batch_size, CPU)
+    states = teacher_states.open_or_build(tmp_path, {"a": 1}, lambda: encode, data, batch_size)
     cached = trained(
         small_model(layers=2, n_blocks=2).train(),
         lambda rows: Output(*states.rows(rows, CPU)),
@@ -85,7 +85,7 @@ def test_cached_and_live_teacher_give_the_same_losses_over_20_steps(tmp_path, ba
     assert live[0]["total"] != live[-1]["total"]
     for one, other in zip(live, cached):
         assert one == pytest.approx(other, rel=1e-10)
-    again = teacher_states.open_or_build(tmp_path, {"a": 1}, never, data, batch_size, CPU)
+    again = teacher_states.open_or_build(tmp_path, {"a": 1}, never, data, batch_size)
     assert (
         trained(
             small_model(layers=2, n_blocks=2).train(),
@@ -107,7 +107,7 @@ def test_states_come_back_bit_for_bit_in_their_dtype_and_without_exits(tmp_path,
         return user[rows], states[rows], user.new_empty(len(rows), 0, 3)
 
     assert len(where) == 50
-    kept = teacher_states.open_or_build(tmp_path, {}, lambda: encode, data, 8, CPU)
+    kept = teacher_states.open_or_build(tmp_path, {}, lambda: encode, data, 8)
     rows = np.array([3, 49, 0, 3])
     for given, expected in zip(
         kept.rows(rows, CPU), (user[rows], states[rows], user.new_empty(4, 0, 3))
@@ -127,9 +127,7 @@ def made(tmp_path, data, identity=None, encode=None, calls=None):
             )
         )
 
-    return teacher_states.open_or_build(
-        tmp_path, identity or {"teacher": "one"}, teacher, data, 8, CPU
-    )
+    return teacher_states.open_or_build(tmp_path, identity or {"teacher": "one"}, teacher, data, 8)
 
 
 @pytest.mark.parametrize(

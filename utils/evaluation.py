@@ -14,13 +14,14 @@ from utils.metrics import summarise
 Metrics = dict[str, dict[str, float]]
 
 PROTOCOLS = {"sampled": (5, 10), "full": (5, 10, 20), "full_all": (5, 10, 20)}  # -> cut-offs
+NO_SCORE, NO_VECTOR = 0, -1  # in place of a rank
 CPU_TILE, TILE = 2**23, 2**26  # scores held at once; larger blocks are slow to allocate on CPU
 
 
 class EvaluationBatch(Protocol):
-    """What one batch of users must carry; all on one device."""
+    """What one batch of users must carry: the history on the CPU, the rest on one device."""
 
-    history: Tensor  # [B, L] what the model reads
+    history: Tensor  # [B, L] what the model reads; it is packed on the CPU
     target: Tensor  # [B] catalogue index of the true next item
     seen: (
         Tensor  # [B, S] everything the user met before the target; filled up with the target itself
@@ -59,22 +60,16 @@ def evaluate(
     Raises:
         RunError: a score is not finite.
     """
-    columns, found, done = item_table.float().T, [], 0
-    for batch in batches:
-        users = encode(batch.history)
-        if not torch.isfinite(users).all():
-            row = int((~torch.isfinite(users)).any(1).nonzero()[0])
-            raise RunError(
-                f"the vector of user {done + row} of this process is NaN or infinite:"
-                " the model holds non-finite values"
-            )
-        found.append(rank_users(users, columns, batch))
-        done += len(users)
+    columns = item_table.float().T
+    found = [rank_users(encode(batch.history), columns, batch) for batch in batches]
     return collect(found, item_table.device)
 
 
 def rank_users(users: Tensor, columns: Tensor, batch: EvaluationBatch) -> Tensor:
-    """Ranks [3, B] (sampled, full, full_all) of one batch.
+    """Ranks [3, B] (sampled, full, full_all) of one batch; `collect` checks them.
+
+    Nothing here waits for the device: where the user's vector is not finite the ranks are
+    NO_VECTOR, where a score is not NO_SCORE.
 
     Args:
         users: user vectors [B, D].
@@ -89,13 +84,17 @@ def rank_users(users: Tensor, columns: Tensor, batch: EvaluationBatch) -> Tensor
         tiles.append(
             rank_tile(scores, batch.target[part], batch.seen[part], batch.candidates[part])
         )
-    return torch.cat(tiles, dim=1)
+    vector = torch.isfinite(users).all(1)
+    return torch.cat(tiles, dim=1).masked_fill(~vector, NO_VECTOR)
 
 
 def collect(found: list[Tensor], device: torch.device | str = "cpu") -> Ranks:
     """The ranks of all batches, each [3, B], as one.
 
     Several processes took every world-th batch each.
+
+    Raises:
+        RunError: a user's vector or a score is not finite.
     """
     if processes.world() > 1:
         sizes = processes.gather([part.shape[1] for part in found])
@@ -108,7 +107,17 @@ def collect(found: list[Tensor], device: torch.device | str = "cpu") -> Ranks:
             )
         processes.sum_in_place(whole)
         found = whole
-    return Ranks(*torch.cat(found, dim=1).cpu().numpy())
+    ranks = torch.cat(found, dim=1).cpu().numpy()
+    if (ranks == NO_VECTOR).any():
+        user = int((ranks == NO_VECTOR).any(0).argmax())
+        raise RunError(
+            f"the vector of user {user} is NaN or infinite: the model holds non-finite values"
+        )
+    if (ranks == NO_SCORE).any():
+        raise RunError(
+            "a score is NaN or infinite: the model or the item table holds non-finite values"
+        )
+    return Ranks(*ranks)
 
 
 def ranker(
@@ -135,10 +144,7 @@ def ranker(
 def rank_tile(scores: Tensor, target: Tensor, seen: Tensor, candidates: Tensor) -> Tensor:
     """Ranks [3, b] (sampled, full, full_all) from scores [b, N]; overwrites `scores`."""
     own = scores.gather(1, target[:, None])  # [b, 1]
-    if not torch.isfinite(scores.sum(1)).all():  # a sum shows it 20 times sooner than all terms
-        raise RunError(
-            "a score is NaN or infinite: the model or the item table holds non-finite values"
-        )
+    finite = torch.isfinite(scores.sum(1))  # a sum shows it 20 times sooner than all terms
     drawn = scores.gather(1, candidates.clamp(min=0))
     sampled = 1 + ((drawn >= own) & (candidates >= 0)).sum(1)
     # Ones and zeros as floats: their sum is many times faster than that of booleans, and exact
@@ -147,4 +153,5 @@ def rank_tile(scores: Tensor, target: Tensor, seen: Tensor, candidates: Tensor) 
     full_all = torch.ge(scores, own, out=ahead).sum(1)
     scores.scatter_(1, seen, -torch.inf).scatter_(1, target[:, None], own)
     full = torch.ge(scores, own, out=ahead).sum(1)
-    return torch.stack([sampled, full.long(), full_all.long()])
+    ranks = torch.stack([sampled, full.long(), full_all.long()])
+    return ranks.masked_fill(~finite, NO_SCORE)

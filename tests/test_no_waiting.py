@@ -1,0 +1,131 @@
+"""A step on a device never waits for it: no operation depends on the data, none meets another
+device's tensor.
+
+The device here is torch's `meta`: its tensors have no values, so an operation whose result's shape
+depends on them fails, and one that mixes them with a CPU tensor too. It takes every branch that is
+not the CPU's. (A fake `cuda` device cannot run a backward pass in a CPU build of torch: autograd
+has no guard for it and ends the process.)
+
+Outside it stay packing the batch and pinning (on the CPU by design), reading numbers back (`float`
+of losses, ranks to numpy), random state, and autocast, which `meta` has not got.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.catalogue import catalogue_cross_entropy
+from models.decoder import Packed
+from models.llm4rec import LLM4Rec
+from models.losses import Output, recommendation_loss
+from models.sasrec import SASRec
+from tests.conftest import histories, small_model
+from utils.evaluation import EvaluationBatch, rank_users
+from utils.flags import DistillationLoss
+
+META = torch.device("meta")
+LENGTHS = [3, 8, 1, 5] * 20
+EVERY = DistillationLoss(logit_lambda=0.5, sasrec_lambda=2.0, temperature=2.0)
+
+
+@pytest.fixture(autouse=True)
+def without_autocast(monkeypatch):
+    """`meta` is no device type of autocast."""
+    real = torch.autocast
+
+    def autocast(device_type, *args, **flags):
+        return (
+            contextlib.nullcontext() if device_type == "meta" else real(device_type, *args, **flags)
+        )
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+
+
+def on_meta(model: torch.nn.Module) -> torch.nn.Module:
+    """The model without values. Buffers that the library computes are moved too."""
+    return model.float().to(META)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device=META)
+
+
+def step(model: torch.nn.Module, total: Tensor) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    total.backward()
+    assert all(p.grad is not None and p.grad.device == META for p in parameters)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_teachers_step(strategy, checkpointing):
+    model = on_meta(small_model(strategy=strategy, gradient_checkpointing=checkpointing)).train()
+    target = empty(len(LENGTHS), dtype=torch.int64)
+    parts = recommendation_loss(model(histories(LENGTHS)), None, model.item_table, target, EVERY)
+    assert set(parts) == {"ce", "exits", "total"}
+    step(model, parts["total"])
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_a_distillation_step_with_cached_outputs(strategy):
+    model, n = on_meta(small_model(strategy=strategy)).train(), len(LENGTHS)
+    teacher = Output(empty(n, 6), empty(n, 2, 32), empty(n, 1, 6))
+    sasrec = Output(empty(n, 6), empty(n, 0, 0), empty(n, 0, 6))
+    target = empty(n, dtype=torch.int64)
+    out = model(histories(LENGTHS))
+    parts = recommendation_loss(out, teacher, model.item_table, target, EVERY, sasrec=sasrec)
+    assert {"align_cos", "align_norm", "logit_kl", "sasrec_kl", "exits"} < set(parts)
+    step(model, parts["total"])
+
+
+def sasrec() -> SASRec:
+    shape = {"emb_dim": 6, "hid_dim": 4, "num_blocks": 2, "num_heads": 2, "dropout": 0.5}
+    return on_meta(SASRec(23, 8, norm="query", init_std=0.02, **shape))
+
+
+def test_sasrecs_step():
+    model = sasrec().train()
+    states = model.states(histories(LENGTHS))  # [B, L, D]
+    flat = states.flatten(0, 1)
+    target = empty(len(flat), dtype=torch.int64)
+    step(model, catalogue_cross_entropy(flat, model.item_table, target))
+
+
+def ranked(encode, table: Tensor) -> Tensor:
+    n = len(LENGTHS)
+    on_device = (empty(n, width, dtype=torch.int64) for width in (9, 5))
+    target = empty(n, dtype=torch.int64)
+    batch = type("Batch", (), {})()
+    batch.history, batch.target = histories(LENGTHS), target
+    batch.seen, batch.candidates = on_device
+    return rank_users(encode(batch.history), table.float().T, batch)
+
+
+def test_from_histories_to_ranks():
+    for model in (on_meta(small_model()), sasrec().eval()):
+        encode = model.user_encoder() if isinstance(model, LLM4Rec) else model
+        ranks = ranked(encode, model.item_table)
+        assert ranks.device == META and ranks.shape == (3, len(LENGTHS))
+    assert EvaluationBatch.__annotations__.keys() == {"history", "target", "seen", "candidates"}
+
+
+def test_a_tensor_left_behind_is_noticed(monkeypatch):
+    """What these tests are for: without the move to the device they fail."""
+    model = on_meta(small_model())
+    monkeypatch.setattr(Packed, "to", lambda packed, device: packed)
+    with pytest.raises(Exception, match="device|meta"):
+        model(histories(LENGTHS))
+
+
+def test_the_students_forward_is_one_graph():
+    model = small_model(layers=2).eval()
+    packed = model.pack(histories(LENGTHS))
+    compiled = torch.compile(model.forward_packed, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for ours, plain in zip(compiled(packed), model(histories(LENGTHS))):
+            torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
