@@ -7,8 +7,9 @@
     python recommend.py --model runs/my_student --users histories.csv --output recs.csv --k 20
     python recommend.py --model export/cloth --history 12,99            # what export.py wrote
 
-Items are named by their ids in the domain's CSV, by their original ids or by their titles, both
-from <domain>.items.csv. Without a history the list is by popularity. As a function:
+Items are named by their original ids or titles, both from <domain>.items.csv, or by their ids in
+the domain's CSV; where all original ids are numbers, a number is one of them. Without a history the
+list is by popularity. As a function:
 
     from recommend import recommend
     items, scores = recommend([[12, 99], [1033]], k=10, domain_type="cloth")
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from datasets.items import Finder, Items
     from models.recommender import Recommender
 
-PLACES = "  {place:>4}  {score:>9}  {id:>9}  {title}"
+PLACES = "  {place:>4}  {score:>9}  {id:>10}  {title}"
 
 
 def recommend(
@@ -96,8 +97,10 @@ def _open_export(folder: Path, exit: int | None, device: str) -> tuple["Recommen
     from models import exported
     from utils import processes
 
+    listing = folder / "items.csv"
+    cli.check((listing.is_file(), f"--model={folder}: lacks items.csv; export it again"))
     recommender, item_ids = exported.load(folder, processes.choose_device(device), exit)
-    return recommender, Items.read(folder / "items.csv", item_ids)
+    return recommender, Items.read(listing, item_ids)
 
 
 def allowed_items(
@@ -133,7 +136,12 @@ def read_users(
             who.append(user)
             histories.append(np.searchsorted(names.ids, ids).tolist())
         return who, histories
+    rows: dict[str, int] = {}
     for row, user, cell in read_cells(Path(users)):
+        if rows.setdefault(user, row) != row:
+            raise cli.UsageError(
+                f"--users={users}: reviewerID {user!r} stands in rows {rows[user]} and {row}"
+            )
         items = parse_list(Path(users), row, cell)
         who.append(user)
         histories.append([finder.find(item, f"--users={users}: row {row}") for item in items])
@@ -144,10 +152,10 @@ def show(history: list[int], items: list[int], scores: list[float], names: "Item
     """One history and its list, as a table."""
     print(f"history, {len(history)} items" if history else "no history: by popularity")
     for item in history:
-        print(PLACES.format(place="", score="", id=names.ids[item], title=names.show(item)))
+        print(PLACES.format(place="", score="", id=names.name(item), title=names.show(item)))
     print(f"top {len(items)}")
     for place, (item, score) in enumerate(zip(items, scores), start=1):
-        shown = {"id": names.ids[item], "title": names.show(item)}
+        shown = {"id": names.name(item), "title": names.show(item)}
         print(PLACES.format(place=place, score=f"{score:.4f}", **shown))
 
 
@@ -157,12 +165,12 @@ def main(
     files: flags.ServedFiles,
     history: list[str] = flag([], "items in time order, the last one most recent"),
     users: str | None = flag(
-        None, "all, or a CSV with reviewerID,asin: lists for many users, into --output"
+        None, "all, or a CSV with reviewerID and asin, a list of items: lists into --output"
     ),
     k: PositiveInt = flag(10, "length of a list"),
     output: str | None = flag(None, "the file of --users: .parquet, .csv or .jsonl"),
     by: Literal["auto", "id", "asin", "title"] = flag(
-        "auto", "what names an item: its id in the CSV, its original id or its title; auto tries"
+        "auto", "what names an item: its original id, its id in the CSV or its title; auto tries"
     ),
     exclude: Literal["seen", "none"] = flag("seen", "leave out the items of the history"),
     allow: str | None = flag(None, "a file of items, one per line: only these are recommended"),
@@ -180,6 +188,15 @@ def main(
         (users is None or output is not None, "--users needs --output, the file of the lists"),
         (output is None or users is not None, "--output is of --users; one history is shown"),
         (users in (None, "all") or Path(users).is_file(), f"--users={users}: file not found"),
+        (
+            users != "all" or not (Path(files.model) / "recommender.json").is_file(),
+            f"--users=all: {files.model} is an export without users; name a file",
+        ),
+        (
+            None in (users, output) or Path(users).resolve() != Path(output).resolve(),
+            f"--output={output} is the file of --users",
+        ),
+        (output is None or not Path(output).is_dir(), f"--output={output} is a folder"),
     )
     if output is not None:
         Writer.check(Path(output))
@@ -211,7 +228,7 @@ def main(
     empty = sum(not history for history in histories)
     if empty:
         print(f"{empty:,} users without history: by popularity")
-    print(f"wrote {output}: {k} items for each of {len(who):,} users")
+    print(f"wrote {output}: up to {k} items for each of {len(who):,} users")
     return None
 
 

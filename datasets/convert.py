@@ -23,10 +23,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from datasets import logs
+from datasets import logs, process
 from datasets.domain import canonical_domain
-from datasets.logs import Form
+from datasets.logs import Form, bare
 from datasets.process import (
     Reviews,
     clean_title,
@@ -37,6 +38,7 @@ from datasets.process import (
 )
 from utils import cli
 from utils.errors import UsageError
+from utils.files import check_writable
 from utils.flags import NonNegativeInt, PositiveInt, flag
 
 NAMES = {  # role -> common names of its column; the first that is there counts
@@ -50,8 +52,11 @@ NAMES = {  # role -> common names of its column; the first that is there counts
     "title": "title item_title movie_title product_name product_title item_name name",
 }
 REVIEW_TEXTS = {"text", "reviewtext", "review_text", "review"}  # their `title` is the review's
-WHOLE = re.compile(r"(\d+)\.0+")  # an id that went through a float
-LIST = re.compile(r"^\s*[\[(]|^\s*\S+(\s*[,|;]\s*|\s+)\S+")
+KNOWN = {name for names in NAMES.values() for name in names.split()}
+WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
+NOTHING = {"nan", "NaN", "null", "NULL", "None"}  # how programs write an id that is missing
+LIST = re.compile(r"\s*[\[(].*[\])]\s*")
+DATE = re.compile(r"\s*\d{4}-\d\d-\d\d")
 SPLIT = re.compile(r"[\s,|;]+")
 
 
@@ -83,10 +88,16 @@ class _Names:
         return np.array([*own, -1], dtype=np.int32)[places]
 
     def code(self, name: str) -> int:
-        name = name.strip()
-        whole = WHOLE.fullmatch(name)
-        name = whole[1] if whole else name
+        name = canonical(name)
         return self.codes.setdefault(name, len(self.codes)) if name else -1
+
+
+def canonical(name: str | None) -> str:
+    """An id as it is written here: one line, no float of a whole number; "" where there is none."""
+    name = " ".join((name or "").split())
+    whole = WHOLE.fullmatch(name)
+    name = whole[1] if whole else name
+    return "" if name in NOTHING else name
 
 
 def choose_columns(form: Form, given: dict[str, str | None]) -> Columns:
@@ -102,7 +113,7 @@ def choose_columns(form: Form, given: dict[str, str | None]) -> Columns:
                 f"--{role}={name}: {form.path} has no such column; found {form.shown()}"
             )
         chosen[role] = name
-    by_name = {_bare(name): name for name in reversed(form.columns)}
+    by_name = {bare(name): name for name in reversed(form.columns)}
     if not form.header:
         by_place = _by_place(form)
         chosen |= {role: chosen[role] or by_place.get(role) for role in NAMES}
@@ -119,12 +130,9 @@ def choose_columns(form: Form, given: dict[str, str | None]) -> Columns:
             f"{form.path}: which column is the {' and the '.join(missing)}? found {form.shown()};"
             f" name it with {flags}"
         )
+    if chosen["user"] == chosen["item"]:
+        raise UsageError(f"{form.path}: column {chosen['user']} cannot be both user and item")
     return Columns(**chosen)
-
-
-def _bare(name: str) -> str:
-    """A column's name without RecBole's type and without case."""
-    return name.split(":")[0].strip().lower().replace(" ", "_").replace("-", "_")
 
 
 def _by_place(form: Form) -> dict[str, str]:
@@ -137,6 +145,10 @@ def _by_place(form: Form) -> dict[str, str]:
             f"{form.path}: no header, and {len(columns)} columns ({form.shown()});"
             " name them with --user, --item, --time"
         )
+    dates = [i for i in range(2) if all(DATE.match(row[i]) for row in form.sample)]
+    if dates:  # a date among the first two is neither a user nor an item
+        rest = [name for i, name in enumerate(columns) if i != dates[0]]
+        return dict(zip(("user", "item", "rating"), rest)) | {"time": columns[dates[0]]}
     roles = ["user", "item", "rating", "time"] if len(columns) == 4 else ["user", "item", "time"]
     first, second = ([row[i] for row in form.sample] for i in (0, 1))
     asins = all(re.fullmatch(r"B\w{6,9}|\d{9}[\dX]", cell) for cell in first)
@@ -153,6 +165,7 @@ class _Log:
         self.users, self.items = _Names(), _Names()
         self.user, self.item, self.time = [], [], []
         self.title_of: dict[int, str] = {}
+        self.dates: bool | None = None  # whether times are dates; the first one decides
         self.low = self.n = 0
 
     def add(self, row: int, batch: dict[str, pa.Array]) -> None:
@@ -181,13 +194,24 @@ class _Log:
             raise UsageError(f"{self.path}: row {row + empty[0]}: the {role} is empty")
         return codes
 
+    def refuse_lists(self) -> None:
+        """Refuse items that are lists, in a log that has none."""
+        found = [name for name in self.items.codes if name[0] in "[(" and LIST.fullmatch(name)]
+        if found:
+            raise UsageError(
+                f"{self.path}: the item {found[0][:40]!r} looks like a list; --lists yes reads"
+                " lists, --lists no takes it as an id"
+            )
+
     def _numbers(self, values: pa.Array, role: str, row: int) -> np.ndarray:
         numbers = logs.numbers(values)
         self._refuse(np.isnan(numbers), values, role, row, "a number")
         return numbers
 
     def _times(self, values: pa.Array, row: int) -> np.ndarray:
-        times, wrong = logs.times(values)
+        if self.dates is None:
+            self.dates = logs.are_dates(values)
+        times, wrong = logs.times(values, self.dates)
         self._refuse(wrong, values, "time", row, "a number or a date such as 2024-04-25 08:00:00")
         return times
 
@@ -201,9 +225,10 @@ class _Log:
             )
 
     def _titles(self, item: np.ndarray, titles: pa.Array) -> None:
-        new, first = np.unique(item, return_index=True)
-        for code, place in zip(new.tolist(), first.tolist()):
-            if code not in self.title_of:
+        filled = np.flatnonzero(pc.utf8_length(titles.fill_null("")).to_numpy())
+        new, first = np.unique(item[filled], return_index=True)
+        for code, place in zip(new.tolist(), filled[first].tolist()):
+            if not self.title_of.get(code):
                 self.title_of[code] = clean_title(titles[place].as_py())
 
     def reviews(self) -> Reviews:
@@ -229,13 +254,15 @@ def _sorted_codes(codes: dict[str, int], column: np.ndarray) -> tuple[list[str],
 
 
 def _order(names) -> Any:
-    numbers = all(name.isascii() and name.isdigit() for name in names)
+    numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in names)
     return (lambda name: (int(name), name)) if numbers else None
 
 
-def read_log(form: Form, columns: Columns, min_rating: float | None) -> _Log:
+def read_log(form: Form, columns: Columns, min_rating: float | None, lists: bool) -> _Log:
     """Stream a log of interactions, or of lists.
 
+    Args:
+        lists: a line has a user's list.
     Raises:
         UsageError: the file is damaged, or a line is wrong; its row is named.
     """
@@ -243,7 +270,7 @@ def read_log(form: Form, columns: Columns, min_rating: float | None) -> _Log:
     present = columns.present()
     for row, batch in logs.batches(form, list(present.values())):
         by_role = {role: batch[name] for role, name in present.items()}
-        if form.lists or _holds_lists(form, columns):
+        if lists:
             for place, arrays in enumerate(_unrolled(form.path, row, by_role)):
                 log.add(row + place, arrays)
         else:
@@ -253,11 +280,20 @@ def read_log(form: Form, columns: Columns, min_rating: float | None) -> _Log:
     return log
 
 
-def _holds_lists(form: Form, columns: Columns) -> bool:
-    """Whether cells of the item column are lists. Of a file with times they are not."""
-    place = form.columns.index(columns.item)
-    cells = [row[place] for row in form.sample]
-    return columns.time is None and bool(cells) and all(LIST.match(cell) for cell in cells)
+def holds_lists(form: Form, columns: Columns) -> bool:
+    """Whether lines have a user's list: as JSON, or as text where users come once and there is no
+    time.
+    """
+    if form.lists:
+        return True
+    user, item = (form.columns.index(name) for name in (columns.user, columns.item))
+    cells = [row[item] for row in form.sample]
+    if any(LIST.fullmatch(cell) for cell in cells):
+        return True
+    users = [row[user] for row in form.sample]
+    many = sum(len(SPLIT.split(cell.strip())) > 1 for cell in cells)
+    once = len(set(users)) == len(users)
+    return columns.time is None and once and 2 * many >= len(cells) > 0
 
 
 def _unrolled(path: Path, row: int, batch: dict[str, pa.Array]) -> Iterator[dict[str, pa.Array]]:
@@ -318,9 +354,13 @@ def read_titles(form: Form, columns: tuple[str | None, str | None], wanted: set[
     Raises:
         UsageError: which columns are item and title is not known.
     """
-    by_name = {_bare(name): name for name in reversed(form.columns)}
+    if form.kind == "json" and not form.columns:  # Amazon's metadata of 2014: Python literals
+        return process.read_titles(form.path, wanted)[0]
+    by_name = {bare(name): name for name in reversed(form.columns)}
     chosen = []
     for role, name in zip(("item", "title"), columns):
+        if role == "item" and {"item_id", "asin", "title"} == set(by_name):  # our own items.csv
+            name = by_name["asin"]
         common = [by_name[known] for known in NAMES[role].split() if known in by_name]
         place = None if form.header else form.columns[len(chosen)]
         own = name if name in form.columns else None
@@ -332,15 +372,19 @@ def read_titles(form: Form, columns: tuple[str | None, str | None], wanted: set[
         )
     item, title = chosen
     titles: dict[str, str] = {}
-    names = _Names()
     for _, batch in logs.batches(form, [item, title]):
         for name, text in zip(batch[item].to_pylist(), batch[title].to_pylist()):
-            names.code(name or "")
-            whole = WHOLE.fullmatch((name or "").strip())
-            name = whole[1] if whole else (name or "").strip()
+            name = canonical(name)
             if name in wanted:
                 titles[name] = titles.get(name) or clean_title(text)
     return titles
+
+
+def look_at_items(path: Path) -> Form:
+    """The form of a list of items; without a common column name it has no header."""
+    form = logs.look(path, KNOWN)
+    named = KNOWN & {bare(name) for name in form.columns}
+    return form if named or form.kind != "table" else logs.look(path, KNOWN, header=False)
 
 
 def filter_log(
@@ -399,6 +443,8 @@ def main(
     time: str | None = flag(None, "the same of the time column"),
     rating: str | None = flag(None, "the same of the rating column"),
     title: str | None = flag(None, "the same of the title column, of the log or of --items"),
+    header: Literal["auto", "yes", "no"] = flag("auto", "whether the first line names columns"),
+    lists: Literal["auto", "yes", "no"] = flag("auto", "whether a line has a user's list of items"),
     min_rating: float | None = flag(None, "lowest rating kept; by default ratings are not read"),
     min_user: PositiveInt = flag(1, "fewest interactions of a user"),
     min_item: PositiveInt = flag(1, "fewest interactions of an item"),
@@ -413,18 +459,27 @@ def main(
 ) -> None:
     """Turn any log of interactions into a domain's sequences."""
     path = Path(output_dir) / f"{canonical_domain(domain_type)}.csv"
+    listing = path.with_suffix(".items.csv")
+    targets = {path.resolve(), listing.resolve()}
+    check_writable(Path(output_dir), "--output_dir")
     cli.check(
         (Path(input).is_file(), f"--input={input}: file not found"),
         (items is None or Path(items).is_file(), f"--items={items}: file not found"),
         (overwrite or not path.exists(), f"{path} is there already; --overwrite replaces it"),
-        (path.resolve() != Path(input).resolve(), f"--input={input} is the file to be written"),
+        (Path(input).resolve() not in targets, f"--input={input} is the file to be written"),
+        (not items or Path(items).resolve() not in targets, f"--items={items} would be replaced"),
+        (not path.is_dir() and not listing.is_dir(), f"{path} or {listing} is a folder"),
     )
-    form = logs.look(Path(input))
+    said = {"yes": True, "no": False, "auto": None}
+    form = logs.look(Path(input), KNOWN, said[header], said[lists])
     given = {"user": user, "item": item, "time": time, "rating": rating, "title": title}
     if items is not None and title not in form.columns:
         given["title"] = None
     columns = choose_columns(form, given)
-    print(f"{input}: {form.describe()}")
+    in_lists = said[lists] if lists != "auto" else holds_lists(form, columns)
+    if in_lists:
+        columns = columns._replace(time=None)
+    print(f"{input}: {form.describe()}{'; a list of items per line' if in_lists else ''}")
     for role, name in columns.present().items():
         print(f"  {role}: {form.where(name)}{logs.unit(form, name) if role == 'time' else ''}")
     if columns.time is None:
@@ -437,7 +492,9 @@ def main(
     )
     if min_rating is None:
         columns = columns._replace(rating=None)
-    log = read_log(form, columns, min_rating)
+    log = read_log(form, columns, min_rating, in_lists)
+    if not in_lists and lists == "auto":
+        log.refuse_lists()
     whole = log.reviews()
     if min_rating is not None:
         print(f"{log.low:,} interactions rated below {min_rating:g} left out")
@@ -454,7 +511,7 @@ def main(
     titles = log.titles()
     if items is not None:
         wanted = {kept.items[code] for code in np.unique(kept.item)}
-        titles |= read_titles(logs.look(Path(items)), (item, title), wanted)
+        titles |= read_titles(look_at_items(Path(items)), (item, title), wanted)
     write_domain(kept, titles, path, _order(kept.items))
     longest = Counter(np.bincount(kept.user).tolist())
     short = sum(users for length, users in longest.items() if 0 < length < 4)

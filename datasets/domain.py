@@ -89,7 +89,7 @@ def canonical_domain(domain_type: str) -> str:
         UsageError: the name is not one path component.
     """
     domain = ALIASES.get(domain_type, domain_type)
-    if not domain or "/" in domain or domain.startswith("."):
+    if not domain or domain.startswith(".") or {"/", "\\"} & set(domain):
         raise UsageError(f"--domain_type={domain_type}: must be a plain name such as beauty")
     return domain
 
@@ -184,6 +184,8 @@ def read_served(files: ServedFiles) -> Served:
     if not (folder / "config.json").is_file():
         maker = STEPS.get(files.model, "one of the four scripts")
         raise UsageError(f"--model={files.model}: no run in {folder}; {maker} makes it")
+    if (folder / "recommender.json").is_file():
+        raise UsageError(f"--model={files.model}: an export, not a run; name the run's folder")
     step = read_json(folder / "config.json", "run").get("step")
     run = Run.read(step if step in STEPS else "trained", folder, "--model")
     if not (folder / "best").is_dir() and not (folder / ".old-best").is_dir():

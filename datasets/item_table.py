@@ -22,6 +22,8 @@ KEY = "item_embedding"
 LARGEST_GIB = 16  # of an item table; ten million items of 128 numbers are 5 GiB
 SPARSE_GIB = 0.5  # of one that is nearly all gaps
 
+LEGACY = b"\x80\x02\x8a\nl\xfc"  # a file of torch.save before its zip format
+
 _ARRAY = object()  # stands for numpy.ndarray, whose own call would accept bytes as objects
 
 
@@ -135,7 +137,8 @@ def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
         )
     table = _the_table(path, _content(path))
     if isinstance(table, np.ndarray):
-        table = torch.as_tensor(table)
+        plain = table.dtype.kind == "f" and table.dtype.itemsize <= 8
+        table = torch.as_tensor(table.astype(table.dtype.newbyteorder("="))) if plain else table
     _check_form(path, table)
     if item_ids[-1] >= len(table):
         raise UsageError(
@@ -157,7 +160,9 @@ def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
 
 
 def _check_form(path: Path, table: object) -> None:
-    if not isinstance(table, Tensor):
+    if isinstance(table, np.ndarray):
+        found = f"{table.dtype} of shape {table.shape}"
+    elif not isinstance(table, Tensor):
         found = type(table).__name__
     elif table.layout != torch.strided or table.dim() != 2 or not table.is_floating_point():
         found = f"{table.dtype} of shape {tuple(table.shape)}"
@@ -193,7 +198,7 @@ def _content(path: Path) -> object:
             file.seek(0)
             if start == b"\x93NUMPY":
                 return np.load(file, allow_pickle=False)
-            if start.startswith(b"PK"):
+            if start.startswith((b"PK", LEGACY)):
                 return torch.load(file, weights_only=True, map_location="cpu")
             return _TensorUnpickler(file).load()
     except OSError as error:

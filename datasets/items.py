@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import io
 import re
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -44,10 +45,11 @@ class Items(NamedTuple):
             UsageError: it is damaged.
         """
         named: dict[int, tuple[str, str]] = {}
+        number = 0
         try:
             with open_bytes(listing) as raw:
-                rows = csv.reader(raw.read().decode("utf-8-sig").splitlines())
-                for number, row in enumerate(rows, start=1):
+                text = raw.read().decode("utf-8-sig")
+                for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
                     if number == 1:
                         where = [[name.strip() for name in row].index(name) for name in COLUMNS]
                     elif row:
@@ -55,7 +57,7 @@ class Items(NamedTuple):
                         named[int(item)] = asin, title
         except (ValueError, IndexError, csv.Error):
             raise UsageError(
-                f"{listing}: row {number}: expected item_id,asin,title with whole item_ids"
+                f"{listing}: row {number}: expected item_id,asin,title with whole ids, in UTF-8"
             ) from None
         names = [named.get(item, ("", "")) for item in item_ids.tolist()]
         return cls(item_ids, [asin for asin, _ in names], [title for _, title in names])
@@ -71,20 +73,27 @@ class Items(NamedTuple):
         """An item for people: its title, else its original id, else its id."""
         return self.titles[index] or self.asins[index] or f"item {self.ids[index]}"
 
+    def name(self, index: int) -> str:
+        """What the item is called by: its original id, else its id."""
+        return self.asins[index] or str(self.ids[index])
+
 
 class Finder:
-    """Finds items by id, original id or title; `auto` tries in this order.
+    """Finds items by original id, id or title; `auto` tries in this order.
 
-    Of equal names the first item counts. Titles are compared without case.
+    Where all original ids are numbers, `auto` takes a number for nothing else. Of equal names the
+    first item counts. Titles are compared without case.
     """
 
     def __init__(self, items: Items, by: Name) -> None:
         every: dict[str, dict] = {
-            "id": {item: index for index, item in enumerate(items.ids.tolist())},
             "asin": _first(items.asins),
+            "id": {item: index for index, item in enumerate(items.ids.tolist())},
             "title": _first([title.casefold() for title in items.titles]),
         }
         self.items = items
+        if every["asin"] and all(asin.isdigit() for asin in every["asin"]) and by == "auto":
+            del every["id"]
         self.tables = every if by == "auto" else {by: every[by]}
 
     def find(self, name: str, source: str) -> int:
@@ -113,6 +122,8 @@ class Finder:
         near = difflib.get_close_matches(folded, names, n=1, cutoff=0.6)
         if not near and len(name) > 3:
             near = [key for key in names if folded in key][:1]
+        if not near and "id" not in self.tables:
+            return f"; original ids are such as {', '.join([*self.tables.get('asin', [])][:3])}"
         if not near:
             return f"; ids run from {items.ids[0]} to {items.ids[-1]}"
         index = names[near[0]]
@@ -137,7 +148,10 @@ def read_items(path: Path, finder: Finder, flag: str) -> list[int]:
     """
     if not path.is_file():
         raise UsageError(f"{flag}={path}: file not found")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UsageError(f"{flag}={path}: not UTF-8 text, expected an item per line") from None
     found = []
     for number, line in enumerate(lines, start=1):
         if line.strip():

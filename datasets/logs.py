@@ -12,7 +12,7 @@ import itertools
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -29,6 +29,7 @@ from utils.errors import UsageError
 
 SAMPLE_BYTES, SAMPLE_LINES = 2**18, 50
 BATCH = 2**17  # lines
+LINE_BREAKS = 50  # in one cell
 SEPARATORS = ("::", "\t", ";", ",", "|", " ")
 MAGIC = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open}
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -41,6 +42,7 @@ class Form(NamedTuple):
 
     kind: table, lines ("user item item ..."), json or parquet.
     quoted: whether quotes mean something in a table.
+    skip: lines of a table before its first row.
     columns: names; of a table without header the columns' numbers, from 1.
     sample: the first lines' cells, as text.
     """
@@ -53,6 +55,7 @@ class Form(NamedTuple):
     columns: list[str]
     sample: list[list[str]]
     quoted: bool = True
+    skip: int = 0
 
     @property
     def lists(self) -> bool:
@@ -79,9 +82,15 @@ class Form(NamedTuple):
         return f"column {column}" if self.header else f"column number {column}"
 
 
-def look(path: Path) -> Form:
+def look(
+    path: Path, known: Container[str] = (), header: bool | None = None, lists: bool | None = None
+) -> Form:
     """Tell a file's form from its first lines.
 
+    Args:
+        known: names that columns have; a line with one of them is a header.
+        header: whether a table has one; None looks.
+        lists: whether every line is a user and a list; None looks.
     Raises:
         UsageError: it is empty, damaged, or of a form that is not read here.
     """
@@ -108,7 +117,14 @@ def look(path: Path) -> Form:
         raise UsageError(f"{path}: is empty")
     if lines[0].lstrip().startswith("{"):
         return _look_at_json(path, encoding, lines)
-    return _look_at_table(path, encoding, text, lines)
+    if lines[0].lstrip().startswith("[") and not lines[0].rstrip().endswith("]"):
+        raise UsageError(f"{path}: looks like one JSON array; write a JSON object per line")
+    return _look_at_table(path, encoding, text, lines, known, header, lists)
+
+
+def bare(name: str) -> str:
+    """A column's name without RecBole's type and without case."""
+    return name.split(":")[0].strip().lower().replace(" ", "_").replace("-", "_")
 
 
 def _look_at_parquet(path: Path) -> Form:
@@ -118,6 +134,9 @@ def _look_at_parquet(path: Path) -> Form:
     except pa.ArrowException as error:
         raise UsageError(f"{path}: damaged parquet ({str(error)[:100]})") from None
     columns = file.schema_arrow.names
+    twice = [name for name in columns if columns.count(name) > 1]
+    if twice:
+        raise UsageError(f"{path}: column {twice[0]} stands {columns.count(twice[0])} times")
     sample = [] if batch is None else list(zip(*(_text(column) for column in batch.columns)))
     cells = [[cell or "" for cell in row] for row in sample]
     return Form(path, "parquet", "", "", True, columns, cells)
@@ -151,24 +170,63 @@ def _cell(value: object) -> str | None:
     return orjson.dumps(value).decode() if isinstance(value, list | dict) else str(value)
 
 
-def _look_at_table(path: Path, encoding: str, text: str, lines: list[str]) -> Form:
+def _look_at_table(
+    path: Path,
+    encoding: str,
+    text: str,
+    lines: list[str],
+    known: Container[str],
+    header: bool | None,
+    lists: bool | None,
+) -> Form:
     every = [s for s in SEPARATORS if all(s in line for line in lines)]
     in_first = [s for s in SEPARATORS if s in lines[0]]
     separator = next(iter(every), None) or next(iter(in_first), ",")
-    if separator == " " and len({len(line.split()) for line in lines}) > 1:
+    words = {len(line.split()) for line in lines}
+    if separator == " " and (lists if lists is not None else len(words) > 1):
         rows = [line.split(None, 1) for line in lines]
         return Form(path, "lines", " ", encoding, False, ["1", "2"], rows)
-    quoted = separator != "::" and (separator != "\t" or '\t"' in text)
+    quoted = separator != "::" and (separator != "\t" or _quotes_close(lines))
     rows = _cells(text, separator, quoted)[: len(lines)]
     names = [cell.strip() for cell in rows[0]]
-    header = not any(NUMBER.fullmatch(name) or name.startswith("[") for name in names)
-    header = header and len(set(names)) == len(names) and all(names)
-    columns = names if header else [str(i + 1) for i in range(len(names))]
-    twice = [name for name in names if name and names.count(name) > 1]
-    if twice and not any(NUMBER.fullmatch(name) for name in names):
-        raise UsageError(f"{path}: column {twice[0]} stands {names.count(twice[0])} times")
+    if header is None:
+        header = _is_header(rows, known)
+    columns = [str(i + 1) for i in range(len(names))]
+    if header:
+        twice = [name for name in names if names.count(name) > 1 and bare(name) in known]
+        if twice:
+            raise UsageError(f"{path}: column {twice[0]} stands {names.count(twice[0])} times")
+        columns = _told_apart(names)
     sample = [row for row in rows[header:] if len(row) == len(columns)]
-    return Form(path, "table", separator, encoding, header, columns, sample, quoted)
+    blank = len(text) - len(text.lstrip("\r\n\ufeff"))
+    before = text[:blank].count("\n") + int(header)
+    return Form(path, "table", separator, encoding, header, columns, sample, quoted, before)
+
+
+def _is_header(rows: list[list[str]], known: Container[str]) -> bool:
+    """A line with a common column name; or one of texts alone that do not come again."""
+    first = [cell.strip() for cell in rows[0]]
+    if any(bare(name) in known for name in first):
+        return True
+    if any(not name or NUMBER.fullmatch(name) or name[0] in "[(" for name in first):
+        return False
+    later = [{row[i].strip() for row in rows[1:] if i < len(row)} for i in range(len(first))]
+    return not any(name in column for name, column in zip(first, later))
+
+
+def _told_apart(names: list[str]) -> list[str]:
+    """Column names without empty or equal ones."""
+    apart: list[str] = []
+    for number, name in enumerate(names, start=1):
+        free = name and name not in apart
+        apart.append(name if free else f"{name or 'unnamed'} ({number})")
+    return apart
+
+
+def _quotes_close(lines: list[str]) -> bool:
+    """Whether cells between tabs are quoted: some begin with a quote, and those end with one."""
+    cells = [cell for line in lines for cell in line.split("\t") if cell.startswith('"')]
+    return bool(cells) and all(len(cell) > 1 and cell.endswith('"') for cell in cells)
 
 
 def _cells(text: str, separator: str, quoted: bool) -> list[list[str]]:
@@ -251,11 +309,13 @@ def _table(form: Form, columns: list[str]) -> Iterator[tuple[int, dict[str, pa.A
     ):  # single colons with an empty column between: no library splits at two letters
         names = list(itertools.chain.from_iterable((name, f"{name} ") for name in names))[:-1]
     parse = pa.csv.ParseOptions(
-        delimiter=form.separator[0], quote_char='"' if form.quoted else False
+        delimiter=form.separator[0],
+        quote_char='"' if form.quoted else False,
+        newlines_in_values=form.quoted,
     )
     encoding = "utf8" if form.encoding == "utf-8-sig" else "utf16"
     read = pa.csv.ReadOptions(
-        column_names=names, skip_rows=int(form.header), use_threads=False, encoding=encoding
+        column_names=names, skip_rows=form.skip, use_threads=False, encoding=encoding
     )
     convert = pa.csv.ConvertOptions(
         include_columns=columns,
@@ -264,12 +324,26 @@ def _table(form: Form, columns: list[str]) -> Iterator[tuple[int, dict[str, pa.A
     )
     with _opened(form.path) as file, _bar(form.path) as bar:
         source = io.BufferedReader(_Metered(file, bar), 2**20)
-        row = 1 + form.header
+        row = 1 + form.skip
         for batch in pa.csv.open_csv(
             source, read_options=read, parse_options=parse, convert_options=convert
         ):
-            yield row, {name: batch.column(name) for name in columns}
+            arrays = {name: batch.column(name) for name in columns}
+            _refuse_open_quotes(form.path, row, arrays)
+            yield row, arrays
             row += batch.num_rows
+
+
+def _refuse_open_quotes(path: Path, row: int, arrays: dict[str, pa.Array]) -> None:
+    """A quote that is opened and not closed swallows the lines after it."""
+    for name, array in arrays.items():
+        breaks = pc.count_substring(array, "\n")
+        most = pc.max(breaks).as_py() or 0
+        if most > LINE_BREAKS:
+            place = row + pc.index(breaks, most).as_py()
+            raise UsageError(
+                f"{path}: row {place}: {name} goes over {most + 1} lines; is a quote not closed?"
+            )
 
 
 def _text_lines(form: Form) -> Iterator[tuple[int, str]]:
@@ -332,7 +406,11 @@ def _as_read(column: pa.Array) -> pa.Array:
         column = column.dictionary_decode()
     if pa.types.is_timestamp(kind):
         return column
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if pa.types.is_floating(kind):
+        whole = pc.equal(pc.floor(column), column)
+        if pc.all(whole).as_py():
+            column = column.cast(pa.int64())
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         cells = [
             None if value is None else orjson.dumps(value).decode() for value in column.to_pylist()
         ]
@@ -348,7 +426,14 @@ def numbers(values: pa.Array) -> np.ndarray:
         return pd.to_numeric(pd.Series(values.to_pylist()), errors="coerce").to_numpy(np.float64)
 
 
-def times(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+def are_dates(values: pa.Array) -> bool:
+    """Whether times are dates rather than numbers; what comes first decides."""
+    if pa.types.is_timestamp(values.type):
+        return True
+    return bool(len(values)) and bool(np.isnan(numbers(values[:1]))[0])
+
+
+def times(values: pa.Array, dates: bool) -> tuple[np.ndarray, np.ndarray]:
     """Times that sort, whole where they can be, and a mask of the values that are none.
 
     Numbers stay as they are. Dates become microseconds.
@@ -357,19 +442,18 @@ def times(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         wrong = values.is_null().to_numpy(zero_copy_only=False)
         micro = values.cast(pa.timestamp("us", values.type.tz), safe=False).cast(pa.int64())
         return micro.fill_null(0).to_numpy(), wrong
+    if dates:
+        found = pd.Series(values.to_pylist())
+        found = pd.to_datetime(found, format="ISO8601", utc=True, errors="coerce")
+        micro = found.to_numpy("datetime64[us]")
+        return micro.astype(np.int64), np.isnat(micro)
     try:
         whole = pc.cast(values, pa.int64())
         return whole.fill_null(0).to_numpy(), whole.is_null().to_numpy(zero_copy_only=False)
     except pa.ArrowInvalid:
         pass
     found = numbers(values)
-    if np.isnan(found).all():
-        dates = pd.to_datetime(
-            pd.Series(values.to_pylist()), format="ISO8601", utc=True, errors="coerce"
-        )
-        micro = dates.to_numpy("datetime64[us]")
-        return micro.astype(np.int64), np.isnat(micro)
-    wrong = np.isnan(found)
+    wrong = ~np.isfinite(found)
     found = np.where(wrong, 0, found)
     whole = found.astype(np.int64)
     return (whole if (whole == found).all() else found), wrong
@@ -378,7 +462,7 @@ def times(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 def unit(form: Form, column: str) -> str:
     """What a time column's numbers seem to be, for the report."""
     place = form.columns.index(column)
-    cells = [row[place] for row in form.sample if row[place]]
+    cells = [row[place].strip() for row in form.sample if row[place].strip()]
     if not cells or not all(NUMBER.fullmatch(cell) for cell in cells):
         return " (dates)"
     largest = max(abs(float(cell)) for cell in cells)

@@ -82,7 +82,10 @@ def load(
     shape = read_json(folder / SHAPE, "exported recommender")
     try:
         tensors = load_file(folder / WEIGHTS)
-        llama = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        options = {"local_files_only": True, "output_loading_info": True}
+        llama, about = AutoModel.from_pretrained(folder, dtype=torch.float32, **options)
+        if about["missing_keys"]:
+            raise KeyError(*sorted(about["missing_keys"])[:3])
         ends = shape["block_ends"]
         decoder = Decoder(llama, shape["prompt_ids"], shape["response_ids"], ends)
         item_ids, popularity = tensors.pop("item_ids"), tensors.pop("popularity")

@@ -287,3 +287,126 @@ def test_public_cases_are_read_whole(name):
     users = [json.loads(row[1]) for row in list(csv.reader(lists.splitlines()))[1:]]
     found = len(users), len(items.splitlines()) - 1, sum(map(len, users))
     assert found == PUBLIC[name]
+
+
+def lists_of(path: Path, **flags) -> list[list[str]]:
+    """[user, list] of every line that is written."""
+    return [row[:2] for row in csv.reader(written(path, **flags)[0].splitlines())][1:]
+
+
+def test_titles_over_several_lines_in_a_file_of_many_blocks():
+    rows = [f'u{i % 100},i{i % 50},{i},"one\ntwo\n\nthree"' for i in range(60_000)]
+    path = save_text("a.csv", "\n".join(["user_id,item_id,timestamp,title", *rows]))
+    lists, items = written(path)
+    assert len(items.splitlines()) == 51 and items.splitlines()[1] == "0,i0,one two three"
+    assert (
+        sum(len(json.loads(row[1])) for row in list(csv.reader(lists.splitlines()))[1:]) == 60_000
+    )
+
+
+def test_a_quote_that_is_not_closed_is_named():
+    rows = ["user,item,title", 'a,x,"open', *(f"u{i},y,z" for i in range(200))]
+    save_text("a.csv", "\n".join(rows))
+    with pytest.raises(
+        UsageError, match=r"row 2: title goes over \d+ lines; is a quote not closed"
+    ):
+        convert.main(input="a.csv", domain_type="shop")
+
+
+def test_lists_and_names_of_two_words_are_told_apart():
+    mixed = save_text("a.csv", 'user_id,asin\n1,"1,2,3"\n2,"5"\n3,"7,8"\n')
+    assert lists_of(mixed) == [["1", "[0, 1, 2]"], ["2", "[3]"], ["3", "[4, 5]"]]
+    names = save_text("b.csv", "user,item\nu1,Blue Shirt\nu1,Red Shirt\nu2,Blue Shirt\n")
+    assert lists_of(names) == [["u1", "[0, 1]"], ["u2", "[0]"]]
+    assert lists_of(names, lists="yes")[0] == ["u1", "[0, 2, 1, 2]"]
+    dated = save_text("c.csv", 'user,asin,date\nu1,"[1, 2]",2024-01-01\nu2,"[2]",2024-01-01\n')
+    assert lists_of(dated) == [["u1", "[0, 1]"], ["u2", "[1]"]]
+    late = "user,item,time\n" + "a,x,1\n" * 60 + 'b,"[1, 2]",2\n'
+    with pytest.raises(UsageError, match="the item '\\[1, 2\\]' looks like a list; --lists yes"):
+        convert.main(input=str(save_text("d.csv", late)), domain_type="late")
+    lines = save_text("e.txt", "1 10 20\n2 30 10\n3 20 40\n")
+    assert lists_of(lines, lists="yes")[0] == ["1", "[0, 1]"]
+
+
+def test_headers_are_found_where_they_are():
+    blank = save_text("a.csv", "\n\nuser_id,item_id\nu1,i1\nu1,i2\n")
+    assert lists_of(blank) == [["u1", "[0, 1]"]]
+    number = save_text("b.csv", "user_id,item_id,timestamp,1\nu1,i1,3,9\nu1,i2,1,9\n")
+    assert lists_of(number) == [["u1", "[1, 0]"]]
+    index = save_text("c.csv", ",user_id,item_id,timestamp,\n0,u1,i1,3,\n1,u1,i2,1,\n")
+    assert lists_of(index) == [["u1", "[1, 0]"]]
+    pairs = save_text("d.txt", "alice matrix\nalice dune\nbob dune\n")
+    assert lists_of(pairs) == [["alice", "[1, 0]"], ["bob", "[0]"]]
+    once = save_text("e.csv", "alice,matrix\nbob,dune\n")
+    assert lists_of(once, header="no") == [["alice", "[1]"], ["bob", "[0]"]]
+    clicks = save_text(
+        "f.dat", "1,2014-04-07T10:51:09.277Z,21,0\n1,2014-04-07T10:50:09.277Z,22,0\n"
+    )
+    assert lists_of(clicks) == [["1", "[1, 0]"]]
+
+
+def test_the_first_title_that_is_there_counts():
+    path = save_text("a.csv", "user,item,time,title\nu1,i1,1,\nu2,i1,2,Mug\nu2,i1,3,Cup\n")
+    assert written(path)[1] == "item_id,asin,title\n0,i1,Mug\n"
+    tabs = save_text(
+        "b.tsv", 'user\titem\ttitle\nu\t1\t"Crocodile" Dundee\nu\t2\tAlien\nu\t3\t"Weird\n'
+    )
+    assert [line.split(",", 2)[2] for line in written(tabs)[1].splitlines()[1:]] == [
+        '"""Crocodile"" Dundee"',
+        "Alien",
+        '"""Weird"',
+    ]
+
+
+def test_an_items_csv_of_ours_gives_titles_by_the_original_ids():
+    save_text("own.items.csv", "item_id,asin,title\n0,3,three\n1,1,one\n")
+    log = save_text("a.csv", "user,item\nu,0\nu,1\nu,3\n")
+    items = written(log, items="own.items.csv")[1]
+    assert items == "item_id,asin,title\n0,0,\n1,1,one\n2,3,three\n"
+    save_text("meta.json", "{'asin': '3', 'title': 'drei'}\n{'asin': '9', 'title': 'x'}\n")
+    assert written(log, items="meta.json")[1].splitlines()[3] == "2,3,drei"
+
+
+def test_ids_are_the_same_through_floats_signs_and_blanks():
+    pq.write_table(
+        pa.table({"user": [-7.0, -7.0, None][:2], "item": [12345678901.0, 2.0]}), "a.parquet"
+    )
+    text = save_text("a.csv", "user,item\n-7.0,12345678901\n-7,2.0\n")
+    lines = save_text(
+        "a.jsonl", '{"user": -7, "item": 12345678901.0}\n\n{"user": -7.0, "item": 2}\n'
+    )
+    assert written(Path("a.parquet")) == written(text) == written(lines)
+    assert lists_of(text) == [["-7", "[1, 0]"]]
+    save_text("b.csv", "user,item\nnan,x\na,y\n")
+    with pytest.raises(UsageError, match="row 2: the user is empty"):
+        convert.main(input="b.csv", domain_type="b")
+
+
+def test_one_kind_of_time_in_a_file():
+    rows = [1700000000, "2001-01-01"]
+    lines = "\n\n".join(json.dumps({"user": 1, "item": t, "time": t}) for t in rows)
+    save_text("a.jsonl", lines)
+    with pytest.raises(UsageError, match="row 3: the time is '2001-01-01', expected a number"):
+        convert.main(input="a.jsonl", domain_type="shop")
+    save_text("b.csv", "user,item,time\na,x,1\nb,y,inf\n")
+    with pytest.raises(UsageError, match="row 3: the time is 'inf'"):
+        convert.main(input="b.csv", domain_type="shop")
+
+
+def test_requests_that_would_spoil_files_are_refused():
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["a"])] * 3, ["user", "item", "item"]), "a.parquet"
+    )
+    save_text("data", "a file")
+    save_text("b.csv", "user,item\na,x\n")
+    for flags, message in (
+        ({"input": "a.parquet", "output_dir": "d"}, "a.parquet: column item stands 2 times"),
+        ({"input": "b.csv"}, "--output_dir=data: data is a file"),
+        ({"input": "b.csv", "output_dir": "d", "user": "item"}, "cannot be both user and item"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            convert.main(domain_type="shop", **flags)
+    convert.main(input="b.csv", domain_type="shop", output_dir="d")
+    with pytest.raises(UsageError, match="d/shop.items.csv is the file to be written"):
+        own = {"domain_type": "shop", "output_dir": "d", "overwrite": True}
+        convert.main(input="d/shop.items.csv", **own)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import distill
+import export
 import recommend
 import train_sr_trad
 from datasets.domain import read_served
@@ -231,7 +232,8 @@ def test_what_is_missing_is_named(inside):
 
 def test_names_are_found_in_order_and_near_ones_offered():
     items = Items(np.array([3, 7, 9]), ["7", "B01", ""], ["Red mug", "Blue mug", "7"])
-    assert Finder(items, "auto").find("7", "x") == 1  # the id before the original id
+    assert Finder(items, "auto").find("7", "x") == 0  # the original id before the id
+    assert Finder(items, "id").find("7", "x") == 1
     assert Finder(items, "asin").find("7", "x") == 0
     assert Finder(items, "title").find("7", "x") == 2
     assert Finder(items, "auto").find(" blue MUG ", "x") == 1
@@ -269,3 +271,40 @@ def test_the_notebook_shows_lists(inside, monkeypatch):
     expected = recommend.recommend([[12, 99, 103]], 5)[0][0]
     assert str(expected[0]) in text[-3] and len(text[-2].splitlines()) == 5
     assert "no." in text[-1]
+
+
+def test_where_original_ids_are_numbers_a_number_is_one_of_them():
+    items = Items(np.array([0, 1, 2]), ["007", "7", "500"], ["", "", ""])
+    finder = Finder(items, "auto")
+    assert [finder.find(name, "x") for name in ("007", "7", "500")] == [0, 1, 2]
+    with pytest.raises(UsageError, match="x: '1' is no item; original ids are such as 007, 7, 500"):
+        finder.find("1", "x")
+    assert Finder(items, "id").find("1", "x") == 1
+
+
+@pytest.mark.slow
+def test_files_that_cannot_be_are_one_line(inside):
+    Path("bad.txt").write_bytes(b"\xff\n")
+    Path("twice.csv").write_text("reviewerID,asin\na,[1]\na,[2]\n")
+    Path("folder.csv").mkdir()
+    export.main(output_dir="out", verify_users=3)
+    for flags, message in (
+        ({"history": ["1"], "allow": "bad.txt"}, "--allow=bad.txt: not UTF-8 text"),
+        ({"users": "twice.csv", "output": "o.csv"}, "reviewerID 'a' stands in rows 2 and 3"),
+        (
+            {"users": "twice.csv", "output": "twice.csv"},
+            "--output=twice.csv is the file of --users",
+        ),
+        ({"users": "all", "output": "folder.csv"}, "--output=folder.csv is a folder"),
+        ({"users": "all", "output": "o.csv", "model": "out"}, "out is an export without users"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            recommend.main(**flags)
+    Path("out/items.csv").unlink()
+    with pytest.raises(UsageError, match="--model=out: lacks items.csv; export it again"):
+        recommend.main(history=["1"], model="out")
+    with pytest.raises(UsageError, match="--model=out: an export, not a run"):
+        export.main(model="out", output_dir="o")
+    Path("data/demo.items.csv").write_bytes(b"\xff")
+    with pytest.raises(UsageError, match="demo.items.csv: row 0: expected item_id,asin,title"):
+        recommend.main(history=["1"])
