@@ -118,7 +118,7 @@ def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Row
         model = plain.plain_twin(model, (measure.RANK, measure.RANK, measure.TARGETS))[0]
 
     def loss(rows):
-        history, target = samples.histories(rows).to(device), samples.targets(rows).to(device)
+        history, target = samples.histories(rows), samples.targets(rows).to(device)
         if which == "plain":
             return plain.plain_loss(model(history), None, model.item_table, target)
         if not distilled:
@@ -140,7 +140,7 @@ def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Row
     sizes = [(p.numel(), p.requires_grad) for p in decoder.parameters()]
     return Row(
         training_step(model, loss, bf16),
-        lambda rows: encoder()(samples.histories(rows).to(device)),
+        lambda rows: encoder()(samples.histories(rows)),
         sum(n for n, trained in sizes if trained),
         sum(n for n, _ in sizes),
     )

@@ -44,7 +44,7 @@ class PlainLLM4Rec(nn.Module):
 
     def forward(self, history: Tensor) -> Output:
         """Left-padded catalogue indices [B, L] -> Output, the same as LLM4Rec's."""
-        batch = len(history)
+        batch, history = len(history), history.to(self.item_table.device)
         real = history != len(self.item_table)  # [B, L]
         padded = torch.cat(
             [self.item_table, self.item_table.new_zeros(1, self.item_table.shape[1])]

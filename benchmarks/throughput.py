@@ -117,9 +117,8 @@ class Bench:
         return float(np.mean(each))
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        return self.samples.histories(rows).to(self.device), self.samples.targets(rows).to(
-            self.device
-        )
+        """Histories on the CPU, where ours packs them, and targets on the device."""
+        return self.samples.histories(rows), self.samples.targets(rows).to(self.device)
 
 
 def steps(bench: Bench, teacher_layers: int, student_layers: int) -> None:
@@ -150,6 +149,24 @@ def steps(bench: Bench, teacher_layers: int, student_layers: int) -> None:
         )
 
 
+def sasrec_kl(bench: Bench, n_layers: int) -> None:
+    """What SASRec's KL adds to a student's step; "plain" is the same step without it."""
+    model = bench.shape.model(n_layers, "lora")
+    size, table = (len(bench.batches[0]), DIM), model.item_table
+    users = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(bench.device)
+
+    def loss(rows, weight):
+        history, target = bench.batch(rows)
+        sasrec = Output(users[: len(rows)], users[:, None, :][:, :0], users[:, None, :][:, :0])
+        given = DistillationLoss(sasrec_lambda=weight)
+        parts = recommendation_loss(model(history), None, table, target, given, sasrec=sasrec)
+        return parts["total"]
+
+    step = functools.partial(training_step, model)
+    timed = bench.race(step(lambda rows: loss(rows, 3.0)), step(lambda rows: loss(rows, 0.0)))
+    bench.add("student train step, with SASRec's KL against without", "ms", timed, 1e3, llm=True)
+
+
 def layouts(bench: Bench, n_layers: int) -> None:
     """Packed tokens against buckets of like length, where every user of a bucket is computed as if
     as long as its longest.
@@ -159,7 +176,7 @@ def layouts(bench: Bench, n_layers: int) -> None:
     def loss(rows, n_buckets):
         history, target = bench.batch(rows)
         if n_buckets:
-            length = torch.from_numpy(bench.samples.lengths()[rows]).to(bench.device)
+            length = torch.from_numpy(bench.samples.lengths()[rows])
             for bucket in length.argsort().chunk(n_buckets):
                 longest = int(length[bucket].max())
                 history[bucket, -longest:] = history[bucket, -longest:].clamp(
@@ -538,8 +555,8 @@ def main(
     busy: NonNegativeInt = flag(0, "other processes at work, a core each, while rows are timed"),
     rows: list[str] = flag(
         ["all"],
-        "all, or some of steps, layouts, distill, inference, catalogue, candidates, ranking,"
-        " sasrec, process",
+        "all, or some of steps, layouts, sasrec_kl, distill, inference, catalogue, candidates,"
+        " ranking, sasrec, process",
     ),
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one"),
     output_dir: str = flag("output/benchmarks", "where throughput.json and throughput.md go"),
@@ -551,6 +568,7 @@ def main(
     parts = {
         "steps": lambda b: steps(b, teacher_layers, student_layers),
         "layouts": lambda b: layouts(b, student_layers),
+        "sasrec_kl": lambda b: sasrec_kl(b, student_layers),
         "distill": lambda b: distillation(b, teacher_layers, student_layers, distill_block),
         "inference": lambda b: inference(b, student_layers),
         "catalogue": catalogue,
