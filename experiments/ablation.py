@@ -11,9 +11,10 @@ Below --output_dir (output/<domain>/paper by default) each seed has one SASRec, 
 teacher and the teacher's states, made once and shared by its rows. A finished run is read, not
 repeated, so that an interrupted suite resumes. Ends
 with the report over that folder. Rows: ce, cos, cos_norm, cos_ms, slmrec (all three terms), ce_ms
-(exits without a teacher), logit_kl, slmrec_logit_kl, online, blocks_1, blocks_2, interval, last,
-influence (the base's layers), ce_from_teacher, from_teacher, from_teacher_interval (the trained
-teacher's layers).
+(exits without a teacher), logit_kl, slmrec_logit_kl, sasrec_kl (SASRec the only teacher),
+cos_sasrec_kl, slmrec_sasrec_kl, exit_norm, online, blocks_1, blocks_2, interval, last, influence
+(the base's layers), from_teachers_ends (its adapter and head as the start), ce_from_teacher,
+from_teacher, from_teacher_interval (the trained teacher's layers).
 """
 
 from pathlib import Path
@@ -58,7 +59,10 @@ def main(
             flags = {name: trained[name] for name in shared}
             if name == "online":
                 flags["llama_decoder_nums_teacher"] = trained["llama_decoder_nums"]
-            suite.run("student", seed, name, teacher=str(teacher), **flags | ABLATION[name])
+            flags |= ABLATION[name]
+            if "sasrec_lambda" in flags:
+                flags["sasrec"] = str(suite.folder(seed) / "sasrec")
+            suite.run("student", seed, name, teacher=str(teacher), **flags)
     return report.main(runs=str(suite.root))
 
 

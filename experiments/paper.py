@@ -7,6 +7,7 @@ from typing import Any
 from utils.flags import DistillationLoss, terms
 
 OFF = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
+SASREC_KL = {"sasrec_lambda": 3.0, "sasrec_temperature": 2.0}
 ABLATION: dict[
     str, dict[str, Any]
 ] = {  # folder -> flags of distill.py; what a row does not turn off keeps its weight
@@ -18,6 +19,10 @@ ABLATION: dict[
     "ce_ms": {"distill_lambda": 0.0, "norm_lambda": 0.0},
     "logit_kl": OFF | {"logit_lambda": 1.0},
     "slmrec_logit_kl": {"logit_lambda": 1.0},
+    "sasrec_kl": OFF | SASREC_KL,
+    "cos_sasrec_kl": {"norm_lambda": 0.0, "cls_multiple_lambda": 0.0} | SASREC_KL,
+    "slmrec_sasrec_kl": SASREC_KL,
+    "exit_norm": {"exit_norm": True},
     "online": {"distill_mode": "online"},
     "blocks_1": {"distill_block": 1, "cls_multiple_lambda": 0.0},
     "blocks_2": {"distill_block": 2},
@@ -25,6 +30,7 @@ ABLATION: dict[
     "last": {"layer_selection": "last"},
     "influence": {"layer_selection": "influence"},
     "ce_from_teacher": OFF | {"student_init": "teacher"},
+    "from_teachers_ends": {"student_init": "adapter"},
     "from_teacher": {"student_init": "teacher"},
     "from_teacher_interval": {"student_init": "teacher", "layer_selection": "interval"},
 }
@@ -150,6 +156,10 @@ def _student(layers: int, flags: dict[str, Any]) -> list[str]:
         parts.append(f"B = {flags['distill_block']}")
     if flags["distill_mode"] == "online":
         parts.append("online")
+    if flags.get("exit_norm") and flags.get("cls_multiple_lambda"):
+        parts.append("normed exits")
+    if flags.get("student_init") == "adapter":
+        parts.append("from the teacher's adapter and head")
     if flags.get("student_init") == "teacher":
         parts.append("from the teacher's layers")
     return parts

@@ -75,7 +75,7 @@ class Run(NamedTuple):
         if step != "sasrec" and plain_ce(step, flags):
             step = "llm"
             names &= set(cli.defaults(SCRIPTS["teacher"])) & set(cli.defaults(SCRIPTS["student"]))
-            names -= {"distill_block", "cls_multiple_lambda", "block_reduction"}
+            names -= {"distill_block", "cls_multiple_lambda", "block_reduction", "exit_norm"}
         layers = self.config.get("model", {}).get("layers")
         if flags.get("layer_selection") == "influence":  # each seed chooses
             layers = None

@@ -55,6 +55,14 @@ PAPERS = ("cloth", "movie", "music", "sport")
         ("student", STUDENT | paper.ABLATION["cos_ms"], "4 <- 8: D_cos + L_ms"),
         ("student", STUDENT | paper.ABLATION["ce_ms"], "4 layers: CE + L_ms"),
         ("student", STUDENT | paper.ABLATION["logit_kl"], "4 <- 8: logit KL"),
+        ("student", STUDENT | paper.ABLATION["sasrec_kl"], "4 layers: CE + SASRec KL"),
+        ("student", STUDENT | paper.ABLATION["slmrec_sasrec_kl"], "SLMRec 4 <- 8 + SASRec KL"),
+        ("student", STUDENT | paper.ABLATION["exit_norm"], "SLMRec 4 <- 8, normed exits"),
+        (
+            "student",
+            STUDENT | paper.ABLATION["from_teachers_ends"],
+            "SLMRec 4 <- 8, from the teacher's adapter and head",
+        ),
         ("student", STUDENT | paper.ABLATION["online"], "SLMRec 4 <- 8, online"),
         (
             "student",
