@@ -120,15 +120,15 @@ class Packed(NamedTuple):
         return cls(history[real], order.argsort(), Layout.of(real, n_prompt, n_response))
 
     def to(self, device: torch.device) -> "Packed":
-        """On the device; to CUDA through pinned memory, so that the CPU does not wait."""
+        """On the device; to a GPU through pinned memory, so that the CPU does not wait."""
         return _moved(self, device)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
     """Every tensor in nested tuples and lists, on the device."""
     if isinstance(value, Tensor):
-        pinned = value.pin_memory() if device.type == "cuda" else value
-        return pinned.to(device, non_blocking=True)
+        pins = torch.accelerator.is_available() and device.type != "cpu"
+        return (value.pin_memory() if pins else value).to(device, non_blocking=True)
     if isinstance(value, list):
         return [_moved(part, device) for part in value]
     if isinstance(value, tuple):

@@ -51,7 +51,6 @@ def _convert(path: Path, folder: Path, name: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"reading {path} and writing it as {folder}, once", flush=True)
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
