@@ -113,9 +113,8 @@ def main(
     elif trains:
         prompt, llm = prompt.filled(), llm.filled()
         print(f"base {prompt.base_model}, without a trained teacher")
-        cli.report_unused(files, "no trained teacher is read", "teacher")
-        if not sasrec_run:
-            cli.report_unused(files, "no trained teacher is read", "teacher_cache")
+        unread = ("teacher",) if sasrec_run else ("teacher", "teacher_cache")
+        cli.report_unused(files, "no trained teacher is read", *unread)
         if not online:
             reason = "no term reads a teacher"
             cli.report_unused(llm, reason, "distill_mode", "llama_decoder_nums_teacher")

@@ -702,14 +702,17 @@ def test_a_reproduction_without_its_raw_files_says_where_to_get_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_page_of_results_comes_again_from_the_committed_runs(tmp_path):
+@pytest.mark.parametrize(
+    "page, runs", [("results.md", "results"), ("sasrec_teacher.md", "results/sasrec_teacher")]
+)
+def test_the_pages_of_results_come_again_from_the_committed_runs(tmp_path, page, runs):
     """Tables and significance word for word; figures are drawn again."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    page = tmp_path / "docs/results.md"
+    page = tmp_path / "docs" / page
     committed = page.read_text()
     before, _, rest = committed.partition(report.START)
     page.write_text(before + report.START + "\n" + report.END + rest.partition(report.END)[2])
-    report.main(runs=str(tmp_path / "docs/results"), into=str(page))
+    report.main(runs=str(tmp_path / "docs" / runs), into=str(page))
     assert page.read_text() == committed
 
 

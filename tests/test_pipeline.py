@@ -426,7 +426,7 @@ def test_what_is_not_read_without_a_teacher_is_said(inside, capsys):
     for text in (
         "--teacher=t, --teacher_cache=c (no trained teacher is read)",
         "--distill_mode=online, --llama_decoder_nums_teacher=4 (no term reads a teacher)",
-        "--distill_block=2 (no term has a weight)",
+        "--distill_block=2 (no term with a weight uses blocks)",
     ):
         assert text in printed
 

@@ -220,10 +220,10 @@ CASES = [
     (
         31,
         "FD",
-        table(torch.ones(161, 8), key="embedding"),
-        "expected a dict with 'item_embedding', found embedding",
+        table({"a": torch.ones(161, 8), "b": torch.ones(161, 8)}, key=None),
+        "which is the item table? found 2 entries: a, b; write it as torch.save",
     ),
-    (31, "FD", table([1, 2, 3], key=None), "expected a dict with 'item_embedding', found list"),
+    (31, "FD", table([1, 2, 3], key=None), "which is the item table? found list"),
     (
         31,
         "FD",
@@ -253,7 +253,7 @@ CASES = [
     (37, "FD", table(torch.ones(161)), "found torch.float32 of shape (161,)"),
     (37, "FD", table(torch.ones(161, 2, 2)), "found torch.float32 of shape (161, 2, 2)"),
     (37, "FD", table(torch.ones(161, 8, dtype=torch.int64)), "found torch.int64 of shape (161, 8)"),
-    (37, "FD", table(np.ones((161, 8), dtype=np.int32)), "found torch.int32 of shape (161, 8)"),
+    (37, "FD", table(np.ones((161, 8), dtype=np.int32)), "found int32 of shape (161, 8)"),
     (
         38,
         "E",
