@@ -230,7 +230,7 @@ def test_f8_a_metric_that_is_no_number_stops_the_run(inside, monkeypatch):
     with pytest.raises(
         RunError,
         match=(
-            "step 8, validation: the vector of user 0 is NaN or.*the checkpoints that were there are "
+            "step 8, validation: the vector of user 0 is NaN.*the checkpoints that were there are "
             "kept"
         ),
     ):
