@@ -11,7 +11,7 @@ import extract_emb
 import finetune
 import recommend
 import train_sr_trad
-from benchmarks import efficiency, throughput
+from benchmarks import efficiency, retrieval, throughput
 from datasets import convert, process
 from experiments import ablation, demo, flags_page, motivation, report
 from tests.conftest import ROOT
@@ -31,6 +31,7 @@ MAINS = {
     "experiments.motivation": motivation.main,
     "experiments.report": report.main,
     "experiments.flags_page": flags_page.main,
+    "benchmarks.retrieval": retrieval.main,
     "benchmarks.throughput": throughput.main,
     "benchmarks.efficiency": efficiency.main,
 }
@@ -46,7 +47,8 @@ PAGES = [
     "datasets/process.py",
     "experiments/demo.py",
 ]
-PAGES += ["benchmarks/throughput.py", "benchmarks/efficiency.py"]
+PAGES += ["benchmarks/throughput.py", "benchmarks/efficiency.py", "benchmarks/retrieval.py"]
+PAGES += ["docs/sasrec_teacher.md"]
 PAGES += ["docs/data.md", "docs/speed.md", "experiments/flags_page.py"]
 TEXTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 TEXTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))

@@ -9,6 +9,7 @@ import datetime
 import functools
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 LONGEST_WAIT = datetime.timedelta(hours=6)  # while the first process fills the teacher's cache
 CHUNK = 2**25  # numbers per all-reduce
-PROBE_NUMBERS, PROBE_SECONDS, PROBES = 2**18, 0.02, 6  # see choose_threads
+PROBE_NUMBERS, PROBE_SECONDS, PROBES = 2**17, 0.02, 6  # see choose_threads
+SLOW, STUCK = 0.65, 0.25  # .9 on a quiet machine, .4 and .003 beside a busy process
 FIRST_SPEAKS = 30  # seconds that the other processes leave the first one to report a wrong request
 
 
@@ -87,9 +89,10 @@ def choose_threads(recorded: int | None = None) -> None:
     """Compute on CPU with `recorded` threads, else with as many as find a free core each.
 
     A parallel region waits for its slowest thread. Beside another busy process that thread may be
-    off its core for milliseconds, and fewer threads are many times faster. So short regions are
-    timed here, and the number is halved as long as the worst of them is less than half as fast as
-    with half the threads. OMP_NUM_THREADS, where it is set, is left alone.
+    off its core for milliseconds, and fewer threads are many times faster. So regions with the same
+    work per thread are timed here. The number is halved as long as they are slow against those of
+    half the threads: in the median, or now and then by far. OMP_NUM_THREADS, where it is set, is
+    left alone.
     """
     import torch
 
@@ -99,7 +102,7 @@ def choose_threads(recorded: int | None = None) -> None:
     if recorded is not None:
         threads = recorded
     else:
-        while threads > 1 and min(_rates(threads)) < 0.5 * max(_rates(threads // 2)):
+        while threads > 1 and _waits(_rates(threads), _rates(threads // 2)):
             threads //= 2
     torch.set_num_threads(threads)
     if threads < all_threads:
@@ -115,12 +118,21 @@ def _default_threads() -> int:
     return torch.get_num_threads()
 
 
+def _waits(rates: list[float], half: list[float]) -> bool:
+    """Whether regions of all threads wait, judged by those of half the threads."""
+    expected = statistics.median(half)
+    slow = statistics.median(rates) < SLOW * expected
+    return slow or sorted(rates)[1] < STUCK * expected
+
+
 def _rates(threads: int) -> list[float]:
-    """Parallel regions per second with so many threads, some times over."""
+    """Parallel regions per second with so many threads and the same work for each, some times
+    over.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    numbers, rates = torch.zeros(PROBE_NUMBERS), []
+    numbers, rates = torch.zeros(PROBE_NUMBERS * threads), []
     for _ in range(PROBES):
         numbers.add_(1)
         started, done = time.perf_counter(), 0
