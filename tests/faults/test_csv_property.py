@@ -58,6 +58,8 @@ def plainly(text):
     if not rows or not {"reviewerID", "asin"} <= {name.strip() for name in rows[0]}:
         return None
     header = [name.strip() for name in rows[0]]
+    if header.count("reviewerID") > 1 or header.count("asin") > 1:
+        return None
     found = {}
     for fields in rows[1:]:
         if not fields:
@@ -72,9 +74,20 @@ def plainly(text):
             type(item) is int and 0 <= item <= LARGEST_ID for item in items
         ):
             return None
+        if not fields[header.index("reviewerID")].strip():
+            return None
         found[fields[header.index("reviewerID")]] = items
+    if impossible([items for items in found.values() if items]):
+        return None
     kept = {user: items for user, items in found.items() if len(items) >= MINIMUM_LENGTH}
     return kept or None
+
+
+def impossible(lists):
+    """Data of valid form that cannot be meant: one item, or a run of item 0 at an end of three."""
+    at_start = sum(items[:2] == [0, 0] for items in lists)
+    at_end = sum(items[-2:] == [0, 0] for items in lists)
+    return len({item for items in lists for item in items}) == 1 or max(at_start, at_end) >= 3
 
 
 def check(data: bytes, expected) -> None:
