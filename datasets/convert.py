@@ -13,26 +13,38 @@ the names of users and items stay in memory. Each user's items are sorted by tim
 are sorted by their ids, so that the same log in another format gives the same files.
 """
 
-import ast
-import json
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from datasets import logs, process
+from datasets.columns import (
+    KNOWN,
+    LIST,
+    Columns,
+    canonical,
+    choose_columns,
+    common,
+    holds_lists,
+    named,
+    parse_list,
+    title_list,
+)
 from datasets.domain import canonical_domain
-from datasets.logs import Form, bare
+from datasets.interactions import MINIMUM_LENGTH
+from datasets.logs import Form
 from datasets.process import (
     Reviews,
     clean_title,
+    occurring,
+    often,
     print_counts,
-    share_of_ties,
+    print_ties,
     tie_order,
     write_domain,
 )
@@ -40,38 +52,6 @@ from utils import cli
 from utils.errors import UsageError
 from utils.files import check_writable
 from utils.flags import NonNegativeInt, PositiveInt, flag
-
-NAMES = {  # role -> common names of its column; the first that is there counts
-    "user": "user_id userid user reviewerid uid customer_id customerid customer visitorid"
-    " author_id",
-    "item": "item_id itemid item parent_asin asin product_id productid iid sid movie_id movieid"
-    " book_id song_id track_id business_id article_id sku",
-    "time": "timestamp time unixreviewtime datetime date ts unix_time event_time created_at t_dat"
-    " order_date purchase_date review_date",
-    "rating": "rating overall stars score",
-    "title": "title item_title movie_title product_name product_title item_name name",
-}
-REVIEW_TEXTS = {"text", "reviewtext", "review_text", "review"}  # their `title` is the review's
-KNOWN = {name for names in NAMES.values() for name in names.split()}
-WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
-NOTHING = {"nan", "NaN", "null", "NULL", "None"}  # how programs write an id that is missing
-LIST = re.compile(r"\s*[\[(].*[\])]\s*")
-DATE = re.compile(r"\s*\d{4}-\d\d-\d\d")
-SPLIT = re.compile(r"[\s,|;]+")
-
-
-class Columns(NamedTuple):
-    """The name of the column of each role; None where there is none."""
-
-    user: str
-    item: str
-    time: str | None
-    rating: str | None
-    title: str | None
-
-    def present(self) -> dict[str, str]:
-        """Role -> column."""
-        return {role: name for role, name in self._asdict().items() if name is not None}
 
 
 class _Names:
@@ -90,71 +70,6 @@ class _Names:
     def code(self, name: str) -> int:
         name = canonical(name)
         return self.codes.setdefault(name, len(self.codes)) if name else -1
-
-
-def canonical(name: str | None) -> str:
-    """An id as it is written here: one line, no float of a whole number; "" where there is none."""
-    name = " ".join((name or "").split())
-    whole = WHOLE.fullmatch(name)
-    name = whole[1] if whole else name
-    return "" if name in NOTHING else name
-
-
-def choose_columns(form: Form, given: dict[str, str | None]) -> Columns:
-    """Which column is what: as the flags say, else by name, else by place.
-
-    Raises:
-        UsageError: a named column is missing, or user or item is not found.
-    """
-    chosen: dict[str, str | None] = {}
-    for role, name in given.items():
-        if name is not None and name not in form.columns:
-            raise UsageError(
-                f"--{role}={name}: {form.path} has no such column; found {form.shown()}"
-            )
-        chosen[role] = name
-    by_name = {bare(name): name for name in reversed(form.columns)}
-    if not form.header:
-        by_place = _by_place(form)
-        chosen |= {role: chosen[role] or by_place.get(role) for role in NAMES}
-    else:
-        for role, names in NAMES.items():
-            found = [by_name[name] for name in names.split() if name in by_name]
-            chosen[role] = chosen[role] or next(iter(found), None)
-        if REVIEW_TEXTS & set(by_name) and given["title"] is None:
-            chosen["title"] = None
-    missing = [role for role in ("user", "item") if not chosen[role]]
-    if missing:
-        flags = " and ".join(f"--{role}" for role in missing)
-        raise UsageError(
-            f"{form.path}: which column is the {' and the '.join(missing)}? found {form.shown()};"
-            f" name it with {flags}"
-        )
-    if chosen["user"] == chosen["item"]:
-        raise UsageError(f"{form.path}: column {chosen['user']} cannot be both user and item")
-    return Columns(**chosen)
-
-
-def _by_place(form: Form) -> dict[str, str]:
-    """Roles of columns without names: user, item[, rating], time; Amazon's ratings-only files of
-    2018 have the item first.
-    """
-    columns = form.columns
-    if len(columns) > 4 or len(columns) < 2:
-        raise UsageError(
-            f"{form.path}: no header, and {len(columns)} columns ({form.shown()});"
-            " name them with --user, --item, --time"
-        )
-    dates = [i for i in range(2) if all(DATE.match(row[i]) for row in form.sample)]
-    if dates:  # a date among the first two is neither a user nor an item
-        rest = [name for i, name in enumerate(columns) if i != dates[0]]
-        return dict(zip(("user", "item", "rating"), rest)) | {"time": columns[dates[0]]}
-    roles = ["user", "item", "rating", "time"] if len(columns) == 4 else ["user", "item", "time"]
-    first, second = ([row[i] for row in form.sample] for i in (0, 1))
-    asins = all(re.fullmatch(r"B\w{6,9}|\d{9}[\dX]", cell) for cell in first)
-    if asins and all(re.fullmatch(r"A\w{3,20}", cell) for cell in second):
-        roles[:2] = ["item", "user"]
-    return dict(zip(roles, columns))
 
 
 class _Log:
@@ -253,7 +168,8 @@ def _sorted_codes(codes: dict[str, int], column: np.ndarray) -> tuple[list[str],
     return names, new[column]
 
 
-def _order(names) -> Any:
+def _order(names: Iterable[str]) -> Callable[[str], tuple[int, str]] | None:
+    """The key to sort ids by: whole numbers by value, else None for text."""
     numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in names)
     return (lambda name: (int(name), name)) if numbers else None
 
@@ -280,22 +196,6 @@ def read_log(form: Form, columns: Columns, min_rating: float | None, lists: bool
     return log
 
 
-def holds_lists(form: Form, columns: Columns) -> bool:
-    """Whether lines have a user's list: as JSON, or as text where users come once and there is no
-    time.
-    """
-    if form.lists:
-        return True
-    user, item = (form.columns.index(name) for name in (columns.user, columns.item))
-    cells = [row[item] for row in form.sample]
-    if any(LIST.fullmatch(cell) for cell in cells):
-        return True
-    users = [row[user] for row in form.sample]
-    many = sum(len(SPLIT.split(cell.strip())) > 1 for cell in cells)
-    once = len(set(users)) == len(users)
-    return columns.time is None and once and 2 * many >= len(cells) > 0
-
-
 def _unrolled(path: Path, row: int, batch: dict[str, pa.Array]) -> Iterator[dict[str, pa.Array]]:
     """Every line's list as a batch of its own."""
     titles = batch.get("title")
@@ -304,48 +204,9 @@ def _unrolled(path: Path, row: int, batch: dict[str, pa.Array]) -> Iterator[dict
         arrays = {"item": pa.array(items, pa.string())}
         arrays["user"] = pa.array([batch["user"][place].as_py()] * len(items), pa.string())
         if titles is not None:
-            names = _names(titles[place].as_py(), len(items))
+            names = title_list(titles[place].as_py(), len(items))
             arrays |= {"title": pa.array(names, pa.string())} if names else {}
         yield arrays
-
-
-def parse_list(path: Path, row: int, cell: str) -> list[str]:
-    """The item ids of a cell: JSON, a Python literal, or text split at commas, spaces or bars.
-
-    Raises:
-        UsageError: an element is no text and no whole number.
-    """
-    values: Any = None
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            values = parse(cell)
-            break
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    if not isinstance(values, list | tuple):
-        values = [part.strip("'\"") for part in SPLIT.split(cell.strip().strip("[]()")) if part]
-    names = []
-    for position, value in enumerate(values):
-        text = str(value).strip() if type(value) in (int, float, str) else ""
-        if not text or text == "nan" or (type(value) is float and not value.is_integer()):
-            raise UsageError(
-                f"{path}: row {row}: element {position} of the list is {str(value)[:40]!r},"
-                " expected an id"
-            )
-        names.append(f"{value:.0f}" if type(value) is float else text)
-    return names
-
-
-def _names(cell: str | None, n: int) -> list[str]:
-    """A list of n titles; none where the cell holds something else."""
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            values = parse(cell or "")
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(values, list) and len(values) == n:
-            return [value if isinstance(value, str) else "" for value in values]
-    return []
 
 
 def read_titles(form: Form, columns: tuple[str | None, str | None], wanted: set[str]) -> dict:
@@ -356,15 +217,14 @@ def read_titles(form: Form, columns: tuple[str | None, str | None], wanted: set[
     """
     if form.kind == "json" and not form.columns:  # Amazon's metadata of 2014: Python literals
         return process.read_titles(form.path, wanted)[0]
-    by_name = {bare(name): name for name in reversed(form.columns)}
+    by_name = named(form)
     chosen = []
     for role, name in zip(("item", "title"), columns):
         if role == "item" and {"item_id", "asin", "title"} == set(by_name):  # our own items.csv
             name = by_name["asin"]
-        common = [by_name[known] for known in NAMES[role].split() if known in by_name]
         place = None if form.header else form.columns[len(chosen)]
         own = name if name in form.columns else None
-        chosen.append(own or next(iter(common), None) or place)
+        chosen.append(own or common(by_name, role) or place)
     if None in chosen:
         raise UsageError(
             f"--items={form.path}: expected columns such as item_id and title,"
@@ -383,8 +243,11 @@ def read_titles(form: Form, columns: tuple[str | None, str | None], wanted: set[
 def look_at_items(path: Path) -> Form:
     """The form of a list of items; without a common column name it has no header."""
     form = logs.look(path, KNOWN)
-    named = KNOWN & {bare(name) for name in form.columns}
-    return form if named or form.kind != "table" else logs.look(path, KNOWN, header=False)
+    return (
+        form
+        if KNOWN & named(form).keys() or form.kind != "table"
+        else logs.look(path, KNOWN, header=False)
+    )
 
 
 def filter_log(
@@ -418,8 +281,7 @@ def filter_log(
     while changes:
         changes = False
         for what, column, least in rules:
-            codes = getattr(log, column)
-            kept = np.bincount(codes)[codes] >= least if len(codes) else np.zeros(0, bool)
+            kept = often(getattr(log, column), least)
             if kept.all():
                 continue
             log, changes = log.keep(kept), True
@@ -504,22 +366,17 @@ def main(
     by_hash = tie_order(whole, tie_seed) if ties == "hash" else None
     kept = filter_log(whole, by_hash, dedup, min_user, min_item, min_length)
     if columns.time is not None:
-        how = f"by a hash with --tie_seed={tie_seed}" if ties == "hash" else "in file order"
-        print(
-            f"{share_of_ties(kept):.1%} of a user's neighbouring interactions share a time: {how}"
-        )
-    titles = log.titles()
+        print_ties(kept, "interactions", ties, tie_seed)
+    titles, wanted = log.titles(), occurring(kept)
     if items is not None:
-        wanted = {kept.items[code] for code in np.unique(kept.item)}
         titles |= read_titles(look_at_items(Path(items)), (item, title), wanted)
     write_domain(kept, titles, path, _order(kept.items))
-    longest = Counter(np.bincount(kept.user).tolist())
-    short = sum(users for length, users in longest.items() if 0 < length < 4)
+    lengths = np.bincount(kept.user)
+    short = int(((lengths > 0) & (lengths < MINIMUM_LENGTH)).sum())
     if short:
-        print(f"{short:,} users have fewer than 4 items: they are not evaluated")
-    named = sum(bool(titles.get(kept.items[code])) for code in np.unique(kept.item))
-    print(f"titles: {named:,} items have one")
-    print(f"wrote {path} and {path.with_suffix('.items.csv')}")
+        print(f"{short:,} users have fewer than {MINIMUM_LENGTH} items: they are not evaluated")
+    print(f"titles: {sum(bool(titles.get(name)) for name in wanted):,} items have one")
+    print(f"wrote {path} and {listing}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UsageError
-from utils.files import replacing
+from utils.files import Watched, replacing
 
 MINIMUM_LENGTH = 4  # leave-one-out with a training target: at least one item before it
 LARGEST_ID = 2**31 - 2
@@ -158,22 +158,6 @@ class _Ends:
                 )
 
 
-class _Digesting(io.RawIOBase):
-    """A readable stream that feeds every byte it hands out to a digest."""
-
-    def __init__(self, raw: io.BufferedIOBase, digest) -> None:
-        self.raw, self.digest = raw, digest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        block = self.raw.read(len(buffer))
-        self.digest.update(block)
-        buffer[: len(block)] = block
-        return len(block)
-
-
 def open_bytes(path: Path) -> io.BufferedIOBase:
     """Open a plain, gzip or xz file for reading, by its suffix."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
@@ -212,7 +196,7 @@ def read_titles(path: Path) -> dict[int, str]:
         if "title" not in names:
             return {}
         ids = _item_ids(path, row, fields[names.index("asin")])
-        shown = _parsed(fields[names.index("title")])
+        shown = parsed(fields[names.index("title")])
         if isinstance(shown, list) and len(shown) == len(ids):
             for item, title in zip(ids, shown):
                 if isinstance(title, str) and title and item not in titles:
@@ -220,7 +204,7 @@ def read_titles(path: Path) -> dict[int, str]:
     return titles
 
 
-def _parsed(cell: str) -> object:
+def parsed(cell: str) -> object:
     """A cell as JSON or as a Python literal; None where it is neither."""
     try:
         return json.loads(cell)
@@ -248,7 +232,7 @@ def _records(path: Path, digest) -> Iterator[tuple[int, list[str], list[str]]]:
     csv.field_size_limit(2**31 - 1)
     try:
         with open_bytes(path) as raw:
-            buffered = io.BufferedReader(_Digesting(raw, digest), 2**20)
+            buffered = io.BufferedReader(Watched(raw, digest.update), 2**20)
             text = io.TextIOWrapper(buffered, encoding="utf-8-sig", newline="")
             yield from _parse(path, text)
     except UnicodeDecodeError:

@@ -26,10 +26,12 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from utils.errors import UsageError
+from utils.files import Watched
 
 SAMPLE_BYTES, SAMPLE_LINES = 2**18, 50
 BATCH = 2**17  # lines
 LINE_BREAKS = 50  # in one cell
+SAVE_AS_UTF8 = "save it as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8)"
 SEPARATORS = ("::", "\t", ";", ",", "|", " ")
 MAGIC = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open}
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -252,22 +254,6 @@ def _opener(path: Path) -> Callable[..., BinaryIO] | None:
     return next((opener for magic, opener in MAGIC.items() if start.startswith(magic)), None)
 
 
-class _Metered(io.RawIOBase):
-    """A file being read, with a bar over its uncompressed bytes."""
-
-    def __init__(self, file: BinaryIO, bar: tqdm) -> None:
-        self.file, self.bar = file, bar
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        block = self.file.read(len(buffer))
-        self.bar.update(len(block))
-        buffer[: len(block)] = block
-        return len(block)
-
-
 def batches(form: Form, columns: list[str]) -> Iterator[tuple[int, dict[str, pa.Array]]]:
     """(row of the first line, column name -> values) of the file; the first row is 1, a header's.
 
@@ -280,7 +266,9 @@ def batches(form: Form, columns: list[str]) -> Iterator[tuple[int, dict[str, pa.
     except DAMAGED as error:
         raise UsageError(f"{form.path}: damaged ({error})") from None
     except UnicodeDecodeError as error:
-        raise UsageError(_not_utf8(form.path, error.start)) from None
+        raise UsageError(
+            f"{form.path}: not UTF-8 near byte {error.start}; {SAVE_AS_UTF8}"
+        ) from None
     except pa.ArrowException as error:
         text = str(error).splitlines()[0]
         wrong = re.search(r"Row #(\d+): Expected (\d+) columns, got (\d+)", text)
@@ -288,12 +276,8 @@ def batches(form: Form, columns: list[str]) -> Iterator[tuple[int, dict[str, pa.
             row, expected, got = wrong.groups()
             text = f"row {row} has {got} fields, expected {expected}"
         elif "invalid UTF8" in text:
-            text = "not UTF-8; save it as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8)"
+            text = f"not UTF-8; {SAVE_AS_UTF8}"
         raise UsageError(f"{form.path}: {text[:200]}") from None
-
-
-def _not_utf8(path: Path, place: int) -> str:
-    return f"{path}: not UTF-8 near byte {place}; save it as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8)"
 
 
 def _bar(path: Path) -> tqdm:
@@ -302,11 +286,14 @@ def _bar(path: Path) -> tqdm:
     return tqdm(total=total, desc=path.name, **options)
 
 
+def _watched(file: BinaryIO, bar: tqdm) -> io.BufferedReader:
+    """The file, with a bar over its uncompressed bytes."""
+    return io.BufferedReader(Watched(file, lambda block: bar.update(len(block))), 2**20)
+
+
 def _table(form: Form, columns: list[str]) -> Iterator[tuple[int, dict[str, pa.Array]]]:
     names = form.columns
-    if (
-        form.separator == "::"
-    ):  # single colons with an empty column between: no library splits at two letters
+    if form.separator == "::":  # pyarrow splits at one letter: there is an empty column between
         names = list(itertools.chain.from_iterable((name, f"{name} ") for name in names))[:-1]
     parse = pa.csv.ParseOptions(
         delimiter=form.separator[0],
@@ -323,7 +310,7 @@ def _table(form: Form, columns: list[str]) -> Iterator[tuple[int, dict[str, pa.A
         strings_can_be_null=False,
     )
     with _opened(form.path) as file, _bar(form.path) as bar:
-        source = io.BufferedReader(_Metered(file, bar), 2**20)
+        source = _watched(file, bar)
         row = 1 + form.skip
         for batch in pa.csv.open_csv(
             source, read_options=read, parse_options=parse, convert_options=convert
@@ -348,7 +335,7 @@ def _refuse_open_quotes(path: Path, row: int, arrays: dict[str, pa.Array]) -> No
 
 def _text_lines(form: Form) -> Iterator[tuple[int, str]]:
     with _opened(form.path) as file, _bar(form.path) as bar:
-        source = io.BufferedReader(_Metered(file, bar), 2**20)
+        source = _watched(file, bar)
         yield from enumerate(io.TextIOWrapper(source, encoding=form.encoding), start=1)
 
 

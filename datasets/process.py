@@ -13,7 +13,6 @@ of users and items stay in memory.
 """
 
 import ast
-import csv
 import gzip
 import hashlib
 import html
@@ -32,9 +31,9 @@ from tqdm import tqdm
 
 from datasets.domain import canonical_domain
 from datasets.interactions import write_csv
+from datasets.items import Items
 from utils import cli
 from utils.errors import UsageError
-from utils.files import replacing
 from utils.flags import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
 
 NUMBERS = {"overall", "unixReviewTime"}  # the fields that are numbers; all others are text
@@ -128,15 +127,15 @@ def filter_reviews(
         report(stage, reviews)
 
     keep(~_duplicates(reviews), "duplicate reviews dropped")
-    keep(_often(reviews.user, min_user), f"users with >= {min_user} reviews")
-    keep(_often(reviews.item, min_item), f"items with >= {min_item} reviews")
+    keep(often(reviews.user, min_user), f"users with >= {min_user} reviews")
+    keep(often(reviews.item, min_item), f"items with >= {min_item} reviews")
     order = np.argsort(place)
     reviews, place = reviews.keep(order), place[order]
-    keep(_often(reviews.user, min_length), f"sequences of >= {min_length}")
+    keep(often(reviews.user, min_length), f"sequences of >= {min_length}")
     pairs = reviews.user.astype(np.int64) * max(1, len(reviews.items)) + reviews.item
     _, first = np.unique(pairs, return_index=True)
     keep(np.sort(first), "repeats inside a user dropped")
-    keep(_often(reviews.user, min_length), f"sequences of >= {min_length} again")
+    keep(often(reviews.user, min_length), f"sequences of >= {min_length} again")
     return reviews
 
 
@@ -157,6 +156,17 @@ def tie_order(reviews: Reviews, seed: int) -> np.ndarray:
 def _hashed(text: str) -> int:
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def print_ties(reviews: Reviews, what: str, ties: Literal["hash", "file"], tie_seed: int) -> None:
+    """One line: how many neighbours share a time, and what orders them."""
+    how = f"by a hash with --tie_seed={tie_seed}" if ties == "hash" else "in file order"
+    print(f"{share_of_ties(reviews):.1%} of a user's neighbouring {what} share a time: {how}")
+
+
+def occurring(reviews: Reviews) -> set[str]:
+    """The items that are left."""
+    return {reviews.items[code] for code in np.unique(reviews.item)}
 
 
 def share_of_ties(reviews: Reviews) -> float:
@@ -233,14 +243,10 @@ def write_domain(
             yield reviews.users[reviews.user[a]], items, [names[item] for item in items]
 
     write_csv(path, rows())
-    listing = path.with_name(path.name.removesuffix(".csv") + ".items.csv")
-    with replacing(listing) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["item_id", "asin", "title"])
-        writer.writerows((i, asin, name) for i, (asin, name) in enumerate(zip(asins, names)))
+    Items(np.arange(len(asins)), asins, names).write(path.with_suffix(".items.csv"))
 
 
-def _often(codes: np.ndarray, least: int) -> np.ndarray:
+def often(codes: np.ndarray, least: int) -> np.ndarray:
     """Mask of the rows whose code occurs at least `least` times."""
     return np.bincount(codes)[codes] >= least if len(codes) else np.zeros(0, dtype=bool)
 
@@ -372,9 +378,8 @@ def main(
     if not len(kept.user):
         raise UsageError(f"{reviews}: {_emptied(counts, low)}")
     if by_time:
-        how = f"by a hash with --tie_seed={tie_seed}" if ties == "hash" else "in file order"
-        print(f"{share_of_ties(kept):.1%} of a user's neighbouring reviews share a time: {how}")
-    wanted = {kept.items[code] for code in np.unique(kept.item)}
+        print_ties(kept, "reviews", ties, tie_seed)
+    wanted = occurring(kept)
     titles, repeats = read_titles(meta, wanted) if meta else ({}, 0)
     write_domain(kept, titles, path)
     named = sum(bool(title) for title in titles.values())

@@ -4,13 +4,14 @@ LEAVE ALONE.
 """
 
 import hashlib
+import io
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from utils.errors import UsageError
 
@@ -31,6 +32,22 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+class Watched(io.RawIOBase):
+    """A readable stream over another one that shows every block it hands out to a function."""
+
+    def __init__(self, raw: BinaryIO, show: Callable[[bytes], object]) -> None:
+        self.raw, self.show = raw, show
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        block = self.raw.read(len(buffer))
+        self.show(block)
+        buffer[: len(block)] = block
+        return len(block)
 
 
 def write_json(path: str | Path, content: Any) -> None:
