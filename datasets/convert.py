@@ -14,7 +14,8 @@ are sorted by their ids, so that the same log in another format gives the same f
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -83,30 +84,34 @@ class _Log:
         self.dates: bool | None = None  # whether times are dates; the first one decides
         self.low = self.n = 0
 
-    def add(self, row: int, batch: dict[str, pa.Array]) -> None:
-        """Take the columns of a batch whose first line is `row`, by role."""
-        user = self._codes(self.users, batch["user"], "user", row)
-        item = self._codes(self.items, batch["item"], "item", row)
+    def add(self, rows: np.ndarray, batch: dict[str, pa.Array]) -> None:
+        """Take the columns of a batch, by role.
+
+        Args:
+            rows: the row of the file that each value is from, for messages.
+        """
+        user = self._codes(self.users, batch["user"], "user", rows)
+        item = self._codes(self.items, batch["item"], "item", rows)
         if "time" in batch:
-            time = self._times(batch["time"], row)
+            time = self._times(batch["time"], rows)
         else:
             time = np.arange(self.n, self.n + len(user))
         self.n += len(user)
         if "title" in batch:
             self._titles(item, batch["title"])
         if self.min_rating is not None:
-            kept = self._numbers(batch["rating"], "rating", row) >= self.min_rating
+            kept = self._numbers(batch["rating"], "rating", rows) >= self.min_rating
             self.low += int((~kept).sum())
             user, item, time = user[kept], item[kept], time[kept]
         self.user.append(user)
         self.item.append(item)
         self.time.append(time)
 
-    def _codes(self, names: _Names, values: pa.Array, role: str, row: int) -> np.ndarray:
+    def _codes(self, names: _Names, values: pa.Array, role: str, rows: np.ndarray) -> np.ndarray:
         codes = names.encode(values)
         empty = np.flatnonzero(codes < 0)
         if len(empty):
-            raise UsageError(f"{self.path}: row {row + empty[0]}: the {role} is empty")
+            raise UsageError(f"{self.path}: row {rows[empty[0]]}: the {role} is empty")
         return codes
 
     def refuse_lists(self) -> None:
@@ -118,24 +123,26 @@ class _Log:
                 " lists, --lists no takes it as an id"
             )
 
-    def _numbers(self, values: pa.Array, role: str, row: int) -> np.ndarray:
+    def _numbers(self, values: pa.Array, role: str, rows: np.ndarray) -> np.ndarray:
         numbers = logs.numbers(values)
-        self._refuse(np.isnan(numbers), values, role, row, "a number")
+        self._refuse(np.isnan(numbers), values, role, rows, "a number")
         return numbers
 
-    def _times(self, values: pa.Array, row: int) -> np.ndarray:
+    def _times(self, values: pa.Array, rows: np.ndarray) -> np.ndarray:
         if self.dates is None:
             self.dates = logs.are_dates(values)
         times, wrong = logs.times(values, self.dates)
-        self._refuse(wrong, values, "time", row, "a number or a date such as 2024-04-25 08:00:00")
+        self._refuse(wrong, values, "time", rows, "a number or a date such as 2024-04-25 08:00:00")
         return times
 
-    def _refuse(self, wrong: np.ndarray, values: pa.Array, role: str, row: int, expected: str):
+    def _refuse(
+        self, wrong: np.ndarray, values: pa.Array, role: str, rows: np.ndarray, expected: str
+    ) -> None:
         places = np.flatnonzero(wrong)
         if len(places):
             value = values[int(places[0])].as_py()
             raise UsageError(
-                f"{self.path}: row {row + places[0]}: the {role} is {str(value)[:40]!r},"
+                f"{self.path}: row {rows[places[0]]}: the {role} is {str(value)[:40]!r},"
                 f" expected {expected}"
             )
 
@@ -186,27 +193,31 @@ def read_log(form: Form, columns: Columns, min_rating: float | None, lists: bool
     present = columns.present()
     for row, batch in logs.batches(form, list(present.values())):
         by_role = {role: batch[name] for role, name in present.items()}
-        if lists:
-            for place, arrays in enumerate(_unrolled(form.path, row, by_role)):
-                log.add(row + place, arrays)
-        else:
-            log.add(row, by_role)
+        rows = np.arange(row, row + len(by_role["user"]))
+        log.add(*(_unrolled(form.path, rows, by_role) if lists else (rows, by_role)))
     if not log.n:
         raise UsageError(f"{form.path}: holds no interaction")
     return log
 
 
-def _unrolled(path: Path, row: int, batch: dict[str, pa.Array]) -> Iterator[dict[str, pa.Array]]:
-    """Every line's list as a batch of its own."""
-    titles = batch.get("title")
-    for place, cell in enumerate(batch["item"].to_pylist()):
-        items = parse_list(path, row + place, cell or "")
-        arrays = {"item": pa.array(items, pa.string())}
-        arrays["user"] = pa.array([batch["user"][place].as_py()] * len(items), pa.string())
-        if titles is not None:
-            names = title_list(titles[place].as_py(), len(items))
-            arrays |= {"title": pa.array(names, pa.string())} if names else {}
-        yield arrays
+def _unrolled(
+    path: Path, rows: np.ndarray, batch: dict[str, pa.Array]
+) -> tuple[np.ndarray, dict[str, pa.Array]]:
+    """The lists of all lines as one batch, an item per value, and the row of each."""
+    lists = [
+        parse_list(path, row, cell or "") for row, cell in zip(rows, batch["item"].to_pylist())
+    ]
+    lengths = [len(items) for items in lists]
+    owner = np.repeat(np.arange(len(lists)), lengths)
+    arrays = {
+        "user": batch["user"].take(pa.array(owner)),
+        "item": pa.array(chain.from_iterable(lists), pa.string()),
+    }
+    if "title" in batch:
+        cells = zip(batch["title"].to_pylist(), lengths)
+        titles = (title_list(cell, n) or [""] * n for cell, n in cells)
+        arrays["title"] = pa.array(chain.from_iterable(titles), pa.string())
+    return rows[owner], arrays
 
 
 def read_titles(form: Form, columns: tuple[str | None, str | None], wanted: set[str]) -> dict:
@@ -340,7 +351,7 @@ def main(
     columns = choose_columns(form, given)
     in_lists = said[lists] if lists != "auto" else holds_lists(form, columns)
     if in_lists:
-        columns = columns._replace(time=None)
+        columns = columns._replace(time=None, rating=None)
     print(f"{input}: {form.describe()}{'; a list of items per line' if in_lists else ''}")
     for role, name in columns.present().items():
         print(f"  {role}: {form.where(name)}{logs.unit(form, name) if role == 'time' else ''}")

@@ -231,6 +231,7 @@ def test_bad_requests_are_refused():
     for flags, message in (
         ({"user": "buyer"}, "--user=buyer: a.csv has no such column; found user, item"),
         ({"min_rating": 3.0}, "--min_rating=3.0: a.csv has no rating; name it with --rating"),
+        ({"min_rating": 3.0, "lists": "yes"}, "--min_rating=3.0: a.csv has no rating"),
         ({"items": "none.csv"}, "--items=none.csv: file not found"),
         ({"min_user": 9}, "nothing is left after 'users with >= 9'; lower --min_user"),
     ):
