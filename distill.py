@@ -82,7 +82,6 @@ def main(
     teacher_folder, cache = domain.teacher(files)
     trains = not runtime.eval_only
     from_teacher = trains and llm.student_init != "base"
-    with_layers = llm.student_init == "teacher"
     needs_teacher = trains and (loss.reads_teacher or from_teacher)
     online = needs_teacher and llm.distill_mode == "online"
     offline = needs_teacher and not online
@@ -172,10 +171,10 @@ def main(
     )
     calibration = Calibration(samples.calibration().to(device), table, bf16, training.seed)
     shape = {"lora": lora, "n_blocks": n_blocks, "calibration": calibration}
+    shape["exit_norm"] = loss.exit_norm
     same_exits = offline and taught["exit_heads"] and taught["n_blocks"] == n_blocks
     heads = exits or (loss.logit_lambda > 0 and same_exits)
-    pool = taught["layers"] if from_teacher and with_layers else None
-    shape["exit_norm"] = loss.exit_norm
+    pool = taught["layers"] if llm.student_init == "teacher" else None
     spec = specify(
         location,
         prompt,
@@ -211,10 +210,12 @@ def main(
 
     torch.manual_seed(run.seed)
     student = trained = build_model(spec)
-    if from_teacher:
-        student.start_from(teacher_run, spec, with_layers)
-    if run.source and not run.resume:
-        student.continue_from(run.source, spec)
+    if llm.student_init == "teacher":
+        student.start_from(teacher_run, spec)
+    elif llm.student_init == "adapter":
+        student.take_ends(teacher_run)
+    if run.starts_from:
+        student.continue_from(run.starts_from, spec)
 
     def outputs_of(load_teacher, samples, identity: dict):
         """A frozen teacher's outputs on the samples, from disk where they are there."""

@@ -75,19 +75,22 @@ def main(
     overwrite: bool = flag(False, "replace the folder, if it is an export"),
 ) -> Path:
     """Export a run."""
-    from datasets.domain import read_served
+    from datasets.domain import is_export, read_served
     from utils.files import check_writable
 
     folder = Path(output_dir)
-    is_export = (folder / "recommender.json").is_file()
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     lacking = [name for name in ONNX_PACKAGES if onnx and find_spec(name) is None]
     cli.check(
         (not lacking, f"--onnx needs {', '.join(lacking)}; pip install {' '.join(lacking)}"),
         (
-            empty or (overwrite and is_export),
+            empty or (overwrite and is_export(folder)),
             f"--output_dir={folder}: is there already;"
-            + (" --overwrite replaces it" if is_export else " not an export, choose another"),
+            + (
+                " --overwrite replaces it"
+                if is_export(folder)
+                else " not an export, choose another"
+            ),
         ),
     )
     check_writable(folder.parent, "--output_dir")
@@ -116,9 +119,7 @@ def main(
     partial.mkdir(parents=True)
     try:
         item_ids = torch.from_numpy(served.data.item_ids)
-        counts = np.bincount(served.data.items, minlength=served.data.n_items)
-        popularity = torch.from_numpy(counts.astype(np.float32))
-        exported.save(partial, model, item_ids, popularity, slots)
+        exported.save(partial, model, item_ids, served.popularity(), slots)
         Items.of(served.csv_path, served.data.item_ids).write(partial / "items.csv")
         code = (TEMPLATES / "scores.py").read_text(encoding="utf-8")
         (partial / "README.md").write_text(model_card(served, code), encoding="utf-8")

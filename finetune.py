@@ -93,8 +93,8 @@ def main(
     run.prepare(domain=inputs.domain.name, **inputs.hashes, **base_about, bf16=bf16, model=spec)
     torch.manual_seed(run.seed)
     model = build(location, table, spec, bf16, runtime.gradient_checkpointing).to(device)
-    if run.source and not run.resume:
-        model.continue_from(run.source, spec)
+    if run.starts_from:
+        model.continue_from(run.starts_from, spec)
 
     def loss_fn(indices):
         output = model(samples.histories(indices))

@@ -27,6 +27,7 @@ from utils.flags import PositiveInt, flag
 if TYPE_CHECKING:
     import torch
 
+    from datasets.domain import Served
     from datasets.items import Finder, Items
     from models.recommender import Recommender
 
@@ -44,7 +45,7 @@ def recommend(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best items of each history, the best first; equal scores in item order.
 
-    Reads the model anew in every call. `open_model` reads it once for many.
+    Every call reads the model. `open_model` reads it once for many.
 
     Args:
         histories: item ids of the domain's CSV, in time order; n lists of any length.
@@ -71,24 +72,21 @@ def open_model(
     files: flags.ServedFiles, exit: int | None, device: str
 ) -> tuple["Recommender", "Items"]:
     """The recommender of a run or of an exported folder, and what its items are called."""
-    exported = (Path(files.model) / "recommender.json").is_file()
-    if exported:
+    from datasets.domain import is_export, read_served
+
+    if is_export(Path(files.model)):
         return _open_export(Path(files.model), exit, device)
-    from datasets.domain import read_served
+    return _open_run(read_served(files), exit, device)
+
+
+def _open_run(served: "Served", exit: int | None, device: str) -> tuple["Recommender", "Items"]:
     from datasets.items import Items
-
-    served = read_served(files)
-
-    import torch  # late, so that a wrong request is answered at once
-
-    from models import recommender
+    from models import recommender  # late, so that a wrong request is answered at once
     from utils import processes
 
     names = Items.of(served.csv_path, served.data.item_ids)
     chosen = processes.choose_device(device)
-    counts = np.bincount(served.data.items, minlength=served.data.n_items)
-    popularity = torch.from_numpy(counts.astype(np.float32))
-    table = served.item_table()
+    table, popularity = served.item_table(), served.popularity()
     return recommender.of_run(served.run, table, popularity, chosen, exit), names
 
 
@@ -122,30 +120,32 @@ def allowed_items(
     return allowed
 
 
-def read_users(
-    users: str, files: flags.ServedFiles, names: "Items", finder: "Finder"
-) -> tuple[list[str], list[list[int]]]:
-    """Names and histories (catalogue indices) of the domain's users, or of a file's."""
-    from datasets.convert import parse_list
-    from datasets.domain import read_served
-    from datasets.interactions import read_cells, read_histories
+def all_users(csv_path: Path, names: "Items") -> tuple[list[str], list[list[int]]]:
+    """Names and histories (catalogue indices) of the domain's users."""
+    from datasets.interactions import read_histories
 
     who, histories = [], []
-    if users == "all":
-        for user, ids in read_histories(read_served(files).csv_path):
-            who.append(user)
-            histories.append(np.searchsorted(names.ids, ids).tolist())
-        return who, histories
+    for user, ids in read_histories(csv_path):
+        who.append(user)
+        histories.append(np.searchsorted(names.ids, ids).tolist())
+    return who, histories
+
+
+def read_users(users: Path, finder: "Finder") -> tuple[list[str], list[list[int]]]:
+    """Names and histories (catalogue indices) of a file's users."""
+    from datasets.columns import parse_list
+    from datasets.interactions import read_cells
+
     rows: dict[str, int] = {}
-    for row, user, cell in read_cells(Path(users)):
+    histories = []
+    for row, user, cell in read_cells(users):
         if rows.setdefault(user, row) != row:
             raise cli.UsageError(
                 f"--users={users}: reviewerID {user!r} stands in rows {rows[user]} and {row}"
             )
-        items = parse_list(Path(users), row, cell)
-        who.append(user)
+        items = parse_list(users, row, cell)
         histories.append([finder.find(item, f"--users={users}: row {row}") for item in items])
-    return who, histories
+    return list(rows), histories
 
 
 def show(history: list[int], items: list[int], scores: list[float], names: "Items") -> None:
@@ -180,16 +180,18 @@ def main(
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one"),
 ) -> list[dict] | None:
     """Recommend for one history, on the screen, or for many, into a file."""
+    from datasets.domain import is_export, read_served
     from datasets.items import Finder
     from datasets.recommendations import Writer, rows
 
+    exported = is_export(Path(files.model))
     cli.check(
         (not (history and users), "--history and --users: give one of them"),
         (users is None or output is not None, "--users needs --output, the file of the lists"),
         (output is None or users is not None, "--output is of --users; one history is shown"),
         (users in (None, "all") or Path(users).is_file(), f"--users={users}: file not found"),
         (
-            users != "all" or not (Path(files.model) / "recommender.json").is_file(),
+            users != "all" or not exported,
             f"--users=all: {files.model} is an export without users; name a file",
         ),
         (
@@ -200,7 +202,11 @@ def main(
     )
     if output is not None:
         Writer.check(Path(output))
-    recommender, names = open_model(files, exit, device)
+    if exported:
+        recommender, names = _open_export(Path(files.model), exit, device)
+    else:
+        served = read_served(files)
+        recommender, names = _open_run(served, exit, device)
     finder = Finder(names, by)
     allowed = allowed_items(names, finder, allow, deny)
     if users is None:
@@ -216,7 +222,10 @@ def main(
 
     from utils import processes
 
-    who, histories = read_users(users, files, names, finder)
+    if users == "all":
+        who, histories = all_users(served.csv_path, names)
+    else:
+        who, histories = read_users(Path(users), finder)
     mine = np.array_split(np.arange(len(who)), processes.world())[processes.rank()]
     with Writer(Path(output)) as writer, tqdm(total=len(mine), unit="user", mininterval=1) as bar:
         for start in range(0, len(mine), batch_size):

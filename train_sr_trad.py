@@ -94,8 +94,8 @@ def main(
 
     fitted = None
     if not run.eval_only:
-        if run.source and not run.resume:
-            model.restore(run.source)
+        if run.starts_from:
+            model.restore(run.starts_from)
         run.begin()
         meta = {"items": data.n_items}
         bf16 = training.bf16

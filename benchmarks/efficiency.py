@@ -5,8 +5,8 @@ parameters and memory.
     python -m benchmarks.efficiency --shape llama-2-7b --batch_size 256 --eval_batch_size 512
 
 Weights are random. Prompt and response have 62 and 7 tokens. History lengths and the catalogue are
-those of the domain, by default the demo domain. Every round builds each row anew, runs one step
-untimed and times the next: rows alternate, and only one is in memory. Figures are medians over
+those of the domain, by default the demo domain. In every round each row is built again, takes
+one step untimed and one timed: rows alternate, and only one is in memory. Figures are medians over
 rounds. On CUDA each row takes the largest micro-batch that fits, accumulating to the batch. A row
 that fits with none stays in the table as out of memory. Inference is history to user vector,
 without ranking. Padded tokens are those of the plain layout, 99 a user, whether computed or not.

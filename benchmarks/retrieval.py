@@ -24,13 +24,13 @@ from datasets.prompts import read_template, tokenise
 from models import base
 from models.recommender import Recommender, top_k
 from utils import cli, processes
+from utils.evaluation import users_per_tile
 from utils.files import check_writable
 from utils.flags import PositiveInt, flag
 
 DIM, CENTRES, SPREAD, NEAR = 128, 500, 0.5, 1.0
 LINKS, SEARCH = 32, 128  # of HNSW: links per item, items looked at per query
 SLOTS, LENGTH = 30, 6
-TILE = 2**23
 
 
 class Row(NamedTuple):
@@ -59,7 +59,8 @@ def vectors(n_items: int, n_users: int) -> tuple[Tensor, Tensor]:
 
 def exact(items: Tensor, k: int) -> Callable[[Tensor], np.ndarray]:
     """What recommend.py does: whole rows of scores, a tile at a time."""
-    columns, rows = items.T, max(1, TILE // len(items))
+    columns = items.T
+    rows = users_per_tile(columns)
 
     def search(users: Tensor) -> np.ndarray:
         return torch.cat([top_k(part @ columns, k)[0] for part in users.split(rows)]).numpy()

@@ -3,14 +3,15 @@
 And what steps 3 and 4 read of it before any model.
 """
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from datasets.demo import write_demo
 from datasets.interactions import Interactions, read_csv
 from utils.errors import UsageError
-from utils.files import read_json
+from utils.files import file_sha256, read_json
 from utils.flags import Data, ServedFiles, StudentFiles, TeacherFiles
 from utils.run import Run
 
@@ -164,11 +165,23 @@ class Served(NamedTuple):
     csv_path: Path
     table_path: Path | None
 
+    def popularity(self) -> "Tensor":
+        """How often each item occurs, float32 [N]."""
+        import torch
+
+        counts = np.bincount(self.data.items, minlength=self.data.n_items)
+        return torch.from_numpy(counts.astype(np.float32))
+
     def item_table(self) -> "Tensor | None":
         """The rows in catalogue order, float32 [N, D]."""
         from datasets.item_table import read_table
 
         return self.table_path and read_table(self.table_path, self.data.item_ids)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether export.py wrote the folder."""
+    return (folder / "recommender.json").is_file()
 
 
 def read_served(files: ServedFiles) -> Served:
@@ -184,7 +197,7 @@ def read_served(files: ServedFiles) -> Served:
     if not (folder / "config.json").is_file():
         maker = STEPS.get(files.model, "one of the four scripts")
         raise UsageError(f"--model={files.model}: no run in {folder}; {maker} makes it")
-    if (folder / "recommender.json").is_file():
+    if is_export(folder):
         raise UsageError(f"--model={files.model}: an export, not a run; name the run's folder")
     step = read_json(folder / "config.json", "run").get("step")
     run = Run.read(step if step in STEPS else "trained", folder, "--model")
@@ -200,7 +213,7 @@ def read_served(files: ServedFiles) -> Served:
         table_path = Path(files.item_table or recorded.get("item_table") or domain.item_table)
         if not table_path.is_file():
             raise UsageError(f"item table not found: {table_path}; name it with --item_table")
-        hashes["table_sha256"] = hashlib.sha256(table_path.read_bytes()).hexdigest()
+        hashes["table_sha256"] = file_sha256(table_path)
     run.check_same(hashes, table_path or csv_path)
     run.report_unfinished()
     return Served(run, data, csv_path, table_path)
@@ -223,7 +236,7 @@ def read_inputs(files: TeacherFiles) -> Inputs:
             f"item table not found: {table_path}; extract_emb.py writes it"
             " (or name one with --item_table)"
         )
-    table_sha256 = hashlib.sha256(table_path.read_bytes()).hexdigest()
+    table_sha256 = file_sha256(table_path)
     if about:
         made_from = about.get("data_sha256")
         if made_from != data.sha256:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from datasets.items import Items
 from utils import processes
@@ -71,9 +73,6 @@ class Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.part(processes.rank())
         if self.path.suffix == ".parquet":
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
             kinds = pa.string(), pa.int32(), pa.int64(), pa.string(), pa.string(), pa.float32()
             self.parquet = pq.ParquetWriter(part, pa.schema(list(zip(COLUMNS, kinds))))
             return self
@@ -85,8 +84,6 @@ class Writer:
     def add(self, found: Rows) -> None:
         """Append rows."""
         if self.parquet is not None:
-            import pyarrow as pa
-
             self.parquet.write_table(pa.table(list(found), schema=self.parquet.schema))
         elif self.path.suffix == ".csv":
             csv.writer(self.file, lineterminator="\n").writerows(zip(*found))
@@ -107,8 +104,6 @@ class Writer:
         parts = [self.part(rank) for rank in range(processes.world())]
         with replacing(self.path) as partial:
             if self.parquet is not None:
-                import pyarrow.parquet as pq
-
                 with pq.ParquetWriter(partial, self.parquet.schema) as whole:
                     for part in parts:
                         file = pq.ParquetFile(part)

@@ -63,9 +63,8 @@ class LLM4Rec(nn.Module):
         """The forward of a packed batch: no step depends on the data."""
         items = F.embedding(packed.items, self.item_table)  # [sum of lengths, D]
         items = self.adapter(items.to(self.adapter.weight.dtype))
-        states = self.decoder(items, packed.layout, prompt).index_select(
-            0, packed.back
-        )  # [B, E, H]
+        states = self.decoder(items, packed.layout, prompt)
+        states = states.index_select(0, packed.back)  # [B, E, H]
         user = self.head(states[:, -1])
         inner = self.decoder.llama.norm(states[:, :-1]) if self.exit_norm else states
         exits = [head(inner[:, k]) for k, head in enumerate(self.exit_heads)]
@@ -164,26 +163,26 @@ class LLM4Rec(nn.Module):
         check_unchanged(source.config, locate(source.config["flags"]["base_model"]))
         self.restore(source)
 
-    def start_from(self, teacher: Run, spec: dict[str, Any], with_layers: bool = True) -> None:
-        """Take a trained teacher's item adapter and head, and its layers, as the start.
+    def take_ends(self, teacher: Run) -> None:
+        """Take a trained teacher's item adapter and head as the start; all else stays.
 
-        Exit heads stay as they are.
+        Raises:
+            UsageError: the teacher's checkpoint is missing or does not fit.
+        """
+        tensors, _ = checkpoint.load(teacher.folder / "best")
+        ends = {name: t for name, t in tensors.items() if name.startswith(("adapter.", "head."))}
+        own = checkpoint.trained_tensors(self)
+        checkpoint.restore(self, own | ends, teacher.folder / "best")
+
+    def start_from(self, teacher: Run, spec: dict[str, Any]) -> None:
+        """Take a trained teacher's layers, item adapter and head as the start; exit heads stay.
 
         Args:
             spec: this model's.
-            with_layers: also the layers; else they stay the base's.
         Raises:
             UsageError: the teacher was trained in another way, or its checkpoint is missing or does
                 not fit.
         """
-        own = checkpoint.trained_tensors(self)
-        if not with_layers:
-            tensors, _ = checkpoint.load(teacher.folder / "best")
-            ends = {
-                name: t for name, t in tensors.items() if name.startswith(("adapter.", "head."))
-            }
-            checkpoint.restore(self, own | ends, teacher.folder / "best")
-            return
         taught = teacher.config["model"]
         check_unchanged(teacher.config, locate(teacher.config["flags"]["base_model"]))
         for name in ("strategy", *LoRA().values()):
@@ -194,6 +193,7 @@ class LLM4Rec(nn.Module):
                 )
         tensors, _ = checkpoint.load(teacher.folder / "best")
         taken = kept_tensors(tensors, taught["layers"], spec["layers"])
+        own = checkpoint.trained_tensors(self)
         heads = {name: value for name, value in own.items() if name.startswith("exit_heads.")}
         checkpoint.restore(self, taken | heads, teacher.folder / "best")
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.llm4rec import LLM4Rec
 from models.sasrec import SASRec
 from utils.errors import UsageError
+from utils.evaluation import users_per_tile
 from utils.run import Run
-
-CPU_TILE, TILE = 2**23, 2**26  # scores held at once
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,10 @@ class Recommender:
         Returns:
             items int64 [n, k] and scores float32 [n, k]; -1 and -inf where no item is left.
         """
-        n_items, device = len(self.item_table), self.item_table.device
-        rows = max(1, (CPU_TILE if device.type == "cpu" else TILE) // n_items)
         items, scores = [], []
         vectors = self.encode(self._padded(histories)).float()
         columns = self.item_table.float().T
+        rows = users_per_tile(columns)
         for start in range(0, len(histories), rows):
             part = histories[start : start + rows]
             score = vectors[start : start + rows] @ columns  # [b, N]
@@ -90,9 +89,11 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     k_there = min(k, scores.shape[1])
     values, columns = scores.topk(k_there, dim=1)
-    # topk takes any of the columns that equal the last value. Take the first ones instead.
+    # topk takes any of the columns that equal the last value. Take the first ones instead, unless
+    # the value is -inf: those are left out.
     last = values[:, -1:]
-    for row in ((scores >= last).sum(1) > k_there).nonzero().squeeze(1).tolist():
+    tied = ((scores >= last).sum(1) > k_there) & (last[:, 0] > -torch.inf)
+    for row in tied.nonzero().squeeze(1).tolist():
         columns[row] = scores[row].sort(descending=True, stable=True).indices[:k_there]
     columns = columns.sort(dim=1).values
     values = scores.gather(1, columns)
@@ -101,8 +102,8 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = columns.masked_fill(values == -torch.inf, -1)
     missing = k - k_there
     if missing:
-        columns = torch.nn.functional.pad(columns, (0, missing), value=-1)
-        values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
+        columns = F.pad(columns, (0, missing), value=-1)
+        values = F.pad(values, (0, missing), value=-torch.inf)
     return columns, values
 
 

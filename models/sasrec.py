@@ -147,7 +147,7 @@ class SASRec(nn.Module):
                 " name the run that the table is from"
             )
         model = cls(len(own), run.flags["max_seq_length"], **shape)
-        model.restore(run)
+        checkpoint.restore(model, weights, run.folder / "best")
         return model if item_table is None else model.to(item_table.device)
 
 

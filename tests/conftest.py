@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # the same in every run: same bits
@@ -143,6 +144,20 @@ def stop_at_step(patch: pytest.MonkeyPatch, n: int, error: Exception | None = No
         return step(self, *args, **kwargs)
 
     patch.setattr(torch.optim.AdamW, "step", stops)
+
+
+def assert_resumes(patch: pytest.MonkeyPatch, main: Callable, **flags) -> None:
+    """A run that fails in its third step and is resumed ends with the bytes of one that does not.
+
+    Leaves the folders whole/ and cut/.
+    """
+    main(**flags, output_dir="whole")
+    with patch.context() as context:
+        stop_at_step(context, 3)
+        with pytest.raises(RunError):
+            main(**flags, output_dir="cut")
+    main(**flags, output_dir="cut")
+    assert hashes(Path("cut/last")) == hashes(Path("whole/last"))
 
 
 def script(name: str, *flags: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:

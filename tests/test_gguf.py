@@ -7,13 +7,13 @@ import gguf as library
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import finetune
 from datasets.prompts import read_template, tokenise
 from models import base, gguf
 from models.llm4rec import assemble
-from tests.conftest import ROOT, SHORT
+from tests.conftest import ROOT, SHORT, small_config
 from utils.errors import UsageError
 
 TEXT = (
@@ -26,16 +26,7 @@ TEXT = (
 def write_file(path: Path) -> LlamaForCausalLM:
     """A tiny LLaMA with grouped queries as llama.cpp writes it, in float32; returns it."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=2,
-        vocab_size=300,
-        max_position_embeddings=512,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(small_config(2, 2, vocab_size=300, max_position_embeddings=512))
     writer = library.GGUFWriter(path, "llama")
     writer.add_context_length(512)
     writer.add_embedding_length(32)

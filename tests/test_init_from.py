@@ -10,9 +10,9 @@ import torch
 import distill
 import finetune
 import train_sr_trad
-from tests.conftest import SHORT, hashes, stop_at_step
+from tests.conftest import SHORT, assert_resumes
 from utils import checkpoint
-from utils.errors import RunError, UsageError
+from utils.errors import UsageError
 
 MAINS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
 STILL = SHORT | {"learning_rate": 1e-12, "warmup_steps": 0}
@@ -34,13 +34,7 @@ def test_a_run_starts_from_anothers_best_weights(inside, step):
 def test_an_online_students_weights_are_taken_and_a_run_resumes_bit_for_bit(inside, monkeypatch):
     distill.main(**SHORT, distill_mode="online", output_dir="online")
     flags = SHORT | {"init_from": "online", "save_steps": 1}
-    distill.main(**flags, output_dir="whole")
-    with monkeypatch.context() as patch:
-        stop_at_step(patch, 3)
-        with pytest.raises(RunError):
-            distill.main(**flags, output_dir="cut")
-    distill.main(**flags, output_dir="cut")
-    assert hashes(Path("cut/last")) == hashes(Path("whole/last"))
+    assert_resumes(monkeypatch, distill.main, **flags)
     distill.main(**flags, output_dir="whole")  # finished: prints its results
     distill.main(**SHORT, seed=3, output_dir="online", overwrite=True)
     with pytest.raises(UsageError, match="a finished run from another file: its init_sha256"):

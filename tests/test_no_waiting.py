@@ -11,6 +11,7 @@ of losses, ranks to numpy), random state, and autocast, which `meta` has not got
 """
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,10 +100,10 @@ def test_sasrecs_step():
 def ranked(encode, table: Tensor) -> Tensor:
     n = len(LENGTHS)
     on_device = (empty(n, width, dtype=torch.int64) for width in (9, 5))
-    target = empty(n, dtype=torch.int64)
-    batch = type("Batch", (), {})()
-    batch.history, batch.target = histories(LENGTHS), target
-    batch.seen, batch.candidates = on_device
+    target, (seen, candidates) = empty(n, dtype=torch.int64), on_device
+    batch = SimpleNamespace(
+        history=histories(LENGTHS), target=target, seen=seen, candidates=candidates
+    )
     return rank_users(encode(batch.history), table.float().T, batch)
 
 

@@ -75,8 +75,7 @@ def rank_users(users: Tensor, columns: Tensor, batch: EvaluationBatch) -> Tensor
         users: user vectors [B, D].
         columns: the item table's transpose, float32 [D, N].
     """
-    tile = CPU_TILE if users.device.type == "cpu" else TILE
-    rows = max(1, tile // columns.shape[1])
+    rows = users_per_tile(columns)
     tiles = []
     for i in range(0, len(users), rows):
         part = slice(i, i + rows)
@@ -86,6 +85,12 @@ def rank_users(users: Tensor, columns: Tensor, batch: EvaluationBatch) -> Tensor
         )
     vector = torch.isfinite(users).all(1)
     return torch.cat(tiles, dim=1).masked_fill(~vector, NO_VECTOR)
+
+
+def users_per_tile(columns: Tensor) -> int:
+    """How many users' scores against an item table's transpose [D, N] are held at once."""
+    tile = CPU_TILE if columns.device.type == "cpu" else TILE
+    return max(1, tile // columns.shape[1])
 
 
 def collect(found: list[Tensor], device: torch.device | str = "cpu") -> Ranks:

@@ -136,6 +136,11 @@ class Run:
         return seed if shared else (seed + STUDENT_STREAM) % 2**63
 
     @property
+    def starts_from(self) -> "Run | None":
+        """`source`, where its weights are still to be taken: not when resuming."""
+        return None if self.resume else self.source
+
+    @property
     def threads(self) -> int | None:
         """The number of CPU threads that the run in the folder computes with; None where there is
         none. Another number rounds otherwise.
