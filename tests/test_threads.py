@@ -1,4 +1,6 @@
-"""How many CPU threads a run computes with: as many as find a free core, or as the run began."""
+"""How a run computes on CPU: with as many threads as find a free core, or as it began; with which
+library's products.
+"""
 
 import json
 import re
@@ -83,3 +85,51 @@ def test_resuming_with_another_number_is_said(inside, capsys):
     distill.main(**SHORT, output_dir="s")
     said = capsys.readouterr().out
     assert re.search(r"resuming with \d+ threads, not 64: not bit for bit", said)
+
+
+@pytest.fixture
+def highest():
+    """torch's own choice of products; what was chosen before is put back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    "amd, error, expected",
+    [
+        (True, 4e-7, "medium"),
+        (True, 2e-3, "highest"),  # they would be of bfloat16
+        (False, 4e-7, "highest"),
+    ],
+)
+def test_onednn_takes_products_on_amd_alone_and_in_float32_alone(
+    highest, monkeypatch, amd, error, expected
+):
+    monkeypatch.setattr(processes, "_is_amd", lambda: amd)
+    monkeypatch.setattr(processes, "_product_error", lambda: error)
+    processes.choose_products()
+    assert torch.get_float32_matmul_precision() == expected
+
+
+def test_a_precision_that_the_user_set_is_left_alone(highest, monkeypatch):
+    monkeypatch.setattr(processes, "_is_amd", lambda: True)
+    torch.set_float32_matmul_precision("high")
+    processes.choose_products()
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_the_products_chosen_here_are_of_float32(highest):
+    processes.choose_products()
+    assert processes._product_error() < processes.LARGEST_PRODUCT_ERROR
+
+
+def test_the_error_shows_bfloat16(monkeypatch):
+    exact = torch.Tensor.__matmul__
+
+    def halved(a, b):
+        return exact(a, b) if a.dtype == torch.float64 else exact(a.bfloat16(), b.bfloat16())
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", halved)
+    assert processes._product_error() > processes.LARGEST_PRODUCT_ERROR
