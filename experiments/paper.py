@@ -121,8 +121,7 @@ def label(step: str, flags: dict[str, Any]) -> str:
         flags: as config.json has them, inherited ones filled in.
     """
     if step == "sasrec":
-        released = flags["train_targets"] == "last" and flags["init_std"] == 1
-        return "SASRec, as released" if released else "SASRec"
+        return _sasrec(flags)
     teacher = step == "teacher"
     depth = "llama_decoder_nums" if teacher else "llama_decoder_nums_student"
     layers = flags[depth]
@@ -138,6 +137,16 @@ def label(step: str, flags: dict[str, Any]) -> str:
     if flags["train_targets"] == "all":
         parts.append("every prefix")
     return ", ".join(parts)
+
+
+def _sasrec(flags: dict[str, Any]) -> str:
+    """The first release trains at length 30, the later official script at length 50."""
+    if flags["train_targets"] == "all":
+        return "SASRec"
+    if flags["init_std"] != 1:
+        return "SASRec, one target a user"
+    later = flags.get("max_seq_length") == 50
+    return "SASRec, as released later" if later else "SASRec, as released"
 
 
 def _student(layers: int, flags: dict[str, Any]) -> list[str]:

@@ -39,6 +39,12 @@ PAPERS = ("cloth", "movie", "music", "sport")
     [
         ("sasrec", {"train_targets": "all", "init_std": 0.02}, "SASRec"),
         ("sasrec", {"train_targets": "last", "init_std": 1.0}, "SASRec, as released"),
+        (
+            "sasrec",
+            {"train_targets": "last", "init_std": 1.0, "max_seq_length": 50},
+            "SASRec, as released later",
+        ),
+        ("sasrec", {"train_targets": "last", "init_std": 0.02}, "SASRec, one target a user"),
         ("teacher", cli.defaults(finetune.main), "E4SRec-like, 8 layers"),
         (
             "teacher",

@@ -35,5 +35,11 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $llm --output_dir $out/slmrec_2 --teacher $out/teacher \
         --llama_decoder_nums_student 2 --distill_block 2 \
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1
+    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_released_later \
+        --train_targets last --init_std 1 --learning_rate 1e-3 --batch_size 256 \
+        --max_seq_length 50 --num_epochs 50 --patience 0
+    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_last --train_targets last \
+        --hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 \
+        --lr_scheduler cosine --batch_size 128 --num_epochs 28 --patience 0
 done
 run $PYTHON -m experiments.report --runs "$ROOT"
