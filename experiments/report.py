@@ -192,7 +192,8 @@ def _significance(rows: list[Row], resamples: int, notes: list[str]) -> str:
         "\n\nDifference of the mean reciprocal rank over the seeds both have; bootstrap over users"
         f" and seeds ({resamples:,} resamples, so that no p is below {2 / (resamples + 1):.4f}),"
         " over users alone where there is one seed. Holm's correction is over all comparisons of"
-        f" this table, {2 * len(lines)} in number."
+        f" this table, {2 * len(lines)} in number. p of runs: Student's t-test on the runs' means"
+        " alone, paired by seed, from three seeds on; corrected over the comparisons that have one."
     )
 
 

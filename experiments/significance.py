@@ -1,5 +1,8 @@
-"""Whether two rows differ: a bootstrap over users and seeds, and Holm's correction."""
+"""Whether two rows differ: a bootstrap over users and seeds, a t-test over seeds, and Holm's
+correction.
+"""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -9,10 +12,11 @@ from experiments.results import Row, Run
 
 SAME_CANDIDATES = ("num_candidates", "candidate_seed")
 PROTOCOLS = ("sampled", "full")
+FEWEST_RUNS = 3  # for a test over runs
 CHUNK = 2**24  # resampled users held at once
 HEAD = ["row", "against"]
 for _name in PROTOCOLS:
-    HEAD += [f"{_name} MRR", "95 % interval", "p", "p, Holm"]
+    HEAD += [f"{_name} MRR", "95 % interval", "p", "p, Holm", "p of runs, Holm"]
 HEAD += ["seeds"]
 
 
@@ -47,7 +51,10 @@ def compare(rows: list[Row], resamples: int, notes: list[str]) -> list[list[str]
             differences += [_difference(pairs, protocol) for protocol in PROTOCOLS]
     found = bootstrap(differences, resamples)
     corrected = holm([estimate.p for estimate in found])
-    cells = [_cells(estimate, p) for estimate, p in zip(found, corrected)]
+    several = [i for i, difference in enumerate(differences) if len(difference) >= FEWEST_RUNS]
+    of_runs = holm([t_test(differences[i].mean(1)) for i in several])
+    by_runs = dict(zip(several, of_runs))
+    cells = [_cells(found[i], corrected[i], by_runs.get(i)) for i in range(len(found))]
     lines = zip(names, cells[::2], cells[1::2], seeds)
     return [[*pair, *sampled, *full, text] for pair, sampled, full, text in lines]
 
@@ -107,9 +114,10 @@ def _difference(pairs: list[tuple[Run, Run]], protocol: str) -> np.ndarray:
     )
 
 
-def _cells(estimate: Estimate, corrected: float) -> list[str]:
+def _cells(estimate: Estimate, corrected: float, of_runs: float | None) -> list[str]:
     mean, low, high, p = estimate
-    return [f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p:.4f}", f"{corrected:.3f}"]
+    last = "-" if of_runs is None else f"{of_runs:.3f}"
+    return [f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p:.4f}", f"{corrected:.3f}", last]
 
 
 def bootstrap(differences: list[np.ndarray], resamples: int, seed: int = 0) -> list[Estimate]:
@@ -155,6 +163,27 @@ def _resampled(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
         counts = np.bincount(place.ravel(), minlength=n * users).reshape(n, users)
         means.append(counts @ rows.T / users)
     return np.concatenate(means)
+
+
+def t_test(differences: np.ndarray) -> float:
+    """Two-sided p of Student's t-test that paired differences, one per seed, have mean zero.
+
+    The distribution's closed form for whole degrees of freedom (Abramowitz and Stegun, 1964,
+    26.7.3 and 26.7.4).
+    """
+    n = len(differences)
+    spread = float(differences.std(ddof=1)) / math.sqrt(n)
+    if not spread:
+        return 0.0 if differences.any() else 1.0
+    free = n - 1
+    angle = math.atan(abs(float(differences.mean())) / spread / math.sqrt(free))
+    odd = free % 2
+    term, total = math.cos(angle) if odd else 1.0, 0.0
+    for k in range(2 + odd, free + 1, 2):
+        total += term
+        term *= (k - 1) / k * math.cos(angle) ** 2
+    inside = math.sin(angle) * total
+    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
 
 
 def holm(values: list[float]) -> list[float]:

@@ -382,6 +382,23 @@ def test_a_flag_that_came_later_has_its_default_in_older_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "n, t, expected",  # printed tables of the distribution's two-sided points
+    [(2, 12.706, 0.05), (3, 4.303, 0.05), (3, 9.925, 0.01), (4, 3.182, 0.05), (5, 2.776, 0.05)]
+    + [(5, 8.610, 0.001), (10, 2.262, 0.05), (11, 3.169, 0.01)],
+)
+def test_the_t_test_gives_the_tables_points(n, t, expected):
+    values = np.arange(n) - (n - 1) / 2  # mean zero
+    differences = values + t * values.std(ddof=1) / np.sqrt(n)
+    assert significance.t_test(differences) == pytest.approx(expected, rel=2e-3)
+    assert significance.t_test(-differences) == pytest.approx(expected, rel=2e-3)
+
+
+def test_the_t_test_of_equal_differences():
+    assert significance.t_test(np.zeros(3)) == 1.0
+    assert significance.t_test(np.full(3, 0.25)) == 0.0
+
+
+@pytest.mark.parametrize(
     "flags, settings, why",
     [
         ({}, {"table_sha256": "other"}, "seed0/slmrec and seed0/ce stand on different item tables"),
