@@ -167,6 +167,31 @@ def sasrec_kl(bench: Bench, n_layers: int) -> None:
     bench.add("student train step, with SASRec's KL against without", "ms", timed, 1e3, llm=True)
 
 
+def precision(bench: Bench, n_layers: int) -> None:
+    """A student's step in bfloat16, and with torch's own choice of float32 products, beside the
+    step as a run takes it.
+    """
+    model = bench.shape.model(n_layers, "full")
+    chosen = torch.get_float32_matmul_precision()
+
+    def loss(rows):
+        history, target = bench.batch(rows)
+        return catalogue_cross_entropy(model(history).user, model.item_table, target)
+
+    in_float32, in_bf16 = (training_step(model, loss, bf16) for bf16 in (False, True))
+
+    def by_torch(rows):
+        torch.set_float32_matmul_precision("highest")
+        in_float32(rows)
+        torch.set_float32_matmul_precision(chosen)
+
+    name = f"student train step, {n_layers} layers, full"
+    timed = bench.race(in_bf16, in_float32)
+    bench.add(f"{name}, bf16 against float32", "ms", timed, 1e3, llm=True)
+    timed = bench.race(in_float32, by_torch)
+    bench.add(f"{name}, products as chosen against torch's", "ms", timed, 1e3, llm=True)
+
+
 def layouts(bench: Bench, n_layers: int) -> None:
     """Packed tokens against buckets of like length, where every user of a bucket is computed as if
     as long as its longest.
@@ -555,8 +580,8 @@ def main(
     busy: NonNegativeInt = flag(0, "other processes at work, a core each, while rows are timed"),
     rows: list[str] = flag(
         ["all"],
-        "all, or some of steps, layouts, sasrec_kl, distill, inference, catalogue, candidates,"
-        " ranking, sasrec, process",
+        "all, or some of steps, precision, layouts, sasrec_kl, distill, inference, catalogue,"
+        " candidates, ranking, sasrec, process",
     ),
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one"),
     output_dir: str = flag("output/benchmarks", "where throughput.json and throughput.md go"),
@@ -567,6 +592,7 @@ def main(
     """
     parts = {
         "steps": lambda b: steps(b, teacher_layers, student_layers),
+        "precision": lambda b: precision(b, student_layers),
         "layouts": lambda b: layouts(b, student_layers),
         "sasrec_kl": lambda b: sasrec_kl(b, student_layers),
         "distill": lambda b: distillation(b, teacher_layers, student_layers, distill_block),

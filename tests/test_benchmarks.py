@@ -201,7 +201,7 @@ def test_the_throughput_table_comes_out(tmp_path, monkeypatch):
         json.dumps(result)
     )
     names = [row["row"] for row in result["rows"]]
-    assert len(names) == 3 + 2 + 1 + 3 + 1 + 4 + 2 + 2 + 2 == len(set(names))
+    assert len(names) == 3 + 2 + 2 + 1 + 3 + 1 + 4 + 2 + 2 + 2 == len(set(names))
     for row in result["rows"]:
         assert row["ours"] > 0 and row["plain"] > 0 and row["ratio"] > 0
     first = result["rows"][0]
