@@ -486,11 +486,7 @@ class Training(Group):
         100, "steps between evaluations; -1 evaluates at the end of every epoch", adapts=True
     )
     seed: Seed = flag(42, "seed of new weights, sample order and dropout")
-    bf16: bool | None = flag(
-        None,
-        "compute in bfloat16; by default on CUDA. On a CPU with avx512_bf16 it is faster for LLM "
-        "steps, at equal quality (docs/speed.md)",
-    )
+    bf16: bool | None = flag(None, "compute in bfloat16; by default on CUDA")
 
 
 @dataclass(frozen=True, kw_only=True)
