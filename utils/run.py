@@ -386,6 +386,9 @@ class Run:
             self._take_lock()
             for partial in self.folder.glob(".tmp-*"):
                 _remove(partial)
+            for old in self.folder.glob(".old-*"):  # killed before it could be removed
+                if (self.folder / old.name.removeprefix(".old-")).exists():
+                    _remove(old)
             if self.resume:
                 self._report_changes()
             else:

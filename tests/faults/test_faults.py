@@ -124,6 +124,15 @@ def test_f5_a_kill_between_the_two_renames_leaves_the_old_one(broken_off):
     assert left() == broken_off
 
 
+def test_f5_a_kill_while_the_old_one_is_removed_leaves_nothing_of_it(broken_off):
+    train_sr_trad.main(**RUN)
+    Path("run/results.json").unlink()  # killed after its last step: nothing is saved again
+    Path("run/.old-best").mkdir()
+    Path("run/.old-best/weights.safetensors").write_bytes(b"old")
+    train_sr_trad.main(**RUN)
+    assert left() == broken_off and not Path("run/.old-best").exists()
+
+
 CHANGED = [
     (
         {"batch_size": 16},
