@@ -95,6 +95,7 @@ def main(
             "--init_from and --student_init both say where to start; give one of them",
         ),
         cli.divides(training, runtime),
+        cli.shards(runtime),
         cli.blocks(n_blocks, llama_decoder_nums_student=llm.llama_decoder_nums_student),
         (there or not offline, f"{missing} (or name a run with --teacher)"),
     )
@@ -158,11 +159,11 @@ def main(
     location = base.locate(prompt.base_model)
     table = inputs.item_table().to(device)  # [N, D]
     samples, splits = sequences.prepare(inputs.data, training.train_targets, prompt, evaluation)
-    ranks_by = ranker(table, splits, runtime.eval_batch_size, device)
+    ranks_by = ranker(table, splits, runtime.eval_batch_size, device, runtime.shard)
     about = {"users": inputs.data.users, "candidates": splits["test"].candidate_counts()}
     if run.eval_only:
         run.check_same(inputs.hashes, inputs.table_path)
-        student = LLM4Rec.load(run, table, bf16).to(device)
+        student = LLM4Rec.load(run, table, bf16).place(device, runtime.shard)
         return run.finish(student, ranks_by(partial(student.user_encoder, bf16)), **about)
 
     taught = teacher_run.config["model"] if offline else None
@@ -201,12 +202,12 @@ def main(
     )
 
     def build_model(spec: dict) -> LLM4Rec:
-        return build(location, table, spec, bf16, runtime.gradient_checkpointing).to(device)
+        return build(location, table, spec, bf16, runtime.gradient_checkpointing)
 
     def frozen_teacher():
-        teacher = LLM4Rec.load(teacher_run, table, bf16).to(device)
+        teacher = LLM4Rec.load(teacher_run, table, bf16)
         teacher.return_states_at(block_ends(n_teacher, n_blocks))
-        return teacher.requires_grad_(False).encoder(bf16)
+        return teacher.requires_grad_(False).place(device, runtime.shard).encoder(bf16)
 
     torch.manual_seed(run.seed)
     student = trained = build_model(spec)
@@ -216,12 +217,13 @@ def main(
         student.take_ends(teacher_run)
     if run.starts_from:
         student.continue_from(run.starts_from, spec)
+    student.place(device, runtime.shard)
 
-    def outputs_of(load_teacher, samples, identity: dict):
+    def outputs_of(load_teacher, samples, identity: dict, divided: bool = False):
         """A frozen teacher's outputs on the samples, from disk where they are there."""
         identity |= inputs.hashes | {"train_targets": training.train_targets}
         states = teacher_states.open_or_build(
-            cache, identity, load_teacher, samples, runtime.eval_batch_size
+            cache, identity, load_teacher, samples, runtime.eval_batch_size, divided
         )
         return cached_teacher(states, device)
 
@@ -233,7 +235,7 @@ def main(
             llm = dataclasses.replace(llm, layer_selection="first")
         teacher = build_model(
             specify(location, prompt, ids, llm, n_layers=n_teacher, exit_heads=exits, **shape)
-        )
+        ).place(device, runtime.shard)
         trained = torch.nn.ModuleDict({"student": student, "teacher": teacher})
         teacher_output = running_teacher(teacher)
     elif cache is None:
@@ -248,7 +250,7 @@ def main(
             "max_seq_length": prompt.max_seq_length,
         }
         started = time.perf_counter()
-        teacher_output = outputs_of(frozen_teacher, samples, identity)
+        teacher_output = outputs_of(frozen_teacher, samples, identity, runtime.shard)
         seconds["teacher_states_seconds"] = time.perf_counter() - started
     sasrec_output = no_teacher
     if sasrec_run:

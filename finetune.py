@@ -37,6 +37,7 @@ def main(
     n_blocks = exits.distill_block if exit_heads else 1
     cli.check(
         cli.divides(training, runtime),
+        cli.shards(runtime),
         cli.blocks(n_blocks, llama_decoder_nums=llm.llama_decoder_nums),
     )
     folder = Path(files.output_dir or Domain.of(files).folder / "teacher")
@@ -65,11 +66,11 @@ def main(
     location = base.locate(prompt.base_model)
     table = inputs.item_table().to(device)  # [N, D]
     samples, splits = sequences.prepare(inputs.data, training.train_targets, prompt, evaluation)
-    ranks_by = ranker(table, splits, runtime.eval_batch_size, device)
+    ranks_by = ranker(table, splits, runtime.eval_batch_size, device, runtime.shard)
     about = {"users": inputs.data.users, "candidates": splits["test"].candidate_counts()}
     if run.eval_only:
         run.check_same(inputs.hashes, inputs.table_path)
-        model = LLM4Rec.load(run, table, bf16).to(device)
+        model = LLM4Rec.load(run, table, bf16).place(device, runtime.shard)
         return run.finish(model, ranks_by(partial(model.user_encoder, bf16)), **about)
 
     ids = tokenise(template, location)
@@ -92,9 +93,10 @@ def main(
     base_about = base.describe(prompt.base_model, location)
     run.prepare(domain=inputs.domain.name, **inputs.hashes, **base_about, bf16=bf16, model=spec)
     torch.manual_seed(run.seed)
-    model = build(location, table, spec, bf16, runtime.gradient_checkpointing).to(device)
+    model = build(location, table, spec, bf16, runtime.gradient_checkpointing)
     if run.starts_from:
         model.continue_from(run.starts_from, spec)
+    model.place(device, runtime.shard)
 
     def loss_fn(indices):
         output = model(samples.histories(indices))

@@ -140,6 +140,11 @@ class EvaluationSplit:
         """How many candidates were asked for and the fewest that a user gets, for results.json."""
         return {"asked": self.n_candidates, "fewest": self.fewest_candidates()}
 
+    def n_batches(self, batch_size: int, limit: int | None = None) -> int:
+        """Of all users, at most `limit`."""
+        every = -(-len(self.samples) // batch_size)
+        return every if limit is None else min(every, limit)
+
     def batches(
         self,
         batch_size: int,
@@ -153,10 +158,9 @@ class EvaluationSplit:
             share: (r, n) gives batches r, r + n, r + 2 n, ... alone.
         """
         samples = self.samples
-        n = len(samples) if limit is None else min(len(samples), limit * batch_size)
-        every = np.arange(n)
-        for i in range(share[0] * batch_size, len(every), share[1] * batch_size):
-            users = every[i : i + batch_size]
+        every = np.arange(len(samples))
+        for i in range(share[0], self.n_batches(batch_size, limit), share[1]):
+            users = every[i * batch_size : (i + 1) * batch_size]
             target = samples.targets(users)
             longest = int(samples.length[users].max())
             met = samples.windows(samples.end[users], samples.length[users], longest)

@@ -62,6 +62,7 @@ def open_or_build(
     load_teacher: Callable[[], Callable[[Tensor], Any]],
     samples: Samples,
     batch_size: int,
+    divided: bool = False,
 ) -> TeacherStates:
     """The states below `root` that belong to `identity`.
 
@@ -71,43 +72,47 @@ def open_or_build(
         identity: all that the states depend on, as JSON.
         load_teacher: called only if the states must be computed. Gives history [b, L] -> (user,
             states, exits).
+        divided: the teacher is divided among the processes (see utils.sharding); all run it then,
+            and the first one writes.
     Raises:
         UsageError: the disk lacks room, or `root` cannot be written.
     """
     identity = identity | {"format": FORMAT}
     folder = root / _digest(identity)[:16]
-    if processes.is_first():  # the others wait
+    first = processes.is_first()
+    if first:
         _lock(root)
-        try:
-            _ensure(folder, identity, load_teacher, samples, batch_size)
-        finally:
+    try:
+        needed, *_ = processes.gather(first and _are_needed(folder, identity, len(samples)))
+        if needed and first:
+            _build(folder, identity, load_teacher(), samples, batch_size)
+            _report_others(root, folder)
+        elif needed and divided:
+            encode = load_teacher()
+            for indices in _batches(samples.lengths(), batch_size):
+                encode(samples.histories(indices))
+    finally:
+        if first:
             files.release_lock(root)
     processes.barrier()
     return _mapped(folder)
 
 
-def _ensure(
-    folder: Path,
-    identity: dict[str, Any],
-    load_teacher: Callable[[], Callable[[Tensor], Any]],
-    samples: Samples,
-    batch_size: int,
-) -> None:
-    """Compute the states unless `folder` holds them."""
+def _are_needed(folder: Path, identity: dict[str, Any], n_samples: int) -> bool:
+    """Whether `folder` does not hold the states yet; says where they are read, or why not."""
     root = folder.parent
     for partial in root.glob(".tmp-*"):  # nobody else fills while the lock is held
         shutil.rmtree(partial, ignore_errors=True)
-    problem = _problem(folder, identity, len(samples)) if folder.exists() else "absent"
+    problem = _problem(folder, identity, n_samples) if folder.exists() else "absent"
     if not problem:
         print(f"teacher states: read from {folder}; the teacher is not loaded", flush=True)
-        return
+        return False
     if problem == "absent":
         where = f"none in {root} for this teacher and these samples; computing them once"
     else:
         where = f"{folder} {problem}; computing them again"
     print(f"teacher states: {where}", flush=True)
-    _build(folder, identity, load_teacher(), samples, batch_size)
-    _report_others(root, folder)
+    return True
 
 
 def _report_others(root: Path, folder: Path) -> None:

@@ -22,7 +22,8 @@ response of all users), T all tokens computed (P + S, or S where the prompt is k
 suffix of a group, H width, h heads, d head width, E block ends; b, s: B and S of one group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -174,6 +175,7 @@ class Decoder(nn.Module):
             raise ValueError(f"block ends {block_ends} do not fit {self.n_layers} layers")
         self.block_ends = block_ends
         self.gradient_checkpointing = gradient_checkpointing
+        self.divided = False  # among processes
         self.register_buffer("prompt_ids", torch.tensor(prompt_ids), persistent=False)
         self.register_buffer("response_ids", torch.tensor(response_ids), persistent=False)
 
@@ -216,11 +218,9 @@ class Decoder(nn.Module):
         x = self.llama.embed_tokens(self.prompt_ids)
         rotation = self._rotation(x, len(x), torch.arange(len(x), device=x.device))
         states = []
-        for i, layer in enumerate(self.llama.layers):
-            query, key, value = queries_keys_values(layer, x, rotation)
-            states.append((key, value))
-            if i + 1 < self.n_layers:
-                x = _feed(layer, x, _attend_prompt(layer, query, key, value))
+        for layer in self.llama.layers:
+            x, *keys_values = self._run(_prompt_layer, layer, x, rotation)
+            states.append(tuple(keys_values))
         return states
 
     def _rotation(self, x: Tensor, length: int, position: Tensor) -> Rotation:
@@ -229,7 +229,21 @@ class Decoder(nn.Module):
         cos, sin = self.llama.rotary_emb(x, position_ids=every)
         return cos[0, position], sin[0, position]
 
-    def _run(self, step: Callable, layer: LlamaDecoderLayer, *inputs) -> Tensor:
+    def divide(self) -> Iterable[nn.Module]:
+        """The layers, made ready to be divided among processes: see utils.sharding.
+
+        A layer's weights are brought together around a call of the layer, so that its steps have to
+        run within one.
+        """
+        self.divided = True
+        for layer in self.llama.layers:
+            layer.forward = partial(self._step, layer)
+        return self.llama.layers
+
+    def _run(self, step: Callable, layer: LlamaDecoderLayer, *inputs) -> Any:
+        return layer(step, *inputs) if self.divided else self._step(layer, step, *inputs)
+
+    def _step(self, layer: LlamaDecoderLayer, step: Callable, *inputs) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(step, layer, *inputs, use_reentrant=False)
         return step(layer, *inputs)
@@ -257,6 +271,14 @@ def queries_keys_values(
         query = q_norm(_heads(layer, attention.q_proj(normed.index_select(0, query_tokens))))
         query = _rotated(query, (cos[query_tokens], sin[query_tokens]))
     return query, key, value
+
+
+def _prompt_layer(
+    layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer over the prompt alone, [P, H]: its output, its keys and its values."""
+    query, key, value = queries_keys_values(layer, x, rotation)
+    return _feed(layer, x, _attend_prompt(layer, query, key, value)), key, value
 
 
 def _inner_layer(

@@ -19,7 +19,7 @@ from models.builtin import BUILT_IN
 from models.decoder import Decoder, KeyValue, Packed
 from models.losses import Output
 from models.selection import block_ends, block_influence, select_layers
-from utils import checkpoint
+from utils import checkpoint, sharding
 from utils.errors import UsageError
 from utils.flags import LLM, LoRA, Prompt
 from utils.run import Run
@@ -71,6 +71,18 @@ class LLM4Rec(nn.Module):
         none = user.new_empty(len(user), 0, user.shape[1])
         return Output(user, states, torch.stack(exits, dim=1) if exits else none)
 
+    def prompt_states(self) -> list[KeyValue]:
+        """Keys and values of the prompt in every layer, for inference."""
+        return self.decoder.prompt_states()
+
+    def place(self, device: torch.device, shard: bool) -> "LLM4Rec":
+        """Move to the device; with `shard`, divided among the processes."""
+        if not shard:
+            return self.to(device)
+        sharding.divide(self, self.decoder.divide(), device)
+        sharding.calls(self, "prompt_states")
+        return self
+
     def return_states_at(self, ends: list[int]) -> None:
         """Return states at these block ends from now on.
 
@@ -106,7 +118,7 @@ class LLM4Rec(nn.Module):
         self.eval()
         device_type = self.item_table.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
-            prompt = self.decoder.prompt_states()
+            prompt = self.prompt_states()
 
         @torch.no_grad()
         def encode(history: Tensor) -> Output:

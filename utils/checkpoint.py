@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from utils import sharding
 from utils.errors import RunError, UsageError
 from utils.files import file_sha256, read_json, sync_folder
 
@@ -268,4 +269,4 @@ def restore(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -
             f" ({len(problems)} differences)"
         )
     for name, parameter in own.items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(sharding.like(parameter, tensors[name]))

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from utils import processes
 from utils.errors import UsageError
-from utils.flags import Group, Runtime, Training
+from utils.flags import Group, LLMRuntime, Runtime, Training
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 REQUIRED = inspect.Parameter.empty
@@ -370,6 +370,14 @@ def divides(training: Training, runtime: Runtime) -> tuple[bool, str]:
     factors += [f"--micro_batch_size={micro}"] if micro else []
     fits = runtime.eval_only or training.batch_size % ((micro or 1) * world) == 0
     return fits, f"--batch_size={training.batch_size} is not a multiple of {' x '.join(factors)}"
+
+
+def shards(runtime: LLMRuntime) -> tuple[bool, str]:
+    """The rule, for `check`, that there are processes to divide a model among."""
+    return not runtime.shard or processes.world() > 1, (
+        "--shard divides the model among processes, and there is one; start the script with"
+        " torchrun --nproc_per_node=2 (or more), or leave --shard out"
+    )
 
 
 def report_unused(group: Group, reason: str, *names: str) -> None:

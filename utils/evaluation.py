@@ -1,6 +1,6 @@
 """From user vectors to ranks: sampled and full-catalogue protocols in one pass over the users."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -126,10 +126,16 @@ def collect(found: list[Tensor], device: torch.device | str = "cpu") -> Ranks:
 
 
 def ranker(
-    item_table: Tensor, splits: dict[str, Any], batch_size: int, device: torch.device
+    item_table: Tensor,
+    splits: dict[str, Any],
+    batch_size: int,
+    device: torch.device,
+    divided: bool = False,
 ) -> Callable[[Callable], Callable[..., Ranks]]:
     """Binds what every ranking of a run shares.
 
+    Args:
+        divided: the model is divided among the processes (see utils.sharding).
     Returns:
         A function of `encoder`, which gives the encode function of the model's present weights. It
         returns a function (split name, at most so many batches) -> Ranks.
@@ -138,12 +144,31 @@ def ranker(
     def ranks_by(encoder: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[..., Ranks]:
         def ranks_of(split: str, limit: int | None = None) -> Ranks:
             share = (processes.rank(), processes.world())
+            encode = encoder()
             batches = splits[split].batches(batch_size, device, limit, share)
-            return evaluate(encoder(), item_table, batches)
+            if divided:
+                rounds = -(-splits[split].n_batches(batch_size, limit) // processes.world())
+                spare = next(splits[split].batches(1, device, 1)).history
+                batches = _in_step(batches, rounds, encode, spare)
+            return evaluate(encode, item_table, batches)
 
         return ranks_of
 
     return ranks_by
+
+
+def _in_step(
+    batches: Iterable[EvaluationBatch], rounds: int, encode: Callable, spare: Tensor
+) -> Iterator[EvaluationBatch]:
+    """The batches of this process. Where they are fewer than `rounds`, it then encodes `spare`: a
+    divided model needs every process in every forward.
+    """
+    done = 0
+    for batch in batches:
+        yield batch
+        done += 1
+    for _ in range(done, rounds):
+        encode(spare)
 
 
 def rank_tile(scores: Tensor, target: Tensor, seen: Tensor, candidates: Tensor) -> Tensor:

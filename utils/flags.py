@@ -534,3 +534,8 @@ class LLMRuntime(Runtime):
     gradient_checkpointing: bool = flag(
         False, "recompute layers in the backward pass to save memory"
     )
+    shard: bool = flag(
+        False,
+        "divide weights, gradients and optimizer state among torchrun's processes, for a base that "
+        "does not fit one device",
+    )

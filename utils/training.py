@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import checkpoint, processes
+from utils import checkpoint, processes, sharding
 from utils.errors import RunError, Stopped
 from utils.evaluation import Ranks
 from utils.flags import Runtime, Training
@@ -275,7 +275,8 @@ class _State:
     def clip(self, max_norm: float) -> float:
         """The gradients' norm before they are clipped to `max_norm`; 0 only measures it."""
         limit = max_norm or math.inf
-        return float(nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True))
+        norm = nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True)
+        return float(sharding.whole(norm))
 
     def step(self) -> None:
         self.optimizer.step()
@@ -287,29 +288,39 @@ class _State:
         Raises:
             RunError: a weight is not finite, or the disk is full.
         """
-        broken = [key for key, p in self.trained.items() if not torch.isfinite(p).all()]
+        weights = self._gathered(checkpoint.trained_tensors(self.module))
+        broken = [key for key, weight in weights.items() if not torch.isfinite(weight).all()]
         if broken:
             raise RunError(
                 f"step {self.progress.step}: the weights {', '.join(broken[:3])} are not finite"
                 f" any more; {_kept(self.run)}; lower --learning_rate"
             )
-        generators = processes.gather(_generators(self.device))
-        if not processes.is_first():
-            return
         state = {}
         for parameter, p in self.trained.items():
             if p in self.optimizer.state:
                 state |= {f"{key}/{parameter}": self.optimizer.state[p][key] for key in ADAM}
+        state = self._gathered(state)
+        generators = processes.gather(_generators(self.device))
+        if not processes.is_first():
+            return
         for rank, states in enumerate(generators):
             state |= {f"{key}.{rank}": value for key, value in states.items()}
         progress = self.progress
         meta = self.meta | {"step": progress.step, "best_step": progress.best_step}
         meta["progress"] = vars(progress)
         meta["plan"] = self.plan._asdict()
-        weights = checkpoint.trained_tensors(self.module)
         checkpoint.save(self.run.folder / name, weights, meta, state)
         running = time.perf_counter() - self._started if self._started is not None else 0.0
         self.run.log.write_seconds(self.seconds + running)
+
+    def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU, in the first process alone; the others help to make them."""
+        kept = {}
+        for name, tensor in tensors.items():
+            tensor = sharding.whole(tensor)
+            if processes.is_first():
+                kept[name] = tensor.cpu()
+        return kept
 
     def resume(self) -> str:
         """Restore the newest good checkpoint, and the log; returns the checkpoint's name."""
@@ -319,10 +330,13 @@ class _State:
             tqdm.write(f"skipped: {note}")
         checkpoint.restore(self.module, found.tensors, folder / found.name)
         for name, p in self.trained.items():
-            saved = {key: found.state.get(f"{key}/{name}") for key in ADAM}
-            self.optimizer.state[p] = {
-                key: value.to(self.device) for key, value in saved.items() if value is not None
-            }
+            self.optimizer.state[p] = {}
+            for key in ADAM:
+                value = found.state.get(f"{key}/{name}")
+                if value is not None:  # the number of steps is not divided
+                    whole = value.to(self.device)
+                    value = sharding.like(p, whole) if whole.dim() else whole
+                    self.optimizer.state[p][key] = value
         self._restore_generators(found)
         step = found.meta["step"]
         self.run.log.cut(step)
@@ -417,13 +431,14 @@ def _accumulate(
         The loss's parts, and the number of a signal that came to any process (0 for none).
     """
     targets = counts[indices].sum()
-    mine = np.array_split(indices, processes.world())[processes.rank()]
-    idle = len(mine) == 0  # a short last batch: take part with no weight
-    mine = indices[:1] if idle else mine
+    shares = np.array_split(indices, processes.world())
+    mine = shares[processes.rank()]
     parts: dict[str, Tensor] = {}
-    for i in range(0, len(mine), micro_batch_size):
+    for i in range(0, len(shares[0]), micro_batch_size):  # the first share is the longest
         micro = mine[i : i + micro_batch_size]
-        share = 0.0 if idle else float(counts[micro].sum() / targets)
+        share = float(counts[micro].sum() / targets)
+        if not len(micro):  # take part all the same, without weight: a divided model needs everyone
+            micro = indices[:1]
         with autocast:
             losses = loss_fn(micro)
         (losses["total"] * share).backward()
@@ -434,7 +449,8 @@ def _accumulate(
         return dict(zip(parts, values.tolist())), signals.received
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    processes.sum_in_place([p.grad for p in parameters])
+    # those of a divided model were summed as they came
+    processes.sum_in_place([p.grad for p in parameters if not sharding.is_divided(p.grad)])
     signalled = values.new_tensor([float(signals.received > 0)])
     values = torch.cat([values, signalled])
     processes.sum_in_place([values])

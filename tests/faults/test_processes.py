@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.conftest import ROOT, hashes, trained_lines
 
@@ -59,10 +61,78 @@ def ranks(folder):
         return {name: found[name].tolist() for name in found}
 
 
-def test_twenty_steps_in_double_precision(inside):
-    for processes in (1, 2):
-        start(processes, "tests/faults/two.py", "float64", f"n{processes}")
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_twenty_steps_in_double_precision(inside, strategy):
+    """One process, two, and two that divide the model."""
+    for folder, processes, shard in (("n1", 1, ""), ("n2", 2, ""), ("shard", 2, "shard")):
+        start(processes, "tests/faults/two.py", "float64", folder, strategy, shard)
     assert losses("n1") == pytest.approx(losses("n2"), rel=1e-9) and len(losses("n1")) == 20
+    assert losses("n1") == pytest.approx(losses("shard"), rel=1e-9)
+
+
+@pytest.mark.parametrize("strategy, first, then", [("lora", "", "shard"), ("full", "shard", "")])
+def test_a_divided_run_and_an_undivided_one_resume_each_other(inside, strategy, first, then):
+    """Stopped in step 12, resumed from the checkpoint of step 10."""
+    start(2, "tests/faults/two.py", "float64", "whole", strategy, then)
+    start(2, "tests/faults/two.py", "float64", "cut", strategy, first, "12")
+    shapes = load_file("cut/last/state.safetensors")
+    again = start(2, "tests/faults/two.py", "float64", "cut", strategy, then)
+    assert "resuming from cut/last, step 10" in again.stdout
+    assert losses("cut") == pytest.approx(losses("whole"), rel=1e-9) and len(losses("cut")) == 20
+    ends = [load_file(f"{folder}/last/weights.safetensors") for folder in ("cut", "whole")]
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
+    states = load_file("whole/last/state.safetensors")
+    assert {name: t.shape for name, t in states.items()} == {
+        name: t.shape for name, t in shapes.items()
+    }
+
+
+def test_the_same_weights_give_the_same_checkpoint_divided_or_not(inside):
+    """Before any step; each process of the divided one holds half of every weight."""
+    held = []
+    for shard in ("", "shard"):
+        done = start(2, "tests/faults/two.py", "saved", f"saved{shard}", shard)
+        held.append([int(line) for line in done.stdout.splitlines()])
+    assert hashes(Path("saved/last")) == hashes(Path("savedshard/last"))
+    (one, other), divided = held
+    assert one == other == sum(divided) and max(divided) < 0.55 * one
+
+
+SHARDED = ["--gradient_checkpointing", "--shard"]
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("finetune.py", ["--train_strategy=lora", "--lora_dropout=0"]),
+        ("finetune.py", ["--llama_decoder_nums=4", "--cls_multiple_lambda=1"]),
+        ("distill.py", ["--logit_lambda=0.1"]),
+        ("distill.py", ["--teacher_cache=off"]),
+        ("distill.py", ["--distill_mode=online"]),
+        ("distill.py", ["--student_init=adapter", "--sasrec_lambda=1"]),
+    ],
+)
+def test_a_divided_run_has_the_losses_and_ranks_of_one_that_is_not(inside, script, flags):
+    """More evaluation batches than the second process has, and a last batch of a single user."""
+    changed = {"--max_steps=50": "--max_steps=12", "--eval_batch_size=16": "--eval_batch_size=17"}
+    short = [changed.get(flag, flag) for flag in RUN] + flags
+    start(2, script, *short, *SHARDED, "--output_dir=divided")
+    start(1, script, *short, "--output_dir=whole")
+    assert losses("divided") == pytest.approx(losses("whole"), rel=1e-5)
+    assert len(losses("whole")) == 12
+    ours, theirs = ranks("divided"), ranks("whole")
+    for name in theirs:  # a rank moves where two scores are equal to their last bits
+        assert np.mean(np.not_equal(ours[name], theirs[name])) < 0.02
+    before = ranks("divided")
+    start(1, script, "--eval_only", "--eval_batch_size=17", "--output_dir=divided")
+    assert np.mean(np.not_equal(ranks("divided")["test_full"], before["test_full"])) < 0.02
+    start(2, script, "--eval_only", "--shard", "--eval_batch_size=17", "--output_dir=whole")
+
+
+def test_sharding_needs_processes(inside):
+    done = start(1, "finetune.py", "--shard", "--output_dir=run", status=2)
+    assert "error: --shard divides the model among processes, and there is one" in done.stderr
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,13 +23,19 @@ from utils.flags import Exits, Runtime, Training  # noqa: E402
 from utils.run import Run  # noqa: E402
 
 
-def float64(folder: str) -> None:
+def float64(folder: str, strategy: str, shard: str = "", ends_in: str = "0") -> None:
     """Twenty steps of a small double-precision LLM4Rec without dropout; an odd number of samples,
     so that the last batch is uneven.
+
+    Args:
+        shard: not empty, to divide the model among the processes.
+        ends_in: the optimizer step in which every process ends; 0 for none.
     """
     processes.start("cpu")
     modeling_llama.LlamaRMSNorm.forward = exact_norm
-    model = small_model(strategy="lora")
+    model = small_model(strategy=strategy, gradient_checkpointing=bool(shard))
+    model.place(torch.device("cpu"), bool(shard))
+    in_step(int(ends_in), lambda: os._exit(0))
     batch, target = histories([1 + i % 8 for i in range(21)]), torch.arange(21) % 23
 
     def loss_fn(rows: np.ndarray) -> dict:
@@ -48,21 +55,50 @@ def float64(folder: str) -> None:
     fit(run, model, loss_fn, samples, lambda *_: ranks, settings, runtime, bf16=False, meta={})
 
 
-def dying(script: str, *flags: str) -> None:
-    """The script, whose second process is killed in its third step."""
+def saved(folder: str, shard: str = "") -> None:
+    """The checkpoint last/ of a small model before any step. Prints how many numbers of its
+    parameters this process holds.
+    """
+    processes.start("cpu")
+    model = small_model(strategy="lora").place(torch.device("cpu"), bool(shard))
+    parts = [p.to_local() if shard else p for p in model.parameters()]
+    os.write(1, f"{sum(part.numel() for part in parts)}\n".encode())  # in one piece
+    settings, runtime = Training(seed=1), Runtime()
+    run = Run.open("test", Path(folder), settings, runtime)
+    run.prepare()
+    run.begin()
+    torch.manual_seed(1)
+    state = training._State(run, model, settings, torch.device("cpu"), {})
+    state.plan = training.Plan.of(21, settings, runtime)
+    state.save("last")
+    processes.barrier()
+
+
+def in_step(n: int, action: Callable[[], None]) -> None:
+    """Let the n-th optimizer step begin with an action."""
     step, taken = torch.optim.AdamW.step, []
 
-    def dies(self, *args, **kwargs):
+    def acts(self, *args, **kwargs):
         taken.append(1)
-        if len(taken) == 3 and processes.rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(taken) == n:
+            action()
         return step(self, *args, **kwargs)
 
-    torch.optim.AdamW.step = dies
+    torch.optim.AdamW.step = acts
+
+
+def dying(script: str, *flags: str) -> None:
+    """The script, whose second process is killed in its third step."""
+
+    def dies() -> None:
+        if processes.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    in_step(3, dies)
     cli.run(importlib.import_module(script).main, list(flags))
 
 
 if __name__ == "__main__":
-    {"float64": float64, "dying": dying}[sys.argv[1]](*sys.argv[2:])
+    {"float64": float64, "saved": saved, "dying": dying}[sys.argv[1]](*sys.argv[2:])
     if processes.world() > 1:
         os._exit(0)  # as cli.run does, and for its reason
