@@ -21,6 +21,7 @@ from utils.files import file_sha256, replacing, write_json
 KEY = "item_embedding"
 LARGEST_GIB = 16  # of an item table; ten million items of 128 numbers are 5 GiB
 SPARSE_GIB = 0.5  # of one that is nearly all gaps
+ROWS = 2**17  # of a table that are copied and checked at once
 
 LEGACY = b"\x80\x02\x8a\nl\xfc"  # a file of torch.save before its zip format
 
@@ -136,27 +137,30 @@ def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
             " (or name one with --item_table)"
         )
     table = _the_table(path, _content(path))
-    if isinstance(table, np.ndarray):
-        plain = table.dtype.kind == "f" and table.dtype.itemsize <= 8
-        table = torch.as_tensor(table.astype(table.dtype.newbyteorder("="))) if plain else table
+    if isinstance(table, np.ndarray) and table.dtype.kind == "f" and table.dtype.itemsize <= 8:
+        table = torch.as_tensor(table.astype(table.dtype.newbyteorder("="), copy=False))
     _check_form(path, table)
     if item_ids[-1] >= len(table):
         raise UsageError(
             f"{path}: max id {item_ids[-1]} but the item table has {len(table)} rows"
             " (the table of another domain?)"
         )
-    rows = table.detach().float()[torch.from_numpy(item_ids)]
-    broken = item_ids[(~torch.isfinite(rows).all(1)).numpy()]
+    rows = torch.empty(len(item_ids), table.shape[1])
+    finite, empty = [], 0
+    for ids, part in zip(torch.from_numpy(item_ids).split(ROWS), rows.split(ROWS)):
+        part.copy_(table.detach()[ids])
+        finite.append(torch.isfinite(part).all(1))
+        empty += int((~part.any(1)).sum())
+    broken = item_ids[~torch.cat(finite).numpy()]
     if len(broken):
         shown = ", ".join(map(str, broken[:5]))
         raise UsageError(f"{path}: rows {shown} contain NaN or infinity ({len(broken)} in all)")
-    empty = int((~rows.any(1)).sum())
     if empty:
         raise UsageError(
             f"{path}: {empty} of {len(rows)} occurring items have a row of zeros;"
             " give every item of the CSV a vector"
         )
-    return rows.contiguous()
+    return rows
 
 
 def _check_form(path: Path, table: object) -> None:
@@ -191,15 +195,19 @@ def _the_table(path: Path, content: object) -> object:
 
 
 def _content(path: Path) -> object:
-    """What a file holds, by its first bytes: numpy's, torch's, or a pickle's."""
+    """What a file holds, by its first bytes: numpy's, torch's, or a pickle's.
+
+    The first two are mapped into memory, so that a large table is there once, not twice.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(6)
             file.seek(0)
             if start == b"\x93NUMPY":
-                return np.load(file, allow_pickle=False)
+                return np.load(path, mmap_mode="c", allow_pickle=False)
             if start.startswith((b"PK", LEGACY)):
-                return torch.load(file, weights_only=True, map_location="cpu")
+                zipped = start.startswith(b"PK")
+                return torch.load(path, weights_only=True, map_location="cpu", mmap=zipped)
             return _TensorUnpickler(file).load()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import efficiency, measure, plain, throughput
+from benchmarks import catalogue, efficiency, measure, plain, throughput
 from datasets import process, sequences
 from datasets.demo import write_demo
 from models.catalogue import catalogue_cross_entropy
@@ -44,6 +44,18 @@ def test_the_plain_loss_is_distills_default_loss_in_parity():
         atol=1e-5,
         rtol=1e-6,
     )
+
+
+def test_the_catalogue_benchmark_prints_its_rows(tmp_path):
+    result = catalogue.main(n_items=[70_000], users=3, output_dir=str(tmp_path))
+    works = ["cross-entropy", "evaluation", "top-10 lists", "reading the table"]
+    assert [row["work"] for row in result["rows"]] == works
+    held = 70_000 * 128 * 4  # bytes of the table
+    assert all(row["peak"] > held and row["seconds"] > 0 for row in result["rows"])
+    lines = (tmp_path / "catalogue.md").read_text().splitlines()
+    assert len(lines) == 6 and "| 70,000 | top-10 lists |" in lines[4]
+    vectors = catalogue.item_table(70_000)
+    assert len(vectors.unique(dim=0)) == 70_000  # equal scores would be another measurement
 
 
 def test_plain_ranks_and_candidates_agree_with_ours():

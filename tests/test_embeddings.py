@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from datasets import item_table
 from datasets.item_table import read_table, write_table
 from tests.conftest import ROOT
 from utils.errors import UsageError
@@ -150,6 +151,35 @@ def test_bad_tables_are_refused_in_one_line(tmp_path, name):
     with pytest.raises(UsageError, match=message) as caught:
         read_table(path, IDS)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["npy", "torch", "pickle"])
+def test_every_part_of_a_large_table_is_read_and_checked(tmp_path, kind, monkeypatch):
+    """Two rows at a time; items 1, 3, 4, 6 and 8 of a table of nine rows."""
+    monkeypatch.setattr(item_table, "ROWS", 2)
+    path, ids = tmp_path / "table", np.array([1, 3, 4, 6, 8])
+
+    def write(table):
+        if kind == "npy":
+            with open(path, "wb") as file:
+                np.save(file, table.numpy())
+        elif kind == "torch":
+            torch.save(table, path)
+        else:
+            write_table(path, table, {})
+
+    table = torch.arange(1.0, 28).view(9, 3)
+    write(table)
+    found = read_table(path, ids)
+    assert found.tolist() == [[3.0 * i + 1, 3.0 * i + 2, 3.0 * i + 3] for i in (1, 3, 4, 6, 8)]
+    found[0] = -1.0  # the file is not touched
+    assert torch.equal(read_table(path, ids)[1:], found[1:]) and (read_table(path, ids) > 0).all()
+    write(table.index_fill(0, torch.tensor(6), torch.nan))
+    with pytest.raises(UsageError, match="rows 6 contain NaN or infinity"):
+        read_table(path, ids)
+    write(table.index_fill(0, torch.tensor(8), 0.0))
+    with pytest.raises(UsageError, match="1 of 5 occurring items have a row of zeros"):
+        read_table(path, ids)
 
 
 def test_nan_in_a_row_that_no_item_uses_is_no_matter(tmp_path):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main rows on amazon2018_games with the built-in random base `small`: docs/results.md.
+# The main rows on amazon2018_games with the built-in random base `small`: docs/results.md, and docs/sasrec_teacher.md for SASRec's KL.
 # Games has 2.3 times the users of Beauty: fewer epochs are more steps. SEEDS="0 1 2" for all of it.
 # docs/data.md says where the file is from. common.sh says what can be set from outside.
 DOMAIN=games DATA=${DATA:-data/amazon2018_games.csv.xz} BASE=${BASE:-small}
@@ -20,6 +20,9 @@ for seed in $SEEDS; do
         --llama_decoder_nums 8 --num_epochs 3 --learning_rate 2.5e-4 --eval_steps 297 --save_steps -1
     run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" \
         --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 \
+        --num_epochs 3 --learning_rate 2.5e-4 --eval_steps 297 --save_steps -1
+    run $LAUNCH distill.py $llm --output_dir $out/sasrec_kl --base_model "$BASE" --sasrec $out/sasrec \
+        --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 --sasrec_lambda 3 --sasrec_temperature 2 \
         --num_epochs 3 --learning_rate 2.5e-4 --eval_steps 297 --save_steps -1
     run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher \
         --num_epochs 3 --learning_rate 2.5e-4 --eval_steps 297 --save_steps -1

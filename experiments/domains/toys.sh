@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# SASRec as a teacher on amazon2014_toys with the built-in random base `small`: docs/sasrec_teacher.md. SEEDS="0 1 2 3 4" for all of it.
+# docs/data.md says where the file is from. common.sh says what can be set from outside.
+DOMAIN=toys DATA=${DATA:-data/amazon2014_toys.csv.xz} BASE=${BASE:-small}
+. "$(dirname "$0")/common.sh"
+
+for seed in $SEEDS; do
+    out=$ROOT/seed$seed
+    common="$WHERE --seed $seed"
+    llm="$common --item_table $out/sasrec_item.pkl"
+    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec \
+        --hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 \
+        --lr_scheduler cosine --batch_size 128 --num_epochs 28 --patience 0
+    run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec --item_table $out/sasrec_item.pkl
+    run $LAUNCH finetune.py $llm --output_dir $out/teacher --base_model "$BASE" \
+        --llama_decoder_nums 8 --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
+    run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" \
+        --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 \
+        --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
+    run $LAUNCH distill.py $llm --output_dir $out/sasrec_kl --base_model "$BASE" --sasrec $out/sasrec \
+        --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 --sasrec_lambda 3 --sasrec_temperature 2 \
+        --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
+    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher \
+        --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
+    run $LAUNCH distill.py $llm --output_dir $out/from_teachers_ends --teacher $out/teacher --student_init adapter \
+        --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
+done
+run $PYTHON -m experiments.report --runs "$ROOT"
