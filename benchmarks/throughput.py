@@ -34,7 +34,7 @@ from models import base
 from models.catalogue import catalogue_cross_entropy
 from models.losses import Output, recommendation_loss
 from models.sasrec import SASRec
-from utils import cli, processes
+from utils import cli, cpu, processes
 from utils.evaluation import evaluate
 from utils.files import check_writable
 from utils.flags import Data, DistillationLoss, NonNegativeFloat, NonNegativeInt, PositiveInt, flag
@@ -641,7 +641,7 @@ def main(
     print(f"{'':58s} {'ours':>12s} {'plain':>12s} {'':8s} {'ratio':>7s}", flush=True)
     with measure.busy(busy):
         if busy and device.type == "cpu":
-            processes.choose_threads()  # as a run does that starts beside them; for both sides
+            cpu.choose_threads()  # as a run does that starts beside them; for both sides
         about["threads"] = torch.get_num_threads()
         for name in rows:
             parts[name](bench)

@@ -21,10 +21,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from datasets.demo import write_demo
 from models.llm4rec import LLM4Rec, assemble
-from utils import processes
+from utils import cpu
 from utils.errors import RunError
 
-processes.choose_products()  # as every command does; in all tests alike, whichever runs first
+cpu.choose_products()  # as every command does; in all tests alike, whichever runs first
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"

@@ -11,7 +11,7 @@ import torch
 
 import distill
 from tests.conftest import SHORT
-from utils import processes
+from utils import cpu
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def four(monkeypatch):
     """Four threads by default, none set by the user; the number is put back."""
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(processes, "_default_threads", lambda: 4)
+    monkeypatch.setattr(cpu, "_default_threads", lambda: 4)
     yield
     torch.set_num_threads(before)
 
@@ -36,8 +36,8 @@ def four(monkeypatch):
     ],
 )
 def test_the_number_is_halved_while_regions_wait(four, monkeypatch, capsys, rates, expected):
-    monkeypatch.setattr(processes, "_rates", lambda threads: rates[threads])
-    processes.choose_threads()
+    monkeypatch.setattr(cpu, "_rates", lambda threads: rates[threads])
+    cpu.choose_threads()
     assert torch.get_num_threads() == expected
     said = capsys.readouterr().out
     line = f"{expected} of 4 threads: other processes are at work here; OMP_NUM_THREADS sets it\n"
@@ -46,26 +46,24 @@ def test_the_number_is_halved_while_regions_wait(four, monkeypatch, capsys, rate
 
 def test_a_number_that_the_user_set_is_left_alone(four, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setattr(processes, "_rates", lambda threads: pytest.fail("measured"))
+    monkeypatch.setattr(cpu, "_rates", lambda threads: pytest.fail("measured"))
     before = torch.get_num_threads()
-    processes.choose_threads(2)
+    cpu.choose_threads(2)
     assert torch.get_num_threads() == before
 
 
 def test_rates_are_measured_with_that_many_threads(four):
-    assert len(processes._rates(1)) == processes.PROBES
-    assert min(processes._rates(1)) > 0 and torch.get_num_threads() == 1
+    assert len(cpu._rates(1)) == cpu.PROBES
+    assert min(cpu._rates(1)) > 0 and torch.get_num_threads() == 1
 
 
 @pytest.mark.slow
 def test_a_resumed_run_computes_with_the_threads_that_it_began_with(inside, four, monkeypatch):
-    monkeypatch.setattr(
-        processes, "_rates", lambda threads: [1.0] * 3 if threads == 4 else [9.0] * 3
-    )
+    monkeypatch.setattr(cpu, "_rates", lambda threads: [1.0] * 3 if threads == 4 else [9.0] * 3)
     distill.main(**SHORT, output_dir="s")
     config = Path("s/config.json")
     assert json.loads(config.read_text())["threads"] == 2
-    monkeypatch.setattr(processes, "_rates", lambda threads: pytest.fail("measured"))
+    monkeypatch.setattr(cpu, "_rates", lambda threads: pytest.fail("measured"))
     torch.set_num_threads(1)
     distill.main(eval_only=True, output_dir="s")
     assert torch.get_num_threads() == 2
@@ -107,22 +105,22 @@ def highest():
 def test_onednn_takes_products_on_amd_alone_and_in_float32_alone(
     highest, monkeypatch, amd, error, expected
 ):
-    monkeypatch.setattr(processes, "_is_amd", lambda: amd)
-    monkeypatch.setattr(processes, "_product_error", lambda: error)
-    processes.choose_products()
+    monkeypatch.setattr(cpu, "_is_amd", lambda: amd)
+    monkeypatch.setattr(cpu, "_product_error", lambda: error)
+    cpu.choose_products()
     assert torch.get_float32_matmul_precision() == expected
 
 
 def test_a_precision_that_the_user_set_is_left_alone(highest, monkeypatch):
-    monkeypatch.setattr(processes, "_is_amd", lambda: True)
+    monkeypatch.setattr(cpu, "_is_amd", lambda: True)
     torch.set_float32_matmul_precision("high")
-    processes.choose_products()
+    cpu.choose_products()
     assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_the_products_chosen_here_are_of_float32(highest):
-    processes.choose_products()
-    assert processes._product_error() < processes.LARGEST_PRODUCT_ERROR
+    cpu.choose_products()
+    assert cpu._product_error() < cpu.LARGEST_PRODUCT_ERROR
 
 
 def test_the_error_shows_bfloat16(monkeypatch):
@@ -132,4 +130,4 @@ def test_the_error_shows_bfloat16(monkeypatch):
         return exact(a, b) if a.dtype == torch.float64 else exact(a.bfloat16(), b.bfloat16())
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", halved)
-    assert processes._product_error() > processes.LARGEST_PRODUCT_ERROR
+    assert cpu._product_error() > cpu.LARGEST_PRODUCT_ERROR

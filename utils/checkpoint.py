@@ -121,6 +121,13 @@ def _replace(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_replaced(run: Path) -> None:
+    """Remove the old checkpoints of a run that died before it could do so."""
+    for name in NAMES:
+        if (run / name).exists():
+            shutil.rmtree(run / f".old-{name}", ignore_errors=True)
+
+
 def _present(folder: str | Path) -> Path:
     """The folder, or the old checkpoint beside it where a run died between the two renames."""
     folder = Path(folder)

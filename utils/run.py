@@ -380,15 +380,15 @@ class Run:
         Raises:
             UsageError: another process works in the folder, or did since `open`.
         """
+        from utils import checkpoint
+
         processes.barrier()  # every process has looked at the folder before it changes
         if processes.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             for partial in self.folder.glob(".tmp-*"):
                 _remove(partial)
-            for old in self.folder.glob(".old-*"):  # killed before it could be removed
-                if (self.folder / old.name.removeprefix(".old-")).exists():
-                    _remove(old)
+            checkpoint.remove_replaced(self.folder)
             if self.resume:
                 self._report_changes()
             else:

@@ -1,0 +1,113 @@
+"""How a run computes on CPU: with how many threads, and with which library's products.
+
+LEAVE ALONE.
+"""
+
+import functools
+import os
+import statistics
+import time
+
+PROBE_NUMBERS, PROBE_SECONDS, PROBES = 2**17, 0.02, 6  # see choose_threads
+SLOW, STUCK = 0.65, 0.25  # .9 on a quiet machine, .4 and .003 beside a busy process
+LARGEST_PRODUCT_ERROR = 1e-5  # float32 is at 1e-6, bfloat16 at 1e-3
+
+
+def choose_threads(recorded: int | None = None) -> None:
+    """Compute on CPU with `recorded` threads, else with as many as find a free core each.
+
+    A parallel region waits for its slowest thread. Beside another busy process that thread may be
+    off its core for milliseconds, and fewer threads are many times faster. So regions with the same
+    work per thread are timed here. The number is halved as long as they are slow against those of
+    half the threads: in the median, or now and then by far. OMP_NUM_THREADS, where it is set, is
+    left alone.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    all_threads = threads = _default_threads()
+    if recorded is not None:
+        threads = recorded
+    else:
+        while threads > 1 and _waits(_rates(threads), _rates(threads // 2)):
+            threads //= 2
+    torch.set_num_threads(threads)
+    if threads < all_threads:
+        reason = "as this run began" if recorded else "other processes are at work here"
+        print(f"{threads} of {all_threads} threads: {reason}; OMP_NUM_THREADS sets it", flush=True)
+
+
+@functools.cache
+def _default_threads() -> int:
+    """The number before any choice in this process."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _waits(rates: list[float], half: list[float]) -> bool:
+    """Whether regions of all threads wait, judged by those of half the threads."""
+    expected = statistics.median(half)
+    slow = statistics.median(rates) < SLOW * expected
+    return slow or sorted(rates)[1] < STUCK * expected
+
+
+def _rates(threads: int) -> list[float]:
+    """Parallel regions per second with so many threads and the same work for each, some times
+    over.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    numbers, rates = torch.zeros(PROBE_NUMBERS * threads), []
+    for _ in range(PROBES):
+        numbers.add_(1)
+        started, done = time.perf_counter(), 0
+        while time.perf_counter() - started < PROBE_SECONDS:
+            numbers.add_(1)
+            done += 1
+        rates.append(done / (time.perf_counter() - started))
+    return rates
+
+
+def choose_products() -> None:
+    """Let oneDNN take float32 products on CPU where MKL, torch's choice, is slower: on AMD's.
+
+    MKL uses half the width of their vectors. torch hands float32 products to oneDNN at precision
+    `medium` only, which permits bfloat16 on a CPU with units for it. So the results of a trial are
+    looked at, and where they are not of float32 nothing changes.
+    """
+    import torch
+
+    if not _is_amd() or torch.get_float32_matmul_precision() != "highest":
+        return
+    torch.set_float32_matmul_precision("medium")
+    if _product_error() > LARGEST_PRODUCT_ERROR:
+        torch.set_float32_matmul_precision("highest")
+
+
+@functools.cache
+def _is_amd() -> bool:
+    """Whether the CPU is one of AMD's; False where it is not known."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return "AuthenticAMD" in file.read(2000)
+    except OSError:
+        return False
+
+
+def _product_error() -> float:
+    """Largest error of float32 products on CPU, over the largest result, in the layouts of a step:
+    forward, gradient to the input, gradient to the weights.
+    """
+    import torch
+
+    draws = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, 256, generator=draws) for size in (512, 384))
+    slope, largest = torch.randn(512, 384, generator=draws), 0.0
+    for a, b in ((x, weight.T), (slope, weight), (slope.T, x)):
+        exact = a.double() @ b.double()
+        error = ((a @ b).double() - exact).abs().max() / exact.abs().max()
+        largest = max(largest, float(error))
+    return largest
