@@ -11,7 +11,7 @@ import extract_emb
 import finetune
 import recommend
 import train_sr_trad
-from benchmarks import efficiency, retrieval, throughput
+from benchmarks import catalogue, efficiency, retrieval, throughput
 from datasets import convert, process
 from experiments import ablation, demo, flags_page, motivation, report
 from tests.conftest import ROOT
@@ -31,6 +31,7 @@ MAINS = {
     "experiments.motivation": motivation.main,
     "experiments.report": report.main,
     "experiments.flags_page": flags_page.main,
+    "benchmarks.catalogue": catalogue.main,
     "benchmarks.retrieval": retrieval.main,
     "benchmarks.throughput": throughput.main,
     "benchmarks.efficiency": efficiency.main,
@@ -47,7 +48,9 @@ PAGES = [
     "datasets/process.py",
     "experiments/demo.py",
 ]
-PAGES += ["benchmarks/throughput.py", "benchmarks/efficiency.py", "benchmarks/retrieval.py"]
+PAGES += [
+    f"benchmarks/{name}.py" for name in ("throughput", "efficiency", "retrieval", "catalogue")
+]
 PAGES += ["docs/sasrec_teacher.md"]
 PAGES += ["docs/data.md", "docs/speed.md", "experiments/flags_page.py"]
 TEXTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]

@@ -16,6 +16,7 @@ Metrics = dict[str, dict[str, float]]
 PROTOCOLS = {"sampled": (5, 10), "full": (5, 10, 20), "full_all": (5, 10, 20)}  # -> cut-offs
 NO_SCORE, NO_VECTOR = 0, -1  # in place of a rank
 CPU_TILE, TILE = 2**23, 2**26  # scores held at once; larger blocks are slow to allocate on CPU
+FEWEST_USERS = 8  # of a tile: a pass over a table of ten million items pays for several
 
 
 class EvaluationBatch(Protocol):
@@ -90,7 +91,7 @@ def rank_users(users: Tensor, columns: Tensor, batch: EvaluationBatch) -> Tensor
 def users_per_tile(columns: Tensor) -> int:
     """How many users' scores against an item table's transpose [D, N] are held at once."""
     tile = CPU_TILE if columns.device.type == "cpu" else TILE
-    return max(1, tile // columns.shape[1])
+    return max(FEWEST_USERS, tile // columns.shape[1])
 
 
 def collect(found: list[Tensor], device: torch.device | str = "cpu") -> Ranks:
