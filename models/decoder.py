@@ -218,8 +218,9 @@ class Decoder(nn.Module):
         x = self.llama.embed_tokens(self.prompt_ids)
         rotation = self._rotation(x, len(x), torch.arange(len(x), device=x.device))
         states = []
-        for layer in self.llama.layers:
-            x, *keys_values = self._run(_prompt_layer, layer, x, rotation)
+        for i, layer in enumerate(self.llama.layers):
+            is_last = i + 1 == self.n_layers
+            x, *keys_values = self._run(_prompt_layer, layer, x, rotation, is_last)
             states.append(tuple(keys_values))
         return states
 
@@ -274,10 +275,14 @@ def queries_keys_values(
 
 
 def _prompt_layer(
-    layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation
+    layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, is_last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer over the prompt alone, [P, H]: its output, its keys and its values."""
+    """One layer over the prompt alone, [P, H]: its output, its keys and its values. Nobody reads
+    the last layer's output: it is not computed.
+    """
     query, key, value = queries_keys_values(layer, x, rotation)
+    if is_last:
+        return x, key, value
     return _feed(layer, x, _attend_prompt(layer, query, key, value)), key, value
 
 

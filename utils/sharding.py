@@ -49,9 +49,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor on the parameter's device, divided as the parameter is."""
+    """A whole tensor on the parameter's device, divided as the parameter is; a number stays one."""
     tensor = tensor.to(parameter.device)
-    if not is_divided(parameter) or is_divided(tensor):
+    if not is_divided(parameter) or is_divided(tensor) or not tensor.dim():
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

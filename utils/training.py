@@ -330,13 +330,10 @@ class _State:
             tqdm.write(f"skipped: {note}")
         checkpoint.restore(self.module, found.tensors, folder / found.name)
         for name, p in self.trained.items():
-            self.optimizer.state[p] = {}
-            for key in ADAM:
-                value = found.state.get(f"{key}/{name}")
-                if value is not None:  # the number of steps is not divided
-                    whole = value.to(self.device)
-                    value = sharding.like(p, whole) if whole.dim() else whole
-                    self.optimizer.state[p][key] = value
+            saved = {key: found.state.get(f"{key}/{name}") for key in ADAM}
+            self.optimizer.state[p] = {
+                key: sharding.like(p, value) for key, value in saved.items() if value is not None
+            }
         self._restore_generators(found)
         step = found.meta["step"]
         self.run.log.cut(step)
