@@ -63,6 +63,7 @@ def main(
     llm: flags.StudentLLM = flags.StudentLLM(llama_decoder_nums_teacher=None),
     lora: flags.LoRA,
     loss: flags.DistillationLoss,
+    objective: flags.Objective,
     training: flags.Training,
     evaluation: flags.Evaluation,
     runtime: flags.LLMRuntime,
@@ -123,7 +124,7 @@ def main(
         cli.check(cli.blocks(n_blocks, llama_decoder_nums_teacher=n_teacher))
 
     folder = Path(files.output_dir or domain.folder / "student")
-    groups = files, prompt, llm, lora, loss, training, evaluation, runtime
+    groups = files, prompt, llm, lora, loss, objective, training, evaluation, runtime
     run = Run.open("student", folder, *groups)
     if run.eval_only:
         prompt, _, _, _, evaluation = run.recorded(prompt, llm, lora, loss, evaluation)
@@ -142,7 +143,7 @@ def main(
     from datasets.prompts import tokenise
     from models import base
     from models.llm4rec import Calibration, LLM4Rec, build, specify
-    from models.losses import recommendation_loss
+    from models.losses import draw_negatives, recommendation_loss
     from models.sasrec import SASRec
     from models.selection import block_ends
     from utils import processes
@@ -268,7 +269,9 @@ def main(
         target = samples.targets(indices).to(device)
         teacher = teacher_output(indices, history)
         sasrec = sasrec_output(indices, history)
-        return recommendation_loss(student(history), teacher, table, target, loss, online, sasrec)
+        output = student(history)
+        negatives = draw_negatives(objective, len(indices), len(table), device)
+        return recommendation_loss(output, teacher, table, target, loss, online, sasrec, negatives)
 
     run.begin()
     ranks_of = ranks_by(partial(student.user_encoder, bf16))

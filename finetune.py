@@ -24,6 +24,7 @@ def main(
     llm: flags.TeacherLLM,
     lora: flags.LoRA,
     exits: flags.Exits = flags.Exits(cls_multiple_lambda=0.0),
+    objective: flags.Objective,
     training: flags.Training,
     evaluation: flags.Evaluation,
     runtime: flags.LLMRuntime,
@@ -41,7 +42,7 @@ def main(
         cli.blocks(n_blocks, llama_decoder_nums=llm.llama_decoder_nums),
     )
     folder = Path(files.output_dir or Domain.of(files).folder / "teacher")
-    groups = files, prompt, llm, lora, exits, training, evaluation, runtime
+    groups = files, prompt, llm, lora, exits, objective, training, evaluation, runtime
     run = Run.open("teacher", folder, *groups)
     if run.eval_only:
         prompt, _, _, _, evaluation = run.recorded(prompt, llm, lora, exits, evaluation)
@@ -56,7 +57,7 @@ def main(
     from datasets.prompts import tokenise
     from models import base
     from models.llm4rec import Calibration, LLM4Rec, build, specify
-    from models.losses import recommendation_loss
+    from models.losses import draw_negatives, recommendation_loss
     from utils import processes
     from utils.evaluation import ranker
     from utils.training import fit
@@ -101,7 +102,8 @@ def main(
     def loss_fn(indices):
         output = model(samples.histories(indices))
         target = samples.targets(indices).to(device)
-        return recommendation_loss(output, None, table, target, exits)
+        negatives = draw_negatives(objective, len(indices), len(table), device)
+        return recommendation_loss(output, None, table, target, exits, negatives=negatives)
 
     run.begin()
     ranks_of = ranks_by(partial(model.user_encoder, bf16))

@@ -22,7 +22,7 @@ def main(
     files: flags.SASRecFiles,
     sequence: flags.Sequence,
     sasrec: flags.SASRecModel,
-    objective: flags.SASRecLoss,
+    objective: flags.Objective,
     training: flags.Training = flags.Training(
         train_targets="all",
         num_epochs=200,
@@ -56,7 +56,7 @@ def main(
 
     from datasets import item_table, sequences
     from models.catalogue import catalogue_cross_entropy
-    from models.losses import sampled_cross_entropy
+    from models.losses import draw_negatives, sampled_cross_entropy
     from models.sasrec import SASRec
     from utils import processes
     from utils.evaluation import ranker
@@ -83,9 +83,8 @@ def main(
         else:
             states = model(history)[:, None]  # [B, 1, D]
             targets = samples.targets(indices)[:, None].to(device)  # [B, 1]
-        if objective.loss == "sampled":
-            shape = len(indices), objective.num_negatives
-            negatives = torch.randint(data.n_items, shape, device=device)  # as dropout, from --seed
+        negatives = draw_negatives(objective, len(indices), data.n_items, device)
+        if negatives is not None:
             loss = sampled_cross_entropy(states, model.item_table, targets, negatives)
         else:
             real = targets != data.n_items

@@ -53,7 +53,8 @@ def locate(base_model: str) -> str:
 
 def describe(base_model: str, base: str) -> dict[str, Any]:
     """What config.json says of a base: the flag's value and where it is."""
-    about = {"random_base": base_model in BUILT_IN, "base": contents(base)}
+    twin = getattr(read_config(base), "random_layers", False)  # experiments/random_twin.py
+    about = {"random_base": base_model in BUILT_IN or twin, "base": contents(base)}
     return about | {"base_sha256": fingerprint(base)}
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models import catalogue
 from models.catalogue import wide
-from utils.flags import DistillationLoss, Exits
+from utils.flags import DistillationLoss, Exits, Objective
 
 Reduction = Literal["sum", "mean"]
 
@@ -47,6 +47,7 @@ def recommendation_loss(
     loss: Exits,
     train_teacher: bool = False,
     sasrec: Output | None = None,
+    negatives: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Every part of the loss, unweighted, and their weighted sum under `total`.
 
@@ -61,6 +62,8 @@ def recommendation_loss(
         train_teacher: online distillation; the teacher's own cross-entropy (and exits) count too.
         sasrec: of the SASRec that the item table is from. Its user vector scores the same table, so
             that its softmax teaches without any mapping between the two models.
+        negatives: int64 [B, K], what cross-entropy tells the target from; None is the whole
+            catalogue. The KL terms are over the whole catalogue in either case.
     """
     parts: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
@@ -71,8 +74,9 @@ def recommendation_loss(
 
     reduction = loss.block_reduction
     exits_weight = loss.cls_multiple_lambda if student.exits.shape[1] else 0.0
-    add("ce", 1.0, catalogue.catalogue_cross_entropy, student.user, item_table, target)
-    add("exits", exits_weight, exit_supervision, student.exits, item_table, target, reduction)
+    labels = item_table, target, negatives
+    add("ce", 1.0, next_item, student.user, *labels)
+    add("exits", exits_weight, exit_supervision, student.exits, *labels, reduction)
     if teacher is not None and isinstance(loss, DistillationLoss):
         states = teacher.states, student.states
         add("align_cos", loss.distill_lambda, block_cosine, *states, reduction)
@@ -87,14 +91,23 @@ def recommendation_loss(
         add("sasrec_kl", loss.sasrec_lambda, logit_kl, *users, item_table, temperature, "mean")
     if teacher is not None:
         with torch.set_grad_enabled(train_teacher and torch.is_grad_enabled()):
-            parts["teacher_ce"] = catalogue.catalogue_cross_entropy(
-                teacher.user, item_table, target
-            )
+            parts["teacher_ce"] = next_item(teacher.user, *labels)
         weights["teacher_ce"] = float(train_teacher)  # 0: only logged
         weight = loss.cls_multiple_lambda if train_teacher and teacher.exits.shape[1] else 0.0
-        add("teacher_exits", weight, exit_supervision, teacher.exits, item_table, target, reduction)
+        add("teacher_exits", weight, exit_supervision, teacher.exits, *labels, reduction)
     parts["total"] = sum(weight * parts[name] for name, weight in weights.items() if weight)
     return parts
+
+
+def next_item(
+    users: Tensor, item_table: Tensor, target: Tensor, negatives: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy of user vectors [B, D] against the whole catalogue, or against the target
+    and negatives [B, K]; a scalar.
+    """
+    if negatives is None:
+        return catalogue.catalogue_cross_entropy(users, item_table, target)
+    return sampled_cross_entropy(users[:, None], item_table, target[:, None], negatives)
 
 
 def block_cosine(teacher: Tensor, student: Tensor, reduction: Reduction) -> Tensor:
@@ -115,14 +128,23 @@ def block_distance(
 
 
 def exit_supervision(
-    exits: Tensor, item_table: Tensor, target: Tensor, reduction: Reduction
+    exits: Tensor,
+    item_table: Tensor,
+    target: Tensor,
+    negatives: Tensor | None,
+    reduction: Reduction,
 ) -> Tensor:
-    """Catalogue cross-entropy at the inner exits [B, E - 1, D], summed or averaged over exits (the
-    paper's L_ms).
+    """`next_item` at the inner exits [B, E - 1, D], summed or averaged over exits (the paper's
+    L_ms).
     """
+    n_exits = exits.shape[1]
+    if negatives is not None:
+        targets = target[:, None].expand(-1, n_exits)
+        mean = sampled_cross_entropy(exits, item_table, targets, negatives)
+        return mean * n_exits if reduction == "sum" else mean
     with torch.autocast(exits.device.type, enabled=False):
         users = wide(exits).flatten(0, 1)
-        targets = target.repeat_interleave(exits.shape[1])
+        targets = target.repeat_interleave(n_exits)
         losses = catalogue.cross_entropy(users, item_table.to(users.dtype), targets)
     return _over_blocks(losses.view(exits.shape[:2]), reduction)
 
@@ -148,6 +170,17 @@ def logit_kl(
         divergence = ((fixed - users) * mean).sum(1) - log_partition
         divergence = divergence + catalogue.cross_entropy(users, table, None)
     return temperature**2 * _over_blocks(divergence.view(teacher.shape[:2]), reduction)
+
+
+def draw_negatives(
+    objective: Objective, n_users: int, n_items: int, device: torch.device
+) -> Tensor | None:
+    """What `sampled_cross_entropy` tells the targets from, int64 [B, K], uniform over the catalogue
+    and drawn as dropout is; None for the whole catalogue.
+    """
+    if objective.loss == "full":
+        return None
+    return torch.randint(n_items, (n_users, objective.num_negatives), device=device)
 
 
 def sampled_cross_entropy(

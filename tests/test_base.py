@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from benchmarks import measure
 from benchmarks.plain import plain_twin
 from datasets.prompts import Prompt, read_template, tokenise
+from experiments import random_twin
 from models import base
 from models.builtin import ensure_built_in
 from models.llm4rec import build, specify
@@ -332,6 +333,34 @@ def test_parameter_counts_are_the_papers(layers, total, lora):
     everything, adapters = measure.count_parameters(config, layers, 16, TARGETS)
     assert round(everything / 1e9, 3) == total
     assert round(adapters / 1e6, 2) == lora
+
+
+def test_a_random_twin_has_the_shape_and_the_tokens_but_not_the_weights(checkpoint, tmp_path):
+    twins = {keep: tmp_path / str(keep) for keep in (False, True)}
+    for keep, folder in twins.items():
+        random_twin.main(
+            base_model=str(checkpoint), keep_embeddings=keep, output_dir=str(folder), seed=11
+        )
+    config = base.read_config(str(checkpoint))
+    original, random, layers_only = (
+        base.load_llama(str(folder), config, [0, 5], torch.float32)
+        for folder in (checkpoint, *twins.values())
+    )
+    weights = {name: w for name, w in original.state_dict().items() if w.dim() > 1}
+
+    def shared(twin):
+        return {name for name, w in weights.items() if twin.state_dict()[name].equal(w)}
+
+    assert shared(random) == set() and shared(layers_only) == {"embed_tokens.weight"}
+    prompt = read_template("alpaca")
+    ids = [tokenise(prompt, str(folder)) for folder in (checkpoint, *twins.values())]
+    assert ids[0] == ids[1] == ids[2]
+    assert [base.describe(str(f), str(f))["random_base"] for f in (checkpoint, twins[True])] == [
+        False,
+        True,
+    ]
+    with pytest.raises(UsageError, match="is there already"):
+        random_twin.main(base_model=str(checkpoint), output_dir=str(twins[True]))
 
 
 def test_a_tokenizer_model_alone_is_enough(tmp_path):

@@ -195,10 +195,10 @@ def test_exits_by_hand():
     table, target = torch.eye(2), torch.tensor([0])
     exits = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])  # one user, two exits
     each = [math.log(math.e + 1) - 1, math.log(1 + math.e**2)]
-    assert float(exit_supervision(exits, table, target, "sum")) == pytest.approx(
+    assert float(exit_supervision(exits, table, target, None, "sum")) == pytest.approx(
         sum(each), rel=1e-6
     )
-    assert float(exit_supervision(exits, table, target, "mean")) == pytest.approx(
+    assert float(exit_supervision(exits, table, target, None, "mean")) == pytest.approx(
         sum(each) / 2, rel=1e-6
     )
 
@@ -282,6 +282,33 @@ def test_a_weight_of_zero_leaves_the_part_out():
         "exits",
         "total",
     }
+
+
+def test_with_negatives_every_cross_entropy_is_against_them_alone():
+    torch.manual_seed(0)
+    student, teacher = (
+        Output(torch.randn(3, 4), torch.randn(3, 3, 4), torch.randn(3, 2, 4)) for _ in range(2)
+    )
+    table, target = torch.randn(9, 4), torch.tensor([1, 2, 3])
+    negatives = torch.tensor([[0, 5], [2, 8], [7, 7]])  # the second user's first is the target
+
+    def mean(users):
+        each = []
+        for user, wanted, others in zip(users, target.tolist(), negatives.tolist()):
+            scores = table[[wanted, *(item for item in others if item != wanted)]] @ user
+            each.append(-F.log_softmax(scores, dim=0)[0])
+        return torch.stack(each).mean()
+
+    parts = recommendation_loss(
+        student, teacher, table, target, EVERY, train_teacher=True, negatives=negatives
+    )
+    torch.testing.assert_close(parts["ce"], mean(student.user))
+    torch.testing.assert_close(parts["teacher_ce"], mean(teacher.user))
+    for name, output in (("exits", student), ("teacher_exits", teacher)):
+        torch.testing.assert_close(parts[name], sum(mean(output.exits[:, k]) for k in range(2)))
+    averaged = dataclasses.replace(EVERY, block_reduction="mean")
+    half = recommendation_loss(student, None, table, target, averaged, negatives=negatives)
+    torch.testing.assert_close(half["exits"], parts["exits"] / 2)
 
 
 def test_logit_kl_is_per_block_only_where_both_have_exits():

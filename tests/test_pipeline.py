@@ -356,6 +356,15 @@ def test_sampled_loss_trains_sasrec_and_the_same_seed_gives_the_same_bits(inside
     assert weights[0] == weights[1] and len(set(weights)) == 3
 
 
+def test_sampled_loss_trains_teacher_and_student(inside):
+    few = {"loss": "sampled", "num_negatives": 20}
+    finetune.main(**SHORT, llama_decoder_nums=4, output_dir="t", **few)
+    for run, more in (("one", few), ("two", few), ("full", {})):
+        distill.main(**SHORT, teacher="t", output_dir=run, **more)
+    weights = [hashes(Path(run) / "best")["weights.safetensors"] for run in ("one", "two", "full")]
+    assert weights[0] == weights[1] != weights[2]
+
+
 def test_bfloat16_and_checkpointing_and_micro_batches_run(inside):
     finetune.main(
         **SHORT,

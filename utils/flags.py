@@ -490,17 +490,17 @@ class Training(Group):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SASRecLoss(Group):
-    """SASRec's loss"""
+class Objective(Group):
+    """What the next item is told from"""
 
     kind: ClassVar[str] = "training"
     loss: Literal["full", "sampled"] = flag(
         "full",
         "cross-entropy over the whole catalogue (full), or over the target and uniform negatives "
-        "(sampled)",
+        "(sampled), for catalogues of millions; KL terms are always over all",
     )
     num_negatives: PositiveInt = flag(
-        256, "negatives per user; the user's positions share them", needs="loss=sampled"
+        256, "negatives per user; its positions and exits share them", needs="loss=sampled"
     )
 
 
