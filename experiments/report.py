@@ -8,7 +8,8 @@ losses' curves.
 
 Runs that differ in their seed alone (their teachers too) are one row: mean and standard deviation
 over seeds. Two rows are compared by a paired bootstrap over users of the reciprocal rank, averaged
-over the seeds both have. A row of the paper's tables that was not run is in the table, marked.
+over the seeds both have. A row of the paper's tables that was not run is marked where the paper
+has figures for it, and named below the table otherwise.
 Writes report.md and, for each domain, metrics and curves as PNG.
 """
 
@@ -206,9 +207,14 @@ def _table(
     head = ["row", "seeds", *SAMPLED, *(f"full {name}" for name in FULL)]
     head += [f"full_all {name}" for name in FULL[:2]]
     head += [f"paper {name}" for name in COLUMNS] if paper else []
-    lines = []
+    lines, missing = [], []
     for text in labels:
         row = by_label.get(text)
+        # the paper's SASRec is the released one
+        theirs = paper.get(text) or paper.get(text.partition(", as released")[0])
+        if row is None and text != "popularity" and not theirs:
+            missing.append(text)
+            continue
         tests, seeds = [], NOT_RUN
         if row is not None:
             tests = [run.results["test"] for run in row.runs.values()]
@@ -219,11 +225,10 @@ def _table(
         for protocol, names in (("sampled", SAMPLED), ("full", FULL), ("full_all", FULL[:2])):
             cells += [spread([test[protocol][name] for test in tests]) for name in names]
         if paper:
-            # the paper's SASRec is the released one
-            theirs = paper.get(text) or paper.get(text.partition(", as released")[0])
             cells += [f"{value / 100:.4f}" for value in theirs] if theirs else ["-"] * len(COLUMNS)
         lines.append(cells)
-    return markdown(head, lines)
+    not_run = f"\n\nNot run: {'; '.join(missing)}." if missing else ""
+    return markdown(head, lines) + not_run
 
 
 def _cost(rows: list[Row]) -> str:
