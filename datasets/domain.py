@@ -3,6 +3,7 @@
 And what steps 3 and 4 read of it before any model.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -165,23 +166,59 @@ class Served(NamedTuple):
     csv_path: Path
     table_path: Path | None
 
-    def popularity(self) -> "Tensor":
-        """How often each item occurs, float32 [N]."""
+    def item_ids(self, unseen: bool = False) -> np.ndarray:
+        """The items to recommend from, ascending: those of the data, and with `unseen` the others
+        that the item table has vectors for.
+        """
+        from datasets.item_table import ids_with_vectors
+
+        if not unseen or self.table_path is None:
+            return self.data.item_ids
+        return np.union1d(self.data.item_ids, ids_with_vectors(self.table_path))
+
+    def popularity(self, item_ids: np.ndarray | None = None) -> "Tensor":
+        """How often each item occurs, by default of the data's; float32 [N]."""
         import torch
 
-        counts = np.bincount(self.data.items, minlength=self.data.n_items)
-        return torch.from_numpy(counts.astype(np.float32))
+        counts = np.bincount(self.data.items, minlength=self.data.n_items).astype(np.float32)
+        if item_ids is not None:
+            known = np.zeros(len(item_ids), dtype=np.float32)
+            known[np.searchsorted(item_ids, self.data.item_ids)] = counts
+            counts = known
+        return torch.from_numpy(counts)
 
-    def item_table(self) -> "Tensor | None":
-        """The rows in catalogue order, float32 [N, D]."""
+    def item_table(self, item_ids: np.ndarray | None = None) -> "Tensor | None":
+        """The items' rows, by default the data's in catalogue order; float32 [N, D]."""
         from datasets.item_table import read_table
 
-        return self.table_path and read_table(self.table_path, self.data.item_ids)
+        item_ids = self.data.item_ids if item_ids is None else item_ids
+        return self.table_path and read_table(self.table_path, item_ids)
 
 
 def is_export(folder: Path) -> bool:
     """Whether export.py wrote the folder."""
     return (folder / "recommender.json").is_file()
+
+
+def read_all_served(files: ServedFiles) -> list[Served]:
+    """As `read_served`, for `--model` with one name or several between commas.
+
+    Raises:
+        UsageError: also where they are of different data.
+    """
+    names = files.model.split(",")
+    if names[1:] and files.item_table:
+        raise UsageError(
+            f"--item_table={files.item_table}: of several models each reads its own table"
+        )
+    found = [read_served(dataclasses.replace(files, model=name.strip())) for name in names]
+    for other in found[1:]:
+        if other.data.sha256 != found[0].data.sha256:
+            raise UsageError(
+                f"--model={files.model}: {found[0].run.folder} and {other.run.folder} are of"
+                " different data"
+            )
+    return found
 
 
 def read_served(files: ServedFiles) -> Served:
@@ -229,7 +266,7 @@ def read_inputs(files: TeacherFiles) -> Inputs:
     table_path = Path(files.item_table or domain.item_table)
     notes = table_path.with_suffix(".json")
     about = read_json(notes, "item table notes") if notes.is_file() else {}
-    domain = domain.read_as_in(about.get("sasrec_flags", {}))
+    domain = domain.read_as_in(about.get("sasrec_flags", about))
     data, csv_path = domain.read()
     if not table_path.is_file():
         raise UsageError(

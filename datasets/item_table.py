@@ -163,6 +163,20 @@ def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
     return rows
 
 
+def ids_with_vectors(path: str | Path) -> np.ndarray:
+    """The ids whose row is not all zeros, ascending; int64.
+
+    Raises:
+        UsageError: as `read_table`, for what the file holds.
+    """
+    path = Path(path)
+    table = _the_table(path, _content(path))
+    if not isinstance(table, np.ndarray):
+        _check_form(path, table)
+        table = table.detach().float().numpy()
+    return np.flatnonzero((table != 0).any(axis=1))
+
+
 def _check_form(path: Path, table: object) -> None:
     if isinstance(table, np.ndarray):
         found = f"{table.dtype} of shape {table.shape}"

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from datasets.interactions import open_bytes, read_titles
+from datasets.interactions import LARGEST_ID, open_bytes, read_titles
 from utils.errors import UsageError
 from utils.files import replacing
 
@@ -25,40 +25,30 @@ class Items(NamedTuple):
     titles: list[str]
 
     @classmethod
-    def of(cls, csv_path: Path, item_ids: np.ndarray) -> "Items":
+    def of(cls, csv_path: Path, item_ids: np.ndarray, others: bool = False) -> "Items":
         """From <domain>.items.csv beside the CSV; without it the titles stand in the CSV itself.
 
+        Args:
+            others: also the items of items.csv that are not among `item_ids`.
         Raises:
             UsageError: items.csv is damaged.
         """
         listing = csv_path.with_name(re.sub(r"\.csv(\.gz|\.xz)?$", ".items.csv", csv_path.name))
         if listing.is_file():
-            return cls.read(listing, item_ids)
+            return cls.read(listing, item_ids, others)
         titles = read_titles(csv_path)
         return cls(item_ids, [""] * len(item_ids), [titles.get(i, "") for i in item_ids.tolist()])
 
     @classmethod
-    def read(cls, listing: Path, item_ids: np.ndarray) -> "Items":
+    def read(cls, listing: Path, item_ids: np.ndarray, others: bool = False) -> "Items":
         """From an items.csv; ids that are not in it have no names.
 
         Raises:
             UsageError: it is damaged.
         """
-        named: dict[int, tuple[str, str]] = {}
-        number = 0
-        try:
-            with open_bytes(listing) as raw:
-                text = raw.read().decode("utf-8-sig")
-                for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
-                    if number == 1:
-                        where = [[name.strip() for name in row].index(name) for name in COLUMNS]
-                    elif row:
-                        item, asin, title = (row[place] for place in where)
-                        named[int(item)] = asin, title
-        except (ValueError, IndexError, csv.Error):
-            raise UsageError(
-                f"{listing}: row {number}: expected item_id,asin,title with whole ids, in UTF-8"
-            ) from None
+        named = _read_listing(listing)
+        if others:
+            item_ids = np.union1d(item_ids, np.array([*named], dtype=np.int64))
         names = [named.get(item, ("", "")) for item in item_ids.tolist()]
         return cls(item_ids, [asin for asin, _ in names], [title for _, title in names])
 
@@ -76,6 +66,28 @@ class Items(NamedTuple):
     def name(self, index: int) -> str:
         """What the item is called by: its original id, else its id."""
         return self.asins[index] or str(self.ids[index])
+
+
+def _read_listing(listing: Path) -> dict[int, tuple[str, str]]:
+    """Id in the CSV -> original id and title."""
+    named: dict[int, tuple[str, str]] = {}
+    number = 0
+    try:
+        with open_bytes(listing) as raw:
+            text = raw.read().decode("utf-8-sig")
+            for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
+                if number == 1:
+                    where = [[name.strip() for name in row].index(name) for name in COLUMNS]
+                elif row:
+                    item, asin, title = (row[place] for place in where)
+                    if not 0 <= int(item) <= LARGEST_ID:
+                        raise ValueError
+                    named[int(item)] = asin, title
+    except (ValueError, IndexError, csv.Error):
+        raise UsageError(
+            f"{listing}: row {number}: expected item_id,asin,title with whole ids, in UTF-8"
+        ) from None
+    return named
 
 
 class Finder:

@@ -80,6 +80,22 @@ class Recommender:
         return padded
 
 
+def together(models: Sequence[Recommender]) -> Recommender:
+    """The sum of several models' scores, as one: user vectors and item vectors one after another.
+
+    Args:
+        models: over the same items.
+    """
+
+    def encode(history: Tensor) -> Tensor:
+        vectors = [model.encode(history[:, -model.max_seq_length :]) for model in models]
+        return torch.cat([vector.float() for vector in vectors], dim=1)
+
+    table = torch.cat([model.item_table.float() for model in models], dim=1)
+    longest = max(model.max_seq_length for model in models)
+    return Recommender(encode, table, models[0].popularity, longest)
+
+
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of scores [B, N], equal ones in column order; -1 where they are
     -inf.

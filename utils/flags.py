@@ -238,7 +238,9 @@ class ServedFiles(ItemTable, Data):
     """Files; what is not named is what the run was made from"""
 
     model: str = flag(
-        "student", "sasrec, teacher or student of the domain, or the folder of a run or an export"
+        "student",
+        "sasrec, teacher or student of the domain, or the folder of a run or an export; the scores "
+        "of several runs between commas are added",
     )
 
 
@@ -444,6 +446,23 @@ def terms() -> dict[str, str]:
     named = {field.name: field.metadata["term"] for field in fields}
     paper = ("distill_lambda", "norm_lambda", "cls_multiple_lambda")
     return {name: named[name] for name in (*paper, *(name for name in named if name not in paper))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemVectors(Group):
+    """Item vectors"""
+
+    kind: ClassVar[str] = "model"
+    source: Literal["sasrec", "titles"] = flag("sasrec", "what they are made from")
+    text_model: str = flag(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "a sentence encoder: a Hugging Face id or a folder",
+        needs="source=titles",
+    )
+    dim: PositiveInt = flag(128, "width of the table", needs="source=titles")
+    device: Literal["auto", "cpu", "cuda"] = flag(
+        "auto", "auto is cuda where there is one", needs="source=titles"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

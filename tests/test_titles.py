@@ -1,0 +1,186 @@
+"""Item vectors from titles, items without a user, and the sum of two models."""
+
+import hashlib
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import extract_emb
+import finetune
+import recommend
+from datasets.domain import read_served
+from datasets.item_table import ids_with_vectors, read_table
+from experiments import together
+from models.recommender import Recommender
+from models.recommender import together as summed
+from models.text import principal_parts
+from tests.conftest import ROOT, SHORT
+from utils.errors import UsageError
+from utils.flags import ServedFiles
+
+NEW = 170  # an item of items.csv that no sequence has; the demo's ids end at 160
+
+
+class Encoder:
+    """Stands for a sentence encoder: a vector of each title's own, of length one."""
+
+    def __init__(self, name, device):
+        if name == "broken":
+            raise OSError("no such model\nanywhere")
+
+    def encode(self, titles, normalize_embeddings, convert_to_tensor, show_progress_bar):
+        rows = []
+        for title in titles:
+            seed = int.from_bytes(hashlib.sha256(title.encode()).digest()[:4])
+            rows.append(torch.randn(24, generator=torch.Generator().manual_seed(seed)))
+        return torch.nn.functional.normalize(torch.stack(rows), dim=1)
+
+
+@pytest.fixture
+def encoder(monkeypatch):
+    package = types.ModuleType("sentence_transformers")
+    package.SentenceTransformer = Encoder
+    monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+
+
+def test_principal_parts_are_white_and_later_items_change_nothing():
+    torch.manual_seed(0)
+    vectors = torch.randn(60, 5) @ torch.diag(torch.tensor([9.0, 4.0, 2.0, 1.0, 0.1])) + 3.0
+    known = torch.arange(60) < 50
+    parts = principal_parts(vectors, known, 3)
+    inside = parts[known].double()
+    spread = inside.T @ inside / 50
+    assert inside.mean(0).abs().max() < 1e-6
+    torch.testing.assert_close(spread, torch.eye(3).double() * spread[0, 0], atol=1e-6, rtol=1e-6)
+    assert float(parts[known].norm(dim=1).mean()) == pytest.approx(1.0)
+    # the first part is the direction of the largest spread
+    first = np.linalg.eigh(np.cov(vectors[known].numpy().T))[1][:, -1]
+    along = (vectors - vectors[known].mean(0)) @ torch.from_numpy(first).float()
+    assert abs(float(np.corrcoef(along[known], inside[:, 0])[0, 1])) > 0.9999
+    assert principal_parts(vectors[known], known[known], 3).equal(parts[known])
+    same = torch.ones(9, 5)
+    same[0] = 2.0
+    with pytest.raises(UsageError, match="--dim=2: the titles span only 1 directions"):
+        principal_parts(same, torch.ones(9, dtype=torch.bool), 2)
+
+
+def write_listing(*more):
+    names = [f"{item},,warm thing {item}" for item in range(1, 161)]
+    Path("data/demo.items.csv").write_text("\n".join(["item_id,asin,title", *names, *more]) + "\n")
+
+
+@pytest.mark.slow
+def test_an_item_without_a_user_gets_a_vector_and_can_be_recommended(inside, encoder, capsys):
+    write_listing(f"{NEW},B00,quite new")
+    extract_emb.main(source="titles", text_model="any", dim=16)
+    table = Path("output/demo/titles_item.pkl")
+    assert f"wrote {table}: 171 rows x 16, 161 of them items" in capsys.readouterr().out
+    ids = np.append(np.arange(1, 161), NEW)
+    assert ids_with_vectors(table).tolist() == ids.tolist()
+    rows = read_table(table, ids)
+    write_listing()
+    extract_emb.main(source="titles", text_model="any", dim=16, item_table="without.pkl")
+    assert read_table("without.pkl", ids[:-1]).equal(rows[:-1])
+    write_listing(f"{NEW},B00,quite new")
+    finetune.main(**SHORT, item_table=str(table), llama_decoder_nums=2, output_dir="titles")
+    # by hand: the user's vector times the new item's
+    options = {"history": ["3", "8"], "model": "titles", "exclude": "none"}
+    found = {row["item_id"]: row for row in recommend.main(**options, k=161, unseen=True)}
+    assert len(found) == 161 and found[NEW]["title"] == "quite new"
+    recommender, _ = recommend.open_model(ServedFiles(model="titles"), None, "cpu")
+    history = torch.full((1, recommender.max_seq_length), 160)
+    history[0, -2:] = torch.tensor([2, 7])
+    score = float(recommender.encode(history)[0] @ rows[-1])
+    assert found[NEW]["score"] == pytest.approx(score, abs=1e-5)
+    before = recommend.main(**options, k=200)
+    assert NEW not in {row["item_id"] for row in before} and len(before) == 160
+    for row in before:
+        assert found[row["item_id"]]["score"] == pytest.approx(row["score"], abs=1e-5)
+    recommend.main(**options | {"history": [str(NEW)]}, unseen=True)  # and be in a history
+    with pytest.raises(UsageError, match="--unseen: no vectors for items that the data lacks"):
+        recommend.main(history=["3"], unseen=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({"text_model": "broken"}, "--text_model=broken: cannot be read .no such model anywhere"),
+        ({"dim": 40}, "--dim=40: any gives 24 numbers a title"),
+        ({"dim": 200}, "--dim=200: the data has only 160 items"),
+    ],
+)
+def test_what_titles_cannot_give_is_refused(inside, encoder, flags, said):
+    with pytest.raises(UsageError, match=said):
+        extract_emb.main(**{"source": "titles", "text_model": "any"} | flags)
+    assert not Path("output/demo/titles_item.pkl").exists()
+
+
+@pytest.mark.slow
+def test_without_titles_or_the_package_nothing_is_written(inside, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(UsageError, match="needs sentence-transformers; pip install sentence-tr"):
+        extract_emb.main(source="titles")
+    Path("data/bare.csv").write_text('reviewerID,asin\na,"[1, 2, 3, 4]"\nb,"[2, 3, 4, 1]"\n')
+    with pytest.raises(UsageError, match="bare.csv: no item has a title"):
+        extract_emb.main(source="titles", domain_type="bare", dim=2)
+
+
+def test_the_sum_of_two_models_by_hand():
+    def model(table, slots):
+        columns = torch.tensor(table)
+
+        def encode(history):  # counts what it reads
+            return torch.stack([(history == 0).sum(1), (history == 1).sum(1)], dim=1).float()
+
+        return Recommender(encode, columns, torch.tensor([1.0, 2.0, 3.0]), slots)
+
+    one = model([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], 1)
+    two = model([[0.0, 2.0], [3.0, 0.0], [0.0, 0.0]], 3)
+    both = summed([one, two])
+    # history 0, 1: the first reads item 1 alone and scores 0, 1, .5; the second both: 2, 3, 0
+    items, scores = both.recommend([[0, 1]], 3, exclude="none")
+    assert items.tolist() == [[1, 0, 2]] and scores.tolist() == [[4.0, 2.0, 0.5]]
+    assert both.max_seq_length == 3
+
+
+@pytest.mark.slow
+def test_runs_are_recommended_from_and_evaluated_together(inside):
+    pair = "student,sasrec"
+    history = {"history": ["3", "8"], "exclude": "none", "k": 160}
+    parts = [recommend.main(**history, model=name) for name in pair.split(",")]
+    alone = [{row["item_id"]: row["score"] for row in rows} for rows in parts]
+    for row in recommend.main(**history, model=pair):
+        expected = sum(scores[row["item_id"]] for scores in alone)
+        assert row["score"] == pytest.approx(expected, abs=1e-4)
+    metrics = together.main(model=pair, output="t.json")
+    for name in ("student", "sasrec"):
+        recorded = read_served(ServedFiles(model=name)).run.results()["test"]
+        found = metrics[f"output/demo/{name}"]["test"]
+        for protocol, values in recorded.items():
+            assert found[protocol] == pytest.approx(values, abs=2e-3)
+    assert metrics["together"]["test"]["full"]["MRR"] > 0
+    with pytest.raises(UsageError, match="--exit=1: is of one model, not of several"):
+        recommend.main(history=["3"], model=pair, exit=1)
+    with pytest.raises(UsageError, match="of several models each reads its own table"):
+        recommend.main(history=["3"], model=pair, item_table="output/demo/sasrec_item.pkl")
+    with pytest.raises(UsageError, match="name two runs or more"):
+        together.main(model="student")
+
+
+@pytest.mark.slow
+def test_titles_of_a_real_encoder_tell_things_apart(inside):
+    pytest.importorskip("sentence_transformers")
+    folder = ROOT / "output/base/minilm"
+    if not (folder / "config.json").is_file():
+        pytest.skip("no output/base/minilm: make minilm brings it")
+    from models.text import sentence_vectors
+
+    titles = ["red nail polish", "nail lacquer, red", "controller for PlayStation 4"]
+    one, two, three = sentence_vectors(titles, str(folder), torch.device("cpu"))
+    assert float(one @ two) > 0.6 > 0.2 > float(one @ three)
+    extract_emb.main(source="titles", text_model=str(folder), dim=16)
