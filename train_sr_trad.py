@@ -5,6 +5,7 @@
     python train_sr_trad.py --domain_type cloth                          # data/cloth.csv[.gz|.xz]
     python train_sr_trad.py --domain_type cloth --train_targets last --init_std 1 \
         --learning_rate 1e-4 --batch_size 1024 --num_epochs 50 --patience 0 --seed 9999
+    python train_sr_trad.py --domain_type beauty --init_table output/beauty/titles_item.pkl
     python train_sr_trad.py --domain_type cloth --eval_only              # metrics of best/ again
 
 Reads data/<domain>.csv; writes output/<domain>/sasrec/ (best/, last/, config.json, metrics.jsonl,
@@ -38,18 +39,23 @@ def main(
 ) -> dict:
     """Train SASRec on a domain's sequences and report popularity beside it."""
     from datasets.domain import Domain
+    from utils.files import file_sha256
     from utils.run import Run
 
     domain = Domain.of(files)
     folder = Path(files.output_dir or domain.folder / "sasrec")
-    cli.check(cli.divides(training, runtime))
+    there = files.init_table is None or Path(files.init_table).is_file()
+    cli.check(
+        cli.divides(training, runtime), (there, f"--init_table={files.init_table}: file not found")
+    )
     groups = files, sequence, sasrec, objective, training, evaluation, runtime
     run = Run.open("sasrec", folder, *groups)
     if run.eval_only:
         sequence, sasrec, evaluation = run.recorded(sequence, sasrec, evaluation)
     data, csv_path = domain.read()
     hashes = {"data_sha256": data.sha256}
-    if run.is_finished(hashes):
+    start = {"init_table_sha256": file_sha256(files.init_table) if files.init_table else None}
+    if run.is_finished(hashes | start):
         return run.results()
 
     import torch  # late, so that a wrong request is answered at once
@@ -69,9 +75,12 @@ def main(
     if run.eval_only:
         run.check_same(hashes, csv_path)
     else:
-        run.prepare(domain=domain.name, **hashes)
+        run.prepare(domain=domain.name, **hashes, **start)
     torch.manual_seed(run.seed)
-    model = SASRec(data.n_items, sequence.max_seq_length, **sasrec.values()).to(device)
+    model = SASRec(data.n_items, sequence.max_seq_length, **sasrec.values())
+    if files.init_table and not run.eval_only:
+        model.start_items(item_table.read_table(files.init_table, data.item_ids), sasrec.init_std)
+    model.to(device)
     table = model.item_table  # [N, D], trained
     ranks_of = ranker(table, splits, runtime.eval_batch_size, device)(lambda: model)
 

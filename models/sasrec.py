@@ -120,6 +120,24 @@ class SASRec(nn.Module):
 
         return encode
 
+    @torch.no_grad()
+    def start_items(self, item_table: Tensor, init_std: float) -> None:
+        """Start the item embeddings from a table [N, D], scaled to the mean length that drawn ones
+        of `init_std` have.
+
+        Raises:
+            UsageError: the table has another width.
+        """
+        weight = self.item_embedding.weight
+        if item_table.shape[1] != weight.shape[1]:
+            raise UsageError(
+                f"--init_table has vectors of {item_table.shape[1]} numbers, --emb_dim is"
+                f" {weight.shape[1]}"
+            )
+        length = init_std * math.sqrt(weight.shape[1])
+        scaled = item_table * (length / item_table.norm(dim=1).mean())
+        weight[: self.n_items] = scaled.to(weight)
+
     def restore(self, run: Run) -> None:
         """Take the weights of a run's best checkpoint.
 

@@ -200,6 +200,17 @@ class ItemTable(Group):
 class SASRecFiles(Output, Data):
     """Files"""
 
+    init_table: str | None = flag(
+        None,
+        "an item table to start the item embeddings from, such as that of extract_emb.py "
+        "--source titles; scaled to init_std",
+    )
+
+    def problems(self) -> list[str]:
+        if not (self.init_table and self.init_from):
+            return []
+        return ["--init_from and --init_table both say where to start; give one of them"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractFiles(ItemTable, Data):
