@@ -82,7 +82,7 @@ def main(
     domain = Domain.of(files)
     teacher_folder, cache = domain.teacher(files)
     trains = not runtime.eval_only
-    from_teacher = trains and llm.student_init != "base"
+    from_teacher = trains and llm.student_init in ("adapter", "teacher")
     needs_teacher = trains and (loss.reads_teacher or from_teacher)
     online = needs_teacher and llm.distill_mode == "online"
     offline = needs_teacher and not online
@@ -128,6 +128,8 @@ def main(
     run = Run.open("student", folder, *groups)
     if run.eval_only:
         prompt, _, _, _, evaluation = run.recorded(prompt, llm, lora, loss, evaluation)
+    start = "adapter" if offline and not files.init_from else "base"
+    llm = run.settled(llm, student_init=start)
     template = read_template(prompt.prompt_template_name)
     inputs = read_inputs(files)
     if offline:

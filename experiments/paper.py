@@ -8,9 +8,9 @@ from utils.flags import DistillationLoss, terms
 
 OFF = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
 SASREC_KL = {"sasrec_lambda": 3.0, "sasrec_temperature": 2.0}
-ABLATION: dict[
-    str, dict[str, Any]
-] = {  # folder -> flags of distill.py; what a row does not turn off keeps its weight
+# folder -> flags of distill.py; what a row does not turn off keeps its weight. A student starts
+# from the base, as in the paper, unless its row says otherwise.
+ROWS: dict[str, dict[str, Any]] = {
     "ce": OFF,
     "cos": {"norm_lambda": 0.0, "cls_multiple_lambda": 0.0},
     "cos_norm": {"cls_multiple_lambda": 0.0},
@@ -34,6 +34,7 @@ ABLATION: dict[
     "from_teacher": {"student_init": "teacher"},
     "from_teacher_interval": {"student_init": "teacher", "layer_selection": "interval"},
 }
+ABLATION = {name: {"student_init": "base"} | flags for name, flags in ROWS.items()}
 
 # The paper's tables 2 and 3, in %: HR@1, HR@5, NDCG@5, MRR
 COLUMNS = ("HR@1", "HR@5", "NDCG@5", "MRR")
@@ -109,7 +110,7 @@ def plain_name(layers: int) -> str:
 def plain_ce(step: str, flags: dict[str, Any]) -> bool:
     """Whether an LLM run is trained by cross-entropy alone from the base, by either script."""
     weights = terms() if step == "student" else ("cls_multiple_lambda",)
-    from_base = flags.get("student_init", "base") == "base"
+    from_base = flags.get("student_init") in (None, "base")
     return from_base and not any(flags.get(name) for name in weights)
 
 
@@ -142,7 +143,7 @@ def label(step: str, flags: dict[str, Any]) -> str:
 def _sasrec(flags: dict[str, Any]) -> str:
     """The first release trains at length 30, the later official script at length 50."""
     if flags["train_targets"] == "all":
-        return "SASRec"
+        return "SASRec, items from a table" if flags.get("init_table") else "SASRec"
     if flags["init_std"] != 1:
         return "SASRec, one target a user"
     later = flags.get("max_seq_length") == 50

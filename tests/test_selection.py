@@ -130,12 +130,22 @@ def test_a_student_starts_where_the_teachers_layers_are(inside, strategy):
     assert len(layers) == 4 and layers == sorted(layers)
 
 
+def recorded_start(run):
+    return json.loads(Path(run, "config.json").read_text())["flags"]["student_init"]
+
+
 @pytest.mark.slow
 def test_a_start_from_the_teachers_ends_keeps_the_bases_layers(inside):
     """A learning rate of almost nothing leaves the start visible in the checkpoint."""
     still = SHORT | {"learning_rate": 1e-12, "warmup_steps": 0}
-    distill.main(**still, output_dir="base")
-    distill.main(**still, student_init="adapter", output_dir="ends")
+    of_base = distill.main(**still, student_init="base", output_dir="base")
+    distill.main(**still, output_dir="ends")  # the default
+    assert recorded_start("ends") == "adapter"
+    assert distill.main(**still, output_dir="base") == of_base  # as the run that is there
+    without = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
+    for name, more in (("ce", without), ("init", {"init_from": "base"})):
+        distill.main(**still, **more, output_dir=name)
+        assert recorded_start(name) == "base"
     teacher = checkpoint.load("output/demo/teacher/best")[0]
     base, ends = checkpoint.load("base/best")[0], checkpoint.load("ends/best")[0]
     assert set(base) == set(ends)

@@ -12,13 +12,16 @@ import torch
 import extract_emb
 import finetune
 import recommend
+import train_sr_trad
 from datasets.domain import read_served
 from datasets.item_table import ids_with_vectors, read_table
 from experiments import together
 from models.recommender import Recommender
 from models.recommender import together as summed
+from models.sasrec import SASRec
 from models.text import principal_parts
 from tests.conftest import ROOT, SHORT
+from utils import checkpoint
 from utils.errors import UsageError
 from utils.flags import ServedFiles
 
@@ -128,6 +131,39 @@ def test_without_titles_or_the_package_nothing_is_written(inside, monkeypatch):
     Path("data/bare.csv").write_text('reviewerID,asin\na,"[1, 2, 3, 4]"\nb,"[2, 3, 4, 1]"\n')
     with pytest.raises(UsageError, match="bare.csv: no item has a title"):
         extract_emb.main(source="titles", domain_type="bare", dim=2)
+
+
+def test_sasrecs_items_start_along_the_tables_rows():
+    torch.manual_seed(0)
+    shape = {"emb_dim": 4, "hid_dim": 4, "num_blocks": 1, "num_heads": 1, "dropout": 0.0}
+    model, table = SASRec(9, 5, **shape, norm="pre", init_std=0.5), torch.randn(9, 4)
+    model.start_items(table, 0.5)
+    # vectors of four numbers of standard deviation 1/2 have length one
+    items = model.item_table.detach()
+    assert float(items.norm(dim=1).mean()) == pytest.approx(1.0)
+    cosine = torch.nn.functional.cosine_similarity(items, table)
+    torch.testing.assert_close(cosine, torch.ones(9))
+    assert not model.item_embedding.weight[9].any()
+    with pytest.raises(UsageError, match="--init_table has vectors of 3 numbers, --emb_dim is 4"):
+        model.start_items(torch.randn(9, 3), 0.5)
+
+
+@pytest.mark.slow
+def test_sasrec_starts_from_a_table(inside):
+    table = "output/demo/sasrec_item.pkl"
+    still = SHORT | {"learning_rate": 1e-12}  # leaves the start visible in the checkpoint
+    started = train_sr_trad.main(**still, init_table=table, output_dir="a")
+    items = checkpoint.load("a/best")[0]["item_embedding.weight"][:-1]
+    cosine = torch.nn.functional.cosine_similarity(items, read_table(table, np.arange(1, 161)))
+    torch.testing.assert_close(cosine, torch.ones(160))
+    assert train_sr_trad.main(**still, init_table=table, output_dir="a") == started
+    assert train_sr_trad.main(eval_only=True, output_dir="a")["test"] == started["test"]
+    with pytest.raises(UsageError, match="from another file: its init_table_sha256 is"):
+        train_sr_trad.main(**still, output_dir="a")
+    with pytest.raises(UsageError, match="--init_table=none.pkl: file not found"):
+        train_sr_trad.main(init_table="none.pkl")
+    with pytest.raises(UsageError, match="--init_from and --init_table both say"):
+        train_sr_trad.main(init_table=table, init_from="a", output_dir="c")
 
 
 def test_the_sum_of_two_models_by_hand():

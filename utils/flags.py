@@ -342,15 +342,16 @@ class StudentLLM(LLM):
     distill_mode: Literal["offline", "online"] = flag(
         "offline", "offline: the teacher is frozen; online: both train together from the base"
     )
-    student_init: Literal["base", "adapter", "teacher"] = flag(
-        "base",
+    student_init: Literal["base", "adapter", "teacher"] | None = flag(
+        None,
         "start from the base; adapter takes the trained teacher's item adapter and head, teacher "
-        "also its layers (layer_selection then chooses among them)",
+        "also its layers (layer_selection then chooses among them); by default adapter where a "
+        "trained teacher is read",
     )
 
     def problems(self) -> list[str]:
         start = self.student_init
-        if start == "base" or self.distill_mode == "offline":
+        if start in (None, "base") or self.distill_mode == "offline":
             return []
         return [f"--student_init={start} starts from a trained teacher: use --distill_mode=offline"]
 

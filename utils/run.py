@@ -177,6 +177,16 @@ class Run:
         self.flags |= {name: value for group in agreed for name, value in group.values().items()}
         return agreed
 
+    def settled(self, group: G, **defaults: Any) -> G:
+        """The group with its empty flags as the run that is there has them, else as `defaults`
+        say.
+        """
+        there = {} if self.config is None or self.overwrite else self.config.get("flags", {})
+        empty = {name: v for name, v in defaults.items() if getattr(group, name) is None}
+        values = {name: there.get(name, value) for name, value in empty.items()}
+        self.flags |= values
+        return dataclasses.replace(group, **values)
+
     def precision(self, given: bool | None, on_cuda: bool) -> bool:
         """Whether the model computes in bfloat16: by the flag, on CUDA by default, as recorded with
         `--eval_only`.

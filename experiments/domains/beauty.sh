@@ -20,19 +20,19 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" \
         --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 \
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1
-    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher \
+    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base \
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1
     run $LAUNCH distill.py $llm --output_dir $out/sasrec_kl --base_model "$BASE" --sasrec $out/sasrec \
         --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 --sasrec_lambda 3 --sasrec_temperature 2 \
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1
-    run $LAUNCH distill.py $llm --output_dir $out/slmrec_sasrec_kl --teacher $out/teacher --sasrec $out/sasrec \
+    run $LAUNCH distill.py $llm --output_dir $out/slmrec_sasrec_kl --teacher $out/teacher --student_init base --sasrec $out/sasrec \
         --sasrec_lambda 3 --sasrec_temperature 2 \
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1
     run $LAUNCH distill.py $llm --output_dir $out/ce_2 --base_model "$BASE" \
         --llama_decoder_nums_student 2 --distill_block 2 \
         --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 \
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1
-    run $LAUNCH distill.py $llm --output_dir $out/slmrec_2 --teacher $out/teacher \
+    run $LAUNCH distill.py $llm --output_dir $out/slmrec_2 --teacher $out/teacher --student_init base \
         --llama_decoder_nums_student 2 --distill_block 2 \
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1
     run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_released_later \

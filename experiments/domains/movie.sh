@@ -19,7 +19,7 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" \
         --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 \
         --learning_rate 1e-3 --num_epochs 5 --warmup_steps 50 --eval_steps 100 --save_steps 100
-    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher \
+    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base \
         --distill_lambda 1 --norm_lambda 0.1 --cls_multiple_lambda 1 \
         --learning_rate 1e-3 --num_epochs 5 --warmup_steps 50 --eval_steps 100 --save_steps 100
 done

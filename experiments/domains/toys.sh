@@ -20,7 +20,7 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $llm --output_dir $out/sasrec_kl --base_model "$BASE" --sasrec $out/sasrec \
         --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 --sasrec_lambda 3 --sasrec_temperature 2 \
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
-    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher \
+    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base \
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
     run $LAUNCH distill.py $llm --output_dir $out/from_teachers_ends --teacher $out/teacher --student_init adapter \
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
