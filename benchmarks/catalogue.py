@@ -125,6 +125,7 @@ def main(
     check_writable(Path(output_dir), "--output_dir")
     device = processes.choose_device("cpu")
     rows: list[Row] = []
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir) as folder:
         for size in n_items:
             rows += rows_of(size, users, Path(folder))

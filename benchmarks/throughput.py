@@ -149,6 +149,20 @@ def steps(bench: Bench, teacher_layers: int, student_layers: int) -> None:
         )
 
 
+def preparation(bench: Bench, n_layers: int) -> None:
+    """Making a batch, histories and layout, beside the whole step over it: the most that doing it
+    in the background could save.
+    """
+    model = bench.shape.model(n_layers, "full")
+
+    def loss(rows):
+        history, target = bench.batch(rows)
+        return catalogue_cross_entropy(model(history).user, model.item_table, target)
+
+    timed = bench.race(lambda rows: model.pack(bench.batch(rows)[0]), training_step(model, loss))
+    bench.add("making a batch against a student's step over it", "ms", timed, 1e3, llm=True)
+
+
 def sasrec_kl(bench: Bench, n_layers: int) -> None:
     """What SASRec's KL adds to a student's step; "plain" is the same step without it."""
     model = bench.shape.model(n_layers, "lora")
@@ -592,6 +606,7 @@ def main(
     """
     parts = {
         "steps": lambda b: steps(b, teacher_layers, student_layers),
+        "preparation": lambda b: preparation(b, student_layers),
         "precision": lambda b: precision(b, student_layers),
         "layouts": lambda b: layouts(b, student_layers),
         "sasrec_kl": lambda b: sasrec_kl(b, student_layers),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import catalogue, efficiency, measure, plain, throughput
+from benchmarks import catalogue, efficiency, growth, measure, plain, throughput
 from datasets import process, sequences
 from datasets.demo import write_demo
 from models.catalogue import catalogue_cross_entropy
@@ -201,6 +201,26 @@ def test_others_are_at_work_within_the_block_alone():
 
 
 @pytest.mark.slow
+def test_the_growth_benchmark_prints_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "with_processes", lambda n, _: growth.Row("processes", n, 1, 1, 0))
+    result = growth.main(
+        users=[30], lengths=[3], layers=[1], batch_size=4, output_dir=str(tmp_path / "new")
+    )
+    rows = [(row["what"], row["size"], row["users"]) for row in result["rows"]]
+    assert rows[:3] == [("users of a CSV", 30, 30), ("history length", 3, 4), ("layers", 1, 4)]
+    assert all(row["seconds"] > 0 for row in result["rows"])
+    # LLaMA-2-7B's share of operations that no layer has (item adapter, head, catalogue) is small
+    shape = growth.shape_of("llama-2-7b", 30)
+    four, eight = (shape.operations(np.full(256, 6), n, "lora") for n in (4, 8))
+    layer = (eight - four) / 4
+    assert 0 < four - 3 * layer < 0.5 * layer  # the last of n layers computes one token a user
+    # a layer of 4096 x 4096 x 4 and 4096 x 11008 x 3 weights: two operations a weight, twice
+    # (forward, and back to the inputs), over 6 + 7 tokens a user and the prompt's 62
+    weights = 4 * 4096**2 + 3 * 4096 * 11008
+    assert layer == pytest.approx(4 * weights * (13 * 256 + 62), rel=0.05)
+
+
+@pytest.mark.slow
 def test_the_throughput_table_comes_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_demo("data/demo.csv", n_users=120, n_items=160)
@@ -213,7 +233,7 @@ def test_the_throughput_table_comes_out(tmp_path, monkeypatch):
         json.dumps(result)
     )
     names = [row["row"] for row in result["rows"]]
-    assert len(names) == 3 + 2 + 2 + 1 + 3 + 1 + 4 + 2 + 2 + 2 == len(set(names))
+    assert len(names) == 3 + 1 + 2 + 2 + 1 + 3 + 1 + 4 + 2 + 2 + 2 == len(set(names))
     for row in result["rows"]:
         assert row["ours"] > 0 and row["plain"] > 0 and row["ratio"] > 0
     first = result["rows"][0]
