@@ -66,7 +66,10 @@ def test_a_toy_term_takes_three_edits(tree, inside):
     assert "--toy_lambda" in run(tree / "distill.py", "--help")
     code = "from experiments import report; report.main(runs='toy_run', resamples=10)"
     run("-c", f"import sys; sys.path.insert(0, {str(tree)!r}); {code}")
-    assert "| 4 <- 8: toy |" in (inside / "toy_run/report.md").read_text()
+    assert (
+        "| 4 <- 8: toy, from the teacher's adapter and head |"
+        in (inside / "toy_run/report.md").read_text()
+    )
 
 
 def test_the_toy_is_not_part_of_the_tree():
