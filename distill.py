@@ -196,6 +196,7 @@ def main(
     run.prepare(
         domain=inputs.domain.name,
         **inputs.hashes,
+        items_from=inputs.items_from,
         **base.describe(prompt.base_model, location),
         bf16=bf16,
         model=spec,

@@ -45,6 +45,7 @@ def vectors_of_sasrec(files: ExtractFiles, domain):
     check_size(csv_path, data.item_ids, trained.shape[1])
     print(f"from {folder} step {meta['step']}")
     about = {
+        "items_from": "SASRec started from a table" if run.flags.get("init_table") else "SASRec",
         "sasrec": str(folder),
         "sasrec_step": meta["step"],
         "sasrec_sha256": checkpoint.weights_sha256(folder / "best"),
@@ -80,6 +81,7 @@ def vectors_of_titles(given: ItemVectors, domain):
     if untitled:
         print(f"{untitled:,} items without a title share one vector")
     about = {
+        "items_from": "titles",
         "text_model": text_model,
         "not_in_data": int((~known).sum()),
         "ends_are_items": domain.ends_are_items,

@@ -92,7 +92,14 @@ def main(
     if spec["strategy"] == "full":
         cli.report_unused(lora, "the base is trained in full; --train_strategy=lora uses them")
     base_about = base.describe(prompt.base_model, location)
-    run.prepare(domain=inputs.domain.name, **inputs.hashes, **base_about, bf16=bf16, model=spec)
+    run.prepare(
+        domain=inputs.domain.name,
+        **inputs.hashes,
+        items_from=inputs.items_from,
+        **base_about,
+        bf16=bf16,
+        model=spec,
+    )
     torch.manual_seed(run.seed)
     model = build(location, table, spec, bf16, runtime.gradient_checkpointing)
     if run.starts_from:

@@ -134,7 +134,8 @@ class Inputs(NamedTuple):
     """What steps 3 and 4 read before any model: the sequences and the item table, checked against
     each other.
 
-    csv_path, table_path: where they are from. table_sha256: of the table's file.
+    csv_path, table_path: where they are from. table_sha256: of the table's file. items_from: what
+        its vectors were made from, None where nothing says.
     """
 
     domain: Domain
@@ -142,6 +143,7 @@ class Inputs(NamedTuple):
     csv_path: Path
     table_path: Path
     table_sha256: str
+    items_from: str | None
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -288,4 +290,5 @@ def read_inputs(files: TeacherFiles) -> Inputs:
                 f"{table_path} is not the table that {notes} describes; run extract_emb.py again,"
                 " or remove the .json if the table is your own"
             )
-    return Inputs(domain, data, csv_path, table_path, table_sha256)
+    items_from = about.get("items_from")
+    return Inputs(domain, data, csv_path, table_path, table_sha256, items_from)

@@ -143,7 +143,7 @@ def label(step: str, flags: dict[str, Any]) -> str:
 def _sasrec(flags: dict[str, Any]) -> str:
     """The first release trains at length 30, the later official script at length 50."""
     if flags["train_targets"] == "all":
-        return "SASRec, items from a table" if flags.get("init_table") else "SASRec"
+        return "SASRec"
     if flags["init_std"] != 1:
         return "SASRec, one target a user"
     later = flags.get("max_seq_length") == 50

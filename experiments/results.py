@@ -55,8 +55,17 @@ class Run(NamedTuple):
         return cli.defaults(SCRIPTS[self.step]) | self.config["flags"]
 
     @property
+    def items_from(self) -> str | None:
+        """What the item vectors were made from, where it is not SASRec from its own draws."""
+        if self.step == "sasrec":
+            return "a table at the start" if self.flags.get("init_table") else None
+        made_from = self.config.get("items_from")
+        return None if made_from == "SASRec" else made_from
+
+    @property
     def label(self) -> str:
-        return label(self.step, self.flags)
+        items = f", items from {self.items_from}" if self.items_from else ""
+        return label(self.step, self.flags) + items
 
     @property
     def counted(self) -> set[str]:
@@ -80,7 +89,7 @@ class Run(NamedTuple):
         if flags.get("layer_selection") == "influence":  # each seed chooses
             layers = None
         values = {name: flags[name] for name in sorted(names)}
-        return json.dumps([step, layers, bool(self.config.get("bf16")), values])
+        return json.dumps([step, layers, bool(self.config.get("bf16")), values, self.items_from])
 
     def ranks(self, protocol: str) -> np.ndarray | None:
         """Test ranks of all users [U], 1 the best; None where they are missing or torn."""
