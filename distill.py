@@ -130,6 +130,13 @@ def main(
         prompt, _, _, _, evaluation = run.recorded(prompt, llm, lora, loss, evaluation)
     start = "adapter" if offline and not files.init_from else "base"
     llm = run.settled(llm, student_init=start)
+    reads_weights = offline and llm.student_init != "base" and not run.finished
+    cli.check(
+        (
+            (teacher_folder / "best").is_dir() or not reads_weights,
+            f"{missing}; the student starts from its weights, unless --student_init=base",
+        )
+    )
     template = read_template(prompt.prompt_template_name)
     inputs = read_inputs(files)
     if offline:

@@ -11,9 +11,9 @@ import extract_emb
 import finetune
 import recommend
 import train_sr_trad
-from benchmarks import catalogue, efficiency, retrieval, throughput
+from benchmarks import catalogue, efficiency, growth, retrieval, throughput
 from datasets import convert, process
-from experiments import ablation, demo, flags_page, motivation, report
+from experiments import ablation, demo, flags_page, motivation, random_twin, report, together
 from tests.conftest import ROOT
 from utils import cli
 
@@ -30,8 +30,11 @@ MAINS = {
     "experiments.ablation": ablation.main,
     "experiments.motivation": motivation.main,
     "experiments.report": report.main,
+    "experiments.together": together.main,
+    "experiments.random_twin": random_twin.main,
     "experiments.flags_page": flags_page.main,
     "benchmarks.catalogue": catalogue.main,
+    "benchmarks.growth": growth.main,
     "benchmarks.retrieval": retrieval.main,
     "benchmarks.throughput": throughput.main,
     "benchmarks.efficiency": efficiency.main,
@@ -47,10 +50,11 @@ PAGES = [
     "datasets/convert.py",
     "datasets/process.py",
     "experiments/demo.py",
+    "experiments/together.py",
+    "experiments/random_twin.py",
 ]
-PAGES += [
-    f"benchmarks/{name}.py" for name in ("throughput", "efficiency", "retrieval", "catalogue")
-]
+MEASURED = ("throughput", "efficiency", "retrieval", "catalogue", "growth")
+PAGES += [f"benchmarks/{name}.py" for name in MEASURED]
 PAGES += ["docs/sasrec_teacher.md"]
 PAGES += ["docs/data.md", "docs/speed.md", "experiments/flags_page.py"]
 TEXTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]

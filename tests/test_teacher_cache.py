@@ -263,12 +263,15 @@ def test_a_second_run_needs_no_teacher_weights_and_says_so(inside, capsys):
         "output/demo/teacher/last",
     ):
         Path(name).unlink() if Path(name).is_file() else shutil.rmtree(name)
-        distill.main(**SHORT, distill_lambda=0.3, seed=5, output_dir="other", overwrite=True)
+        other = {"distill_lambda": 0.3, "seed": 5, "output_dir": "other", "overwrite": True}
+        distill.main(**SHORT, **other, student_init="base")
         said = capsys.readouterr().out
         assert (
             "teacher states: read from output/demo/teacher_states/" in said
             and "the teacher is not loaded" in said
         )
+    with pytest.raises(UsageError, match="starts from its weights, unless --student_init=base"):
+        distill.main(**SHORT, output_dir="third")
     shutil.rmtree("output/demo/teacher_states")
     with pytest.raises(UsageError, match="teacher not found: output/demo/teacher/best"):
         distill.main(**SHORT, output_dir="third")
