@@ -53,6 +53,19 @@ def cached_teacher(states, device):
     return lambda indices, history: Output(*states.rows(indices, device))
 
 
+def mean_scores(outputs, table):
+    """The mean of several SASRecs' scores: their user vectors, and item tables, side by side."""
+    import torch
+
+    from models.losses import Scores
+
+    def scores(indices, history):
+        users = torch.cat([output(indices, history).user for output in outputs], dim=1)
+        return Scores(users / len(outputs), table)
+
+    return scores
+
+
 @cli.command
 def main(
     *,
@@ -101,9 +114,10 @@ def main(
         (there or not offline, f"{missing} (or name a run with --teacher)"),
     )
 
-    teacher_run = sasrec_run = None
+    teacher_run, sasrec_runs = None, []
     if trains and loss.sasrec_lambda:
-        sasrec_run = Run.read("sasrec", Path(files.sasrec or domain.folder / "sasrec"), "--sasrec")
+        folders = (files.sasrec or str(domain.folder / "sasrec")).split(",")
+        sasrec_runs = [Run.read("sasrec", Path(name.strip()), "--sasrec") for name in folders]
     elif trains:
         cli.report_unused(files, "needs --sasrec_lambda above 0", "sasrec")
     if offline:  # what the teacher fixed is inherited; a flag that contradicts it is refused
@@ -114,7 +128,7 @@ def main(
     elif trains:
         prompt, llm = prompt.filled(), llm.filled()
         print(f"base {prompt.base_model}, without a trained teacher")
-        unread = ("teacher",) if sasrec_run else ("teacher", "teacher_cache")
+        unread = ("teacher",) if sasrec_runs else ("teacher", "teacher_cache")
         cli.report_unused(files, "no trained teacher is read", *unread)
         if not online:
             reason = "no term reads a teacher"
@@ -142,7 +156,7 @@ def main(
     if offline:
         teacher_run.check_same(inputs.hashes, inputs.table_path)
         teacher_run.report_unfinished()
-    if sasrec_run:
+    for sasrec_run in sasrec_runs:
         sasrec_run.check_same({"data_sha256": inputs.data.sha256}, inputs.csv_path)
         sasrec_run.report_unfinished()
 
@@ -160,8 +174,8 @@ def main(
     from utils.training import fit
 
     teacher_sha256 = teacher_run.weights_sha256() if offline else None
-    sasrec_sha256 = sasrec_run.weights_sha256() if sasrec_run else None
-    taught_by = {"teacher_sha256": teacher_sha256, "sasrec_sha256": sasrec_sha256}
+    sasrec_sha256 = [sasrec_run.weights_sha256() for sasrec_run in sasrec_runs]
+    taught_by = {"teacher_sha256": teacher_sha256, "sasrec_sha256": ",".join(sasrec_sha256) or None}
     if run.is_finished(inputs.hashes | taught_by):
         return run.results()
     device = processes.choose_device(runtime.device, run.threads)
@@ -263,22 +277,26 @@ def main(
         started = time.perf_counter()
         teacher_output = outputs_of(frozen_teacher, samples, identity, runtime.shard)
         seconds["teacher_states_seconds"] = time.perf_counter() - started
-    sasrec_output = no_teacher
-    if sasrec_run:
-        sasrec = SASRec.load(sasrec_run, table)
+    outputs, tables = [], []
+    for sasrec_run, sha256 in zip(sasrec_runs, sasrec_sha256):
+        sasrec = SASRec.load(sasrec_run, None if sasrec_runs[1:] else table).to(device)
         slots = sasrec_run.flags["max_seq_length"]
         longer = dataclasses.replace(samples, max_seq_length=slots)
         if cache is None:
-            sasrec_output = running_sasrec(sasrec.encoder(), longer)
+            outputs.append(running_sasrec(sasrec.encoder(), longer))
         else:
-            identity = {"sasrec_sha256": sasrec_sha256, "max_seq_length": slots}
-            sasrec_output = outputs_of(sasrec.encoder, longer, identity)
+            identity = {"sasrec_sha256": sha256, "max_seq_length": slots}
+            outputs.append(outputs_of(sasrec.encoder, longer, identity))
+        tables.append(sasrec.item_table.detach())
+    sasrec_scores = no_teacher
+    if sasrec_runs:
+        sasrec_scores = mean_scores(outputs, torch.cat(tables, dim=1) if tables[1:] else table)
 
     def loss_fn(indices):
         history = samples.histories(indices)
         target = samples.targets(indices).to(device)
         teacher = teacher_output(indices, history)
-        sasrec = sasrec_output(indices, history)
+        sasrec = sasrec_scores(indices, history)
         output = student(history)
         negatives = draw_negatives(objective, len(indices), len(table), device)
         return recommendation_loss(output, teacher, table, target, loss, online, sasrec, negatives)

@@ -32,7 +32,7 @@ from datasets.interactions import Interactions
 from datasets.prompts import read_template, tokenise
 from models import base
 from models.catalogue import catalogue_cross_entropy
-from models.losses import Output, recommendation_loss
+from models.losses import Output, Scores, recommendation_loss
 from models.sasrec import SASRec
 from utils import cli, cpu, processes
 from utils.evaluation import evaluate
@@ -171,7 +171,7 @@ def sasrec_kl(bench: Bench, n_layers: int) -> None:
 
     def loss(rows, weight):
         history, target = bench.batch(rows)
-        sasrec = Output(users[: len(rows)], users[:, None, :][:, :0], users[:, None, :][:, :0])
+        sasrec = Scores(users[: len(rows)], table)
         given = DistillationLoss(sasrec_lambda=weight)
         parts = recommendation_loss(model(history), None, table, target, given, sasrec=sasrec)
         return parts["total"]

@@ -110,23 +110,27 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def partition(
-    users: Tensor, item_table: Tensor, want_mean: bool = True
+    users: Tensor, item_table: Tensor, want_mean: bool = True, values: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """logsumexp of users @ item_table.T, [B], and the softmax's mean item vector, [B, D]; no
+    """logsumexp of users @ item_table.T, [B], and the softmax's mean item vector, [B, V]; no
     gradient.
+
+    Args:
+        values: [N, V], what the mean is taken of; by default the item table.
     """
+    values = item_table if values is None else values
     log_partition, means = [], []
     rows, items = CPU_TILE if users.device.type == "cpu" else TILE
     for part in users.split(rows):
         peak = part.new_full((len(part), 1), -torch.inf)
-        mass, mean = torch.zeros_like(peak), torch.zeros_like(part)
-        for tile in item_table.split(items):
+        mass, mean = torch.zeros_like(peak), part.new_zeros(len(part), values.shape[1])
+        for tile, value in zip(item_table.split(items), values.split(items)):
             logits = part @ tile.T
             higher = torch.maximum(peak, logits.amax(1, keepdim=True))
             weight, decay = logits.sub_(higher).exp_(), peak.sub_(higher).exp_()
             mass.mul_(decay).add_(weight.sum(1, keepdim=True))
             if want_mean:
-                mean.mul_(decay).addmm_(weight, tile)
+                mean.mul_(decay).addmm_(weight, value)
             peak = higher
         log_partition.append(peak.add_(mass.log()).squeeze(1))
         means.append(mean.div_(mass))

@@ -39,6 +39,13 @@ class Output(NamedTuple):
     exits: Tensor
 
 
+class Scores(NamedTuple):
+    """What a model says of every item: user vectors [B, V] times item vectors [N, V]."""
+
+    user: Tensor
+    table: Tensor
+
+
 def recommendation_loss(
     student: Output,
     teacher: Output | None,
@@ -46,7 +53,7 @@ def recommendation_loss(
     target: Tensor,
     loss: Exits,
     train_teacher: bool = False,
-    sasrec: Output | None = None,
+    sasrec: Scores | None = None,
     negatives: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Every part of the loss, unweighted, and their weighted sum under `total`.
@@ -60,8 +67,8 @@ def recommendation_loss(
         target: catalogue index of the next item, int64 [B].
         loss: the weights, and how the terms are formed.
         train_teacher: online distillation; the teacher's own cross-entropy (and exits) count too.
-        sasrec: of the SASRec that the item table is from. Its user vector scores the same table, so
-            that its softmax teaches without any mapping between the two models.
+        sasrec: what SASRec, or the mean of several, says of the items. Its softmax over them
+            teaches without any mapping between the two models.
         negatives: int64 [B, K], what cross-entropy tells the target from; None is the whole
             catalogue. The KL terms are over the whole catalogue in either case.
     """
@@ -86,9 +93,9 @@ def recommendation_loss(
             "logit_kl", loss.logit_lambda, logit_kl, *users, item_table, loss.temperature, reduction
         )
     if sasrec is not None and isinstance(loss, DistillationLoss):
-        users = sasrec.user[:, None], student.user[:, None]
-        temperature = loss.sasrec_temperature
-        add("sasrec_kl", loss.sasrec_lambda, logit_kl, *users, item_table, temperature, "mean")
+        users, temperature = (sasrec.user[:, None], student.user[:, None]), loss.sasrec_temperature
+        tables = item_table, temperature, "mean", sasrec.table
+        add("sasrec_kl", loss.sasrec_lambda, logit_kl, *users, *tables)
     if teacher is not None:
         with torch.set_grad_enabled(train_teacher and torch.is_grad_enabled()):
             parts["teacher_ce"] = next_item(teacher.user, *labels)
@@ -150,24 +157,38 @@ def exit_supervision(
 
 
 def logit_kl(
-    teacher: Tensor, student: Tensor, item_table: Tensor, temperature: float, reduction: Reduction
+    teacher: Tensor,
+    student: Tensor,
+    item_table: Tensor,
+    temperature: float,
+    reduction: Reduction,
+    teacher_table: Tensor | None = None,
 ) -> Tensor:
     """KL(teacher || student) of catalogue softmaxes, times temperature^2 (Hinton et al., 2015).
 
-    With t, s the user vectors over the temperature, v an item drawn from the teacher's softmax and
-    Z the partitions:
-    KL = E[t . v - s . v] - log Z(t) + log Z(s).
+    With t, s the user vectors over the temperature, i an item drawn from the teacher's softmax, w
+    and v its vectors in either table and Z the partitions:
+    KL = E[t . w - s . v] - log Z(t) + log Z(s).
 
     Args:
         teacher, student: user vectors [B, E, D] at E block ends. The teacher's are constants.
         item_table: [N, D].
+        teacher_table: [N, V], where the teacher scores items of its own; its user vectors are
+            [B, E, V] then.
     """
     with torch.autocast(teacher.device.type, enabled=False):
         fixed = wide(teacher.detach()).flatten(0, 1) / temperature  # [B * E, D]
         users = wide(student).flatten(0, 1) / temperature
         table = item_table.to(fixed.dtype)
-        log_partition, mean = catalogue.partition(fixed, table)
-        divergence = ((fixed - users) * mean).sum(1) - log_partition
+        if teacher_table is None or teacher_table is item_table:
+            log_partition, mean = catalogue.partition(fixed, table)
+            divergence = ((fixed - users) * mean).sum(1) - log_partition
+        else:
+            own = teacher_table.to(fixed.dtype)
+            both = torch.cat([own, table], dim=1)  # the mean of either table's vectors
+            log_partition, mean = catalogue.partition(fixed, own, values=both)
+            expected = torch.cat([fixed, -users], dim=1) * mean
+            divergence = expected.sum(1) - log_partition
         divergence = divergence + catalogue.cross_entropy(users, table, None)
     return temperature**2 * _over_blocks(divergence.view(teacher.shape[:2]), reduction)
 

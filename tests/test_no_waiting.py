@@ -20,7 +20,7 @@ from torch import Tensor
 from models.catalogue import catalogue_cross_entropy
 from models.decoder import Packed
 from models.llm4rec import LLM4Rec
-from models.losses import Output, recommendation_loss
+from models.losses import Output, Scores, recommendation_loss
 from models.sasrec import SASRec
 from tests.conftest import histories, small_model
 from utils.evaluation import EvaluationBatch, rank_users
@@ -76,7 +76,7 @@ def test_a_teachers_step(strategy, checkpointing):
 def test_a_distillation_step_with_cached_outputs(strategy):
     model, n = on_meta(small_model(strategy=strategy)).train(), len(LENGTHS)
     teacher = Output(empty(n, 6), empty(n, 2, 32), empty(n, 1, 6))
-    sasrec = Output(empty(n, 6), empty(n, 0, 0), empty(n, 0, 6))
+    sasrec = Scores(empty(n, 8), empty(len(model.item_table), 8))
     target = empty(n, dtype=torch.int64)
     out = model(histories(LENGTHS))
     parts = recommendation_loss(out, teacher, model.item_table, target, EVERY, sasrec=sasrec)

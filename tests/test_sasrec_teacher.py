@@ -1,5 +1,6 @@
 """SASRec as a teacher: the KL of its catalogue softmax, its cached answers, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,26 +14,34 @@ import extract_emb
 import train_sr_trad
 from datasets.domain import Domain
 from datasets.item_table import read_table
-from models.losses import Output, recommendation_loss
+from datasets.sequences import prepare
+from models.llm4rec import LLM4Rec
+from models.losses import Scores, recommendation_loss
 from models.sasrec import SASRec
 from tests.conftest import SHORT, assert_resumes, hashes, histories, small_model, trained_lines
 from utils.errors import UsageError
-from utils.flags import Data, DistillationLoss
+from utils.flags import Data, DistillationLoss, Evaluation, Sequence
 from utils.run import Run
+from utils.training import _batches
 
 OFF = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
 ALONE = OFF | {"sasrec_lambda": 3.0, "sasrec_temperature": 2.0}
 
 
-def test_the_kl_is_that_of_both_softmaxes_and_teaches_the_student_alone():
+@pytest.mark.parametrize("width", [None, 9])
+def test_the_kl_is_that_of_both_softmaxes_and_teaches_the_student_alone(width):
     torch.manual_seed(0)
     student = small_model(layers=2, exit_heads=False).train()
     user = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    sasrec = Output(user, user.new_empty(4, 0, 0), user.new_empty(4, 0, 6))
     batch, target = histories([3, 8, 1, 5]), torch.tensor([1, 2, 3, 4])
     out, table = student(batch), student.item_table
-    parts = recommendation_loss(out, None, table, target, DistillationLoss(**ALONE), sasrec=sasrec)
-    p, q = (F.softmax(users @ table.T / 2, dim=-1) for users in (user, out.user))
+    if width is not None:  # SASRec has a table of its own
+        user = torch.randn(4, width, dtype=torch.float64, requires_grad=True)
+    theirs = table if width is None else torch.randn(len(table), width, dtype=torch.float64)
+    parts = recommendation_loss(
+        out, None, table, target, DistillationLoss(**ALONE), sasrec=Scores(user, theirs)
+    )
+    p, q = (F.softmax(u @ t.T / 2, dim=-1) for u, t in ((user, theirs), (out.user, table)))
     plain = 4 * (p * (p.log() - q.log())).sum(-1).mean()
     torch.testing.assert_close(parts["sasrec_kl"], plain, atol=1e-13, rtol=1e-12)
     torch.testing.assert_close(parts["total"], parts["ce"] + 3 * parts["sasrec_kl"])
@@ -108,6 +117,33 @@ def test_a_foreign_sasrec_is_refused(inside):
     distill.main(**flags, output_dir="s")
     with pytest.raises(UsageError, match="holds a finished run from another file"):
         distill.main(**flags | {"sasrec": None, "item_table": None}, output_dir="s")
+
+
+@pytest.mark.slow
+def test_several_teach_by_the_mean_of_their_scores(inside):
+    train_sr_trad.main(**SHORT, seed=7, emb_dim=24, output_dir="other")
+    short = SHORT | ALONE | {"base_model": "tiny", "log_steps": 1, "learning_rate": 1e-12}
+    both = {"sasrec": "output/demo/sasrec,other"}
+    distill.main(**short, **both, output_dir="two")
+    distill.main(**short, **both, output_dir="live", teacher_cache="off")
+    data, _ = Domain.of(Data()).read()
+    samples, _ = prepare(data, "last", Sequence(), Evaluation())
+    table = read_table("output/demo/sasrec_item.pkl", data.item_ids)
+    trained = Run.read("student", Path("two"), "--output_dir")
+    first = next(_batches(len(samples), SHORT["batch_size"], 1, trained.seed))
+    logits = 0.0
+    for folder in both["sasrec"].split(","):
+        run = Run.read("sasrec", Path(folder), "--sasrec")
+        longer = dataclasses.replace(samples, max_seq_length=run.flags["max_seq_length"])
+        sasrec = SASRec.load(run).eval()
+        logits = logits + (sasrec(longer.histories(first)) @ sasrec.item_table.T) / 2
+    student = LLM4Rec.load(trained, table, bf16=False).eval()
+    own = student(samples.histories(first)).user @ table.T
+    p, q = (F.log_softmax(values / 2, dim=-1) for values in (logits, own))
+    plain = 4 * (p.exp() * (p - q)).sum(-1).mean()
+    for name in ("two", "live"):
+        logged = trained_lines(name)[0]["sasrec_kl"]
+        assert logged == pytest.approx(float(plain.detach()), abs=2e-5)
 
 
 def test_flags_without_effect_are_named():

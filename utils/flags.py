@@ -234,7 +234,9 @@ class StudentFiles(TeacherFiles):
         None, "the folder of the step-3 run; output/<domain>/teacher by default"
     )
     sasrec: str | None = flag(
-        None, "the folder of the step-1 run; output/<domain>/sasrec by default"
+        None,
+        "the folder of the step-1 run; output/<domain>/sasrec by default. Several between commas "
+        "teach by the mean of their scores, whatever their item tables",
     )
     teacher_cache: str = flag(
         "auto",
