@@ -386,7 +386,8 @@ def test_f20_five_steps_give_the_losses_that_they_gave(inside):
     extract_emb.main(sasrec="sasrec", item_table="table.pkl")
     five |= {"warmup_steps": 50}
     finetune.main(**five, item_table="table.pkl", output_dir="teacher")
-    distill.main(**five, item_table="table.pkl", teacher="teacher", output_dir="student")
+    five |= {"item_table": "table.pkl", "teacher": "teacher", "student_init": "base"}
+    distill.main(**five, output_dir="student")
     golden = json.loads((Path(__file__).parent / "golden.json").read_text())
     for folder, expected in golden.items():
         found = [line["total"] for line in trained_lines(folder)]
