@@ -20,7 +20,7 @@ import extract_emb
 import finetune
 import train_sr_trad
 from datasets import process
-from experiments import ablation, motivation, paper, report, results, significance
+from experiments import ablation, motivation, paper, report, results, significance, together
 from tests.conftest import ROOT
 from utils import cli
 
@@ -710,6 +710,24 @@ def test_our_own_domains_commands_bind(domain):
     for name, *words in bound[:-1]:
         flags = cli.bind(mains[name], words)
         assert flags["data_path"].startswith("data/amazon")
+
+
+def test_the_commands_of_titles_bind_and_read_what_stands_there():
+    own, drawn = (
+        commands(ROOT / f"experiments/domains/{name}.sh", SEEDS="0 1")
+        for name in ("beauty_titles", "beauty")
+    )
+    mains = {"train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main}
+    mains |= {"distill.py": distill.main, "finetune.py": finetune.main}
+    mains |= {"experiments.together": together.main, "experiments.report": report.main}
+    written = set()
+    for words in drawn + own:
+        name, *rest = words[1:] if words[0] == "-m" else words
+        flags = cli.bind(mains[name], rest)
+        read = [flags.get(place) for place in ("init_table", "sasrec", "model", "teacher")]
+        read += [flags.get("item_table")] if name == "distill.py" else []
+        assert {path for paths in read if paths for path in paths.split(",")} <= written
+        written |= {flags.get("output_dir"), flags.get("item_table")}
 
 
 def test_a_reproduction_without_its_raw_files_says_where_to_get_them(tmp_path):

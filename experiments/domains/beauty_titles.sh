@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Item vectors that start from titles, on amazon2014_beauty, after beauty.sh: docs/sasrec_teacher.md. `make minilm` brings the encoder.
+# docs/data.md says where the file is from. common.sh says what can be set from outside.
+DOMAIN=beauty DATA=${DATA:-data/amazon2014_beauty.csv.xz} BASE=${BASE:-small}
+. "$(dirname "$0")/common.sh"
+
+run $PYTHON extract_emb.py $WHERE --source titles --text_model output/base/minilm --item_table $ROOT/titles_item.pkl
+for seed in $SEEDS; do
+    out=$ROOT/seed$seed
+    common="$WHERE --seed $seed"
+    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_titles --init_table $ROOT/titles_item.pkl \
+        --hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 \
+        --lr_scheduler cosine --batch_size 128 --num_epochs 28 --patience 0
+    run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec_titles --item_table $out/sasrec_titles_item.pkl
+    run $PYTHON -m experiments.together --model $out/sasrec,$out/sasrec_titles --output $out/together.json
+    kl="--base_model $BASE --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 --sasrec_lambda 3 --sasrec_temperature 2"
+    last="--num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1"
+    every="--train_targets all --num_epochs 2 --learning_rate 2.5e-4 --eval_steps 257 --save_steps -1"
+    titles="--item_table $out/sasrec_titles_item.pkl" drawn="--item_table $out/sasrec_item.pkl"
+    run $LAUNCH distill.py $common $titles $kl $last --sasrec $out/sasrec_titles --output_dir $out/titles_kl
+    run $LAUNCH distill.py $common $titles $kl $last --sasrec $out/sasrec,$out/sasrec_titles --output_dir $out/titles_both_kl
+    run $LAUNCH distill.py $common $drawn $kl $last --sasrec $out/sasrec,$out/sasrec_titles --output_dir $out/both_kl
+    run $LAUNCH distill.py $common $drawn $kl $every --sasrec $out/sasrec --output_dir $out/every_kl
+    run $LAUNCH distill.py $common $titles $kl $every --sasrec $out/sasrec_titles --output_dir $out/titles_every_kl
+done
+run $PYTHON -m experiments.report --runs "$ROOT"
