@@ -234,9 +234,7 @@ class StudentFiles(TeacherFiles):
         None, "the folder of the step-3 run; output/<domain>/teacher by default"
     )
     sasrec: str | None = flag(
-        None,
-        "the folder of the step-1 run; output/<domain>/sasrec by default. Several between commas "
-        "teach by the mean of their scores, whatever their item tables",
+        None, "the folder of the step-1 run; output/<domain>/sasrec by default"
     )
     teacher_cache: str = flag(
         "auto",
@@ -427,7 +425,9 @@ class DistillationLoss(Exits):
     )
     sasrec_lambda: NonNegativeFloat = flag(
         0.0,
-        "weight of the KL divergence from SASRec's catalogue softmax (SASRec as a teacher)",
+        "weight of the KL divergence from SASRec's catalogue softmax (SASRec as a teacher); "
+        "several folders in --sasrec, between commas, teach by the mean of their scores, whatever "
+        "their item tables",
         term="SASRec KL",
     )
     norm_form: Literal["l2", "squared_l2"] = flag(

@@ -19,8 +19,8 @@ for seed in $SEEDS; do
     titles="--item_table $out/sasrec_titles_item.pkl" drawn="--item_table $out/sasrec_item.pkl"
     run $LAUNCH distill.py $common $titles $kl $last --sasrec $out/sasrec_titles --output_dir $out/titles_kl
     run $LAUNCH distill.py $common $titles $kl $last --sasrec $out/sasrec,$out/sasrec_titles --output_dir $out/titles_both_kl
+    # of these the page has seed 0 alone
     run $LAUNCH distill.py $common $drawn $kl $last --sasrec $out/sasrec,$out/sasrec_titles --output_dir $out/both_kl
     run $LAUNCH distill.py $common $drawn $kl $every --sasrec $out/sasrec --output_dir $out/every_kl
-    run $LAUNCH distill.py $common $titles $kl $every --sasrec $out/sasrec_titles --output_dir $out/titles_every_kl
 done
 run $PYTHON -m experiments.report --runs "$ROOT"
