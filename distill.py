@@ -227,7 +227,7 @@ def main(
     )
 
     def build_model(spec: dict) -> LLM4Rec:
-        return build(location, table, spec, bf16, runtime.gradient_checkpointing)
+        return build(location, table, spec, bf16, runtime.gradient_checkpointing, runtime.compile)
 
     def frozen_teacher():
         teacher = LLM4Rec.load(teacher_run, table, bf16)

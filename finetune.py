@@ -101,7 +101,7 @@ def main(
         model=spec,
     )
     torch.manual_seed(run.seed)
-    model = build(location, table, spec, bf16, runtime.gradient_checkpointing)
+    model = build(location, table, spec, bf16, runtime.gradient_checkpointing, runtime.compile)
     if run.starts_from:
         model.continue_from(run.starts_from, spec)
     model.place(device, runtime.shard)

@@ -199,6 +199,7 @@ class Shape(NamedTuple):
         n_blocks: int = 1,
         exits: bool = False,
         bf16: bool = False,
+        compiled: bool = False,
     ) -> LLM4Rec:
         """Ours, with random weights; LoRA r=16 on the MLP without dropout, or trained in full."""
         torch.manual_seed(0)
@@ -220,7 +221,7 @@ class Shape(NamedTuple):
             "lora_dropout": 0.0,
             "lora_target_modules": TARGETS,
         }
-        return assemble(llama, self.item_table, spec).to(device)
+        return assemble(llama, self.item_table, spec, compiled=compiled).to(device)
 
     def twins(self, n_layers: int, strategy: str, **shape: Any) -> tuple[LLM4Rec, PlainLLM4Rec]:
         """Ours and the plain form with the same weights."""

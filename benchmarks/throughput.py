@@ -206,6 +206,23 @@ def precision(bench: Bench, n_layers: int) -> None:
     bench.add(f"{name}, products as chosen against torch's", "ms", timed, 1e3, llm=True)
 
 
+def compiled(bench: Bench, n_layers: int) -> None:
+    """A student's step with `--compile` beside the step without; compiling is timed apart."""
+    models = [bench.shape.model(n_layers, "full", compiled=c) for c in (True, False)]
+
+    def loss(model, rows):
+        history, target = bench.batch(rows)
+        return catalogue_cross_entropy(model(history).user, model.item_table, target)
+
+    steps = [training_step(model, functools.partial(loss, model)) for model in models]
+    spent = measure.seconds(lambda: steps[0](bench.batches[0]), bench.device)
+    timed = bench.race(*steps)
+    name = (
+        f"student train step, {n_layers} layers, full, compiled against not (after {spent:.0f} s)"
+    )
+    bench.add(name, "ms", timed, 1e3, llm=True, compile_seconds=spent)
+
+
 def layouts(bench: Bench, n_layers: int) -> None:
     """Packed tokens against buckets of like length, where every user of a bucket is computed as if
     as long as its longest.
@@ -495,7 +512,7 @@ def sasrec(bench: Bench, batch_size: int = 256) -> None:
             batches,
         )
         targets = float(np.mean([bench.samples.lengths()[rows].sum() for rows in batches]))
-        product = 2 * 4 * targets * bench.data.n_items * DIM  # logits twice, two gradients
+        product = 2 * 3 * targets * bench.data.n_items * DIM  # logits, two gradients
         bench.add(f"SASRec epoch, width {hid_dim}, full catalogue", "s", timed, per_epoch, product)
 
 
@@ -594,8 +611,8 @@ def main(
     busy: NonNegativeInt = flag(0, "other processes at work, a core each, while rows are timed"),
     rows: list[str] = flag(
         ["all"],
-        "all, or some of steps, precision, layouts, sasrec_kl, distill, inference, catalogue,"
-        " candidates, ranking, sasrec, process",
+        "all, or some of steps, preparation, precision, compiled, layouts, sasrec_kl, distill,"
+        " inference, catalogue, candidates, ranking, sasrec, process",
     ),
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one"),
     output_dir: str = flag("output/benchmarks", "where throughput.json and throughput.md go"),
@@ -608,6 +625,7 @@ def main(
         "steps": lambda b: steps(b, teacher_layers, student_layers),
         "preparation": lambda b: preparation(b, student_layers),
         "precision": lambda b: precision(b, student_layers),
+        "compiled": lambda b: compiled(b, student_layers),
         "layouts": lambda b: layouts(b, student_layers),
         "sasrec_kl": lambda b: sasrec_kl(b, student_layers),
         "distill": lambda b: distillation(b, teacher_layers, student_layers, distill_block),

@@ -22,8 +22,10 @@ response of all users), T all tokens computed (P + S, or S where the prompt is k
 suffix of a group, H width, h heads, d head width, E block ends; b, s: B and S of one group.
 """
 
+import functools
+import os
+import shutil
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +36,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
 from models.catalogue import wide
+from utils.errors import UsageError
 
 GROUPS = 4  # groups of users whose attention is computed together; the best of 1, 4, 8, 16 on CPU
 SMALLEST_GROUP = 32
@@ -158,6 +161,9 @@ class Decoder(nn.Module):
             so many layers.
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping its
             activations.
+        compiled: train with compiled steps (see `compilable`).
+    Raises:
+        UsageError: there is no compiler.
     """
 
     def __init__(
@@ -167,9 +173,15 @@ class Decoder(nn.Module):
         response_ids: list[int],
         block_ends: list[int],
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.llama = llama
+        compiler = os.environ.get("CXX", "g++")  # as torch looks for it
+        if compiled and not shutil.which(compiler):
+            raise UsageError(f"--compile: no C++ compiler {compiler} here; leave --compile out")
+        for layer in llama.layers:
+            layer.compiled = compiled
         self.n_layers = len(llama.layers)
         if block_ends != sorted(set(block_ends)) or block_ends[-1] != self.n_layers:
             raise ValueError(f"block ends {block_ends} do not fit {self.n_layers} layers")
@@ -238,7 +250,7 @@ class Decoder(nn.Module):
         """
         self.divided = True
         for layer in self.llama.layers:
-            layer.forward = partial(self._step, layer)
+            layer.forward = functools.partial(self._step, layer)
         return self.llama.layers
 
     def _run(self, step: Callable, layer: LlamaDecoderLayer, *inputs) -> Any:
@@ -250,6 +262,27 @@ class Decoder(nn.Module):
         return step(layer, *inputs)
 
 
+@functools.cache
+def _compiled(step: Callable) -> Callable:
+    return torch.compile(step, dynamic=True, fullgraph=True)
+
+
+def compilable(step: Callable) -> Callable:
+    """A step of a layer that torch.compile fuses, in training, where the layer's `compiled` asks.
+
+    The steps around it, attention to a group's own tokens and the gathering of its parts, have many
+    shapes and little to fuse: compiling them takes minutes and gains nothing.
+    """
+
+    @functools.wraps(step)
+    def call(layer: LlamaDecoderLayer, *inputs):
+        fused = layer.compiled and torch.is_grad_enabled()
+        return (_compiled(step) if fused else step)(layer, *inputs)
+
+    return call
+
+
+@compilable
 def queries_keys_values(
     layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, query_tokens: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,7 +348,7 @@ def _last_layer(
     n_prompt = len(x) - len(layout.source)
     last = layout.last + n_prompt
     sizes = [n_prompt, *(group.n_tokens for group in layout.groups)]
-    query, *shared = queries_keys_values(layer, x, rotation, query_tokens=last)  # query [B, h, d]
+    query, *shared = queries_keys_values(layer, x, rotation, last)  # query [B, h, d]
     key, value = (t.split(sizes) for t in shared)
     known = (key[0], value[0]) if known is None else known
     own, level = [], []
@@ -354,6 +387,7 @@ def _attend_prompt(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: 
     return mixed[0].transpose(0, 1)
 
 
+@compilable
 def _joined(
     layer: LlamaDecoderLayer, query: Tensor, known: KeyValue, own: Tensor, own_level: Tensor
 ) -> Tensor:
@@ -405,6 +439,7 @@ def _attend(
         return weight @ value / mass, peak + mass.log()
 
 
+@compilable
 def _feed(layer: LlamaDecoderLayer, x: Tensor, mixed: Tensor) -> Tensor:
     """Output projection of the mixed values [T, h * d], residual, MLP, residual."""
     x = x + layer.self_attn.o_proj(mixed.flatten(1))

@@ -277,6 +277,7 @@ def build(
     spec: dict[str, Any],
     bf16: bool,
     gradient_checkpointing: bool = False,
+    compiled: bool = False,
 ) -> LLM4Rec:
     """Read the kept layers of `base` and put a recommender around them.
 
@@ -295,7 +296,7 @@ def build(
     """
     dtype = torch.bfloat16 if bf16 and spec["strategy"] == "lora" else torch.float32
     llama = load_llama(base, read_config(base), spec["layers"], dtype)
-    return assemble(llama, item_table, spec, gradient_checkpointing)
+    return assemble(llama, item_table, spec, gradient_checkpointing, compiled)
 
 
 def assemble(
@@ -303,6 +304,7 @@ def assemble(
     item_table: Tensor,
     spec: dict[str, Any],
     gradient_checkpointing: bool = False,
+    compiled: bool = False,
 ) -> LLM4Rec:
     """As `build`, around a LLaMA that is already in memory (or on the meta device, to count)."""
     llama.requires_grad_(spec["strategy"] == "full")
@@ -312,7 +314,8 @@ def assemble(
         names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
         inject_lora(llama, *(spec[name] for name in names))
     ends = block_ends(len(llama.layers), spec["n_blocks"])
-    decoder = Decoder(llama, spec["prompt_ids"], spec["response_ids"], ends, gradient_checkpointing)
+    ids = spec["prompt_ids"], spec["response_ids"]
+    decoder = Decoder(llama, *ids, ends, gradient_checkpointing, compiled)
     return LLM4Rec(decoder, item_table, spec["exit_heads"], spec.get("exit_norm", False))
 
 

@@ -131,3 +131,12 @@ def test_the_error_shows_bfloat16(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", halved)
     assert cpu._product_error() > cpu.LARGEST_PRODUCT_ERROR
+
+
+@pytest.mark.parametrize("ratio", [0.5, 35])
+def test_bfloat16_that_the_processor_has_not_got_is_said(monkeypatch, capsys, ratio):
+    seconds = {"bfloat16": ratio, "float32": 1.0}
+    monkeypatch.setattr(cpu, "_seconds_of_product", seconds.get)
+    cpu.report_slow_bfloat16()
+    said = "bf16 products are 35 times slower than float32 here; leave --bf16 out\n"
+    assert capsys.readouterr().out == (said if ratio == 35 else "")

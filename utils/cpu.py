@@ -10,6 +10,7 @@ import time
 
 PROBE_NUMBERS, PROBE_SECONDS, PROBES = 2**17, 0.02, 6  # see choose_threads
 SLOW, STUCK = 0.65, 0.25  # .9 on a quiet machine, .4 and .003 beside a busy process
+SLOW_BFLOAT16 = 3  # times float32; .5 with products for it, 35 on a processor without
 LARGEST_PRODUCT_ERROR = 1e-5  # float32 is at 1e-6, bfloat16 at 1e-3
 
 
@@ -85,6 +86,27 @@ def choose_products() -> None:
     torch.set_float32_matmul_precision("medium")
     if _product_error() > LARGEST_PRODUCT_ERROR:
         torch.set_float32_matmul_precision("highest")
+
+
+def report_slow_bfloat16() -> None:
+    """Say so where this processor has no products of bfloat16: torch then computes them one by
+    one.
+    """
+    ratio = _seconds_of_product("bfloat16") / _seconds_of_product("float32")
+    if ratio > SLOW_BFLOAT16:
+        print(f"bf16 products are {ratio:.0f} times slower than float32 here; leave --bf16 out")
+
+
+def _seconds_of_product(dtype: str) -> float:
+    """The best of three, 256 x 256 x 256."""
+    import torch
+
+    x, seconds = torch.ones(256, 256, dtype=getattr(torch, dtype)), []
+    for _ in range(3):
+        started = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 @functools.cache

@@ -567,6 +567,9 @@ class LLMRuntime(Runtime):
     gradient_checkpointing: bool = flag(
         False, "recompute layers in the backward pass to save memory"
     )
+    compile: bool = flag(
+        False, "train with compiled layers (torch.compile): minutes once, then shorter steps"
+    )
     shard: bool = flag(
         False,
         "divide weights, gradients and optimizer state among torchrun's processes, for a base that "

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from utils import files, processes
+from utils import cpu, files, processes
 from utils.errors import UsageError
 from utils.files import read_json, write_json
 from utils.flags import Group
@@ -195,6 +195,8 @@ class Run:
             UsageError: the flag contradicts the run that is evaluated.
         """
         if not self.eval_only:
+            if given and not on_cuda:
+                cpu.report_slow_bfloat16()
             return on_cuda if given is None else given
         recorded = self.config.get("bf16", on_cuda)
         if given is not None and given != recorded:

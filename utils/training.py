@@ -26,6 +26,7 @@ ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
 LEAST_STEPS = 240  # of training, of the flags that were not given: see Plan
 LEAST_EVALUATIONS, LEAST_INTERVAL = 5, 10
 PATIENCE_FROM = 500
+WARM = 3  # steps; by then kernels are compiled and memory is there
 RANK_STRIDE = 1_000_003  # the seeds of the processes' dropout are this far apart
 
 LossFn = Callable[[np.ndarray], dict[str, Tensor]]
@@ -181,6 +182,7 @@ def fit(
     module.train()
     if source == "best" and due(progress.step, plan.save_every):
         state.save("last")  # due at the same step; the run was killed before it was written
+    begun_at, took = progress.step, [time.perf_counter()]
     bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=1.0)
     with bar, Signals() as signals:
         batches = _batches(len(counts), training.batch_size, total, run.seed)
@@ -205,6 +207,9 @@ def fit(
             for name, value in parts.items():
                 progress.running.setdefault(name, []).append(value)
             bar.update()
+            if step <= begun_at + WARM:
+                took.append(time.perf_counter())
+                _say_warm_up(np.diff(took))
             if step % runtime.log_steps == 0 or step == total:
                 means = {name: float(np.mean(values)) for name, values in progress.running.items()}
                 progress.running = {}
@@ -454,6 +459,12 @@ def _accumulate(
     *means, any_signal = values.tolist()
     stopping = max(processes.gather(signals.received)) if any_signal else 0
     return dict(zip(parts, means)), stopping
+
+
+def _say_warm_up(seconds: np.ndarray) -> None:
+    """What the first step cost beyond a later one, where that is worth a line."""
+    if len(seconds) == WARM and seconds[0] > seconds[-1] + 5:
+        tqdm.write(f"the first step took {seconds[0]:.0f} s, a step now {seconds[-1]:.2f} s")
 
 
 def _schedule(kind: str, warmup: int, total: int) -> Callable[[int], float]:
