@@ -1,11 +1,14 @@
-"""Ranks of the sum of several runs' scores, and of each alone, in one table.
+"""Ranks of the sum of several runs' scores, of each run alone, and of a run at its inner exits, in
+one table.
 
     python -m experiments.together --model output/beauty/student,runs/titles
+    python -m experiments.together --model output/beauty/student --exits 1,2,3
 
 The runs are of the same data. The sum is what `recommend.py --model A,B` recommends by. Prints
-metrics of the validation and the test set, and writes them to --output.
+metrics of the validation and the test set and users per second, and writes them to --output.
 """
 
+import time
 from pathlib import Path
 
 from utils import cli, flags
@@ -19,14 +22,15 @@ def table(metrics: dict[str, dict[str, dict]]) -> str:
     """Markdown, a row for each model and split.
 
     Args:
-        metrics: model -> split -> protocol -> metric.
+        metrics: model -> split -> protocol -> metric; and users per second of evaluation.
     """
-    head = ["model", "split", *(f"{p} {name}" for p, names in SHOWN.items() for name in names)]
+    shown = [f"{p} {name}" for p, names in SHOWN.items() for name in names]
+    head = ["model", "split", *shown, "users/s"]
     lines = [head, ["---"] * len(head)]
     for model, splits in metrics.items():
         for split, found in splits.items():
             values = [f"{found[p][name]:.4f}" for p, names in SHOWN.items() for name in names]
-            lines.append([model, split, *values])
+            lines.append([model, split, *values, f"{found['users_per_second']:.0f}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -36,12 +40,17 @@ def main(
     files: flags.ServedFiles,
     evaluation: flags.Evaluation,
     eval_batch_size: PositiveInt = flag(512, "users per batch"),
+    exits: list[str] = flag([], "numbers of inner exits at which the runs are read too, as 1,2"),
     output: str = flag("output/together.json", "where the metrics go"),
 ) -> dict:
-    """Evaluate runs alone and together."""
+    """Evaluate runs alone, at their exits, and together."""
     from datasets.domain import read_all_served
 
-    cli.check(("," in files.model, f"--model={files.model}: name two runs or more, with commas"))
+    given = ",".join(map(str, exits))
+    cli.check(
+        ("," in files.model or bool(exits), f"--model={files.model}: name two runs, or --exits"),
+        (all(str(k).isdigit() and int(k) for k in exits), f"--exits={given}: numbers from 1"),
+    )
     check_writable(Path(output).parent, "--output")
     runs = read_all_served(files)
 
@@ -51,13 +60,18 @@ def main(
     from utils.evaluation import ranker
 
     device = processes.choose_device("auto")
-    models = {}
+
+    def model_of(served, exit: int | None):
+        table, popularity = served.item_table(), served.popularity()
+        return recommender.of_run(served.run, table, popularity, device, exit=exit)
+
+    whole = {str(served.run.folder): model_of(served, None) for served in runs}
+    models = dict(whole)
     for served in runs:
-        model = recommender.of_run(
-            served.run, served.item_table(), served.popularity(), device, exit=None
-        )
-        models[str(served.run.folder)] = model
-    models["together"] = recommender.together([*models.values()])
+        for number in map(int, exits):
+            models[f"{served.run.folder}, exit {number}"] = model_of(served, number)
+    if len(whole) > 1:
+        models["together"] = recommender.together([*whole.values()])
     metrics = {}
     for name, model in models.items():
         protocol = model.max_seq_length, evaluation.candidate_seed, evaluation.num_candidates
@@ -67,7 +81,12 @@ def main(
             "test": EvaluationSplit(data, TEST, *protocol),
         }
         ranks_of = ranker(model.item_table.detach(), splits, eval_batch_size, device)
-        metrics[name] = {split: ranks_of(lambda: model.encode)(split).metrics() for split in splits}
+        metrics[name] = {}
+        for split in splits:
+            started = time.perf_counter()
+            ranks = ranks_of(lambda: model.encode)(split)
+            rate = len(ranks.full) / (time.perf_counter() - started)
+            metrics[name][split] = ranks.metrics() | {"users_per_second": rate}
     print(table(metrics))
     write_json(Path(output), metrics)
     print(f"wrote {output}")

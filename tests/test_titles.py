@@ -204,8 +204,24 @@ def test_runs_are_recommended_from_and_evaluated_together(inside):
         recommend.main(history=["3"], model=pair, exit=1)
     with pytest.raises(UsageError, match="of several models each reads its own table"):
         recommend.main(history=["3"], model=pair, item_table="output/demo/sasrec_item.pkl")
-    with pytest.raises(UsageError, match="name two runs or more"):
+    with pytest.raises(UsageError, match="--model=student: name two runs, or --exits"):
         together.main(model="student")
+    with pytest.raises(UsageError, match="--exits=1,0: numbers from 1"):
+        together.main(model="student", exits=["1", "0"])
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_at_its_exits(inside):
+    metrics = together.main(model="student", exits=["2"], output="t.json")
+    whole, at_exit = metrics["output/demo/student"], metrics["output/demo/student, exit 2"]
+    assert whole["test"]["full"] != at_exit["test"]["full"]
+    recommender, _ = recommend.open_model(ServedFiles(), 2, "cpu")
+    data = read_served(ServedFiles()).data
+    rows = [data.items[a:b].tolist() for a, b in zip(data.offsets, data.offsets[1:])]
+    rows = [row for row in rows if len(row) >= 4]
+    firsts = recommender.recommend([row[:-1] for row in rows], 5, exclude="none")[0]
+    hits = np.mean([row[-1] in first for row, first in zip(rows, firsts.tolist())])
+    assert at_exit["test"]["full_all"]["HR@5"] == pytest.approx(hits, abs=1e-9)
 
 
 @pytest.mark.slow
