@@ -20,7 +20,16 @@ import extract_emb
 import finetune
 import train_sr_trad
 from datasets import process
-from experiments import ablation, motivation, paper, report, results, significance, together
+from experiments import (
+    ablation,
+    motivation,
+    paper,
+    random_twin,
+    report,
+    results,
+    significance,
+    together,
+)
 from tests.conftest import ROOT
 from utils import cli
 
@@ -706,20 +715,21 @@ def test_our_own_domains_commands_bind(domain):
     names = [words[0] for words in bound]
     start = ["train_sr_trad.py", "extract_emb.py", "finetune.py"]
     assert names[: len(start) + (domain != "toys")] == start[: domain != "toys"] + start
-    assert names.count("distill.py") == {"beauty": 6, "games": 5, "toys": 4}[domain]
+    assert names.count("distill.py") == {"beauty": 6, "games": 5, "toys": 5}[domain]
     for name, *words in bound[:-1]:
         flags = cli.bind(mains[name], words)
         assert flags["data_path"].startswith("data/amazon")
 
 
-def test_the_commands_of_titles_bind_and_read_what_stands_there():
+@pytest.mark.parametrize("after", ["beauty_titles", "beauty_smollm2"])
+def test_commands_after_beautys_bind_and_read_what_stands_there(after):
     own, drawn = (
-        commands(ROOT / f"experiments/domains/{name}.sh", SEEDS="0 1")
-        for name in ("beauty_titles", "beauty")
+        commands(ROOT / f"experiments/domains/{name}.sh", SEEDS="0 1") for name in (after, "beauty")
     )
     mains = {"train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main}
     mains |= {"distill.py": distill.main, "finetune.py": finetune.main}
     mains |= {"experiments.together": together.main, "experiments.report": report.main}
+    mains |= {"experiments.random_twin": random_twin.main}
     written = set()
     for words in drawn + own:
         name, *rest = words[1:] if words[0] == "-m" else words

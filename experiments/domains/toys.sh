@@ -22,6 +22,9 @@ for seed in $SEEDS; do
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
     run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base \
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
+    run $LAUNCH distill.py $llm --output_dir $out/slmrec_sasrec_kl --teacher $out/teacher --student_init base --sasrec $out/sasrec \
+        --sasrec_lambda 3 --sasrec_temperature 2 \
+        --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
     run $LAUNCH distill.py $llm --output_dir $out/from_teachers_ends --teacher $out/teacher --student_init adapter \
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
 done
