@@ -63,9 +63,16 @@ class Run(NamedTuple):
         return None if made_from == "SASRec" else made_from
 
     @property
+    def n_sasrecs(self) -> int:
+        """How many SASRecs taught it."""
+        taught_by = self.config.get("sasrec_sha256")
+        return len(taught_by.split(",")) if taught_by else 0
+
+    @property
     def label(self) -> str:
         items = f", items from {self.items_from}" if self.items_from else ""
-        return label(self.step, self.flags) + items
+        teachers = f", of {self.n_sasrecs} SASRecs" if self.n_sasrecs > 1 else ""
+        return label(self.step, self.flags) + teachers + items
 
     @property
     def counted(self) -> set[str]:
@@ -89,7 +96,8 @@ class Run(NamedTuple):
         if flags.get("layer_selection") == "influence":  # each seed chooses
             layers = None
         values = {name: flags[name] for name in sorted(names)}
-        return json.dumps([step, layers, bool(self.config.get("bf16")), values, self.items_from])
+        made_by = self.items_from, self.n_sasrecs
+        return json.dumps([step, layers, bool(self.config.get("bf16")), values, *made_by])
 
     def ranks(self, protocol: str) -> np.ndarray | None:
         """Test ranks of all users [U], 1 the best; None where they are missing or torn."""

@@ -227,6 +227,22 @@ def fake_run(folder, step, flags, seed, ranks, domain="cloth", settings=None, **
     np.savez(folder / "ranks.npz", test_sampled=np.array(ranks), test_full=np.array(ranks))
 
 
+def test_another_item_table_or_another_sasrec_more_makes_another_row(tmp_path):
+    flags = STUDENT | paper.OFF | {"sasrec_lambda": 3.0}
+    made = {
+        "one": {"sasrec_sha256": "a"},
+        "two": {"sasrec_sha256": "a,b"},
+        "titles": {"sasrec_sha256": "a", "items_from": "titles"},
+    }
+    for name, settings in made.items():
+        fake_run(tmp_path / name, "student", flags, 0, [1, 2], settings=settings)
+    runs, _ = results.read_runs(tmp_path)
+    found = {run.name: run.label for run in runs}
+    assert found["two"] == found["one"] + ", of 2 SASRecs"
+    assert found["titles"] == found["one"] + ", items from titles"
+    assert len({run.key for run in runs}) == 3
+
+
 def test_the_report_over_seeds_beside_the_paper(tmp_path):
     teacher = cli.defaults(finetune.main) | {"domain_type": "cloth"}
     for seed, ranks in ((0, [1, 1, 2, 20]), (1, [1, 2, 4, 20])):
