@@ -15,12 +15,9 @@ for seed in $SEEDS; do
     run $PYTHON -m experiments.together --model $out/sasrec,$out/sasrec_titles --output $out/together.json
     kl="--base_model $BASE --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 --sasrec_lambda 3 --sasrec_temperature 2"
     last="--num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1"
-    every="--train_targets all --num_epochs 2 --learning_rate 2.5e-4 --eval_steps 257 --save_steps -1"
-    titles="--item_table $out/sasrec_titles_item.pkl" drawn="--item_table $out/sasrec_item.pkl"
+    titles="--item_table $out/sasrec_titles_item.pkl"
     run $LAUNCH distill.py $common $titles $kl $last --sasrec $out/sasrec_titles --output_dir $out/titles_kl
     run $LAUNCH distill.py $common $titles $kl $last --sasrec $out/sasrec,$out/sasrec_titles --output_dir $out/titles_both_kl
-    # of these the page has seed 0 alone
-    run $LAUNCH distill.py $common $drawn $kl $last --sasrec $out/sasrec,$out/sasrec_titles --output_dir $out/both_kl
-    run $LAUNCH distill.py $common $drawn $kl $every --sasrec $out/sasrec --output_dir $out/every_kl
+    run $PYTHON -m experiments.together --model $out/sasrec_kl,$out/titles_kl --output $out/together_students.json
 done
 run $PYTHON -m experiments.report --runs "$ROOT"
