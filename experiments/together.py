@@ -2,10 +2,11 @@
 one table.
 
     python -m experiments.together --model output/beauty/student,runs/titles
-    python -m experiments.together --model output/beauty/student --exits 1,2,3
+    python -m experiments.together --model output/beauty/student --exit 1,2,3
 
 The runs are of the same data. The sum is what `recommend.py --model A,B` recommends by. Prints
-metrics of the validation and the test set and users per second, and writes them to --output.
+metrics of the validation and the test set, and users per second of evaluation (ranking included;
+the first one warms up), and writes them to --output.
 """
 
 import time
@@ -40,16 +41,18 @@ def main(
     files: flags.ServedFiles,
     evaluation: flags.Evaluation,
     eval_batch_size: PositiveInt = flag(512, "users per batch"),
-    exits: list[str] = flag([], "numbers of inner exits at which the runs are read too, as 1,2"),
+    exit: list[str] = flag([], "numbers of inner exits at which a run is read too, as 1,2"),
     output: str = flag("output/together.json", "where the metrics go"),
 ) -> dict:
     """Evaluate runs alone, at their exits, and together."""
     from datasets.domain import read_all_served
 
-    given = ",".join(map(str, exits))
+    given, names = ",".join(map(str, exit)), files.model.split(",")
     cli.check(
-        ("," in files.model or bool(exits), f"--model={files.model}: name two runs, or --exits"),
-        (all(str(k).isdigit() and int(k) for k in exits), f"--exits={given}: numbers from 1"),
+        (len(names) > 1 or bool(exit), f"--model={files.model}: name two runs, or --exit"),
+        (len(set(names)) == len(names), f"--model={files.model}: names a run twice"),
+        (not exit or len(names) == 1, f"--exit={given}: is of one model, not of several"),
+        (all(str(k).isdigit() and int(k) for k in exit), f"--exit={given}: numbers from 1"),
     )
     check_writable(Path(output).parent, "--output")
     runs = read_all_served(files)
@@ -61,14 +64,14 @@ def main(
 
     device = processes.choose_device("auto")
 
-    def model_of(served, exit: int | None):
-        table, popularity = served.item_table(), served.popularity()
-        return recommender.of_run(served.run, table, popularity, device, exit=exit)
+    def model_of(served, number: int | None):
+        items, popularity = served.item_table(), served.popularity()
+        return recommender.of_run(served.run, items, popularity, device, exit=number)
 
     whole = {str(served.run.folder): model_of(served, None) for served in runs}
     models = dict(whole)
     for served in runs:
-        for number in map(int, exits):
+        for number in map(int, exit):
             models[f"{served.run.folder}, exit {number}"] = model_of(served, number)
     if len(whole) > 1:
         models["together"] = recommender.together([*whole.values()])

@@ -25,6 +25,7 @@ suffix of a group, H width, h heads, d head width, E block ends; b, s: B and S o
 import functools
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -177,7 +178,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.llama = llama
-        compiler = os.environ.get("CXX", "g++")  # as torch looks for it
+        default = "clang++" if sys.platform == "darwin" else "g++"
+        compiler = os.environ.get("CXX", default)  # as torch looks for it
         if compiled and not shutil.which(compiler):
             raise UsageError(f"--compile: no C++ compiler {compiler} here; leave --compile out")
         for layer in llama.layers:
@@ -264,19 +266,18 @@ class Decoder(nn.Module):
 
 @functools.cache
 def _compiled(step: Callable) -> Callable:
-    return torch.compile(step, dynamic=True, fullgraph=True)
+    return torch.compile(step, dynamic=True)
 
 
 def compilable(step: Callable) -> Callable:
-    """A step of a layer that torch.compile fuses, in training, where the layer's `compiled` asks.
+    """`step`, compiled by torch.compile where its layer's `compiled` is set and gradients are on.
 
-    The steps around it, attention to a group's own tokens and the gathering of its parts, have many
-    shapes and little to fuse: compiling them takes minutes and gains nothing.
+    The rest of a layer is not: compiling it took minutes and gained nothing.
     """
 
     @functools.wraps(step)
     def call(layer: LlamaDecoderLayer, *inputs):
-        fused = layer.compiled and torch.is_grad_enabled()
+        fused = getattr(layer, "compiled", False) and torch.is_grad_enabled()
         return (_compiled(step) if fused else step)(layer, *inputs)
 
     return call

@@ -204,15 +204,21 @@ def test_runs_are_recommended_from_and_evaluated_together(inside):
         recommend.main(history=["3"], model=pair, exit=1)
     with pytest.raises(UsageError, match="of several models each reads its own table"):
         recommend.main(history=["3"], model=pair, item_table="output/demo/sasrec_item.pkl")
-    with pytest.raises(UsageError, match="--model=student: name two runs, or --exits"):
+    with pytest.raises(UsageError, match="--model=student: name two runs, or --exit"):
         together.main(model="student")
-    with pytest.raises(UsageError, match="--exits=1,0: numbers from 1"):
-        together.main(model="student", exits=["1", "0"])
+    with pytest.raises(UsageError, match="--exit=1,0: numbers from 1"):
+        together.main(model="student", exit=["1", "0"])
+    with pytest.raises(UsageError, match="--model=student,student: names a run twice"):
+        together.main(model="student,student")
+    with pytest.raises(
+        UsageError, match="--exit=9: no such inner exit; the model has exits 1 to 3"
+    ):
+        together.main(model="student", exit=["9"])
 
 
 @pytest.mark.slow
 def test_a_run_is_evaluated_at_its_exits(inside):
-    metrics = together.main(model="student", exits=["2"], output="t.json")
+    metrics = together.main(model="student", exit=["2"], output="t.json")
     whole, at_exit = metrics["output/demo/student"], metrics["output/demo/student, exit 2"]
     assert whole["test"]["full"] != at_exit["test"]["full"]
     recommender, _ = recommend.open_model(ServedFiles(), 2, "cpu")
