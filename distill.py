@@ -110,6 +110,7 @@ def main(
         ),
         cli.divides(training, runtime),
         cli.shards(runtime),
+        cli.compiles(runtime),
         cli.blocks(n_blocks, llama_decoder_nums_student=llm.llama_decoder_nums_student),
         (there or not offline, f"{missing} (or name a run with --teacher)"),
     )

@@ -39,6 +39,7 @@ def main(
     cli.check(
         cli.divides(training, runtime),
         cli.shards(runtime),
+        cli.compiles(runtime),
         cli.blocks(n_blocks, llama_decoder_nums=llm.llama_decoder_nums),
     )
     folder = Path(files.output_dir or Domain.of(files).folder / "teacher")

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from datasets.interactions import Interactions
 from datasets.prompts import read_template, tokenise
 from models import base
 from models.catalogue import catalogue_cross_entropy
+from models.llm4rec import LLM4Rec
 from models.losses import Output, Scores, recommendation_loss
 from models.sasrec import SASRec
 from utils import cli, cpu, processes
@@ -120,6 +122,15 @@ class Bench:
         """Histories on the CPU, where ours packs them, and targets on the device."""
         return self.samples.histories(rows), self.samples.targets(rows).to(self.device)
 
+    def step(self, model: LLM4Rec, bf16: bool = False) -> Callable[..., None]:
+        """Ours with cross-entropy alone."""
+
+        def loss(rows):
+            history, target = self.batch(rows)
+            return catalogue_cross_entropy(model(history).user, model.item_table, target)
+
+        return training_step(model, loss, bf16)
+
 
 def steps(bench: Bench, teacher_layers: int, student_layers: int) -> None:
     """Training steps with cross-entropy alone, LoRA and full."""
@@ -130,15 +141,11 @@ def steps(bench: Bench, teacher_layers: int, student_layers: int) -> None:
     ):
         ours, theirs = bench.shape.twins(n_layers, strategy)
 
-        def loss(rows):
-            history, target = bench.batch(rows)
-            return catalogue_cross_entropy(ours(history).user, ours.item_table, target)
-
         def plain_loss(rows):
             history, target = bench.batch(rows)
             return plain.plain_loss(theirs(history), None, theirs.item_table, target)
 
-        timed = bench.race(training_step(ours, loss), training_step(theirs, plain_loss))
+        timed = bench.race(bench.step(ours), training_step(theirs, plain_loss))
         bench.add(
             f"{who} train step, {n_layers} layers, {strategy}",
             "ms",
@@ -155,11 +162,7 @@ def preparation(bench: Bench, n_layers: int) -> None:
     """
     model = bench.shape.model(n_layers, "full")
 
-    def loss(rows):
-        history, target = bench.batch(rows)
-        return catalogue_cross_entropy(model(history).user, model.item_table, target)
-
-    timed = bench.race(lambda rows: model.pack(bench.batch(rows)[0]), training_step(model, loss))
+    timed = bench.race(lambda rows: model.pack(bench.batch(rows)[0]), bench.step(model))
     bench.add("making a batch against a student's step over it", "ms", timed, 1e3, llm=True)
 
 
@@ -188,11 +191,7 @@ def precision(bench: Bench, n_layers: int) -> None:
     model = bench.shape.model(n_layers, "full")
     chosen = torch.get_float32_matmul_precision()
 
-    def loss(rows):
-        history, target = bench.batch(rows)
-        return catalogue_cross_entropy(model(history).user, model.item_table, target)
-
-    in_float32, in_bf16 = (training_step(model, loss, bf16) for bf16 in (False, True))
+    in_float32, in_bf16 = (bench.step(model, bf16) for bf16 in (False, True))
 
     def by_torch(rows):
         torch.set_float32_matmul_precision("highest")
@@ -210,11 +209,7 @@ def compiled(bench: Bench, n_layers: int) -> None:
     """A student's step with `--compile` beside the step without; compiling is timed apart."""
     models = [bench.shape.model(n_layers, "full", compiled=c) for c in (True, False)]
 
-    def loss(model, rows):
-        history, target = bench.batch(rows)
-        return catalogue_cross_entropy(model(history).user, model.item_table, target)
-
-    steps = [training_step(model, functools.partial(loss, model)) for model in models]
+    steps = [bench.step(model) for model in models]
     spent = measure.seconds(lambda: steps[0](bench.batches[0]), bench.device)
     timed = bench.race(*steps)
     name = (

@@ -23,9 +23,6 @@ suffix of a group, H width, h heads, d head width, E block ends; b, s: B and S o
 """
 
 import functools
-import os
-import shutil
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -37,7 +34,6 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
 from models.catalogue import wide
-from utils.errors import UsageError
 
 GROUPS = 4  # groups of users whose attention is computed together; the best of 1, 4, 8, 16 on CPU
 SMALLEST_GROUP = 32
@@ -163,8 +159,6 @@ class Decoder(nn.Module):
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping its
             activations.
         compiled: train with compiled steps (see `compilable`).
-    Raises:
-        UsageError: there is no compiler.
     """
 
     def __init__(
@@ -178,10 +172,6 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.llama = llama
-        default = "clang++" if sys.platform == "darwin" else "g++"
-        compiler = os.environ.get("CXX", default)  # as torch looks for it
-        if compiled and not shutil.which(compiler):
-            raise UsageError(f"--compile: no C++ compiler {compiler} here; leave --compile out")
         for layer in llama.layers:
             layer.compiled = compiled
         self.n_layers = len(llama.layers)

@@ -5,6 +5,8 @@ import shutil
 import pytest
 import torch
 
+import distill
+import finetune
 from models.losses import recommendation_loss
 from tests.conftest import histories, small_model
 from utils.errors import UsageError
@@ -56,7 +58,8 @@ def test_steps_are_compiled_in_training_alone(monkeypatch):
     assert asked == ["queries_keys_values", "_joined", "_feed"] * 2
 
 
-def test_without_a_compiler_it_is_refused(monkeypatch):
+@pytest.mark.parametrize("main", [finetune.main, distill.main])
+def test_without_a_compiler_it_is_refused(inside, monkeypatch, main):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UsageError, match="--compile: no C\\+\\+ compiler no-such-compiler"):
-        small_model(compiled=True)
+        main(compile=True)

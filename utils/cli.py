@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
 import types
 import typing
@@ -378,6 +379,14 @@ def shards(runtime: LLMRuntime) -> tuple[bool, str]:
         "--shard divides the model among processes, and there is one; start the script with"
         " torchrun --nproc_per_node=2 (or more), or leave --shard out"
     )
+
+
+def compiles(runtime: LLMRuntime) -> tuple[bool, str]:
+    """The rule, for `check`, that torch.compile finds a compiler, where it looks for one."""
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    compiler = os.environ.get("CXX", default)
+    found = not runtime.compile or runtime.eval_only or shutil.which(compiler) is not None
+    return found, f"--compile: no C++ compiler {compiler} here; leave --compile out"
 
 
 def report_unused(group: Group, reason: str, *names: str) -> None:

@@ -182,7 +182,7 @@ def fit(
     module.train()
     if source == "best" and due(progress.step, plan.save_every):
         state.save("last")  # due at the same step; the run was killed before it was written
-    begun_at, took = progress.step, [time.perf_counter()]
+    took = [time.perf_counter()]
     bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=1.0)
     with bar, Signals() as signals:
         batches = _batches(len(counts), training.batch_size, total, run.seed)
@@ -207,7 +207,7 @@ def fit(
             for name, value in parts.items():
                 progress.running.setdefault(name, []).append(value)
             bar.update()
-            if step <= begun_at + WARM:
+            if len(took) <= WARM:
                 took.append(time.perf_counter())
                 _say_warm_up(np.diff(took))
             if step % runtime.log_steps == 0 or step == total:
