@@ -33,10 +33,16 @@ class LLM4Rec(nn.Module):
         item_table: [N, D], frozen; row = catalogue index.
         exit_heads: also predict at the E - 1 inner block ends.
         exit_norm: exit heads read states that went through the decoder's final norm.
+        item_scale: the adapter starts this many times larger than a linear layer does.
     """
 
     def __init__(
-        self, decoder: Decoder, item_table: Tensor, exit_heads: bool, exit_norm: bool = False
+        self,
+        decoder: Decoder,
+        item_table: Tensor,
+        exit_heads: bool,
+        exit_norm: bool = False,
+        item_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.exit_norm = exit_norm
@@ -45,6 +51,9 @@ class LLM4Rec(nn.Module):
         self.decoder = decoder
         self.register_buffer("item_table", item_table, persistent=False)
         self.adapter = nn.Linear(dim, width)
+        with torch.no_grad():
+            for parameter in self.adapter.parameters():
+                parameter.mul_(item_scale)
         self.head = nn.Linear(width, dim, bias=False)
         heads = [nn.Linear(width, dim, bias=False) for _ in range(n_exits)]
         self.exit_heads = nn.ModuleList(heads)
@@ -267,7 +276,9 @@ def specify(
         "n_blocks": n_blocks,
         "exit_heads": exit_heads,
         "strategy": strategy,
-        **({"exit_norm": True} if exit_heads and exit_norm else {}),  # absent in older runs
+        # absent in older runs
+        **({"exit_norm": True} if exit_heads and exit_norm else {}),
+        **({"item_scale": llm.item_scale} if llm.item_scale != 1 else {}),
     } | lora.values()
 
 
@@ -316,7 +327,8 @@ def assemble(
     ends = block_ends(len(llama.layers), spec["n_blocks"])
     ids = spec["prompt_ids"], spec["response_ids"]
     decoder = Decoder(llama, *ids, ends, gradient_checkpointing, compiled)
-    return LLM4Rec(decoder, item_table, spec["exit_heads"], spec.get("exit_norm", False))
+    exit_norm, item_scale = spec.get("exit_norm", False), spec.get("item_scale", 1.0)
+    return LLM4Rec(decoder, item_table, spec["exit_heads"], exit_norm, item_scale)
 
 
 def kept_tensors(
