@@ -5,13 +5,18 @@ one table.
     python -m experiments.together --model output/beauty/student --exit 1,2,3
 
 The runs are of the same data. The sum is what `recommend.py --model A,B` recommends by. Prints
-metrics of the validation and the test set, and users per second of evaluation (ranking included;
-the first one warms up), and writes them to --output.
+metrics of the validation and the test set, users per second of evaluation (ranking included; the
+first one warms up), and what the sum (or the run's end) has over each other row in test MRR. The
+metrics go to --output.
 """
 
 import time
 from pathlib import Path
 
+import numpy as np
+
+from experiments.report import markdown
+from experiments.significance import PROTOCOLS, bootstrap, holm
 from utils import cli, flags
 from utils.files import check_writable, write_json
 from utils.flags import PositiveInt, flag
@@ -27,12 +32,40 @@ def table(metrics: dict[str, dict[str, dict]]) -> str:
     """
     shown = [f"{p} {name}" for p, names in SHOWN.items() for name in names]
     head = ["model", "split", *shown, "users/s"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for model, splits in metrics.items():
         for split, found in splits.items():
             values = [f"{found[p][name]:.4f}" for p, names in SHOWN.items() for name in names]
             lines.append([model, split, *values, f"{found['users_per_second']:.0f}"])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(head, lines)
+
+
+def differences(ranks: dict[str, dict[str, np.ndarray]], best: str, resamples: int) -> str:
+    """Markdown: what one model has over each other one in MRR, paired over users.
+
+    p and the interval are a bootstrap's; p is corrected by Holm for all cells of the table.
+
+    Args:
+        ranks: model -> protocol -> ranks of the same users [U], 1 the best.
+        best: the model that the others are taken from.
+    """
+    others = [name for name in ranks if name != best]
+    pairs = [(name, protocol) for name in others for protocol in PROTOCOLS]
+    gained = [1 / ranks[best][protocol] - 1 / ranks[name][protocol] for name, protocol in pairs]
+    found = bootstrap([gain[None] for gain in gained], resamples)
+    corrected = holm([estimate.p for estimate in found])
+    head = ["test MRR"]
+    for protocol in PROTOCOLS:
+        head += [protocol, "95 % interval", "p, Holm"]
+    cells = [
+        [f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p:.4f}"]
+        for (mean, low, high, _), p in zip(found, corrected)
+    ]
+    lines = [
+        [f"{best} - {name}", *sampled, *full]
+        for name, sampled, full in zip(others, cells[::2], cells[1::2])
+    ]
+    return markdown(head, lines)
 
 
 @cli.command
@@ -42,6 +75,7 @@ def main(
     evaluation: flags.Evaluation,
     eval_batch_size: PositiveInt = flag(512, "users per batch"),
     exit: list[str] = flag([], "numbers of inner exits at which a run is read too, as 1,2"),
+    resamples: PositiveInt = flag(20_000, "of the bootstrap"),
     output: str = flag("output/together.json", "where the metrics go"),
 ) -> dict:
     """Evaluate runs alone, at their exits, and together."""
@@ -75,7 +109,7 @@ def main(
             models[f"{served.run.folder}, exit {number}"] = model_of(served, number)
     if len(whole) > 1:
         models["together"] = recommender.together([*whole.values()])
-    metrics = {}
+    metrics, tested = {}, {}
     for name, model in models.items():
         protocol = model.max_seq_length, evaluation.candidate_seed, evaluation.num_candidates
         data = runs[0].data
@@ -90,7 +124,9 @@ def main(
             ranks = ranks_of(lambda: model.encode)(split)
             rate = len(ranks.full) / (time.perf_counter() - started)
             metrics[name][split] = ranks.metrics() | {"users_per_second": rate}
+        tested[name] = {protocol: getattr(ranks, protocol) for protocol in PROTOCOLS}
     print(table(metrics))
+    print(differences(tested, "together" if len(whole) > 1 else next(iter(whole)), resamples))
     write_json(Path(output), metrics)
     print(f"wrote {output}")
     return metrics

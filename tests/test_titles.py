@@ -216,6 +216,22 @@ def test_runs_are_recommended_from_and_evaluated_together(inside):
         together.main(model="student", exit=["9"])
 
 
+def test_the_sum_is_tested_against_each_model():
+    ranks = {"A": {"sampled": np.array([2, 2, 2, 2]), "full": np.array([4, 4, 4, 4])}}
+    ranks["together"] = {"sampled": np.array([1, 1, 1, 1]), "full": np.array([8, 2, 8, 2])}
+    lines = together.differences(ranks, "together", 199).splitlines()
+    assert len(lines) == 3  # the sum is not compared with itself
+    name, sampled, interval, p, full, *_ = (cell.strip() for cell in lines[2].strip("|").split("|"))
+    # all users gain .5, so all 199 resamples do: p is 2 * 1 / 200, twice that by Holm
+    assert (name, sampled, interval, p) == (
+        "together - A",
+        "+0.5000",
+        "+0.5000 to +0.5000",
+        "0.0200",
+    )
+    assert full == "+0.0625"  # the mean of 1/8 and 1/2, less 1/4
+
+
 @pytest.mark.slow
 def test_a_run_is_evaluated_at_its_exits(inside):
     metrics = together.main(model="student", exit=["2"], output="t.json")
