@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import catalogue, efficiency, growth, measure, plain, throughput
+from benchmarks import catalogue, efficiency, growth, measure, part_rows, plain, throughput
 from datasets import process, sequences
 from datasets.demo import write_demo
 from models.catalogue import catalogue_cross_entropy
@@ -71,7 +71,7 @@ def test_plain_ranks_and_candidates_agree_with_ours():
 
 def test_plain_process_gives_the_same_sequences(tmp_path):
     path = tmp_path / "r.json"
-    throughput.write_reviews(path, 6000)
+    part_rows.write_reviews(path, 6000)
     frame = plain.plain_process(path, 3, 5, 20, 5)
     process.main(reviews=str(path), domain_type="made", output_dir=str(tmp_path))
     ours = pd.read_csv(tmp_path / "made.csv")
@@ -224,8 +224,8 @@ def test_the_growth_benchmark_prints_its_rows(tmp_path, monkeypatch):
 def test_the_throughput_table_comes_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_demo("data/demo.csv", n_users=120, n_items=160)
-    monkeypatch.setattr(throughput, "LARGE", 3000)
-    monkeypatch.setattr(throughput, "reviews", lambda bench: None)
+    monkeypatch.setattr(part_rows, "LARGE", 3000)
+    monkeypatch.setattr(part_rows, "reviews", lambda bench: None)
     monkeypatch.setattr("models.decoder._compiled", lambda step: step)  # takes a minute
     result = throughput.main(
         repeats=1, batch_size=16, teacher_layers=2, student_layers=1, distill_block=1
