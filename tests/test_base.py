@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from benchmarks import measure
 from benchmarks.plain import plain_twin
 from datasets.prompts import Prompt, read_template, tokenise
-from experiments import random_twin
+from experiments import folded_base, random_twin
 from models import base
 from models.builtin import ensure_built_in
 from models.llm4rec import build, specify
@@ -375,6 +375,40 @@ def test_a_random_twin_has_the_shape_and_the_tokens_but_not_the_weights(checkpoi
     ]
     with pytest.raises(UsageError, match="is there already"):
         random_twin.main(base_model=str(checkpoint), output_dir=str(twins[True]))
+
+
+@pytest.mark.usefixtures("float64_norm")
+def test_a_folded_base_computes_the_same_from_weights_of_a_fresh_models_spread(
+    checkpoint, tmp_path
+):
+    uneven, folded = tmp_path / "uneven", tmp_path / "folded"
+    config = base.read_config(str(checkpoint))
+    config.initializer_range = 0.05  # the weights have 0.3
+    original = base.load_llama(str(checkpoint), config, [*range(16)], torch.float32)
+    with torch.no_grad():
+        for name, parameter in original.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.2, 1.7)
+    original.save_pretrained(uneven)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(uneven)
+    factor = folded_base.main(base_model=str(uneven), output_dir=str(folded))["factor"]
+    assert factor == pytest.approx(0.05 / 0.3, rel=0.05)
+    again = base.read_config(str(folded))
+    assert again.rms_norm_eps == pytest.approx(config.rms_norm_eps * factor**2, rel=1e-12)
+    read = base.load_llama(str(folded), again, [*range(16)], torch.float32)
+    gains = [w for name, w in read.named_parameters() if "layernorm" in name]
+    assert len(gains) == 32 and all((gain == 1).all() for gain in gains)
+    assert read.norm.weight.equal(original.norm.weight)
+    ids = torch.randint(0, 60, (2, 9))
+    # the folded weights were rounded to float32 once, and 16 layers have passed over that
+    torch.testing.assert_close(
+        read.double()(ids).last_hidden_state,
+        original.double()(ids).last_hidden_state,
+        atol=2e-5,
+        rtol=2e-5,
+    )
+    with pytest.raises(UsageError, match="is there already"):
+        folded_base.main(base_model=str(uneven), output_dir=str(folded))
 
 
 def test_a_tokenizer_model_alone_is_enough(tmp_path):

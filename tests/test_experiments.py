@@ -22,6 +22,7 @@ import train_sr_trad
 from datasets import process
 from experiments import (
     ablation,
+    folded_base,
     motivation,
     paper,
     random_twin,
@@ -746,6 +747,7 @@ def test_commands_after_beautys_bind_and_read_what_stands_there(after):
     mains |= {"distill.py": distill.main, "finetune.py": finetune.main}
     mains |= {"experiments.together": together.main, "experiments.report": report.main}
     mains |= {"experiments.random_twin": random_twin.main}
+    mains |= {"experiments.folded_base": folded_base.main}
     written = set()
     for words in drawn + own:
         name, *rest = words[1:] if words[0] == "-m" else words

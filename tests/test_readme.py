@@ -13,7 +13,16 @@ import recommend
 import train_sr_trad
 from benchmarks import catalogue, efficiency, growth, retrieval, throughput
 from datasets import convert, process
-from experiments import ablation, demo, flags_page, motivation, random_twin, report, together
+from experiments import (
+    ablation,
+    demo,
+    flags_page,
+    folded_base,
+    motivation,
+    random_twin,
+    report,
+    together,
+)
 from tests.conftest import ROOT
 from utils import cli
 
@@ -32,6 +41,7 @@ MAINS = {
     "experiments.report": report.main,
     "experiments.together": together.main,
     "experiments.random_twin": random_twin.main,
+    "experiments.folded_base": folded_base.main,
     "experiments.flags_page": flags_page.main,
     "benchmarks.catalogue": catalogue.main,
     "benchmarks.growth": growth.main,
@@ -52,6 +62,7 @@ PAGES = [
     "experiments/demo.py",
     "experiments/together.py",
     "experiments/random_twin.py",
+    "experiments/folded_base.py",
 ]
 MEASURED = ("throughput", "efficiency", "retrieval", "catalogue", "growth")
 PAGES += [f"benchmarks/{name}.py" for name in MEASURED]

@@ -1,0 +1,81 @@
+"""A base that computes the same from weights as long as a fresh model's.
+
+The gains of each layer's norms go into the products that follow them. The states that layers add to
+are made shorter, by the factor that gives their output projections the spread of fresh weights. All
+norms see the same directions, so the last state is the same. Gradient steps are not: Adam moves
+every weight by about the learning rate, so long weights turn slowly, and an item adapter's output
+is short beside long states.
+
+    python -m experiments.folded_base --base_model smollm2 --output_dir output/base/smollm2_folded
+    python finetune.py --base_model output/base/smollm2_folded --train_strategy full
+"""
+
+from pathlib import Path
+
+from utils import cli
+from utils.files import check_writable
+from utils.flags import flag
+
+READERS = {  # of each norm's output
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+WRITERS = ("self_attn.o_proj", "mlp.down_proj")  # add to the states
+
+
+def fold(decoder) -> float:
+    """Fold a LlamaModel's gains and change its states' length; the last norm's gain stays.
+
+    Its config then has the epsilon that belongs to such states: save it, and read it again.
+
+    Returns:
+        The factor on the states' length.
+    """
+    import torch
+
+    writers = [layer.get_submodule(name) for layer in decoder.layers for name in WRITERS]
+    spread = float(torch.stack([product.weight.detach().std() for product in writers]).mean())
+    factor = decoder.config.initializer_range / spread
+    with torch.no_grad():
+        for layer in decoder.layers:
+            for norm, products in READERS.items():
+                gain = layer.get_submodule(norm).weight
+                for product in products:
+                    layer.get_submodule(product).weight.mul_(gain)
+                gain.fill_(1)
+        for module in (*writers, decoder.embed_tokens):
+            for parameter in module.parameters():
+                parameter.mul_(factor)
+    decoder.config.rms_norm_eps *= factor**2  # is added to a state's mean square
+    return factor
+
+
+@cli.command
+def main(
+    *,
+    base_model: str = flag(help="as finetune.py reads it"),
+    output_dir: str = flag(help="the folder of the folded base; it must not exist"),
+) -> dict:
+    """Write a base that computes the same from weights as long as a fresh model's."""
+    folder = Path(output_dir)
+    cli.check((not folder.exists(), f"--output_dir={folder}: is there already"))
+    check_writable(folder.parent, "--output_dir")
+
+    import torch
+    from transformers import AutoTokenizer
+
+    from models import base
+
+    location = base.locate(base_model)
+    config = base.read_config(location)
+    layers = [*range(config.num_hidden_layers)]
+    decoder = base.load_llama(location, config, layers, torch.float32)
+    factor = fold(decoder)
+    decoder.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(location).save_pretrained(folder)
+    print(f"wrote {folder}: states are {factor:.3g} times as long as in {base_model}")
+    return {"base": base.contents(str(folder)), "factor": factor}
+
+
+if __name__ == "__main__":
+    cli.run(main)
