@@ -33,16 +33,10 @@ class LLM4Rec(nn.Module):
         item_table: [N, D], frozen; row = catalogue index.
         exit_heads: also predict at the E - 1 inner block ends.
         exit_norm: exit heads read states that went through the decoder's final norm.
-        item_scale: the adapter starts this many times larger than a linear layer does.
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        item_table: Tensor,
-        exit_heads: bool,
-        exit_norm: bool = False,
-        item_scale: float = 1.0,
+        self, decoder: Decoder, item_table: Tensor, exit_heads: bool, exit_norm: bool = False
     ) -> None:
         super().__init__()
         self.exit_norm = exit_norm
@@ -51,9 +45,6 @@ class LLM4Rec(nn.Module):
         self.decoder = decoder
         self.register_buffer("item_table", item_table, persistent=False)
         self.adapter = nn.Linear(dim, width)
-        with torch.no_grad():
-            for parameter in self.adapter.parameters():
-                parameter.mul_(item_scale)
         self.head = nn.Linear(width, dim, bias=False)
         heads = [nn.Linear(width, dim, bias=False) for _ in range(n_exits)]
         self.exit_heads = nn.ModuleList(heads)
@@ -276,9 +267,7 @@ def specify(
         "n_blocks": n_blocks,
         "exit_heads": exit_heads,
         "strategy": strategy,
-        # absent in older runs
-        **({"exit_norm": True} if exit_heads and exit_norm else {}),
-        **({"item_scale": llm.item_scale} if llm.item_scale != 1 else {}),
+        **({"exit_norm": True} if exit_heads and exit_norm else {}),  # absent in older runs
     } | lora.values()
 
 
@@ -327,8 +316,7 @@ def assemble(
     ends = block_ends(len(llama.layers), spec["n_blocks"])
     ids = spec["prompt_ids"], spec["response_ids"]
     decoder = Decoder(llama, *ids, ends, gradient_checkpointing, compiled)
-    exit_norm, item_scale = spec.get("exit_norm", False), spec.get("item_scale", 1.0)
-    return LLM4Rec(decoder, item_table, spec["exit_heads"], exit_norm, item_scale)
+    return LLM4Rec(decoder, item_table, spec["exit_heads"], spec.get("exit_norm", False))
 
 
 def kept_tensors(

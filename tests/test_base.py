@@ -136,20 +136,6 @@ def test_a_loaded_recommender_equals_its_plain_twin(checkpoint, selection, strat
     torch.testing.assert_close(model(batch), plain(batch), atol=1e-12, rtol=1e-12)
 
 
-def test_item_scale_lengthens_the_adapters_start_and_nothing_else(checkpoint):
-    started = []
-    for scale in (1.0, 8.0):
-        llm = LLM(item_scale=scale)
-        spec = specify(str(checkpoint), PROMPT, ([1], [2]), llm, LoRA(**LORA), **SMALL)
-        torch.manual_seed(0)
-        started.append(build(str(checkpoint), torch.ones(23, 6), spec, bf16=False).state_dict())
-    usual, longer = started
-    for name, tensor in usual.items():
-        times = 8 if name.startswith("adapter.") else 1
-        torch.testing.assert_close(longer[name], times * tensor, atol=0, rtol=0)
-    assert len({name for name in usual if name.startswith("adapter.")}) == 2
-
-
 def test_dtype_and_what_is_trained(checkpoint):
     spec = specify(str(checkpoint), PROMPT, ([1], [2]), LLM(), LoRA(**LORA), **SMALL)
     assert spec["strategy"] == "lora"

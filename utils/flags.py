@@ -324,11 +324,6 @@ class LLM(Group):
     train_strategy: Literal["auto", "lora", "full"] = flag(
         "auto", "lora (base frozen) or full; auto is full for the built-in random bases, else lora"
     )
-    item_scale: PositiveFloat = flag(
-        1.0,
-        "the item adapter starts this many times larger; a base that has read text makes long "
-        "states, in which items of the usual start drown: 10 for SmolLM2",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
