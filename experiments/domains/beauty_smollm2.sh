@@ -4,15 +4,22 @@
 DOMAIN=beauty DATA=${DATA:-data/amazon2014_beauty.csv.xz} BASE=${BASE:-smollm2}
 . "$(dirname "$0")/common.sh"
 
-TWIN=output/base/smollm2_random
+TWIN=output/base/smollm2_random FOLDED=output/base/smollm2_folded
 [ -e $TWIN ] || run $PYTHON -m experiments.random_twin --base_model "$BASE" --output_dir $TWIN
+[ -e $FOLDED ] || run $PYTHON -m experiments.folded_base --base_model "$BASE" --output_dir $FOLDED
 for seed in $SEEDS; do
     out=$ROOT/seed$seed
     common="$WHERE --seed $seed --item_table $out/sasrec_item.pkl --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0"
-    common="$common --num_epochs 2 --eval_steps 88 --save_steps -1"
-    full="--train_strategy full --learning_rate 2.5e-4"
-    run $LAUNCH distill.py $common --base_model "$BASE" $full --output_dir $out/smollm2
-    run $LAUNCH distill.py $common --base_model "$BASE" --train_strategy full --learning_rate 1e-3 --output_dir $out/smollm2_higher
-    run $LAUNCH distill.py $common --base_model $TWIN $full --output_dir $out/smollm2_random
+    common="$common --train_strategy full --num_epochs 2 --eval_steps 88 --save_steps -1"
+    run $LAUNCH distill.py $common --base_model "$BASE" --learning_rate 2.5e-4 --output_dir $out/smollm2
+    run $LAUNCH distill.py $common --base_model "$BASE" --learning_rate 1e-3 --output_dir $out/smollm2_higher
+    run $LAUNCH distill.py $common --base_model $TWIN --learning_rate 2.5e-4 --output_dir $out/smollm2_random
+    for rate in 1.25e-4 2.5e-4 5e-4; do
+        run $LAUNCH distill.py $common --base_model $FOLDED --learning_rate $rate --output_dir $out/smollm2_folded_$rate
+    done
+    for layers in 1 2 8; do # Fig. 2
+        run $LAUNCH distill.py $common --base_model $FOLDED --learning_rate 2.5e-4 --llama_decoder_nums_student $layers \
+            --distill_block 1 --output_dir $out/smollm2_folded_${layers}_layers
+    done
 done
 run $PYTHON -m experiments.report --runs "$ROOT"
