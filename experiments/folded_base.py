@@ -1,10 +1,10 @@
-"""A base that computes the same from weights as long as a fresh model's.
+"""A base that computes the same, with weights and states of a fresh model's size.
 
-The gains of each layer's norms go into the products that follow them. The states that layers add to
-are made shorter, by the factor that gives their output projections the spread of fresh weights. All
-norms see the same directions, so the last state is the same. Gradient steps are not: Adam moves
-every weight by about the learning rate, so long weights turn slowly, and an item adapter's output
-is short beside long states.
+The gains of each layer's norms are multiplied into the projections that read them. The states that
+layers add to are scaled by one factor, which gives the projections that write to them the spread of
+fresh weights. A norm divides by its input's length, so the last state stays the same. Training does
+not: Adam moves every weight by about the learning rate, whatever the weight's size, and beside long
+states the item adapter's output is short.
 
     python -m experiments.folded_base --base_model smollm2 --output_dir output/base/smollm2_folded
     python finetune.py --base_model output/base/smollm2_folded --train_strategy full
@@ -24,7 +24,7 @@ WRITERS = ("self_attn.o_proj", "mlp.down_proj")  # add to the states
 
 
 def fold(decoder) -> float:
-    """Fold a LlamaModel's gains and change its states' length; the last norm's gain stays.
+    """Fold a LlamaModel's gains and scale its states; the last norm's gain stays.
 
     Its config then has the epsilon that belongs to such states: save it, and read it again.
 
@@ -56,7 +56,7 @@ def main(
     base_model: str = flag(help="as finetune.py reads it"),
     output_dir: str = flag(help="the folder of the folded base; it must not exist"),
 ) -> dict:
-    """Write a base that computes the same from weights as long as a fresh model's."""
+    """Write a base that computes the same, with weights and states of a fresh model's size."""
     folder = Path(output_dir)
     cli.check((not folder.exists(), f"--output_dir={folder}: is there already"))
     check_writable(folder.parent, "--output_dir")
