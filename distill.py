@@ -155,7 +155,7 @@ def main(
     template = read_template(prompt.prompt_template_name)
     inputs = read_inputs(files)
     if offline:
-        teacher_run.check_same(inputs.hashes, inputs.table_path)
+        teacher_run.check_same(inputs.hashes, *inputs.sources)
         teacher_run.report_unfinished()
     for sasrec_run in sasrec_runs:
         sasrec_run.check_same({"data_sha256": inputs.data.sha256}, inputs.csv_path)
@@ -186,10 +186,12 @@ def main(
     samples, splits = sequences.prepare(inputs.data, training.train_targets, prompt, evaluation)
     ranks_by = ranker(table, splits, runtime.eval_batch_size, device, runtime.shard)
     about = {"users": inputs.data.users, "candidates": splits["test"].candidate_counts()}
+    seconds = {"teacher_states_seconds": None}
     if run.eval_only:
-        run.check_same(inputs.hashes, inputs.table_path)
+        run.check_same(inputs.hashes, *inputs.sources)
         student = LLM4Rec.load(run, table, bf16).place(device, runtime.shard)
-        return run.finish(student, ranks_by(partial(student.user_encoder, bf16)), **about)
+        ranks_of = ranks_by(partial(student.user_encoder, bf16))
+        return run.finish(student, ranks_of, seconds=seconds, **about)
 
     taught = teacher_run.config["model"] if offline else None
     ids = (
@@ -253,7 +255,6 @@ def main(
         )
         return cached_teacher(states, device)
 
-    seconds = {"teacher_states_seconds": None}
     if not loss.reads_teacher:
         teacher_output = no_teacher
     elif online:

@@ -71,7 +71,7 @@ def main(
     ranks_by = ranker(table, splits, runtime.eval_batch_size, device, runtime.shard)
     about = {"users": inputs.data.users, "candidates": splits["test"].candidate_counts()}
     if run.eval_only:
-        run.check_same(inputs.hashes, inputs.table_path)
+        run.check_same(inputs.hashes, *inputs.sources)
         model = LLM4Rec.load(run, table, bf16).place(device, runtime.shard)
         return run.finish(model, ranks_by(partial(model.user_encoder, bf16)), **about)
 

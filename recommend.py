@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from utils import cli, flags
+from utils.files import check_writable
 from utils.flags import PositiveInt, flag
 
 if TYPE_CHECKING:
@@ -222,6 +223,7 @@ def main(
         (not (unseen and exported), "--unseen: an export has the items that it was made with"),
     )
     if output is not None:
+        check_writable(Path(output).parent, "--output")
         Writer.check(Path(output))
     if exported:
         recommender, names = _open_export(Path(files.model), exit, device)

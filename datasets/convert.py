@@ -42,6 +42,7 @@ from datasets.logs import Form
 from datasets.process import (
     Reviews,
     clean_title,
+    may_write,
     occurring,
     often,
     print_counts,
@@ -233,7 +234,7 @@ def read_titles(form: Form, columns: tuple[str | None, str | None], wanted: set[
     for role, name in zip(("item", "title"), columns):
         if role == "item" and {"item_id", "asin", "title"} == set(by_name):  # our own items.csv
             name = by_name["asin"]
-        place = None if form.header else form.columns[len(chosen)]
+        place = None if form.header else next(iter(form.columns[len(chosen) :]), None)
         own = name if name in form.columns else None
         chosen.append(own or common(by_name, role) or place)
     if None in chosen:
@@ -338,7 +339,7 @@ def main(
     cli.check(
         (Path(input).is_file(), f"--input={input}: file not found"),
         (items is None or Path(items).is_file(), f"--items={items}: file not found"),
-        (overwrite or not path.exists(), f"{path} is there already; --overwrite replaces it"),
+        may_write(path, overwrite),
         (Path(input).resolve() not in targets, f"--input={input} is the file to be written"),
         (not items or Path(items).resolve() not in targets, f"--items={items} would be replaced"),
         (not path.is_dir() and not listing.is_dir(), f"{path} or {listing} is a folder"),

@@ -14,7 +14,7 @@ from datasets.interactions import Interactions, read_csv
 from utils.errors import UsageError
 from utils.files import file_sha256, read_json
 from utils.flags import Data, ServedFiles, StudentFiles, TeacherFiles
-from utils.run import Run
+from utils.run import ANEW, Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,6 +150,11 @@ class Inputs(NamedTuple):
         """Field of config.json -> hash of the file that a run is made from."""
         return {"data_sha256": self.data.sha256, "table_sha256": self.table_sha256}
 
+    @property
+    def sources(self) -> tuple[Path, Path]:
+        """Where the files of `hashes` are."""
+        return self.csv_path, self.table_path
+
     def item_table(self) -> "Tensor":
         """The item table's rows in catalogue order, float32 [N, D]."""
         from datasets.item_table import read_table
@@ -253,7 +258,7 @@ def read_served(files: ServedFiles) -> Served:
         if not table_path.is_file():
             raise UsageError(f"item table not found: {table_path}; name it with --item_table")
         hashes["table_sha256"] = file_sha256(table_path)
-    run.check_same(hashes, table_path or csv_path)
+    run.check_same(hashes, *[path for path in (csv_path, table_path) if path])
     run.report_unfinished()
     return Served(run, data, csv_path, table_path)
 
@@ -281,9 +286,7 @@ def read_inputs(files: TeacherFiles) -> Inputs:
         if made_from != data.sha256:
             raise UsageError(
                 f"{table_path} was extracted from a CSV with sha256 {str(made_from)[:12]}...,"
-                f" {csv_path} has {data.sha256[:12]}...; where the data has changed, run every step"
-                " again in order: train_sr_trad.py --overwrite, extract_emb.py, then this one"
-                " with --overwrite"
+                f" {csv_path} has {data.sha256[:12]}...; where the data has changed, {ANEW}"
             )
         if about.get("table_sha256", table_sha256) != table_sha256:
             raise UsageError(

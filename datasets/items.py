@@ -3,7 +3,6 @@
 import csv
 import difflib
 import io
-import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,7 +32,8 @@ class Items(NamedTuple):
         Raises:
             UsageError: items.csv is damaged.
         """
-        listing = csv_path.with_name(re.sub(r"\.csv(\.gz|\.xz)?$", ".items.csv", csv_path.name))
+        plain = Path(csv_path.name.removesuffix(".gz").removesuffix(".xz"))
+        listing = csv_path.with_name(f"{plain.stem}.items.csv")
         if listing.is_file():
             return cls.read(listing, item_ids, others)
         titles = read_titles(csv_path)

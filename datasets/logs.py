@@ -186,7 +186,7 @@ def _look_at_table(
     separator = next(iter(every), None) or next(iter(in_first), ",")
     words = {len(line.split()) for line in lines}
     if separator == " " and (lists if lists is not None else len(words) > 1):
-        rows = [line.split(None, 1) for line in lines]
+        rows = [_two_cells(line) for line in lines]
         return Form(path, "lines", " ", encoding, False, ["1", "2"], rows)
     quoted = separator != "::" and (separator != "\t" or _quotes_close(lines))
     rows = _cells(text, separator, quoted)[: len(lines)]
@@ -339,11 +339,14 @@ def _text_lines(form: Form) -> Iterator[tuple[int, str]]:
         yield from enumerate(io.TextIOWrapper(source, encoding=form.encoding), start=1)
 
 
+def _two_cells(line: str) -> list[str]:
+    """The user and the rest of a line; a user without items has an empty rest."""
+    return [*line.split(None, 1), "", ""][:2]
+
+
 def _lines(form: Form, columns: list[str]) -> Iterator[tuple[int, dict[str, pa.Array]]]:
     for lines in _chunks(_text_lines(form)):
-        split = [line.split(None, 1) for _, line in lines]
-        words = [(parts + ["", ""])[:2] for parts in split]
-        cells = list(zip(*words))
+        cells = list(zip(*(_two_cells(line) for _, line in lines)))
         yield lines[0][0], {name: pa.array(cells[int(name) - 1], pa.string()) for name in columns}
 
 

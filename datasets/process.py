@@ -34,6 +34,7 @@ from datasets.interactions import write_csv
 from datasets.items import Items
 from utils import cli
 from utils.errors import UsageError
+from utils.files import check_writable
 from utils.flags import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
 
 NUMBERS = {"overall", "unixReviewTime"}  # the fields that are numbers; all others are text
@@ -246,6 +247,14 @@ def write_domain(
     Items(np.arange(len(asins)), asins, names).write(path.with_suffix(".items.csv"))
 
 
+def may_write(path: Path, overwrite: bool) -> tuple[bool, str]:
+    """A rule for `cli.check`: no file of the domain stands where `write_domain` would write."""
+    names = (path, *(path.with_name(path.name + end) for end in (".gz", ".xz")))
+    there = [name for name in (*names, path.with_suffix(".items.csv")) if name.exists()]
+    named = there[0] if there else path
+    return overwrite or not there, f"{named} is there already; --overwrite replaces it"
+
+
 def often(codes: np.ndarray, least: int) -> np.ndarray:
     """Mask of the rows whose code occurs at least `least` times."""
     return np.bincount(codes)[codes] >= least if len(codes) else np.zeros(0, dtype=bool)
@@ -361,8 +370,9 @@ def main(
     cli.check(
         (Path(reviews).is_file(), f"--reviews={reviews}: file not found"),
         (meta is None or Path(meta).is_file(), f"--meta={meta}: file not found"),
-        (overwrite or not path.exists(), f"{path} is there already; --overwrite replaces it"),
+        may_write(path, overwrite),
     )
+    check_writable(Path(output_dir), "--output_dir")
     raw, low = read_reviews(reviews, min_rating)
     print(f"{low:,} reviews rated below {min_rating:g} left out")
     print_counts(f"rating >= {min_rating:g}", raw)

@@ -70,6 +70,8 @@ def main(
     config = base.read_config(location)
     layers = [*range(config.num_hidden_layers)]
     decoder = base.load_llama(location, config, layers, torch.float32)
+    if base.describe(base_model, location)["random_base"]:
+        decoder.config.random_layers = True  # for tables: see models.base.describe
     factor = fold(decoder)
     decoder.save_pretrained(folder)
     AutoTokenizer.from_pretrained(location).save_pretrained(folder)

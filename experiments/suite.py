@@ -106,5 +106,6 @@ def open_suite(given: SuiteFlags, texts: dict[str, str]) -> Suite:
     domain = Domain.of(given)
     domain.read()
     data = {"domain_type": domain.name, "data_path": domain.data_path}
+    data["ends_are_items"] = given.ends_are_items
     root = Path(given.output_dir or domain.folder / "paper")
     return Suite(root, data, extra, given.overwrite)

@@ -89,6 +89,8 @@ def main(
         (all(str(k).isdigit() and int(k) for k in exit), f"--exit={given}: numbers from 1"),
     )
     check_writable(Path(output).parent, "--output")
+    cli.check((not Path(output).is_dir(), f"--output={output} is a folder"))
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
     runs = read_all_served(files)
 
     from datasets.sequences import TEST, VALID, EvaluationSplit

@@ -5,12 +5,13 @@ A base is written once to disk, with a tokenizer, and then read like any other.
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel
+
+from utils.files import take_place
 
 BUILT_IN = {
     "tiny": {
@@ -62,13 +63,7 @@ def _write(folder: Path, shape: dict[str, int]) -> None:
     partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     llama.save_pretrained(partial)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(partial)
-    try:
-        partial.rename(folder)
-    except OSError:  # another process was faster
-        if not (folder / "config.json").exists():
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    take_place(partial, folder)
 
 
 def _train_tokenizer(corpus: list[str]):

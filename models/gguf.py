@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from utils.errors import UsageError
+from utils.files import take_place
 
 FOLDER = Path("output/base")
 FILES = {"smollm2": FOLDER / "smollm2.gguf"}
@@ -69,7 +70,7 @@ def _convert(path: Path, folder: Path, name: str) -> None:
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+        take_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -147,6 +147,7 @@ def test_lines_of_a_user_and_their_items_and_pairs():
     long = written(save_text("s3rec.txt", "7 5 40 5 6\n12 40 5\n2 6 5 5 5\n"))
     pairs = "7 5\n7 40\n7 5\n7 6\n12 40\n12 5\n2 6\n2 5\n2 5\n2 5\n"
     assert long == written(save_text("sasrec.txt", pairs))
+    assert long == written(save_text("empty.txt", "7 5 40 5 6\n3\n12 40 5\n2 6 5 5 5\n"))
     assert [row[:2] for row in csv.reader(long[0].splitlines())][1:] == [
         ["2", "[1, 0, 0, 0]"],  # users by number: 2, 7, 12
         ["7", "[0, 2, 0, 1]"],
@@ -243,6 +244,23 @@ def test_bad_requests_are_refused():
         convert.main(input="a.csv", domain_type="shop")
     with pytest.raises(UsageError, match="--input=data/shop.csv is the file to be written"):
         convert.main(input="data/shop.csv", domain_type="shop", overwrite=True)
+
+
+@pytest.mark.parametrize("there", ["data/shop.items.csv", "data/shop.csv.gz"])
+def test_no_file_of_a_domain_is_replaced_or_hidden_unasked(there):
+    log = save_text("a.csv", "user,item\na,x\n")
+    Path("data").mkdir()
+    Path(there).write_text("mine")
+    with pytest.raises(UsageError, match=f"{there} is there already; --overwrite"):
+        convert.main(input=str(log), domain_type="shop")
+    assert Path(there).read_text() == "mine" and not Path("data/shop.csv").exists()
+
+
+def test_a_list_of_items_with_one_column_is_refused():
+    log = save_text("a.csv", "user,item\na,x\n")
+    listing = save_text("items.txt", "x\ny\n")
+    with pytest.raises(UsageError, match="expected columns such as item_id and title"):
+        convert.main(input=str(log), items=str(listing), domain_type="shop")
 
 
 SAME = ["tab", "semicolon_excel", "floats", "strings_of_numbers", "comma_no_brackets"]

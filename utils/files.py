@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +109,21 @@ def check_writable(folder: str | Path, flag: str) -> None:
         if not os.access(part, os.W_OK):
             raise UsageError(f"{flag}={folder}: {part} is not writable")
         return
+
+
+def take_place(partial: Path, folder: Path) -> None:
+    """Rename a whole folder to its name, unless another process has made that one meanwhile.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not (folder / "config.json").exists():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 _held: dict[Path, "FileLock"] = {}  # the locks of this process, by folder

@@ -33,6 +33,10 @@ OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", "clock
 OWN_FOLDERS = ("best", "last", "tensorboard", ".old-best", ".old-last")
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors", "fire")
 CLOCK = "clock.json"
+ANEW = (  # what to do where the data has changed
+    "run every step again in order: train_sr_trad.py --overwrite, extract_emb.py, then the others"
+    " with --overwrite"
+)
 STUDENT_STREAM = 0x5EED_0F_57D  # between a student's draws and those of a teacher of equal --seed
 G = TypeVar("G", bound=Group)
 
@@ -205,20 +209,20 @@ class Run:
             )
         return recorded
 
-    def check_same(self, hashes: dict[str, str], source: str | Path) -> None:
+    def check_same(self, hashes: dict[str, str], *sources: str | Path) -> None:
         """Refuse other input files than the run was made from.
 
         Args:
             hashes: field of config.json (such as data_sha256) -> the present file's hash.
-            source: where that file is.
+            sources: where these files are, in the same order.
         """
-        for field, value in hashes.items():
+        for (field, value), source in zip(hashes.items(), sources, strict=True):
             recorded = (self.config or {}).get(field)
             if recorded != value:
                 raise UsageError(
                     f"{self.folder} was made from another file: its {field} is"
                     f" {str(recorded)[:12]}..., {source} has {value[:12]}...; where the data has"
-                    " changed, run every step again with --overwrite, the first one first"
+                    f" changed, {ANEW}"
                 )
 
     def weights_sha256(self) -> str | None:
