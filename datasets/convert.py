@@ -351,11 +351,22 @@ def main(
         given["title"] = None
     columns = choose_columns(form, given)
     in_lists = said[lists] if lists != "auto" else holds_lists(form, columns)
+    unread = [name for name in (columns.time, columns.rating) if in_lists and name]
+    asked = [f"--{role}={name}" for role, name in given.items() if in_lists and name in unread]
+    cli.check(
+        (
+            not asked,
+            f"{', '.join(asked)}: lines of {input} are lists of items, which stay in their order"
+            " and have no ratings; --lists=no reads them as single items",
+        )
+    )
     if in_lists:
         columns = columns._replace(time=None, rating=None)
     print(f"{input}: {form.describe()}{'; a list of items per line' if in_lists else ''}")
     for role, name in columns.present().items():
         print(f"  {role}: {form.where(name)}{logs.unit(form, name) if role == 'time' else ''}")
+    for name in unread:
+        print(f"  {name} is not read: lines are lists")
     if columns.time is None:
         print("  no time: items stay in file order")
     cli.check(

@@ -39,7 +39,7 @@ class SuiteFlags(Data):
 class Suite:
     """Runs of one domain: root/seed<S>/{sasrec, sasrec_item.pkl, teacher, ...}.
 
-    data: the scripts' domain_type and data_path.
+    data: the scripts' flags for the domain's data.
     extra: stage -> flags that its script always gets.
     overwrite: repeat what is finished.
     """
@@ -106,6 +106,7 @@ def open_suite(given: SuiteFlags, texts: dict[str, str]) -> Suite:
     domain = Domain.of(given)
     domain.read()
     data = {"domain_type": domain.name, "data_path": domain.data_path}
-    data["ends_are_items"] = given.ends_are_items
+    if given.ends_are_items:
+        data["ends_are_items"] = True
     root = Path(given.output_dir or domain.folder / "paper")
     return Suite(root, data, extra, given.overwrite)

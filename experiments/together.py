@@ -84,14 +84,14 @@ def main(
     given, names = ",".join(map(str, exit)), files.model.split(",")
     cli.check(
         (len(names) > 1 or bool(exit), f"--model={files.model}: name two runs, or --exit"),
-        (len(set(names)) == len(names), f"--model={files.model}: names a run twice"),
         (not exit or len(names) == 1, f"--exit={given}: is of one model, not of several"),
         (all(str(k).isdigit() and int(k) for k in exit), f"--exit={given}: numbers from 1"),
     )
     check_writable(Path(output).parent, "--output")
     cli.check((not Path(output).is_dir(), f"--output={output} is a folder"))
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
     runs = read_all_served(files)
+    twice = len({served.run.folder.resolve() for served in runs}) < len(runs)
+    cli.check((not twice, f"--model={files.model}: names a run twice"))
 
     from datasets.sequences import TEST, VALID, EvaluationSplit
     from models import recommender
@@ -129,6 +129,7 @@ def main(
         tested[name] = {protocol: getattr(ranks, protocol) for protocol in PROTOCOLS}
     print(table(metrics))
     print(differences(tested, "together" if len(whole) > 1 else next(iter(whole)), resamples))
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(output), metrics)
     print(f"wrote {output}")
     return metrics

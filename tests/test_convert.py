@@ -246,6 +246,17 @@ def test_bad_requests_are_refused():
         convert.main(input="data/shop.csv", domain_type="shop", overwrite=True)
 
 
+def test_times_and_ratings_of_lists_are_refused_or_said_to_be_unread(capsys):
+    content = 'user,item,time,stars\na,"[1, 2]",5,4\nb,"[2, 1]",6,3\n'
+    log = str(save_text("a.csv", content))
+    for flags in ({"time": "time"}, {"rating": "stars"}):
+        [(name, value)] = flags.items()
+        with pytest.raises(UsageError, match=f"--{name}={value}: lines of a.csv are lists"):
+            convert.main(input=log, domain_type="shop", **flags)
+    convert.main(input=log, domain_type="shop")
+    assert "time is not read: lines are lists" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("there", ["data/shop.items.csv", "data/shop.csv.gz"])
 def test_no_file_of_a_domain_is_replaced_or_hidden_unasked(there):
     log = save_text("a.csv", "user,item\na,x\n")

@@ -29,9 +29,10 @@ from experiments import (
     report,
     results,
     significance,
+    suite,
     together,
 )
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_sequences
 from utils import cli
 
 STUDENT = cli.defaults(distill.main) | {
@@ -736,6 +737,15 @@ def test_our_own_domains_commands_bind(domain):
     for name, *words in bound[:-1]:
         flags = cli.bind(mains[name], words)
         assert flags["data_path"].startswith("data/amazon")
+
+
+def test_experiments_pass_on_what_was_said_of_the_ends(tmp_path):
+    path = write_sequences(tmp_path / "zero.csv", [[0, 0, 1, 2, 3], [0, 0, 3, 2, 1], [0, 0, 2, 1]])
+    given = {"domain_type": "zero", "data_path": str(path)}
+    with pytest.raises(cli.UsageError, match="say --ends_are_items if it is meant"):
+        suite.open_suite(suite.SuiteFlags(**given), {"sasrec": ""})
+    opened = suite.open_suite(suite.SuiteFlags(**given, ends_are_items=True), {"sasrec": ""})
+    assert opened.data == given | {"ends_are_items": True}
 
 
 @pytest.mark.parametrize("after", ["beauty_titles", "beauty_smollm2"])
