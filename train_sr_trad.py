@@ -70,7 +70,7 @@ def main(
 
     item_table.check_size(csv_path, data.item_ids, sasrec.emb_dim)  # before hours of training
     device = processes.choose_device(runtime.device, run.threads)
-    every_position = training.train_targets == "all"
+    every_position = training.train_targets == "all"  # one sample a user, with all its targets
     samples, splits = sequences.prepare(data, "last", sequence, evaluation, every_position)
     if run.eval_only:
         run.check_same(hashes, csv_path)

@@ -104,10 +104,13 @@ def main(
     rows = [*parts] if rows == ["all"] else rows
     unknown = [name for name in rows if name not in parts]
     cli.check(
-        (not unknown, f"--rows={','.join(unknown)}: expected all, or some of {', '.join(parts)}"),
-        cli.blocks(distill_block, student_layers=student_layers),
-        cli.blocks(distill_block, teacher_layers=teacher_layers),
+        (not unknown, f"--rows={','.join(unknown)}: expected all, or some of {', '.join(parts)}")
     )
+    if "distill" in rows:
+        cli.check(
+            cli.blocks(distill_block, student_layers=student_layers),
+            cli.blocks(distill_block, teacher_layers=teacher_layers),
+        )
     folder = Path(output_dir)
     check_writable(folder, "--output_dir")
     interactions, csv = Domain.of(data).read()

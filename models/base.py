@@ -52,7 +52,13 @@ def locate(base_model: str) -> str:
 
 
 def describe(base_model: str, base: str) -> dict[str, Any]:
-    """What config.json says of a base: the flag's value and where it is."""
+    """What config.json says of a base: whether its weights are random, its files' names and sizes,
+    and a hash of them.
+
+    Args:
+        base_model: the flag's value.
+        base: where it was found.
+    """
     twin = getattr(read_config(base), "random_layers", False)  # experiments/random_twin.py
     about = {"random_base": base_model in BUILT_IN or twin, "base": contents(base)}
     return about | {"base_sha256": fingerprint(base)}

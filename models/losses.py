@@ -58,11 +58,11 @@ def recommendation_loss(
 ) -> dict[str, Tensor]:
     """Every part of the loss, unweighted, and their weighted sum under `total`.
 
-    A part of weight 0 is left out.
+    A part of weight 0 is left out, but for `teacher_ce`, which is logged beside `ce`.
 
     Args:
-        student, teacher: outputs for the same batch. Without a teacher only `ce` and `exits`
-            remain.
+        student, teacher: outputs for the same batch. Without a teacher `ce`, `exits` and
+            `sasrec_kl` remain.
         item_table: [N, D].
         target: catalogue index of the next item, int64 [B].
         loss: the weights, and how the terms are formed.

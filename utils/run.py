@@ -122,6 +122,8 @@ class Run:
         Raises:
             UsageError: there is no config.json, it is damaged, or it is of another stage.
         """
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"{flag}={folder}: no {step} run there, it has no config.json")
         config = read_json(folder / "config.json", step)
         found = config.get("step")
         if found != step:
