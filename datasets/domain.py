@@ -14,7 +14,7 @@ from datasets.interactions import Interactions, read_csv
 from utils.errors import UsageError
 from utils.files import file_sha256, read_json
 from utils.flags import Data, ServedFiles, StudentFiles, TeacherFiles
-from utils.run import ANEW, Run
+from utils.run import ANEW, STEPS, Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,6 @@ ALIASES = {"cloths": "cloth", "movies": "movie"}  # spellings of the released sc
 SUFFIXES = (".csv", ".csv.gz", ".csv.xz")
 FOLDERS = ("data", "dataset/sequential")
 DEMO = Path("data/demo.csv")
-STEPS = {"sasrec": "train_sr_trad.py", "teacher": "finetune.py", "student": "distill.py"}
 
 
 class Domain(NamedTuple):

@@ -46,7 +46,7 @@ def test_what_cannot_be_a_start_is_refused(inside):
     shutil.copytree("output/demo/student", "empty")
     shutil.rmtree("empty/best")
     for flags, message in (
-        ({"init_from": "none"}, "none/config.json"),
+        ({"init_from": "none"}, "--init_from=none: no student run there; distill.py makes one"),
         ({"init_from": "empty"}, "--init_from=empty: has no checkpoint best/"),
         ({"init_from": "output/demo/teacher"}, "holds a teacher run, expected a student run"),
         ({"init_from": "s"}, "--init_from=s is this run's own folder; name --output_dir"),

@@ -190,7 +190,9 @@ def test_without_alignment_no_teacher_is_needed(inside):
     )
     distill.main(**SHORT, **off, output_dir="exits")
     assert "exits" in json.loads(open("exits/metrics.jsonl").readline())
-    with pytest.raises(UsageError, match="teacher not found"):
+    with pytest.raises(
+        UsageError, match="--teacher=output/demo/teacher: no teacher run there; finetune.py makes"
+    ):
         distill.main(**SHORT, output_dir="x")
 
 

@@ -108,7 +108,9 @@ def test_a_foreign_sasrec_is_refused(inside):
         distill.main(**SHORT, sasrec_lambda=1.0, sasrec="other", output_dir="s")
     with pytest.raises(UsageError, match="--sasrec=output/demo/teacher holds a teacher run"):
         distill.main(**SHORT, sasrec_lambda=1.0, sasrec="output/demo/teacher", output_dir="s")
-    with pytest.raises(UsageError, match="missing/config.json"):
+    with pytest.raises(
+        UsageError, match="--sasrec=missing: no sasrec run there; train_sr_trad.py makes one"
+    ):
         distill.main(**SHORT, sasrec_lambda=1.0, sasrec="missing", output_dir="s")
     assert not Path("s").exists()
     # What the message advises works.

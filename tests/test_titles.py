@@ -208,7 +208,7 @@ def test_runs_are_recommended_from_and_evaluated_together(inside):
         together.main(model="student")
     with pytest.raises(UsageError, match="--exit=1,0: numbers from 1"):
         together.main(model="student", exit=["1", "0"])
-    with pytest.raises(UsageError, match="--model=student,student: names a run twice"):
+    with pytest.raises(UsageError, match="--model=student,output/demo/student: names a run twice"):
         together.main(model="student,output/demo/student")
     with pytest.raises(
         UsageError, match="--exit=9: no such inner exit; the model has exits 1 to 3"

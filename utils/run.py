@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", "clock.json")
 OWN_FOLDERS = ("best", "last", "tensorboard", ".old-best", ".old-last")
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors", "fire")
+STEPS = {"sasrec": "train_sr_trad.py", "teacher": "finetune.py", "student": "distill.py"}
 CLOCK = "clock.json"
 ANEW = (  # what to do where the data has changed
     "run every step again in order: train_sr_trad.py --overwrite, extract_emb.py, then the others"
@@ -123,7 +124,8 @@ class Run:
             UsageError: there is no config.json, it is damaged, or it is of another stage.
         """
         if not (folder / "config.json").is_file():
-            raise UsageError(f"{flag}={folder}: no {step} run there, it has no config.json")
+            made = f"{STEPS[step]} makes one" if step in STEPS else "it has no config.json"
+            raise UsageError(f"{flag}={folder}: no {step} run there; {made}")
         config = read_json(folder / "config.json", step)
         found = config.get("step")
         if found != step:
