@@ -333,7 +333,7 @@ def test_advice_when_the_data_has_grown(inside):
         file.write('new,"[1, 2, 3, 4, 5]","[]"\n')
     with pytest.raises(UsageError) as error:
         finetune.main(**SHORT)
-    road = "train_sr_trad.py --overwrite, extract_emb.py, then this one with --overwrite"
+    road = "train_sr_trad.py --overwrite, extract_emb.py, then the others with --overwrite"
     assert road in str(error.value)
     train_sr_trad.main(**SHORT, overwrite=True)
     extract_emb.main()
@@ -347,7 +347,9 @@ def test_advice_when_the_data_has_grown(inside):
 def test_advice_when_extracting_from_another_run(inside):
     with open("data/demo.csv", "a") as file:
         file.write('new,"[1, 2, 3, 4, 5]","[]"\n')
-    with pytest.raises(UsageError, match="run every step again with --overwrite, the first one fi"):
+    with pytest.raises(
+        UsageError, match="run every step again in order: train_sr_trad.py --overwrite"
+    ):
         extract_emb.main()
     train_sr_trad.main(**SHORT, overwrite=True)
     extract_emb.main()
