@@ -29,7 +29,7 @@ import numpy as np
 import orjson
 from tqdm import tqdm
 
-from datasets.domain import canonical_domain
+from datasets.domain import SUFFIXES, canonical_domain
 from datasets.interactions import write_csv
 from datasets.items import Items
 from utils import cli
@@ -249,8 +249,8 @@ def write_domain(
 
 def may_write(path: Path, overwrite: bool) -> tuple[bool, str]:
     """A rule for `cli.check`: no file of the domain stands where `write_domain` would write."""
-    names = (path, *(path.with_name(path.name + end) for end in (".gz", ".xz")))
-    there = [name for name in (*names, path.with_suffix(".items.csv")) if name.exists()]
+    names = [path.with_suffix(suffix) for suffix in (*SUFFIXES, ".items.csv")]
+    there = [name for name in names if name.exists()]
     named = there[0] if there else path
     return overwrite or not there, f"{named} is there already; --overwrite replaces it"
 

@@ -13,7 +13,7 @@ states the item adapter's output is short.
 from pathlib import Path
 
 from utils import cli
-from utils.files import check_writable
+from utils.files import check_writable, save_whole
 from utils.flags import flag
 
 READERS = {  # of each norm's output
@@ -70,11 +70,10 @@ def main(
     config = base.read_config(location)
     layers = [*range(config.num_hidden_layers)]
     decoder = base.load_llama(location, config, layers, torch.float32)
-    if base.describe(base_model, location)["random_base"]:
-        decoder.config.random_layers = True  # for tables: see models.base.describe
+    if base.is_random(base_model, location):
+        decoder.config.random_layers = True  # for tables: see models.base.is_random
     factor = fold(decoder)
-    decoder.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(location).save_pretrained(folder)
+    save_whole(folder, decoder, AutoTokenizer.from_pretrained(location))
     print(f"wrote {folder}: states are {factor:.3g} times as long as in {base_model}")
     return {"base": base.contents(str(folder)), "factor": factor}
 

@@ -11,7 +11,7 @@ A run on it shows what the base's own weights are worth. The folder is a base li
 from pathlib import Path
 
 from utils import cli
-from utils.files import check_writable
+from utils.files import check_writable, save_whole
 from utils.flags import Seed, flag
 
 
@@ -36,13 +36,12 @@ def main(
     location = base.locate(base_model)
     config = base.read_config(location)
     torch.manual_seed(seed)
-    config.random_layers = True  # for tables: see models.base.describe
+    config.random_layers = True  # for tables: see models.base.is_random
     twin = base.new_decoder(config)
     if keep_embeddings:
         original = base.load_llama(location, config, [], torch.float32)
         twin.embed_tokens.load_state_dict(original.embed_tokens.state_dict())
-    twin.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(location).save_pretrained(folder)
+    save_whole(folder, twin, AutoTokenizer.from_pretrained(location))
     print(f"wrote {folder}: {config.num_hidden_layers} random layers of the shape of {base_model}")
     return {"base": base.contents(str(folder))}
 

@@ -57,10 +57,7 @@ def differences(ranks: dict[str, dict[str, np.ndarray]], best: str, resamples: i
     head = ["test MRR"]
     for protocol in PROTOCOLS:
         head += [protocol, "95 % interval", "p, Holm"]
-    cells = [
-        [f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p:.4f}"]
-        for (mean, low, high, _), p in zip(found, corrected)
-    ]
+    cells = [[*estimate.shown(), f"{p:.4f}"] for estimate, p in zip(found, corrected)]
     lines = [
         [f"{best} - {name}", *sampled, *full]
         for name, sampled, full in zip(others, cells[::2], cells[1::2])
@@ -85,10 +82,10 @@ def main(
     cli.check(
         (len(names) > 1 or bool(exit), f"--model={files.model}: name two runs, or --exit"),
         (not exit or len(names) == 1, f"--exit={given}: is of one model, not of several"),
+        (not Path(output).is_dir(), f"--output={output} is a folder"),
         (all(str(k).isdigit() and int(k) for k in exit), f"--exit={given}: numbers from 1"),
     )
     check_writable(Path(output).parent, "--output")
-    cli.check((not Path(output).is_dir(), f"--output={output} is a folder"))
     runs = read_all_served(files)
     twice = len({served.run.folder.resolve() for served in runs}) < len(runs)
     cli.check((not twice, f"--model={files.model}: names a run twice"))

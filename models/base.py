@@ -51,6 +51,16 @@ def locate(base_model: str) -> str:
     return base_model
 
 
+def is_random(base_model: str, base: str) -> bool:
+    """Whether the layers have random weights: a built-in base's, or experiments/random_twin.py's.
+
+    Args:
+        base_model: the flag's value.
+        base: where it was found.
+    """
+    return base_model in BUILT_IN or getattr(read_config(base), "random_layers", False)
+
+
 def describe(base_model: str, base: str) -> dict[str, Any]:
     """What config.json says of a base: whether its weights are random, its files' names and sizes,
     and a hash of them.
@@ -59,8 +69,7 @@ def describe(base_model: str, base: str) -> dict[str, Any]:
         base_model: the flag's value.
         base: where it was found.
     """
-    twin = getattr(read_config(base), "random_layers", False)  # experiments/random_twin.py
-    about = {"random_base": base_model in BUILT_IN or twin, "base": contents(base)}
+    about = {"random_base": is_random(base_model, base), "base": contents(base)}
     return about | {"base_sha256": fingerprint(base)}
 
 

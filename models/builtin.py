@@ -4,14 +4,13 @@ A base is written once to disk, with a tokenizer, and then read like any other.
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from utils.files import take_place
+from utils.files import save_whole
 
 BUILT_IN = {
     "tiny": {
@@ -60,10 +59,7 @@ def _write(folder: Path, shape: dict[str, int]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         llama = LlamaModel(config)
-    partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    llama.save_pretrained(partial)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(partial)
-    take_place(partial, folder)
+    save_whole(folder, llama, PreTrainedTokenizerFast(tokenizer_object=tokenizer))
 
 
 def _train_tokenizer(corpus: list[str]):

@@ -5,13 +5,11 @@ smollm2`). Its weights have 4 bits in the file (embeddings 8).
 """
 
 import hashlib
-import os
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 from utils.errors import UsageError
-from utils.files import take_place
+from utils.files import save_whole
 
 FOLDER = Path("output/base")
 FILES = {"smollm2": FOLDER / "smollm2.gguf"}
@@ -66,13 +64,7 @@ def _convert(path: Path, folder: Path, name: str) -> None:
     model.hf_quantizer = None
     if _pre_tokenizer(path) == "smollm":
         _split_digits(tokenizer)
-    partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        take_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    save_whole(folder, model, tokenizer)
 
 
 def _pre_tokenizer(path: Path) -> str:

@@ -386,7 +386,7 @@ def test_a_folded_base_computes_the_same_from_weights_of_a_fresh_models_spread(
     assert len(gains) == 32 and all((gain == 1).all() for gain in gains)
     assert read.norm.weight.equal(original.norm.weight)
     ids = torch.randint(0, 60, (2, 9))
-    # the folded weights were rounded to float32 once, and 16 layers have passed over that
+    # Folding rounds every weight to float32; 16 layers add up these errors.
     torch.testing.assert_close(
         read.double()(ids).last_hidden_state,
         original.double()(ids).last_hidden_state,

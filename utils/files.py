@@ -111,13 +111,20 @@ def check_writable(folder: str | Path, flag: str) -> None:
         return
 
 
-def take_place(partial: Path, folder: Path) -> None:
-    """Rename a whole folder to its name, unless another process has made that one meanwhile.
+def save_whole(folder: Path, *parts: Any) -> None:
+    """Save a model and its tokenizer into a folder that appears when all of it is there.
 
+    Where another process has made the folder meanwhile, that one stays.
+
+    Args:
+        parts: what has `save_pretrained`.
     Raises:
-        OSError: it cannot be renamed.
+        OSError: the folder cannot be written.
     """
+    partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     try:
+        for part in parts:
+            part.save_pretrained(partial)
         partial.rename(folder)
     except OSError:
         if not (folder / "config.json").exists():

@@ -124,8 +124,7 @@ class Run:
             UsageError: there is no config.json, it is damaged, or it is of another stage.
         """
         if not (folder / "config.json").is_file():
-            made = f"{STEPS[step]} makes one" if step in STEPS else "it has no config.json"
-            raise UsageError(f"{flag}={folder}: no {step} run there; {made}")
+            raise UsageError(f"{flag}={folder}: no {step} run there; {STEPS[step]} makes one")
         config = read_json(folder / "config.json", step)
         found = config.get("step")
         if found != step:
