@@ -24,7 +24,7 @@ from utils.flags import PositiveInt, flag
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TEMPLATES = Path(__file__).parent / "templates"
 RANKED = {
-    "sampled": "the target among 999 items that the user never met",
+    "sampled": "the target among {candidates} items that the user never met",
     "full": "the whole catalogue, without the user's history",
     "full_all": "the whole catalogue",
 }
@@ -37,15 +37,20 @@ def model_card(served, code: str) -> str:
         served: the run and its data (datasets.domain.Served).
         code: Python that computes the scores with transformers alone.
     """
+    from models.builtin import BUILT_IN
+
     run, data = served.run, served.data
     recorded, model = run.flags, run.config["model"]
     lines = []
     results = run.folder / "results.json"
-    test = run.results()["test"] if results.is_file() else {}
-    for protocol, metrics in test.items():
+    measured = run.results() if results.is_file() else {"test": {}}
+    asked, fewest = (measured.get("candidates", {}).get(name) for name in ("asked", "fewest"))
+    candidates = asked if asked == fewest else f"at least {fewest}"  # a small catalogue has fewer
+    for protocol, metrics in measured["test"].items():
         values = (f"{metrics[n]:.4f}" for n in ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR"))
-        lines.append(f"| {RANKED[protocol]} | {' | '.join(values)} |")
-    random = run.config.get("random_base", False)
+        ranked = RANKED[protocol].format(candidates=candidates)
+        lines.append(f"| {ranked} | {' | '.join(values)} |")
+    built_in = recorded["base_model"] in BUILT_IN
     text = (TEMPLATES / "model_card.md").read_text(encoding="utf-8")
     return string.Template(text).substitute(
         n_layers=len(model["layers"]),
@@ -53,7 +58,7 @@ def model_card(served, code: str) -> str:
         domain=run.config["domain"],
         base=recorded["base_model"],
         layers=", ".join(map(str, model["layers"])),
-        licence="none: it is random and has read no text" if random else "see its own card",
+        licence="none: it is random" if built_in else "see its own card",
         n_users=f"{data.n_users:,}",
         n_items=f"{data.n_items:,}",
         sha256=data.sha256,

@@ -347,8 +347,11 @@ def main(
     said = {"yes": True, "no": False, "auto": None}
     form = logs.look(Path(input), KNOWN, said[header], said[lists])
     given = {"user": user, "item": item, "time": time, "rating": rating, "title": title}
-    if items is not None and title not in form.columns:
-        given["title"] = None
+    listed = None if items is None else look_at_items(Path(items))
+    if listed is not None and title not in form.columns:
+        given["title"] = None  # it is the list's
+        known = title is None or title in listed.columns
+        cli.check((known, f"--title={title}: neither {input} nor {items} has such a column"))
     columns = choose_columns(form, given)
     in_lists = said[lists] if lists != "auto" else holds_lists(form, columns)
     unread = [name for name in (columns.time, columns.rating) if in_lists and name]
@@ -391,8 +394,8 @@ def main(
     if columns.time is not None:
         print_ties(kept, "interactions", ties, tie_seed)
     titles, wanted = log.titles(), occurring(kept)
-    if items is not None:
-        titles |= read_titles(look_at_items(Path(items)), (item, title), wanted)
+    if listed is not None:
+        titles |= read_titles(listed, (item, title), wanted)
     write_domain(kept, titles, path, _order(kept.items))
     lengths = np.bincount(kept.user)
     short = int(((lengths > 0) & (lengths < MINIMUM_LENGTH)).sum())

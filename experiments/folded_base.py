@@ -10,10 +10,8 @@ states the item adapter's output is short.
     python finetune.py --base_model output/base/smollm2_folded --train_strategy full
 """
 
-from pathlib import Path
-
 from utils import cli
-from utils.files import check_writable, save_whole
+from utils.files import new_folder, save_whole
 from utils.flags import flag
 
 READERS = {  # of each norm's output
@@ -57,9 +55,7 @@ def main(
     output_dir: str = flag(help="the folder of the folded base; it must not exist"),
 ) -> dict:
     """Write a base that computes the same, with weights and states of a fresh model's size."""
-    folder = Path(output_dir)
-    cli.check((not folder.exists(), f"--output_dir={folder}: is there already"))
-    check_writable(folder.parent, "--output_dir")
+    folder = new_folder(output_dir, "--output_dir")
 
     import torch
     from transformers import AutoTokenizer

@@ -8,10 +8,8 @@ A run on it shows what the base's own weights are worth. The folder is a base li
     python finetune.py --base_model output/base/smollm2_random
 """
 
-from pathlib import Path
-
 from utils import cli
-from utils.files import check_writable, save_whole
+from utils.files import new_folder, save_whole
 from utils.flags import Seed, flag
 
 
@@ -24,9 +22,7 @@ def main(
     seed: Seed = flag(0, "of the weights"),
 ) -> dict:
     """Write a base's random twin."""
-    folder = Path(output_dir)
-    cli.check((not folder.exists(), f"--output_dir={folder}: is there already"))
-    check_writable(folder.parent, "--output_dir")
+    folder = new_folder(output_dir, "--output_dir")
 
     import torch
     from transformers import AutoTokenizer

@@ -116,6 +116,16 @@ def test_calls_in_process_are_checked_too():
     checked(rate=1, count=None, names=["a"])
 
 
+def test_a_tilde_is_the_home_folder_in_every_part_of_a_list(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+
+    @cli.command
+    def main(*, model: str):
+        return model
+
+    assert main(model="~/a,b,~/c~d") == "/home/me/a,b,/home/me/c~d"
+
+
 @pytest.mark.parametrize("script", [*SCRIPTS, "-m datasets.process", "-m experiments.demo"])
 @pytest.mark.parametrize("flag", ["--bogus=7", "--seed=x stray"])
 def test_a_wrong_request_is_answered_at_once_with_status_2_and_one_line(script, flag, tmp_path):

@@ -229,11 +229,13 @@ def test_a_bad_file_is_one_line_and_writes_nothing(case):
 
 def test_bad_requests_are_refused():
     save_text("a.csv", "user,item\na,x\n")
+    save_text("items.csv", "item,name\nx,Lamp\n")
     for flags, message in (
         ({"user": "buyer"}, "--user=buyer: a.csv has no such column; found user, item"),
         ({"min_rating": 3.0}, "--min_rating=3.0: a.csv has no rating; name it with --rating"),
         ({"min_rating": 3.0, "lists": "yes"}, "--min_rating=3.0: a.csv has no rating"),
         ({"items": "none.csv"}, "--items=none.csv: file not found"),
+        ({"items": "items.csv", "title": "nam"}, "--title=nam: neither a.csv nor items.csv has"),
         ({"min_user": 9}, "nothing is left after 'users with >= 9'; lower --min_user"),
     ):
         with pytest.raises(UsageError) as refused:

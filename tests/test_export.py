@@ -95,7 +95,13 @@ def test_requests_that_cannot_be(inside, monkeypatch):
     ):
         export.main(output_dir="o")
     export.main(output_dir="o", model="teacher", overwrite=True, verify_users=3)
-    assert "8 LLaMA layers (teacher)" in Path("o/README.md").read_text()
+    card = Path("o/README.md").read_text()
+    assert "8 LLaMA layers (teacher)" in card and "| none: it is random |" in card
+    fewest = json.loads(Path("output/demo/teacher/results.json").read_text())["candidates"][
+        "fewest"
+    ]
+    assert 100 < fewest < 160
+    assert f"| the target among at least {fewest} items that the user never met |" in card
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UsageError, match="--onnx needs onnxscript; pip install onnxscript"):
         export.main(output_dir="p", onnx=True)

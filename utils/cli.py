@@ -141,8 +141,10 @@ def _arguments(main: Callable, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _expanded(value: Any) -> Any:
-    """A path below the home folder, where a text begins with ~."""
-    return os.path.expanduser(value) if isinstance(value, str) else value
+    """Paths below the home folder, where a text or a part of it after a comma begins with ~."""
+    if not isinstance(value, str):
+        return value
+    return ",".join(os.path.expanduser(part) for part in value.split(","))
 
 
 def check(*rules: tuple[bool, str]) -> None:

@@ -111,6 +111,19 @@ def check_writable(folder: str | Path, flag: str) -> None:
         return
 
 
+def new_folder(path: str, flag: str) -> Path:
+    """A folder that is not there yet, where one can be made.
+
+    Raises:
+        UsageError: it is there, or cannot be made.
+    """
+    folder = Path(path)
+    if folder.exists():
+        raise UsageError(f"{flag}={folder}: is there already")
+    check_writable(folder.parent, flag)
+    return folder
+
+
 def save_whole(folder: Path, *parts: Any) -> None:
     """Save a model and its tokenizer into a folder that appears when all of it is there.
 
