@@ -32,38 +32,67 @@ from pathlib import Path
 from utils import cli, flags
 
 
-# Where the teacher's output comes from: (indices, history) -> Output or None.
+# Where a teacher's output comes from: (indices, history) -> Output, Scores or None.
 def no_teacher(indices, history):
     return None
 
 
-def running_teacher(forward):
-    """A frozen teacher's encoder (live), or the teacher that is trained too (online)."""
-    return lambda indices, history: forward(history)
+def trained_teacher(model):
+    """The teacher that is trained beside the student (online)."""
+    return lambda indices, history: model(history)
 
 
-def running_sasrec(forward, samples):
-    """SASRec's encoder, on its own number of items per history."""
-    return lambda indices, history: forward(samples.histories(indices))
+def live_teacher(encode, samples):
+    """A frozen teacher that runs in every step, on its own number of items per history."""
+    return lambda indices, history: encode(samples.histories(indices))
 
 
 def cached_teacher(states, device):
+    """A frozen teacher that ran once: its outputs on the training samples, from disk."""
     from models.losses import Output
 
     return lambda indices, history: Output(*states.rows(indices, device))
 
 
-def mean_scores(outputs, table):
-    """The mean of several SASRecs' scores: their user vectors, and item tables, side by side."""
+def mean_scores(outputs, tables):
+    """SASRec's scores, or the mean of several: user vectors and item tables side by side."""
     import torch
 
     from models.losses import Scores
+
+    table = torch.cat(tables, dim=1) if tables[1:] else tables[0]  # [N, D per SASRec]
 
     def scores(indices, history):
         users = torch.cat([output(indices, history).user for output in outputs], dim=1)
         return Scores(users / len(outputs), table)
 
     return scores
+
+
+def read_sasrecs(files, domain):
+    """The finished runs that --sasrec names."""
+    from utils.run import Run
+
+    folders = (files.sasrec or str(domain.folder / "sasrec")).split(",")
+    return [Run.read("sasrec", Path(name.strip()), "--sasrec") for name in folders]
+
+
+def inherit(teacher, prompt, llm):
+    """What the teacher fixed; a flag that contradicts it is refused."""
+    from utils.run import agree
+
+    source, fixed = f"the teacher in {teacher.folder}", teacher.flags
+    depth = {"llama_decoder_nums_teacher": fixed["llama_decoder_nums"]}
+    return agree(prompt, fixed, source), agree(llm, depth, source)
+
+
+def report_unread(files, llm, online, sasrecs):
+    """Say which flags have no effect without a trained teacher."""
+    unread = ("teacher",) if sasrecs else ("teacher", "teacher_cache")
+    cli.report_unused(files, "no trained teacher is read", *unread)
+    if not online:
+        reason = "no term reads a teacher"
+        cli.report_unused(llm, reason, "distill_mode", "llama_decoder_nums_teacher")
 
 
 @cli.command
@@ -90,50 +119,42 @@ def main(
     """
     from datasets.domain import Domain, read_inputs
     from datasets.prompts import read_template
-    from utils.run import Run, agree
+    from utils.run import Run
 
     domain = Domain.of(files)
     teacher_folder, cache = domain.teacher(files)
     trains = not runtime.eval_only
-    from_teacher = trains and llm.student_init in ("adapter", "teacher")
+    from_teacher = llm.student_init in ("adapter", "teacher")
     needs_teacher = trains and (loss.reads_teacher or from_teacher)
     online = needs_teacher and llm.distill_mode == "online"
     offline = needs_teacher and not online
     exits = loss.cls_multiple_lambda > 0
     n_blocks = loss.distill_block if trains and (loss.reads_teacher or exits) else 1
-    there = (teacher_folder / "best").is_dir() or (cache is not None and cache.is_dir())
+    has_weights = (teacher_folder / "best").is_dir()
+    has_cache = cache is not None and cache.is_dir()
     missing = f"teacher not found: {teacher_folder / 'best'}; finetune.py writes it"
     cli.check(
         (
-            not (files.init_from and from_teacher),
+            not (files.init_from and from_teacher and trains),
             "--init_from and --student_init both say where to start; give one of them",
         ),
         cli.divides(training, runtime),
         cli.shards(runtime),
         cli.compiles(runtime),
         cli.blocks(n_blocks, llama_decoder_nums_student=llm.llama_decoder_nums_student),
-        (there or not offline, f"{missing} (or name a run with --teacher)"),
+        (has_weights or has_cache or not offline, f"{missing} (or name a run with --teacher)"),
     )
 
-    teacher_run, sasrec_runs = None, []
-    if trains and loss.sasrec_lambda:
-        folders = (files.sasrec or str(domain.folder / "sasrec")).split(",")
-        sasrec_runs = [Run.read("sasrec", Path(name.strip()), "--sasrec") for name in folders]
-    elif trains:
+    teacher_run = Run.read("teacher", teacher_folder, "--teacher") if offline else None
+    sasrec_runs = read_sasrecs(files, domain) if trains and loss.sasrec_lambda else []
+    if trains and not sasrec_runs:
         cli.report_unused(files, "needs --sasrec_lambda above 0", "sasrec")
-    if offline:  # what the teacher fixed is inherited; a flag that contradicts it is refused
-        teacher_run = Run.read("teacher", teacher_folder, "--teacher")
-        source, fixed = f"the teacher in {teacher_folder}", teacher_run.flags
-        prompt = agree(prompt, fixed, source)
-        llm = agree(llm, {"llama_decoder_nums_teacher": fixed["llama_decoder_nums"]}, source)
+    if offline:
+        prompt, llm = inherit(teacher_run, prompt, llm)
     elif trains:
         prompt, llm = prompt.filled(), llm.filled()
         print(f"base {prompt.base_model}, without a trained teacher")
-        unread = ("teacher",) if sasrec_runs else ("teacher", "teacher_cache")
-        cli.report_unused(files, "no trained teacher is read", *unread)
-        if not online:
-            reason = "no term reads a teacher"
-            cli.report_unused(llm, reason, "distill_mode", "llama_decoder_nums_teacher")
+        report_unread(files, llm, online, sasrec_runs)
     n_layers, n_teacher = llm.llama_decoder_nums_student, llm.llama_decoder_nums_teacher
     if trains and loss.reads_teacher:
         cli.check(cli.blocks(n_blocks, llama_decoder_nums_teacher=n_teacher))
@@ -148,7 +169,7 @@ def main(
     reads_weights = offline and llm.student_init != "base" and not run.finished
     cli.check(
         (
-            (teacher_folder / "best").is_dir() or not reads_weights,
+            has_weights or not reads_weights,
             f"{missing}; the student starts from its weights, unless --student_init=base",
         )
     )
@@ -193,25 +214,24 @@ def main(
         ranks_of = ranks_by(partial(student.user_encoder, bf16))
         return run.finish(student, ranks_of, seconds=seconds, **about)
 
+    # The student.
     taught = teacher_run.config["model"] if offline else None
-    ids = (
-        (taught["prompt_ids"], taught["response_ids"]) if offline else tokenise(template, location)
-    )
-    calibration = Calibration(samples.calibration().to(device), table, bf16, training.seed)
-    shape = {"lora": lora, "n_blocks": n_blocks, "calibration": calibration}
-    shape["exit_norm"] = loss.exit_norm
     same_exits = offline and taught["exit_heads"] and taught["n_blocks"] == n_blocks
-    heads = exits or (loss.logit_lambda > 0 and same_exits)
-    pool = taught["layers"] if llm.student_init == "teacher" else None
-    spec = specify(
+    specify_model = partial(
+        specify,
         location,
         prompt,
-        ids,
+        (taught["prompt_ids"], taught["response_ids"]) if offline else tokenise(template, location),
+        lora=lora,
+        n_blocks=n_blocks,
+        calibration=Calibration(samples.calibration().to(device), table, bf16, training.seed),
+        exit_norm=loss.exit_norm,
+    )
+    spec = specify_model(
         llm,
         n_layers=n_layers,
-        exit_heads=heads,
-        teacher_layers=pool,
-        **shape,
+        exit_heads=exits or (loss.logit_lambda > 0 and same_exits),
+        teacher_layers=taught["layers"] if llm.student_init == "teacher" else None,
     )
     if spec["strategy"] == "full":
         cli.report_unused(lora, "the base is trained in full; --train_strategy=lora uses them")
@@ -229,13 +249,8 @@ def main(
         teacher=str(teacher_folder) if offline else "online" if online else None,
     )
 
-    def build_model(spec: dict) -> LLM4Rec:
+    def build_model(spec):
         return build(location, table, spec, bf16, runtime.gradient_checkpointing, runtime.compile)
-
-    def frozen_teacher():
-        teacher = LLM4Rec.load(teacher_run, table, bf16)
-        teacher.return_states_at(block_ends(n_teacher, n_blocks))
-        return teacher.requires_grad_(False).place(device, runtime.shard).encoder(bf16)
 
     torch.manual_seed(run.seed)
     student = trained = build_model(spec)
@@ -247,26 +262,31 @@ def main(
         student.continue_from(run.starts_from, spec)
     student.place(device, runtime.shard)
 
-    def outputs_of(load_teacher, samples, identity: dict, divided: bool = False):
-        """A frozen teacher's outputs on the samples, from disk where they are there."""
+    # Its teachers.
+    def frozen(load_encoder, samples, identity, divided=False):
+        """A frozen teacher: its outputs on the samples from disk, or live without a cache."""
+        if cache is None:
+            return live_teacher(load_encoder(), samples)
         identity |= inputs.hashes | {"train_targets": training.train_targets}
         states = teacher_states.open_or_build(
-            cache, identity, load_teacher, samples, runtime.eval_batch_size, divided
+            cache, identity, load_encoder, samples, runtime.eval_batch_size, divided
         )
         return cached_teacher(states, device)
+
+    def load_teacher():
+        teacher = LLM4Rec.load(teacher_run, table, bf16)
+        teacher.return_states_at(block_ends(n_teacher, n_blocks))
+        return teacher.requires_grad_(False).place(device, runtime.shard).encoder(bf16)
 
     if not loss.reads_teacher:
         teacher_output = no_teacher
     elif online:
         if llm.layer_selection not in flags.LAYER_WORDS:  # a list names the student's layers
             llm = dataclasses.replace(llm, layer_selection="first")
-        teacher = build_model(
-            specify(location, prompt, ids, llm, n_layers=n_teacher, exit_heads=exits, **shape)
-        ).place(device, runtime.shard)
+        teacher = build_model(specify_model(llm, n_layers=n_teacher, exit_heads=exits))
+        teacher.place(device, runtime.shard)
         trained = torch.nn.ModuleDict({"student": student, "teacher": teacher})
-        teacher_output = running_teacher(teacher)
-    elif cache is None:
-        teacher_output = running_teacher(frozen_teacher())
+        teacher_output = trained_teacher(teacher)
     else:
         identity = {
             "weights_sha256": teacher_sha256,
@@ -277,22 +297,19 @@ def main(
             "max_seq_length": prompt.max_seq_length,
         }
         started = time.perf_counter()
-        teacher_output = outputs_of(frozen_teacher, samples, identity, runtime.shard)
-        seconds["teacher_states_seconds"] = time.perf_counter() - started
-    outputs, tables = [], []
+        teacher_output = frozen(load_teacher, samples, identity, runtime.shard)
+        if cache is not None:
+            seconds["teacher_states_seconds"] = time.perf_counter() - started
+
+    alone = len(sasrec_runs) == 1  # the item table must be its own then; several bring theirs
+    sasrec_outputs, sasrec_tables = [], []
     for sasrec_run, sha256 in zip(sasrec_runs, sasrec_sha256):
-        sasrec = SASRec.load(sasrec_run, None if sasrec_runs[1:] else table).to(device)
-        slots = sasrec_run.flags["max_seq_length"]
-        longer = dataclasses.replace(samples, max_seq_length=slots)
-        if cache is None:
-            outputs.append(running_sasrec(sasrec.encoder(), longer))
-        else:
-            identity = {"sasrec_sha256": sha256, "max_seq_length": slots}
-            outputs.append(outputs_of(sasrec.encoder, longer, identity))
-        tables.append(sasrec.item_table.detach())
-    sasrec_scores = no_teacher
-    if sasrec_runs:
-        sasrec_scores = mean_scores(outputs, torch.cat(tables, dim=1) if tables[1:] else table)
+        sasrec = SASRec.load(sasrec_run, table if alone else None).to(device)
+        identity = {"sasrec_sha256": sha256, "max_seq_length": sasrec_run.flags["max_seq_length"]}
+        own = dataclasses.replace(samples, max_seq_length=identity["max_seq_length"])
+        sasrec_outputs.append(frozen(sasrec.encoder, own, identity))
+        sasrec_tables.append(table if alone else sasrec.item_table.detach())
+    sasrec_scores = mean_scores(sasrec_outputs, sasrec_tables) if sasrec_runs else no_teacher
 
     def loss_fn(indices):
         history = samples.histories(indices)

@@ -54,7 +54,7 @@ def model_card(served, code: str) -> str:
     text = (TEMPLATES / "model_card.md").read_text(encoding="utf-8")
     return string.Template(text).substitute(
         n_layers=len(model["layers"]),
-        step=run.step,
+        stage=run.stage,
         domain=run.config["domain"],
         base=recorded["base_model"],
         layers=", ".join(map(str, model["layers"])),
@@ -101,7 +101,7 @@ def main(
     check_writable(folder.parent, "--output_dir")
     served = read_served(files)
     run = served.run
-    cli.check((run.step != "sasrec", "--model: SASRec is no LLaMA; export a teacher or a student"))
+    cli.check((run.stage != "sasrec", "--model: SASRec is no LLaMA; export a teacher or a student"))
 
     import numpy as np
     import torch  # late, so that a wrong request is answered at once

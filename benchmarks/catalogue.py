@@ -106,7 +106,7 @@ def rows_of(n_items: int, n_users: int, folder: Path) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| items | what | ms a user | seconds | peak GiB |", "|---|---|---|---|---|"]
+    lines = ["| items | what | ms per user | seconds | peak GiB |", "|---|---|---|---|---|"]
     for row in rows:
         each = f"{row.seconds / row.users * 1e3:.2f}" if row.users else ""
         peak = f"{row.peak / 2**30:.2f}" if row.peak else "died"

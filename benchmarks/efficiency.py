@@ -9,7 +9,7 @@ those of the domain, by default the demo domain. In every round each row is buil
 one step untimed and one timed: rows alternate, and only one is in memory. Figures are medians over
 rounds. On CUDA each row takes the largest micro-batch that fits, accumulating to the batch. A row
 that fits with none stays in the table as out of memory. Inference is history to user vector,
-without ranking. Padded tokens are those of the plain layout, 99 a user, whether computed or not.
+without ranking. Padded tokens are those of the plain layout, 99 per user, whether computed or not.
 Writes efficiency.json and efficiency.md into --output_dir.
 """
 

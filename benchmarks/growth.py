@@ -117,7 +117,7 @@ def with_processes(n: int, folder: Path) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| what | size | users | ms a user | peak GiB |", "|---|---|---|---|---|"]
+    lines = ["| what | size | users | ms per user | peak GiB |", "|---|---|---|---|---|"]
     for row in rows:
         each = f"{row.seconds / row.users * 1e3:.4g}"
         peak = f"{row.peak / 2**30:.2f}" if row.peak else "-"
@@ -129,8 +129,11 @@ def seven_billion() -> str:
     """LLaMA-2-7B's hours on one H100, from operations counted and the share of its rate assumed."""
     shape = shape_of("llama-2-7b", 30)
     lengths = np.full(256, HISTORY_7B)
-    head = "| layers | operations a user, training | hours an epoch | operations a user, inference"
-    lines = [f"{head} | hours over all users |", "|---|---|---|---|---|"]
+    head = "| layers | operations per user, training | hours per epoch |"
+    lines = [
+        f"{head} operations per user, inference | hours over all users |",
+        "|---|---|---|---|---|",
+    ]
     for n_layers in (4, 8, 32):
         cells = [str(n_layers)]
         for training in (True, False):

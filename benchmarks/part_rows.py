@@ -112,7 +112,7 @@ def candidates(bench: Bench, n_users: int = 512, n_plain: int = 16) -> None:
         per_user = Race(
             timed.ours / n_users, timed.plain / n_plain, timed.ratio * n_users / n_plain
         )
-        bench.add(f"{k} candidates a user of {n_items:,} items", "users/s", per_user)
+        bench.add(f"{k} candidates per user of {n_items:,} items", "users/s", per_user)
 
 
 def ranking(bench: Bench, n_users: int = 128) -> None:

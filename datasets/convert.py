@@ -182,6 +182,38 @@ def _order(names: Iterable[str]) -> Callable[[str], tuple[int, str]] | None:
     return (lambda name: (int(name), name)) if numbers else None
 
 
+def report_columns(
+    form: Form, columns: Columns, given: dict[str, str | None], lists: bool
+) -> Columns:
+    """Print what was understood of a log, and give the columns that are read.
+
+    Args:
+        given: role -> the column that a flag names.
+        lists: whether lines are lists of items. Their times and ratings are not read.
+    Raises:
+        UsageError: a flag names the time or the rating of lists.
+    """
+    unread = [name for name in (columns.time, columns.rating) if lists and name]
+    refused = [f"--{role}={name}" for role, name in given.items() if name in unread]
+    cli.check(
+        (
+            not refused,
+            f"{', '.join(refused)}: lines of {form.path} are lists of items, which stay in their"
+            " order and have no ratings; --lists=no reads them as single items",
+        )
+    )
+    if lists:
+        columns = columns._replace(time=None, rating=None)
+    print(f"{form.path}: {form.describe()}{'; a list of items per line' if lists else ''}")
+    for role, name in columns.present().items():
+        print(f"  {role}: {form.where(name)}{logs.unit(form, name) if role == 'time' else ''}")
+    for name in unread:
+        print(f"  {name} is not read: lines are lists")
+    if columns.time is None:
+        print("  no time: items stay in file order")
+    return columns
+
+
 def read_log(form: Form, columns: Columns, min_rating: float | None, lists: bool) -> _Log:
     """Stream a log of interactions, or of lists.
 
@@ -354,24 +386,7 @@ def main(
         cli.check((known, f"--title={title}: neither {input} nor {items} has such a column"))
     columns = choose_columns(form, given)
     in_lists = said[lists] if lists != "auto" else holds_lists(form, columns)
-    unread = [name for name in (columns.time, columns.rating) if in_lists and name]
-    asked = [f"--{role}={name}" for role, name in given.items() if in_lists and name in unread]
-    cli.check(
-        (
-            not asked,
-            f"{', '.join(asked)}: lines of {input} are lists of items, which stay in their order"
-            " and have no ratings; --lists=no reads them as single items",
-        )
-    )
-    if in_lists:
-        columns = columns._replace(time=None, rating=None)
-    print(f"{input}: {form.describe()}{'; a list of items per line' if in_lists else ''}")
-    for role, name in columns.present().items():
-        print(f"  {role}: {form.where(name)}{logs.unit(form, name) if role == 'time' else ''}")
-    for name in unread:
-        print(f"  {name} is not read: lines are lists")
-    if columns.time is None:
-        print("  no time: items stay in file order")
+    columns = report_columns(form, columns, given, in_lists)
     cli.check(
         (
             min_rating is None or columns.rating is not None,

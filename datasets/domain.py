@@ -14,7 +14,7 @@ from datasets.interactions import Interactions, read_csv
 from utils.errors import UsageError
 from utils.files import file_sha256, read_json
 from utils.flags import Data, ServedFiles, StudentFiles, TeacherFiles
-from utils.run import ANEW, STEPS, Run
+from utils.run import ANEW, STAGES, Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -235,15 +235,15 @@ def read_served(files: ServedFiles) -> Served:
     Raises:
         UsageError: something is missing, or is not what the run was made from.
     """
-    named = files.model in STEPS
+    named = files.model in STAGES
     folder = Domain.of(files).folder / files.model if named else Path(files.model)
     if not (folder / "config.json").is_file():
-        maker = STEPS.get(files.model, "one of the four scripts")
+        maker = STAGES.get(files.model, "one of the four scripts")
         raise UsageError(f"--model={files.model}: no run in {folder}; {maker} makes it")
     if is_export(folder):
         raise UsageError(f"--model={files.model}: an export, not a run; name the run's folder")
-    step = read_json(folder / "config.json", "run").get("step")
-    run = Run.read(step if step in STEPS else "trained", folder, "--model")
+    stage = read_json(folder / "config.json", "run").get("step")
+    run = Run.read(stage if stage in STAGES else "trained", folder, "--model")
     if not (folder / "best").is_dir() and not (folder / ".old-best").is_dir():
         raise UsageError(f"--model={files.model}: {folder} has no checkpoint best/; train first")
     recorded = run.flags
@@ -252,7 +252,7 @@ def read_served(files: ServedFiles) -> Served:
     domain = Domain(canonical_domain(name), path, files.ends_are_items).read_as_in(recorded)
     data, csv_path = domain.read()
     hashes, table_path = {"data_sha256": data.sha256}, None
-    if step != "sasrec":
+    if stage != "sasrec":
         table_path = Path(files.item_table or recorded.get("item_table") or domain.item_table)
         if not table_path.is_file():
             raise UsageError(f"item table not found: {table_path}; name it with --item_table")

@@ -107,27 +107,27 @@ def plain_name(layers: int) -> str:
     return f"E4SRec-like, {layers} layer{'s' if layers > 1 else ''}"
 
 
-def plain_ce(step: str, flags: dict[str, Any]) -> bool:
+def plain_ce(stage: str, flags: dict[str, Any]) -> bool:
     """Whether an LLM run is trained by cross-entropy alone from the base, by either script."""
-    weights = terms() if step == "student" else ("cls_multiple_lambda",)
+    weights = terms() if stage == "student" else ("cls_multiple_lambda",)
     from_base = flags.get("student_init") in (None, "base")
     return from_base and not any(flags.get(name) for name in weights)
 
 
-def label(step: str, flags: dict[str, Any]) -> str:
+def label(stage: str, flags: dict[str, Any]) -> str:
     """The name of a run's row. Runs of equal label differ in training settings alone.
 
     Args:
-        step: sasrec, teacher or student.
+        stage: sasrec, teacher or student.
         flags: as config.json has them, inherited ones filled in.
     """
-    if step == "sasrec":
+    if stage == "sasrec":
         return _sasrec(flags)
-    teacher = step == "teacher"
+    teacher = stage == "teacher"
     depth = "llama_decoder_nums" if teacher else "llama_decoder_nums_student"
     layers = flags[depth]
     parts = []
-    if plain_ce(step, flags):
+    if plain_ce(stage, flags):
         parts.append(plain_name(layers))
     elif teacher:
         parts.append(f"{layers} layers: CE + L_ms")
@@ -145,7 +145,7 @@ def _sasrec(flags: dict[str, Any]) -> str:
     if flags["train_targets"] == "all":
         return "SASRec"
     if flags["init_std"] != 1:
-        return "SASRec, one target a user"
+        return "SASRec, one target per user"
     later = flags.get("max_seq_length") == 50
     return "SASRec, as released later" if later else "SASRec, as released"
 

@@ -175,7 +175,7 @@ def _depths(rows: list[Row]) -> tuple[int, int]:
     for row in rows:
         for run in row.runs.values():
             teacher = run.flags.get("llama_decoder_nums_teacher")
-            if run.step == "student" and run.config.get("teacher") and teacher:
+            if run.stage == "student" and run.config.get("teacher") and teacher:
                 pairs[run.flags["llama_decoder_nums_student"], teacher] += 1
     return max(pairs, key=lambda pair: (pairs[pair], pair)) if pairs else (4, 8)
 

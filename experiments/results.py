@@ -46,18 +46,18 @@ class Run(NamedTuple):
         return self.results["seed"]
 
     @property
-    def step(self) -> str:
+    def stage(self) -> str:
         return self.config["step"]
 
     @property
     def flags(self) -> dict[str, Any]:
         """As recorded. A flag that is younger than the run has its default."""
-        return cli.defaults(SCRIPTS[self.step]) | self.config["flags"]
+        return cli.defaults(SCRIPTS[self.stage]) | self.config["flags"]
 
     @property
     def items_from(self) -> str | None:
         """What the item vectors were made from, where it is not SASRec from its own draws."""
-        if self.step == "sasrec":
+        if self.stage == "sasrec":
             return "a table at the start" if self.flags.get("init_table") else None
         made_from = self.config.get("items_from")
         return None if made_from == "SASRec" else made_from
@@ -72,12 +72,12 @@ class Run(NamedTuple):
     def label(self) -> str:
         items = f", items from {self.items_from}" if self.items_from else ""
         teachers = f", of {self.n_sasrecs} SASRecs" if self.n_sasrecs > 1 else ""
-        return label(self.step, self.flags) + teachers + items
+        return label(self.stage, self.flags) + teachers + items
 
     @property
     def counted(self) -> set[str]:
         """The flags that make another row."""
-        known = cli.flags_of(SCRIPTS[self.step])
+        known = cli.flags_of(SCRIPTS[self.stage])
         free = {name for name, flag in known.items() if flag.group.kind in ("place", "free")}
         return set(self.flags) - free - set(COMMON)
 
@@ -87,9 +87,9 @@ class Run(NamedTuple):
 
         A student trained by cross-entropy alone is what finetune.py trains.
         """
-        step, flags, names = self.step, self.flags, self.counted
-        if step != "sasrec" and plain_ce(step, flags):
-            step = "llm"
+        stage, flags, names = self.stage, self.flags, self.counted
+        if stage != "sasrec" and plain_ce(stage, flags):
+            stage = "llm"
             names &= set(cli.defaults(SCRIPTS["teacher"])) & set(cli.defaults(SCRIPTS["student"]))
             names -= {"distill_block", "cls_multiple_lambda", "block_reduction", "exit_norm"}
         layers = self.config.get("model", {}).get("layers")
@@ -97,7 +97,7 @@ class Run(NamedTuple):
             layers = None
         values = {name: flags[name] for name in sorted(names)}
         made_by = self.items_from, self.n_sasrecs
-        return json.dumps([step, layers, bool(self.config.get("bf16")), values, *made_by])
+        return json.dumps([stage, layers, bool(self.config.get("bf16")), values, *made_by])
 
     def ranks(self, protocol: str) -> np.ndarray | None:
         """Test ranks of all users [U], 1 the best; None where they are missing or torn."""
@@ -111,7 +111,7 @@ class Run(NamedTuple):
         """By the weights' hash; runs that do not record it, by their folders."""
         place, known = self.config.get("teacher"), self.config.get("teacher_sha256")
         same_data = teacher.config["data_sha256"] == self.config["data_sha256"]
-        if teacher.step != "teacher" or not place or not same_data:
+        if teacher.stage != "teacher" or not place or not same_data:
             return False
         if known:
             return teacher.results.get("weights_sha256") == known
@@ -144,7 +144,7 @@ def read_runs(root: Path, unpacked: Path | None = None) -> tuple[list[Run], list
                 file.extractall(unpacked / archive.stem)
         more, more_notes = _read_folder(unpacked)
         found, notes = more + found, notes + more_notes  # of equal runs the last counts
-    return sorted(found, key=lambda run: [*SCRIPTS].index(run.step)), notes
+    return sorted(found, key=lambda run: [*SCRIPTS].index(run.stage)), notes
 
 
 def _read_folder(root: Path) -> tuple[list[Run], list[str]]:
@@ -224,7 +224,7 @@ def _named(rows: list[dict[int, Run]]) -> list[Row]:
 
 
 def _precedence(row: Row) -> tuple:
-    by_student = any(run.step == "student" for run in row.runs.values())
+    by_student = any(run.stage == "student" for run in row.runs.values())
     return -len(row.runs), not by_student, row.first.name
 
 

@@ -66,13 +66,13 @@ def compare(rows: list[Row], resamples: int, notes: list[str]) -> list[list[str]
 def _references(row: Row, by_label: dict[str, Row]) -> list[str]:
     """The labels of the rows that a row is compared with."""
     run = row.first
-    step, flags = run.step, run.flags
+    stage, flags = run.stage, run.flags
     names = ["SASRec"]
-    targets = ", every prefix" if step != "sasrec" and flags["train_targets"] == "all" else ""
-    if step != "sasrec" and plain_ce(step, flags):
+    targets = ", every prefix" if stage != "sasrec" and flags["train_targets"] == "all" else ""
+    if stage != "sasrec" and plain_ce(stage, flags):
         depths = [_layers(other.first) for other in by_label.values() if _is_plain(other.first)]
         names += [plain_name(max(depths)) + targets, plain_name(_layers(run))]
-    elif step != "sasrec":
+    elif stage != "sasrec":
         between = f"{_layers(run)} <- {flags.get('llama_decoder_nums_teacher')}"
         names.append(plain_name(_layers(run)) + targets)
         for text, other in by_label.items():
@@ -83,7 +83,7 @@ def _references(row: Row, by_label: dict[str, Row]) -> list[str]:
 
 
 def _is_plain(run: Run) -> bool:
-    return run.step != "sasrec" and plain_ce(run.step, run.flags)
+    return run.stage != "sasrec" and plain_ce(run.stage, run.flags)
 
 
 def _layers(run: Run) -> int:
@@ -102,7 +102,7 @@ def _incomparable(mine: Run, theirs: Run) -> str:
     if any(mine.flags[name] != theirs.flags[name] for name in SAME_CANDIDATES):
         return "other candidates"
     tables = [run.config.get("table_sha256") for run in (mine, theirs)]
-    if "sasrec" not in (mine.step, theirs.step) and tables[0] != tables[1]:
+    if "sasrec" not in (mine.stage, theirs.stage) and tables[0] != tables[1]:
         return f"{mine.name} and {theirs.name} stand on different item tables"
     ranks = [run.ranks(protocol) for run in (mine, theirs) for protocol in ("sampled", "full")]
     missing = any(values is None for values in ranks)

@@ -49,18 +49,18 @@ class Suite:
     extra: dict[str, dict[str, Any]]
     overwrite: bool
 
-    def run(self, step: str, seed: int, name: str, **flags: Any) -> Path:
+    def run(self, stage: str, seed: int, name: str, **flags: Any) -> Path:
         """Run a stage into its folder.
 
         Raises:
             UsageError: the folder holds a run with other flags or from other files.
         """
         folder = self.folder(seed) / name
-        flags = self.data | self.extra[step] | flags | {"seed": seed, "output_dir": str(folder)}
-        if step != "sasrec":
+        flags = self.data | self.extra[stage] | flags | {"seed": seed, "output_dir": str(folder)}
+        if stage != "sasrec":
             flags["item_table"] = str(self.table(seed))
-        print(f"\n== {folder}: {step}", flush=True)
-        SCRIPTS[step](**flags, overwrite=self.overwrite)
+        print(f"\n== {folder}: {stage}", flush=True)
+        SCRIPTS[stage](**flags, overwrite=self.overwrite)
         return folder
 
     def item_table(self, seed: int) -> Path:
@@ -90,19 +90,19 @@ def open_suite(given: SuiteFlags, texts: dict[str, str]) -> Suite:
         UsageError: a flag that its script does not have, or the data is missing.
     """
     extra: dict[str, dict[str, Any]] = {}
-    for step, text in texts.items():
+    for stage, text in texts.items():
         try:
-            extra[step] = cli.bind(SCRIPTS[step], shlex.split(text))
+            extra[stage] = cli.bind(SCRIPTS[stage], shlex.split(text))
         except (UsageError, ValueError) as error:
-            raise UsageError(f"--{step}_flags={text}: {error}") from None
-        known = cli.flags_of(SCRIPTS[step])
-        for name in extra[step]:
+            raise UsageError(f"--{stage}_flags={text}: {error}") from None
+        known = cli.flags_of(SCRIPTS[stage])
+        for name in extra[stage]:
             ours = name in given.values() or name in ("seed", "eval_only")
             if ours or known[name].group.kind == "place":
-                raise UsageError(f"--{step}_flags={text}: --{name} is set by the experiment")
-        extra[step]["device"] = given.device
-        if step != "sasrec":
-            extra[step]["base_model"] = given.base_model
+                raise UsageError(f"--{stage}_flags={text}: --{name} is set by the experiment")
+        extra[stage]["device"] = given.device
+        if stage != "sasrec":
+            extra[stage]["base_model"] = given.base_model
     domain = Domain.of(given)
     domain.read()
     data = {"domain_type": domain.name, "data_path": domain.data_path}

@@ -136,7 +136,7 @@ def of_run(
         UsageError: the checkpoint or the exit is missing.
     """
     slots = run.flags["max_seq_length"]
-    if run.step == "sasrec":
+    if run.stage == "sasrec":
         if exit is not None:
             raise UsageError(f"--exit={exit}: SASRec has no exits")
         sasrec = SASRec.load(run).to(device).eval()

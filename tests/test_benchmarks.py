@@ -215,7 +215,7 @@ def test_the_growth_benchmark_prints_its_rows(tmp_path, monkeypatch):
     layer = (eight - four) / 4
     assert 0 < four - 3 * layer < 0.5 * layer  # the last of n layers computes one token a user
     # a layer of 4096 x 4096 x 4 and 4096 x 11008 x 3 weights: two operations a weight, twice
-    # (forward, and back to the inputs), over 6 + 7 tokens a user and the prompt's 62
+    # (forward, and back to the inputs), over 6 + 7 tokens per user and the prompt's 62
     weights = 4 * 4096**2 + 3 * 4096 * 11008
     assert layer == pytest.approx(4 * weights * (13 * 256 + 62), rel=0.05)
 

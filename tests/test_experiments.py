@@ -55,7 +55,7 @@ PAPERS = ("cloth", "movie", "music", "sport")
             {"train_targets": "last", "init_std": 1.0, "max_seq_length": 50},
             "SASRec, as released later",
         ),
-        ("sasrec", {"train_targets": "last", "init_std": 0.02}, "SASRec, one target a user"),
+        ("sasrec", {"train_targets": "last", "init_std": 0.02}, "SASRec, one target per user"),
         ("teacher", cli.defaults(finetune.main), "E4SRec-like, 8 layers"),
         (
             "teacher",

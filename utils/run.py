@@ -22,6 +22,7 @@ from utils import cpu, files, processes
 from utils.errors import UsageError
 from utils.files import read_json, write_json
 from utils.flags import Group
+from utils.metrics_log import CLOCK, MetricsLog
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,11 +30,10 @@ if TYPE_CHECKING:
     from utils.evaluation import Ranks
     from utils.training import Fitted
 
-OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", "clock.json")
+OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", CLOCK)
 OWN_FOLDERS = ("best", "last", "tensorboard", ".old-best", ".old-last")
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors", "fire")
-STEPS = {"sasrec": "train_sr_trad.py", "teacher": "finetune.py", "student": "distill.py"}
-CLOCK = "clock.json"
+STAGES = {"sasrec": "train_sr_trad.py", "teacher": "finetune.py", "student": "distill.py"}
 ANEW = (  # what to do where the data has changed
     "run every step again in order: train_sr_trad.py --overwrite, extract_emb.py, then the others"
     " with --overwrite"
@@ -46,7 +46,7 @@ class Run:
     """The folder of one stage.
 
     Attributes:
-        step: which stage: sasrec, teacher or student.
+        stage: which stage: sasrec, teacher or student.
         folder: where it is.
         config: config.json as it is there; None where there is none.
         flags: flag name -> value of the command that opened it, or as recorded where it was only
@@ -57,9 +57,9 @@ class Run:
     """
 
     def __init__(
-        self, step: str, folder: Path, config: dict[str, Any] | None, groups: tuple
+        self, stage: str, folder: Path, config: dict[str, Any] | None, groups: tuple
     ) -> None:
-        self.step, self.folder, self.config, self.groups = step, folder, config, groups
+        self.stage, self.folder, self.config, self.groups = stage, folder, config, groups
         self.flags = {name: value for group in groups for name, value in group.values().items()}
         if not groups:
             self.flags = dict((config or {}).get("flags", {}))
@@ -73,7 +73,7 @@ class Run:
     # -- looking ------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, step: str, folder: Path, *groups: Group) -> "Run":
+    def open(cls, stage: str, folder: Path, *groups: Group) -> "Run":
         """Look at `folder` for a command with these flags, before any work.
 
         A finished or unfinished run of the same flags passes; `is_finished` and `prepare` say later
@@ -93,10 +93,10 @@ class Run:
             raise UsageError(
                 f"--output_dir: {error}; choose another folder, or remove this one"
             ) from None
-        run = cls(step, folder, config, groups)
+        run = cls(stage, folder, config, groups)
         run._refuse_foreign()
         if run.flags.get("init_from") and not run.eval_only:
-            run.source = cls._open_source(step, Path(run.flags["init_from"]), folder)
+            run.source = cls._open_source(stage, Path(run.flags["init_from"]), folder)
         if run.eval_only:
             if not (folder / "best").is_dir() and not (folder / ".old-best").is_dir():
                 raise UsageError(
@@ -108,28 +108,28 @@ class Run:
         return run
 
     @classmethod
-    def _open_source(cls, step: str, source: Path, folder: Path) -> "Run":
+    def _open_source(cls, stage: str, source: Path, folder: Path) -> "Run":
         if source.resolve() == folder.resolve():
             raise UsageError(f"--init_from={source} is this run's own folder; name --output_dir")
-        run = cls.read(step, source, "--init_from")
+        run = cls.read(stage, source, "--init_from")
         if run.weights_sha256() is None or not (source / "best").is_dir():
             raise UsageError(f"--init_from={source}: has no checkpoint best/")
         return run
 
     @classmethod
-    def read(cls, step: str, folder: Path, flag: str) -> "Run":
+    def read(cls, stage: str, folder: Path, flag: str) -> "Run":
         """The run of an earlier stage, in the folder that `flag` names.
 
         Raises:
             UsageError: there is no config.json, it is damaged, or it is of another stage.
         """
         if not (folder / "config.json").is_file():
-            raise UsageError(f"{flag}={folder}: no {step} run there; {STEPS[step]} makes one")
-        config = read_json(folder / "config.json", step)
+            raise UsageError(f"{flag}={folder}: no {stage} run there; {STAGES[stage]} makes one")
+        config = read_json(folder / "config.json", stage)
         found = config.get("step")
-        if found != step:
-            raise UsageError(f"{flag}={folder} holds a {found} run, expected a {step} run")
-        return cls(step, folder, config, ())
+        if found != stage:
+            raise UsageError(f"{flag}={folder} holds a {found} run, expected a {stage} run")
+        return cls(stage, folder, config, ())
 
     @property
     def seed(self) -> int:
@@ -139,7 +139,7 @@ class Run:
         from before this rule resumes with its own draws.
         """
         seed = self.flags["seed"]
-        shared = self.step != "student" or self.older
+        shared = self.stage != "student" or self.older
         return seed if shared else (seed + STUDENT_STREAM) % 2**63
 
     @property
@@ -243,7 +243,7 @@ class Run:
         """Say where a later stage reads a run that has not come to its end."""
         if not self.finished:
             print(
-                f"the {self.step} run in {self.folder} is unfinished:"
+                f"the {self.stage} run in {self.folder} is unfinished:"
                 " its best checkpoint so far is read",
                 flush=True,
             )
@@ -280,10 +280,10 @@ class Run:
                     f"--output_dir={self.folder} holds {', '.join(present)} but no run's"
                     " config.json: not a run's folder, choose another"
                 )
-        elif self.config.get("step") != self.step:
+        elif self.config.get("step") != self.stage:
             raise UsageError(
                 f"--output_dir={self.folder} holds a {self.config.get('step')} run,"
-                f" not a {self.step} run; choose another folder"
+                f" not a {self.stage} run; choose another folder"
             )
 
     def _refuse_other_flags(self) -> None:
@@ -347,12 +347,12 @@ class Run:
         """Compare with the unfinished run that is there, and set `resume`.
 
         Args:
-            config: what config.json will say beside the step and the flags.
+            config: what config.json will say beside the stage and the flags.
         Raises:
             UsageError: an unfinished run was made from other files, or is of another model; what
                 differs is named.
         """
-        self._new_config = {"step": self.step, "draws": 1} | config
+        self._new_config = {"step": self.stage, "draws": 1} | config
         self._new_config |= {"flags": self.flags, "given": self._fixed()} | self._start()
         self.resume = not self.overwrite and self._resumable()
         if self.config is not None and not (self.overwrite or self.resume):
@@ -493,7 +493,7 @@ class Run:
         config = read_json(self.folder / "config.json", "run")
         sizes = {parameter: parameter.numel() for parameter in module.parameters()}
         head = {
-            "step": self.step,
+            "step": self.stage,
             "domain": config["domain"],
             "seed": config["flags"]["seed"],
             "data_sha256": config["data_sha256"],
@@ -609,65 +609,3 @@ def _remove(path: Path) -> None:
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-class MetricsLog:
-    """metrics.jsonl: a JSON line per event, and TensorBoard events where asked.
-
-    The first process alone writes.
-    """
-
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
-        self.path = Path(folder) / "metrics.jsonl"
-        self.tensorboard, self.writer = tensorboard, None
-
-    def add(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """Append the numbers of an event (train or valid) at an optimizer step."""
-        if not processes.is_first():
-            return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-        if not self.tensorboard:
-            return
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            place = str(self.path.parent / "tensorboard")
-            self.writer = SummaryWriter(place, purge_step=step)
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(f"{event}/{name}", value, step)
-        self.writer.flush()
-
-    def cut(self, step: int) -> None:
-        """Drop what was logged after `step`: a resumed run takes those steps again."""
-        if not processes.is_first() or not self.path.is_file():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        events = ((line, parsed_event(line)) for line in lines)
-        kept = [line for line, event in events if event is not None and event["step"] <= step]
-        with files.replacing(self.path) as partial:
-            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-    def write_seconds(self, seconds: float) -> None:
-        """Note the seconds trained so far, apart from checkpoints: these are the same bytes
-        whatever the time.
-        """
-        write_json(self.path.with_name(CLOCK), {"seconds": seconds})
-
-    def seconds(self) -> float:
-        """The seconds noted last; 0 where the note is missing or damaged."""
-        try:
-            text = self.path.with_name(CLOCK).read_text(encoding="utf-8")
-            return float(json.loads(text)["seconds"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0.0
-
-
-def parsed_event(line: str) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None where a kill tore it."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) and {"event", "step"} <= set(event) else None

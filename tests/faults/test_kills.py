@@ -24,7 +24,7 @@ RUN = [
     "--warmup_steps=3",
 ]
 LORA = ["--lora_dropout=0.3", "--train_strategy=lora"]
-CASES = {  # four optimizer steps an epoch of the shrunken demo
+CASES = {  # four optimizer steps per epoch of the shrunken demo
     "sasrec": ("train_sr_trad", RUN),
     "sasrec, sampled loss": ("train_sr_trad", [*RUN, "--loss=sampled", "--num_negatives=9"]),
     "teacher": ("finetune", [*RUN, *LORA, "--llama_decoder_nums=4", "--micro_batch_size=8"]),

@@ -1,0 +1,75 @@
+"""metrics.jsonl, the numbers of a run as it goes, and the note of the seconds it has trained.
+
+LEAVE ALONE.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from utils import files, processes
+from utils.files import write_json
+
+CLOCK = "clock.json"
+
+
+class MetricsLog:
+    """metrics.jsonl: a JSON line per event, and TensorBoard events where asked.
+
+    The first process alone writes.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool) -> None:
+        self.path = Path(folder) / "metrics.jsonl"
+        self.tensorboard, self.writer = tensorboard, None
+
+    def add(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """Append the numbers of an event (train or valid) at an optimizer step."""
+        if not processes.is_first():
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        if not self.tensorboard:
+            return
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            place = str(self.path.parent / "tensorboard")
+            self.writer = SummaryWriter(place, purge_step=step)
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(f"{event}/{name}", value, step)
+        self.writer.flush()
+
+    def cut(self, step: int) -> None:
+        """Drop what was logged after `step`: a resumed run takes those steps again."""
+        if not processes.is_first() or not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        events = ((line, parsed_event(line)) for line in lines)
+        kept = [line for line, event in events if event is not None and event["step"] <= step]
+        with files.replacing(self.path) as partial:
+            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write_seconds(self, seconds: float) -> None:
+        """Note the seconds trained so far, apart from checkpoints: these are the same bytes
+        whatever the time.
+        """
+        write_json(self.path.with_name(CLOCK), {"seconds": seconds})
+
+    def seconds(self) -> float:
+        """The seconds noted last; 0 where the note is missing or damaged."""
+        try:
+            text = self.path.with_name(CLOCK).read_text(encoding="utf-8")
+            return float(json.loads(text)["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0.0
+
+
+def parsed_event(line: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where a kill tore it."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and {"event", "step"} <= set(event) else None
