@@ -94,7 +94,7 @@ def peak_memory(
     with_preparation: bool = False,
 ) -> int | None:
     """Most bytes on the device that `prepare(*arguments)()` needs, in a fresh process, beyond what
-    stood there before the call.
+    was in use before the call.
 
     Args:
         prepare: a function of a module (it is sent to the process by name) that returns what is to

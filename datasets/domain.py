@@ -14,7 +14,7 @@ from datasets.interactions import Interactions, read_csv
 from utils.errors import UsageError
 from utils.files import file_sha256, read_json
 from utils.flags import Data, ServedFiles, StudentFiles, TeacherFiles
-from utils.run import ANEW, STAGES, Run
+from utils.run import REBUILD, STAGES, Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -285,7 +285,7 @@ def read_inputs(files: TeacherFiles) -> Inputs:
         if made_from != data.sha256:
             raise UsageError(
                 f"{table_path} was extracted from a CSV with sha256 {str(made_from)[:12]}...,"
-                f" {csv_path} has {data.sha256[:12]}...; where the data has changed, {ANEW}"
+                f" {csv_path} has {data.sha256[:12]}...; where the data has changed, {REBUILD}"
             )
         if about.get("table_sha256", table_sha256) != table_sha256:
             raise UsageError(

@@ -243,7 +243,7 @@ def _cells(text: str, separator: str, quoted: bool) -> list[list[str]]:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Open for reading; compression is told from the first bytes, not from the name."""
+    """Open for reading; the first bytes decide the compression, not the name."""
     return (_opener(path) or open)(path, "rb")
 
 

@@ -50,7 +50,7 @@ def main(
     _title("step 4 without distillation: distill.py, every weight 0")
     distill.main(**common, **off, output_dir=folders["student_ce"])
     print(f"\n{comparison(root)}\n")
-    print("Teacher and students stand on a random base (tiny): the table shows that the pipeline")
+    print("Teacher and students use a random base (tiny): the table shows that the pipeline")
     print("works, not what language pre-training brings.")
 
 

@@ -34,7 +34,7 @@ Series = dict[str, dict[str, tuple[list, list]]]  # panel -> row's label -> step
 def metrics(rows: "list[Row]", path: Path) -> Path:
     """A dot per row, a whisker for the standard deviation over seeds, small dots for the seeds.
 
-    An axis spans the rows near the best one, so that they are told apart. A row further below
+    An axis spans the rows near the best one, so that they can be distinguished. A row further below
     stands at the left edge with its value.
     """
     size = (12, 1.2 + 0.34 * len(rows))

@@ -154,7 +154,7 @@ def _head(rows: list[Row], paper: bool) -> str:
     return (
         f"{rows[0].first.results['users']:,} users, test set;"
         f" mean ± standard deviation over the seeds (of {seeds}) that a row has."
-        + (" LLM rows stand on a random base." if random_base else "")
+        + (" LLM rows use a random base." if random_base else "")
         + (f" {PAPERS_ORDER}" if paper else "")
     )
 

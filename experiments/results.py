@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
     @property
     def flags(self) -> dict[str, Any]:
-        """As recorded. A flag that is younger than the run has its default."""
+        """As recorded. A flag added after the run has its default."""
         return cli.defaults(SCRIPTS[self.stage]) | self.config["flags"]
 
     @property
@@ -201,7 +201,7 @@ def by_domain(runs: list[Run], notes: list[str]) -> dict[str, list[Row]]:
 
 
 def _named(rows: list[dict[int, Run]]) -> list[Row]:
-    """Rows of equal label are told apart by the flags that differ.
+    """Rows with equal labels get the flags that differ.
 
     The plain label goes to the row with most seeds; of equal ones to the one trained by distill.py,
     which has the students' settings and is what they are compared with.

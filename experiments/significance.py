@@ -103,7 +103,7 @@ def _incomparable(mine: Run, theirs: Run) -> str:
         return "other candidates"
     tables = [run.config.get("table_sha256") for run in (mine, theirs)]
     if "sasrec" not in (mine.stage, theirs.stage) and tables[0] != tables[1]:
-        return f"{mine.name} and {theirs.name} stand on different item tables"
+        return f"{mine.name} and {theirs.name} use different item tables"
     ranks = [run.ranks(protocol) for run in (mine, theirs) for protocol in ("sampled", "full")]
     missing = any(values is None for values in ranks)
     if missing or len({len(values) for values in ranks}) > 1:

@@ -428,7 +428,7 @@ def test_the_t_test_of_equal_differences():
 @pytest.mark.parametrize(
     "flags, settings, why",
     [
-        ({}, {"table_sha256": "other"}, "seed0/slmrec and seed0/ce stand on different item tables"),
+        ({}, {"table_sha256": "other"}, "seed0/slmrec and seed0/ce use different item tables"),
         ({"num_candidates": 99}, {"table_sha256": "one"}, "other candidates"),
     ],
 )

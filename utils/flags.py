@@ -449,7 +449,7 @@ class DistillationLoss(Exits):
 
     @classmethod
     def reads_teacher_with(cls, flags: dict[str, Any]) -> bool:
-        """The same of recorded flags; one that is younger than the run is 0."""
+        """The same for recorded flags. A weight added after the run is 0."""
         weights = [field.name for field in cls.fields() if field.metadata["teacher"]]
         return any(flags.get(name, 0) > 0 for name in weights)
 
@@ -524,7 +524,7 @@ class Training(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(Group):
-    """What the next item is told from"""
+    """What the target is compared with"""
 
     kind: ClassVar[str] = "training"
     loss: Literal["full", "sampled"] = flag(

@@ -34,7 +34,7 @@ OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", CLOCK)
 OWN_FOLDERS = ("best", "last", "tensorboard", ".old-best", ".old-last")
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors", "fire")
 STAGES = {"sasrec": "train_sr_trad.py", "teacher": "finetune.py", "student": "distill.py"}
-ANEW = (  # what to do where the data has changed
+REBUILD = (  # what to do after the data has changed
     "run every step again in order: train_sr_trad.py --overwrite, extract_emb.py, then the others"
     " with --overwrite"
 )
@@ -89,7 +89,7 @@ class Run:
         try:
             there = (folder / "config.json").exists()
             config = read_json(folder / "config.json", "run") if there else None
-        except UsageError as error:  # whose files these are is not known
+        except UsageError as error:  # the folder may be someone else's
             raise UsageError(
                 f"--output_dir: {error}; choose another folder, or remove this one"
             ) from None
@@ -136,7 +136,7 @@ class Run:
         """The seed of this stage's draws: new weights, sample order, dropout.
 
         A student draws from another stream than its teacher, whatever `--seed` of either. A run
-        from before this rule resumes with its own draws.
+        that predates this rule resumes with its own draws.
         """
         seed = self.flags["seed"]
         shared = self.stage != "student" or self.older
@@ -149,19 +149,19 @@ class Run:
 
     @property
     def threads(self) -> int | None:
-        """The number of CPU threads that the run in the folder computes with; None where there is
-        none. Another number rounds otherwise.
+        """The number of CPU threads of the run in the folder, or None without a run. Results depend
+        on it in their last digits.
         """
         return None if self.overwrite else (self.config or {}).get("threads")
 
     @property
     def older(self) -> bool:
-        """Whether a run is resumed that is from before streams of draws and plans of training."""
+        """Whether the resumed run predates separate random streams and training plans."""
         return self.resume and "draws" not in self.config
 
     @property
     def finished(self) -> bool:
-        """Whether training came to its end. Evaluating an unfinished run does not finish it."""
+        """Whether training is complete. Evaluating an unfinished run does not finish it."""
         path = self.folder / "results.json"
         return path.is_file() and read_json(path, "results").get("steps") is not None
 
@@ -169,9 +169,9 @@ class Run:
         return read_json(self.folder / "results.json", "results")
 
     def recorded(self, *groups: G) -> tuple[G, ...]:
-        """The groups as the run that is there was started with, for `--eval_only`.
+        """The groups with the flags that the run was trained with, for `--eval_only`.
 
-        A flag that is younger than the run keeps its default.
+        A flag added after the run keeps its default.
 
         Raises:
             UsageError: a flag was given that contradicts the run; both values are named.
@@ -185,9 +185,7 @@ class Run:
         return agreed
 
     def settled(self, group: G, **defaults: Any) -> G:
-        """The group with its empty flags as the run that is there has them, else as `defaults`
-        say.
-        """
+        """The group with its empty flags filled from the run in the folder, else by `defaults`."""
         there = {} if self.config is None or self.overwrite else self.config.get("flags", {})
         empty = {name: v for name, v in defaults.items() if getattr(group, name) is None}
         values = {name: there.get(name, value) for name, value in empty.items()}
@@ -225,7 +223,7 @@ class Run:
                 raise UsageError(
                     f"{self.folder} was made from another file: its {field} is"
                     f" {str(recorded)[:12]}..., {source} has {value[:12]}...; where the data has"
-                    f" changed, {ANEW}"
+                    f" changed, {REBUILD}"
                 )
 
     def weights_sha256(self) -> str | None:
@@ -240,7 +238,7 @@ class Run:
         return self.results().get("weights_sha256")
 
     def report_unfinished(self) -> None:
-        """Say where a later stage reads a run that has not come to its end."""
+        """Report that a later stage reads an unfinished run."""
         if not self.finished:
             print(
                 f"the {self.stage} run in {self.folder} is unfinished:"
@@ -322,7 +320,7 @@ class Run:
             if value != recorded[name]:
                 shown.append(f"--{name}={value} (the run has {recorded[name]})")
         fixed, recorded_fixed = self._fixed(), self.config.get("given")
-        if recorded_fixed is not None:  # a run from before does not say
+        if recorded_fixed is not None:  # an older run does not record it
             for name in sorted({*fixed} ^ {*recorded_fixed}):
                 how = (
                     "given, the run has it adapted"
@@ -344,7 +342,7 @@ class Run:
     # -- training -----------------------------------------------------------------------------
 
     def prepare(self, **config: Any) -> None:
-        """Compare with the unfinished run that is there, and set `resume`.
+        """Compare with the unfinished run in the folder, and set `resume`.
 
         Args:
             config: what config.json will say beside the stage and the flags.
@@ -376,7 +374,7 @@ class Run:
         other = []
         for name, value in plain.items():
             if name in ("flags", "given", "teacher") or name not in self.config:
-                continue  # places; and what is younger than the run
+                continue  # paths, and entries added after the run
             recorded = self.config[name]
             if recorded != value:
                 other.append(f"{name} is {_short(value)} (the run has {_short(recorded)})")
@@ -487,7 +485,7 @@ class Run:
         return results
 
     def _head(self, module: "nn.Module", fitted: "Fitted | None", seconds: dict) -> dict[str, Any]:
-        """Which run, how large, how it was trained; kept from before where it is evaluated."""
+        """The run, its size and its training. An evaluation keeps the recorded training."""
         from utils import checkpoint
 
         config = read_json(self.folder / "config.json", "run")

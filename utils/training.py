@@ -157,7 +157,7 @@ def fit(
     torch.manual_seed(run.seed + RANK_STRIDE * processes.rank())
     device = next(module.parameters()).device
     counts = samples.counts()
-    if run.older:  # from before plans: every flag counts as it is
+    if run.older:  # it predates plans: every flag counts as given
         training, runtime = (group.all_given() for group in (training, runtime))
     state = _State(run, module, training, device, meta)
     state.plan = Plan.of(len(counts), training, runtime)
