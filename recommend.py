@@ -190,7 +190,8 @@ def main(
     k: PositiveInt = flag(10, "length of a list"),
     output: str | None = flag(None, "the file of --users: .parquet, .csv or .jsonl"),
     by: Literal["auto", "id", "asin", "title"] = flag(
-        "auto", "what names an item: its original id, its id in the CSV or its title; auto tries"
+        "auto",
+        "what names an item: its original id, its id in the CSV or its title; auto tries all",
     ),
     exclude: Literal["seen", "none"] = flag("seen", "leave out the items of the history"),
     allow: str | None = flag(None, "a file of items, one per line: only these are recommended"),

@@ -49,7 +49,7 @@ def tables() -> str:
     groups: dict[str, dict[str, dict[str, cli.Flag]]] = {}
     for script, command in SCRIPTS.items():
         for name, flag in cli.flags_of(command).items():
-            title = f"Of {script} alone"
+            title = f"{script} only"
             if flag.group:
                 title = f"{flag.group.__doc__} ({flag.group.kind})"
             groups.setdefault(title, {}).setdefault(name, {})[script] = flag

@@ -167,7 +167,7 @@ class Data(Group):
     )
     data_path: str | None = flag(None, "the domain's CSV, wherever it is")
     ends_are_items: bool = flag(
-        False, "what looks like padding or a marker at the ends of many lists is items"
+        False, "treat ids at the ends of many lists that look like padding or markers as items"
     )
 
 
@@ -180,7 +180,7 @@ class Output(Group):
         None, "the run's folder; output/<domain>/<sasrec, teacher or student> by default"
     )
     init_from: str | None = flag(
-        None, "the folder of a run of the same step: start from its best weights"
+        None, "the folder of a run of the same stage: start from its best weights"
     )
 
 
@@ -246,7 +246,7 @@ class StudentFiles(TeacherFiles):
 
 @dataclass(frozen=True, kw_only=True)
 class ServedFiles(ItemTable, Data):
-    """Files; what is not named is what the run was made from"""
+    """Files; by default those that the run was made from"""
 
     model: str = flag(
         "student",
@@ -568,7 +568,7 @@ class LLMRuntime(Runtime):
         False, "recompute layers in the backward pass to save memory"
     )
     compile: bool = flag(
-        False, "train with compiled layers (torch.compile): minutes once, then shorter steps"
+        False, "train with compiled layers (torch.compile): a slow first step, then shorter ones"
     )
     shard: bool = flag(
         False,
