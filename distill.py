@@ -78,7 +78,7 @@ def read_sasrecs(files, domain):
 
 
 def inherit(teacher, prompt, llm):
-    """What the teacher fixed; a flag that contradicts it is refused."""
+    """Flag groups with the teacher's values. A given flag that differs raises UsageError."""
     from utils.run import agree
 
     source, fixed = f"the teacher in {teacher.folder}", teacher.flags
@@ -113,9 +113,9 @@ def main(
     """Train a student of N layers, aligned to the teacher's M layers at the ends of B blocks.
 
     Loss: ce + distill_lambda * align_cos + norm_lambda * align_norm + cls_multiple_lambda * exits +
-    logit_lambda * logit_kl + sasrec_lambda * sasrec_kl. What the teacher fixed (base, prompt,
-    length, data, item table) is inherited and may not be contradicted. No teacher is needed or
-    loaded where the weights of all terms that read it are 0.
+    logit_lambda * logit_kl + sasrec_lambda * sasrec_kl. Base, prompt, length, data and item
+    table must match the teacher's; flags that are not given are inherited. No teacher is needed or
+    loaded if all terms that read it have weight 0.
     """
     from datasets.domain import Domain, read_inputs
     from datasets.prompts import read_template
@@ -182,7 +182,7 @@ def main(
         sasrec_run.check_same({"data_sha256": inputs.data.sha256}, inputs.csv_path)
         sasrec_run.report_unfinished()
 
-    import torch  # late, so that a wrong request is answered at once
+    import torch  # imported late: bad flags fail at once
 
     from datasets import sequences, teacher_states
     from datasets.prompts import tokenise
@@ -301,14 +301,14 @@ def main(
         if cache is not None:
             seconds["teacher_states_seconds"] = time.perf_counter() - started
 
-    alone = len(sasrec_runs) == 1  # the item table must be its own then; several bring theirs
+    single_sasrec = len(sasrec_runs) == 1  # it must match the item table; several use their own
     sasrec_outputs, sasrec_tables = [], []
     for sasrec_run, sha256 in zip(sasrec_runs, sasrec_sha256):
-        sasrec = SASRec.load(sasrec_run, table if alone else None).to(device)
+        sasrec = SASRec.load(sasrec_run, table if single_sasrec else None).to(device)
         identity = {"sasrec_sha256": sha256, "max_seq_length": sasrec_run.flags["max_seq_length"]}
-        own = dataclasses.replace(samples, max_seq_length=identity["max_seq_length"])
-        sasrec_outputs.append(frozen(sasrec.encoder, own, identity))
-        sasrec_tables.append(table if alone else sasrec.item_table.detach())
+        sasrec_samples = dataclasses.replace(samples, max_seq_length=identity["max_seq_length"])
+        sasrec_outputs.append(frozen(sasrec.encoder, sasrec_samples, identity))
+        sasrec_tables.append(table if single_sasrec else sasrec.item_table.detach())
     sasrec_scores = mean_scores(sasrec_outputs, sasrec_tables) if sasrec_runs else no_teacher
 
     def loss_fn(indices):

@@ -90,7 +90,7 @@ def main(
         (not lacking, f"--onnx needs {', '.join(lacking)}; pip install {' '.join(lacking)}"),
         (
             empty or (overwrite and is_export(folder)),
-            f"--output_dir={folder}: is there already;"
+            f"--output_dir={folder}: already exists;"
             + (
                 " --overwrite replaces it"
                 if is_export(folder)
@@ -104,7 +104,7 @@ def main(
     cli.check((run.stage != "sasrec", "--model: SASRec is no LLaMA; export a teacher or a student"))
 
     import numpy as np
-    import torch  # late, so that a wrong request is answered at once
+    import torch  # imported late: bad flags fail at once
     from tqdm import tqdm
 
     from datasets.items import Items

@@ -77,7 +77,7 @@ def vectors_of_titles(given: ItemVectors, domain):
     )
     vectors = sentence_vectors(items.titles, text_model, processes.choose_device(given.device))
     width = vectors.shape[1]
-    cli.check((dim <= width, f"--dim={dim}: {text_model} gives {width} numbers a title"))
+    cli.check((dim <= width, f"--dim={dim}: {text_model} gives {width} numbers per title"))
     if untitled:
         print(f"{untitled:,} items without a title share one vector")
     about = {
@@ -106,7 +106,7 @@ def main(*, files: ExtractFiles, vectors: ItemVectors) -> dict:
         made = vectors_of_sasrec(files, domain)
     data, item_ids, rows, about = made
 
-    import torch  # late, so that a wrong request is answered at once
+    import torch  # imported late: bad flags fail at once
 
     from datasets.item_table import write_table
 

@@ -52,7 +52,7 @@ def main(
     if run.is_finished(inputs.hashes):
         return run.results()
 
-    import torch  # late, so that a wrong request is answered at once
+    import torch  # imported late: bad flags fail at once
 
     from datasets import sequences
     from datasets.prompts import tokenise

@@ -10,8 +10,8 @@
     python recommend.py --model runs/titles --unseen true --history 12  # also items without a user
 
 Items are named by their original ids or titles, both from <domain>.items.csv, or by their ids in
-the domain's CSV; where all original ids are numbers, a number is one of them. Without a history the
-list is by popularity. As a function:
+the domain's CSV. If all original ids are numbers, a number means an original id. Without a history,
+items are ranked by popularity. As a function:
 
     from recommend import recommend
     items, scores = recommend([[12, 99], [1033]], k=10, domain_type="cloth")
@@ -98,7 +98,7 @@ def _open_runs(
         ),
     )
 
-    from models import recommender  # late, so that a wrong request is answered at once
+    from models import recommender  # imported late: bad flags fail at once
     from utils import processes
 
     chosen = processes.choose_device(device)
@@ -161,7 +161,7 @@ def read_users(users: Path, finder: "Finder") -> tuple[list[str], list[list[int]
     for row, user, cell in read_cells(users):
         if rows.setdefault(user, row) != row:
             raise cli.UsageError(
-                f"--users={users}: reviewerID {user!r} stands in rows {rows[user]} and {row}"
+                f"--users={users}: reviewerID {user!r} appears in rows {rows[user]} and {row}"
             )
         items = parse_list(users, row, cell)
         histories.append([finder.find(item, f"--users={users}: row {row}") for item in items])
@@ -185,7 +185,7 @@ def main(
     files: flags.ServedFiles,
     history: list[str] = flag([], "items in time order, the last one most recent"),
     users: str | None = flag(
-        None, "all, or a CSV with reviewerID and asin, a list of items: lists into --output"
+        None, "all, or a CSV with reviewerID and asin (item lists); results go to --output"
     ),
     k: PositiveInt = flag(10, "length of a list"),
     output: str | None = flag(None, "the file of --users: .parquet, .csv or .jsonl"),
@@ -199,7 +199,7 @@ def main(
     unseen: bool = flag(False, "also items that the data lacks, where the table has vectors"),
     exit: PositiveInt | None = flag(None, "read an LLM at this inner exit, from 1: faster"),
     batch_size: PositiveInt = flag(512, "users per forward pass"),
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one"),
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available"),
 ) -> list[dict] | None:
     """Recommend for one history, on the screen, or for many, into a file."""
     from datasets.domain import is_export, read_all_served

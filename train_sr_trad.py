@@ -58,7 +58,7 @@ def main(
     if run.is_finished(hashes | start):
         return run.results()
 
-    import torch  # late, so that a wrong request is answered at once
+    import torch  # imported late: bad flags fail at once
 
     from datasets import item_table, sequences
     from models.catalogue import catalogue_cross_entropy
@@ -70,7 +70,7 @@ def main(
 
     item_table.check_size(csv_path, data.item_ids, sasrec.emb_dim)  # before hours of training
     device = processes.choose_device(runtime.device, run.threads)
-    every_position = training.train_targets == "all"  # one sample a user, with all its targets
+    every_position = training.train_targets == "all"  # one sample per user, with all its targets
     samples, splits = sequences.prepare(data, "last", sequence, evaluation, every_position)
     if run.eval_only:
         run.check_same(hashes, csv_path)
@@ -114,10 +114,10 @@ def main(
     model.eval()
     counts = sequences.popularity(data).to(device)[:, None]  # [N, 1]: a table of width one
 
-    def encode_alike(history):
+    def encode_constant(history):
         return counts.new_ones(len(history), 1)
 
-    by_popularity = ranker(counts, splits, runtime.eval_batch_size, device)(lambda: encode_alike)
+    by_popularity = ranker(counts, splits, runtime.eval_batch_size, device)(lambda: encode_constant)
     return run.finish(
         model,
         ranks_of,

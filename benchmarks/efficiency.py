@@ -271,7 +271,7 @@ def main(
     eval_batch_size: PositiveInt = flag(256, "users per inference batch"),
     repeats: PositiveInt = flag(3, "rounds"),
     rows: list[str] = flag(["all"], "all, or beginnings of rows' names, such as SASRec"),
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one"),
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available"),
     output_dir: str = flag("output/benchmarks", "where efficiency.json and efficiency.md go"),
 ) -> dict:
     """Print the paper's efficiency table at a shape, and the ratios to the 32-layer model.

@@ -77,7 +77,7 @@ def main(
         "all, or some of steps, preparation, precision, compiled, layouts, sasrec_kl, distill,"
         " inference, catalogue, candidates, ranking, sasrec, process",
     ),
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one"),
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available"),
     output_dir: str = flag("output/benchmarks", "where throughput.json and throughput.md go"),
 ) -> dict:
     """Race ours against the plain form and print the table.

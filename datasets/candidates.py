@@ -40,7 +40,7 @@ def draw(
     longest = int(counts.max(initial=0))
     enough = min(
         size, n_candidates + size - n_items + longest
-    )  # a smaller multiple of K nearly always is
+    )  # always enough; the smaller `width` below nearly always is
     width = min(enough, int(1.15 * n_candidates * size / max(1, n_items - longest)) + 64)
     keys, first = _keys(key, rows), np.cumsum(counts) - counts
     chosen = np.full((len(rows), n_candidates), -1, dtype=np.int64)

@@ -376,8 +376,8 @@ def main(
         (not items or Path(items).resolve() not in targets, f"--items={items} would be replaced"),
         (not path.is_dir() and not listing.is_dir(), f"{path} or {listing} is a folder"),
     )
-    said = {"yes": True, "no": False, "auto": None}
-    form = logs.look(Path(input), KNOWN, said[header], said[lists])
+    choices = {"yes": True, "no": False, "auto": None}
+    form = logs.look(Path(input), KNOWN, choices[header], choices[lists])
     given = {"user": user, "item": item, "time": time, "rating": rating, "title": title}
     listed = None if items is None else look_at_items(Path(items))
     if listed is not None and title not in form.columns:
@@ -385,7 +385,7 @@ def main(
         known = title is None or title in listed.columns
         cli.check((known, f"--title={title}: neither {input} nor {items} has such a column"))
     columns = choose_columns(form, given)
-    in_lists = said[lists] if lists != "auto" else holds_lists(form, columns)
+    in_lists = choices[lists] if lists != "auto" else holds_lists(form, columns)
     columns = report_columns(form, columns, given, in_lists)
     cli.check(
         (

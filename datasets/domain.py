@@ -43,8 +43,8 @@ class Domain(NamedTuple):
 
     def read_as_in(self, recorded: dict[str, Any]) -> "Domain":
         """This domain with the ends of lists read as an earlier step's flags say."""
-        said = self.ends_are_items or bool(recorded.get("ends_are_items"))
-        return self._replace(ends_are_items=said)
+        ends_are_items = self.ends_are_items or bool(recorded.get("ends_are_items"))
+        return self._replace(ends_are_items=ends_are_items)
 
     @property
     def folder(self) -> Path:

@@ -72,7 +72,7 @@ def read_csv(path: str | Path, ends_are_items: bool = False) -> Interactions:
     """Read and check a sequence CSV.
 
     Args:
-        ends_are_items: what looks like padding at the ends of lists is meant.
+        ends_are_items: treat items at the ends of lists that look like padding as real items.
     Raises:
         UsageError: one line naming the file, the row (the header is row 1) and the mend.
     """
@@ -84,7 +84,7 @@ def read_csv(path: str | Path, ends_are_items: bool = False) -> Interactions:
     for row, user, ids in _rows(path, digest):
         if user in names:
             raise UsageError(
-                f"{path}: reviewerID {user!r} stands in rows {names[user]} and {row};"
+                f"{path}: reviewerID {user!r} appears in rows {names[user]} and {row};"
                 " expected one row per user"
             )
         if not user.strip():
@@ -125,7 +125,7 @@ def read_csv(path: str | Path, ends_are_items: bool = False) -> Interactions:
 
 
 class _Ends:
-    """Counts what stands at the ends of lists: padding and markers stand there in many."""
+    """Counts the items at the ends of lists, to detect padding and markers."""
 
     def __init__(self) -> None:
         self.runs = {"start": 0, "end": 0}  # lists with a run of item 0
@@ -146,14 +146,14 @@ class _Ends:
         for end, count in self.runs.items():
             if count >= max(3, PADDED_SHARE * self.lists):
                 raise UsageError(
-                    f"{path}: item 0 stands in a run at the {end} of {count} of {self.lists} lists:"
-                    f" padding? {mend}"
+                    f"{path}: item 0 appears in a run at the {end} of {count} of {self.lists}"
+                    f" lists: padding? {mend}"
                 )
         for end, counts in self.items.items():
             item, count = counts.most_common(1)[0]
             if self.lists >= FEW_USERS and count > ALIKE_SHARE * self.lists:
                 raise UsageError(
-                    f"{path}: item {item} stands at the {end} of {count} of {self.lists} lists:"
+                    f"{path}: item {item} appears at the {end} of {count} of {self.lists} lists:"
                     f" padding, or a marker? {mend}"
                 )
 
@@ -299,7 +299,7 @@ def _columns(path: Path, header: list[str]) -> tuple[int, int]:
     missing = [name for name in ("reviewerID", "asin") if name not in names]
     twice = [name for name in ("reviewerID", "asin") if names.count(name) > 1]
     if twice:
-        raise UsageError(f"{path}: column {twice[0]} stands {names.count(twice[0])} times")
+        raise UsageError(f"{path}: column {twice[0]} appears {names.count(twice[0])} times")
     if not missing:
         return names.index("reviewerID"), names.index("asin")
     for separator in (";", "\t"):

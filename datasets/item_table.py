@@ -66,7 +66,7 @@ _REBUILD = {
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Admits what rebuilds tensors and arrays and nothing else."""
+    """Allows only the globals that rebuild tensors and arrays."""
 
     def find_class(self, module: str, name: str):
         if (module, name) not in _REBUILD:
@@ -192,7 +192,7 @@ def _check_form(path: Path, table: object) -> None:
 
 
 def _the_table(path: Path, content: object) -> object:
-    """The one array in what a file holds."""
+    """The item table inside the loaded content of a file."""
     if isinstance(content, Tensor | np.ndarray):
         return content
     if isinstance(content, dict) and KEY in content:

@@ -1,7 +1,7 @@
 """Reading a file of unknown form as batches of columns: what it looks like, and its lines as Arrow.
 
-LEAVE ALONE. `look` tells the form from the first lines; `batches` streams the columns that are
-asked for, as text where the file is text.
+LEAVE ALONE. `look` detects the format from the first lines; `batches` streams the requested
+columns, as text if the file is text.
 """
 
 import bz2
@@ -138,7 +138,7 @@ def _look_at_parquet(path: Path) -> Form:
     columns = file.schema_arrow.names
     twice = [name for name in columns if columns.count(name) > 1]
     if twice:
-        raise UsageError(f"{path}: column {twice[0]} stands {columns.count(twice[0])} times")
+        raise UsageError(f"{path}: column {twice[0]} appears {columns.count(twice[0])} times")
     sample = [] if batch is None else list(zip(*(_text(column) for column in batch.columns)))
     cells = [[cell or "" for cell in row] for row in sample]
     return Form(path, "parquet", "", "", True, columns, cells)
@@ -197,8 +197,8 @@ def _look_at_table(
     if header:
         twice = [name for name in names if names.count(name) > 1 and bare(name) in known]
         if twice:
-            raise UsageError(f"{path}: column {twice[0]} stands {names.count(twice[0])} times")
-        columns = _told_apart(names)
+            raise UsageError(f"{path}: column {twice[0]} appears {names.count(twice[0])} times")
+        columns = _unique_names(names)
     sample = [row for row in rows[header:] if len(row) == len(columns)]
     blank = len(text) - len(text.lstrip("\r\n\ufeff"))
     before = text[:blank].count("\n") + int(header)
@@ -206,7 +206,7 @@ def _look_at_table(
 
 
 def _is_header(rows: list[list[str]], known: Container[str]) -> bool:
-    """A line with a common column name; or one of texts alone that do not come again."""
+    """Whether the first row has a common column name, or only texts that no later row repeats."""
     first = [cell.strip() for cell in rows[0]]
     if any(bare(name) in known for name in first):
         return True
@@ -216,8 +216,8 @@ def _is_header(rows: list[list[str]], known: Container[str]) -> bool:
     return not any(name in column for name, column in zip(first, later))
 
 
-def _told_apart(names: list[str]) -> list[str]:
-    """Column names without empty or equal ones."""
+def _unique_names(names: list[str]) -> list[str]:
+    """Column names with empty and duplicate ones made unique."""
     apart: list[str] = []
     for number, name in enumerate(names, start=1):
         free = name and name not in apart

@@ -252,7 +252,7 @@ def may_write(path: Path, overwrite: bool) -> tuple[bool, str]:
     names = [path.with_suffix(suffix) for suffix in (*SUFFIXES, ".items.csv")]
     there = [name for name in names if name.exists()]
     named = there[0] if there else path
-    return overwrite or not there, f"{named} is there already; --overwrite replaces it"
+    return overwrite or not there, f"{named} already exists; --overwrite replaces it"
 
 
 def often(codes: np.ndarray, least: int) -> np.ndarray:

@@ -50,9 +50,9 @@ def rows(users: list[str], items: np.ndarray, scores: np.ndarray, names: Items) 
 
 
 class Writer:
-    """Writes rows to a file that appears when all of them are there.
+    """Writes rows to a file that appears only when it is complete.
 
-    Of several processes each writes its own part, and the first one joins them in order.
+    With several processes, each writes its own part, and the first one joins them in order.
     """
 
     def __init__(self, path: Path) -> None:

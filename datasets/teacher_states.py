@@ -99,7 +99,7 @@ def open_or_build(
 
 
 def _are_needed(folder: Path, identity: dict[str, Any], n_samples: int) -> bool:
-    """Whether `folder` does not hold the states yet; says where they are read, or why not."""
+    """Whether the states must be computed. Prints where they are read from, or why not."""
     root = folder.parent
     for partial in root.glob(".tmp-*"):  # nobody else fills while the lock is held
         shutil.rmtree(partial, ignore_errors=True)
@@ -192,7 +192,7 @@ def _bits(path: Path, dtype: torch.dtype, shape: list[int], mode: str) -> np.nda
 
 
 def _claim(path: Path, size: int) -> None:
-    """Write zeros now: a disk that fills up under a memory map kills the process without a word."""
+    """Reserve disk space: a disk that fills up under a memory map kills the process silently."""
     with open(path, "wb") as file:
         for start in range(0, size, ZEROS):
             file.write(bytes(min(ZEROS, size - start)))

@@ -31,7 +31,7 @@ class SuiteFlags(Data):
     sasrec_flags: str = flag("", "flags of train_sr_trad.py, in quotes")
     teacher_flags: str = flag("--num_epochs 10", "flags of finetune.py, in quotes")
     output_dir: str | None = flag(None, "where the runs go; output/<domain>/paper by default")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available")
     overwrite: bool = flag(False, "repeat what is finished")
 
 

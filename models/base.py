@@ -153,8 +153,8 @@ def read_config(base: str) -> PreTrainedConfig:
 
 
 def contents(base: str) -> list:
-    """What tells a base from another, wherever and whenever it was written: file names and sizes,
-    or the hub's commit.
+    """Identify a base independently of its path and file times: file names and sizes, or the hub's
+    commit.
     """
     if Path(base).is_dir():
         return [entry[:2] for entry in identity(base)]
@@ -162,7 +162,7 @@ def contents(base: str) -> list:
 
 
 def identity(base: str) -> list:
-    """What tells the base's present files from others without reading them: names, sizes and times,
+    """Identify the base's current files without reading them: names, sizes and modification times,
     or the hub's snapshot.
     """
     if not Path(base).is_dir():

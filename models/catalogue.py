@@ -45,8 +45,8 @@ def cross_entropy(users: Tensor, item_table: Tensor, target: Tensor | None) -> T
 
 
 class _MeanCrossEntropy(torch.autograd.Function):
-    """The mean, where the table is trained and small: tiles of whole rows, whose gradients are
-    taken on the spot.
+    """Mean cross-entropy for a small trained table: tiles of whole rows, with gradients computed in
+    the forward pass.
 
     Saves the second computation of the logits and their exponentials. Costs a copy of the table's
     gradient.

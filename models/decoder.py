@@ -277,8 +277,8 @@ def compilable(step: Callable) -> Callable:
 def queries_keys_values(
     layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, query_tokens: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The one place that makes them: [T, h, d], [T, h_kv, d], [T, h_kv, d], queries and keys
-    rotated.
+    """Compute queries [T, h, d], keys [T, h_kv, d] and values [T, h_kv, d]; queries and keys are
+    rotated. Every layer calls this.
 
     Args:
         x: the layer's input, [T, H].
@@ -301,8 +301,8 @@ def queries_keys_values(
 def _prompt_layer(
     layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, is_last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer over the prompt alone, [P, H]: its output, its keys and its values. Nobody reads
-    the last layer's output: it is not computed.
+    """One layer over the prompt alone, [P, H]: its output, its keys and its values. The
+    last layer's output is not computed, since nothing uses it.
     """
     query, key, value = queries_keys_values(layer, x, rotation)
     if is_last:

@@ -63,7 +63,7 @@ def save(
 
 
 def merge_lora(llama: PreTrainedModel) -> None:
-    """Add every LoRA to the weight that it stands beside."""
+    """Merge every LoRA into the weight that it adapts."""
     for name, module in list(llama.named_modules()):
         if isinstance(module, LoraLayer):
             module.merge()

@@ -68,7 +68,7 @@ def _convert(path: Path, folder: Path, name: str) -> None:
 
 
 def _pre_tokenizer(path: Path) -> str:
-    """The name that the file gives to how text is cut before the merges."""
+    """The name of the pre-tokenizer in the file's metadata."""
     from gguf import GGUFReader
 
     field = GGUFReader(path).get_field("tokenizer.ggml.pre")

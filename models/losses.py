@@ -67,9 +67,9 @@ def recommendation_loss(
         target: catalogue index of the next item, int64 [B].
         loss: the weights, and how the terms are formed.
         train_teacher: online distillation; the teacher's own cross-entropy (and exits) count too.
-        sasrec: what SASRec, or the mean of several, says of the items. Its softmax over them
-            teaches without any mapping between the two models.
-        negatives: int64 [B, K], what cross-entropy tells the target from; None is the whole
+        sasrec: item scores of SASRec, or the mean scores of several. The student's softmax over
+            items is compared with theirs, so their states need no mapping to each other.
+        negatives: int64 [B, K], the negatives of the cross-entropy; None uses the whole
             catalogue. The KL terms are over the whole catalogue in either case.
     """
     parts: dict[str, Tensor] = {}
@@ -196,8 +196,8 @@ def logit_kl(
 def draw_negatives(
     objective: Objective, n_users: int, n_items: int, device: torch.device
 ) -> Tensor | None:
-    """What `sampled_cross_entropy` tells the targets from, int64 [B, K], uniform over the catalogue
-    and drawn as dropout is; None for the whole catalogue.
+    """Negatives for `sampled_cross_entropy`, int64 [B, K], uniform over the catalogue, from torch's
+    global generator (as for dropout); None for the whole catalogue.
     """
     if objective.loss == "full":
         return None

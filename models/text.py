@@ -11,7 +11,7 @@ LENGTH = 1.0  # mean length of an item's vector, near that of SASRec's items aft
 
 
 def sentence_vectors(titles: list[str], text_model: str, device: torch.device) -> Tensor:
-    """What a sentence encoder makes of each title, of length one; float32 [n, W]. Shows a bar.
+    """Unit-length vectors of the titles by a sentence encoder, float32 [n, W]. Shows a bar.
 
     Args:
         text_model: a folder or a Hugging Face id that the package sentence-transformers reads.

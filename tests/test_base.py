@@ -359,7 +359,7 @@ def test_a_random_twin_has_the_shape_and_the_tokens_but_not_the_weights(checkpoi
         False,
         True,
     ]
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         random_twin.main(base_model=str(checkpoint), output_dir=str(twins[True]))
 
 
@@ -393,7 +393,7 @@ def test_a_folded_base_computes_the_same_from_weights_of_a_fresh_models_spread(
         atol=2e-5,
         rtol=2e-5,
     )
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         folded_base.main(base_model=str(uneven), output_dir=str(folded))
 
 

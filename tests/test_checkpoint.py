@@ -76,7 +76,7 @@ def test_a_misfit_is_told(saved):
         checkpoint.restore(nn.Linear(3, 2), tensors, folder)
     with pytest.raises(UsageError, match=r"weight is \[2, 3\], expected \[2, 4\]"):
         checkpoint.restore(nn.Linear(4, 2, bias=False), tensors, folder)
-    with pytest.raises(UsageError, match="has weight, which the model has not"):
+    with pytest.raises(UsageError, match="has weight, which the model lacks"):
         checkpoint.restore(nn.LayerNorm(2, bias=False).requires_grad_(False), tensors, folder)
     with pytest.raises(UsageError, match="checkpoint not found"):
         checkpoint.load(folder.parent / "last")

@@ -209,7 +209,7 @@ WRONG = {
         "row 3: the time is 'soon', expected a number",
     ),
     "bad date": ("user,item,time\na,x,1.2.2020\nb,y,2.2.2020\n", "row 2: the time is '1.2.2020'"),
-    "twice": ("user,item,item\na,x,y\n", "a.csv: column item stands 2 times"),
+    "twice": ("user,item,item\na,x,y\n", "a.csv: column item appears 2 times"),
     "empty": ("", "a.csv: is empty"),
     "header alone": ("user,item\n", "a.csv: holds no interaction"),
     "half an id": ('user,asin\na,"[1.5, 2]"\n', "row 2: element 0 of the list is '1.5'"),
@@ -242,7 +242,7 @@ def test_bad_requests_are_refused():
             convert.main(input="a.csv", domain_type="shop", **flags)
         assert message in str(refused.value)
     convert.main(input="a.csv", domain_type="shop")
-    with pytest.raises(UsageError, match="is there already; --overwrite replaces it"):
+    with pytest.raises(UsageError, match="already exists; --overwrite replaces it"):
         convert.main(input="a.csv", domain_type="shop")
     with pytest.raises(UsageError, match="--input=data/shop.csv is the file to be written"):
         convert.main(input="data/shop.csv", domain_type="shop", overwrite=True)
@@ -264,7 +264,7 @@ def test_no_file_of_a_domain_is_replaced_or_hidden_unasked(there):
     log = save_text("a.csv", "user,item\na,x\n")
     Path("data").mkdir()
     Path(there).write_text("mine")
-    with pytest.raises(UsageError, match=f"{there} is there already; --overwrite"):
+    with pytest.raises(UsageError, match=f"{there} already exists; --overwrite"):
         convert.main(input=str(log), domain_type="shop")
     assert Path(there).read_text() == "mine" and not Path("data/shop.csv").exists()
 
@@ -345,7 +345,7 @@ def test_a_quote_that_is_not_closed_is_named():
         convert.main(input="a.csv", domain_type="shop")
 
 
-def test_lists_and_names_of_two_words_are_told_apart():
+def test_lists_and_names_of_two_words_are_unique_names():
     mixed = save_text("a.csv", 'user_id,asin\n1,"1,2,3"\n2,"5"\n3,"7,8"\n')
     assert lists_of(mixed) == [["1", "[0, 1, 2]"], ["2", "[3]"], ["3", "[4, 5]"]]
     names = save_text("b.csv", "user,item\nu1,Blue Shirt\nu1,Red Shirt\nu2,Blue Shirt\n")
@@ -432,7 +432,7 @@ def test_requests_that_would_spoil_files_are_refused():
     save_text("data", "a file")
     save_text("b.csv", "user,item\na,x\n")
     for flags, message in (
-        ({"input": "a.parquet", "output_dir": "d"}, "a.parquet: column item stands 2 times"),
+        ({"input": "a.parquet", "output_dir": "d"}, "a.parquet: column item appears 2 times"),
         ({"input": "b.csv"}, "--output_dir=data: data is a file"),
         ({"input": "b.csv", "output_dir": "d", "user": "item"}, "cannot be both user and item"),
     ):

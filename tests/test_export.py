@@ -79,7 +79,7 @@ def test_requests_that_cannot_be(inside, monkeypatch):
     Path("mine").mkdir()
     Path("mine/letter.txt").write_text("x")
     for flags, message in (
-        ({"output_dir": "mine"}, "--output_dir=mine: is there already; not an export"),
+        ({"output_dir": "mine"}, "--output_dir=mine: already exists; not an export"),
         ({"output_dir": "mine", "overwrite": True}, "not an export, choose another"),
         (
             {"output_dir": "o", "model": "sasrec"},
@@ -90,9 +90,7 @@ def test_requests_that_cannot_be(inside, monkeypatch):
         with pytest.raises(UsageError, match=message):
             export.main(**flags)
     export.main(output_dir="o", verify_users=3)
-    with pytest.raises(
-        UsageError, match="--output_dir=o: is there already; --overwrite replaces it"
-    ):
+    with pytest.raises(UsageError, match="--output_dir=o: already exists; --overwrite replaces it"):
         export.main(output_dir="o")
     export.main(output_dir="o", model="teacher", overwrite=True, verify_users=3)
     card = Path("o/README.md").read_text()

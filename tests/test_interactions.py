@@ -73,7 +73,7 @@ BAD = {
     "deep": (f'reviewerID,asin\nu,"{"[" * 100000}"\n', "row 2: asin is not a valid JSON list"),
     "twice": (
         'reviewerID,asin\nu,"[1]"\nv,"[2]"\nu,"[3]"\n',
-        "reviewerID 'u' stands in rows 2 and 4",
+        "reviewerID 'u' appears in rows 2 and 4",
     ),
     "all short": ('reviewerID,asin\nu,"[1,2,3]"\n', "no user has 4 items or more"),
     "all empty": ('reviewerID,asin\nu,"[]"\n', "every user's list is empty"),

@@ -157,7 +157,7 @@ def test_python_literal_metadata_is_read(tmp_path):
 
 def test_refusals(tmp_path):
     written(tmp_path)
-    with pytest.raises(UsageError, match="is there already; --overwrite replaces it"):
+    with pytest.raises(UsageError, match="already exists; --overwrite replaces it"):
         written(tmp_path)
     written(tmp_path, overwrite=True)
     with pytest.raises(

@@ -300,7 +300,7 @@ def test_files_that_cannot_be_are_one_line(inside):
     export.main(output_dir="out", verify_users=3)
     for flags, message in (
         ({"history": ["1"], "allow": "bad.txt"}, "--allow=bad.txt: not UTF-8 text"),
-        ({"users": "twice.csv", "output": "o.csv"}, "reviewerID 'a' stands in rows 2 and 3"),
+        ({"users": "twice.csv", "output": "o.csv"}, "reviewerID 'a' appears in rows 2 and 3"),
         (
             {"users": "twice.csv", "output": "twice.csv"},
             "--output=twice.csv is the file of --users",

@@ -113,7 +113,7 @@ def test_an_item_without_a_user_gets_a_vector_and_can_be_recommended(inside, enc
     "flags, said",
     [
         ({"text_model": "broken"}, "--text_model=broken: cannot be read .no such model anywhere"),
-        ({"dim": 40}, "--dim=40: any gives 24 numbers a title"),
+        ({"dim": 40}, "--dim=40: any gives 24 numbers per title"),
         ({"dim": 200}, "--dim=200: the data has only 160 items"),
     ],
 )

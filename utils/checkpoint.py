@@ -107,10 +107,9 @@ def _no_room(folder: Path, needed: int, error: OSError) -> str:
 def _replace(partial: Path, folder: Path) -> None:
     """Rename `partial` to `folder`.
 
-    The old folder steps aside first, since a rename cannot replace a full folder.
-
-    Where a run died between the two renames, the folder that stepped aside is all there is: it
-    stays until the new one is in place.
+    The old folder is renamed first, since a rename cannot replace a folder that is not empty. If a
+    run dies between the two renames, only that copy remains. It is kept until the new folder is in
+    place.
     """
     old = folder.with_name(f".old-{folder.name}")
     if folder.exists():
@@ -136,8 +135,7 @@ def _present(folder: str | Path) -> Path:
 
 
 def weights_sha256(folder: str | Path) -> str | None:
-    """Hash of a checkpoint's weights: verified where they are there, from the manifest where they
-    were taken away.
+    """Hash of a checkpoint's weights: verified, or read from the manifest if the file was removed.
 
     Returns:
         None where there is no manifest either.
@@ -167,8 +165,8 @@ def newest(run: str | Path) -> tuple[Saved, list[str]]:
     """The newest checkpoint of an unfinished run that verifies, and a note on each that does not.
 
     Raises:
-        UsageError: there is no checkpoint to resume from, or the best one was lost and
-            cannot come again.
+        UsageError: there is no checkpoint to resume from, or the best one is lost and
+            resuming would not reach its step again.
     """
     run = Path(run)
     saved, notes, best_step = [], [], None
@@ -201,9 +199,7 @@ def _read(run: Path, name: str) -> Saved:
 
 
 def _best_is_lost(saved: list[Saved], best_step: int | None, step: int) -> bool:
-    """Steps after the checkpoint to resume from come again, and a best one among them; earlier ones
-    do not.
-    """
+    """Whether the best checkpoint is lost for good: resuming repeats only steps after `step`."""
     if best_step is None:
         return True
     return best_step <= step and all(each.name != "best" for each in saved)
@@ -265,7 +261,7 @@ def restore(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -
     """
     own = trained_tensors(module)
     problems = [f"lacks {name}" for name in own if name not in tensors]
-    problems += [f"has {name}, which the model has not" for name in tensors if name not in own]
+    problems += [f"has {name}, which the model lacks" for name in tensors if name not in own]
     for name in own:
         if name in tensors and tensors[name].shape != own[name].shape:
             shapes = f"{list(tensors[name].shape)}, expected {list(own[name].shape)}"

@@ -141,7 +141,7 @@ def _arguments(main: Callable, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _expanded(value: Any) -> Any:
-    """Paths below the home folder, where a text or a part of it after a comma begins with ~."""
+    """Expand a leading ~ to the home folder in each comma-separated part of a string."""
     if not isinstance(value, str):
         return value
     return ",".join(os.path.expanduser(part) for part in value.split(","))

@@ -15,13 +15,13 @@ LARGEST_PRODUCT_ERROR = 1e-5  # float32 is at 1e-6, bfloat16 at 1e-3
 
 
 def choose_threads(recorded: int | None = None) -> None:
-    """Compute on CPU with `recorded` threads, else with as many as find a free core each.
+    """Set the number of CPU threads: `recorded`, or as many as have a free core each.
 
     A parallel region waits for its slowest thread. Beside another busy process that thread may be
-    off its core for milliseconds, and fewer threads are many times faster. So regions with the same
-    work per thread are timed here. The number is halved as long as they are slow against those of
-    half the threads: in the median, or now and then by far. OMP_NUM_THREADS, where it is set, is
-    left alone.
+    off its core for milliseconds, and fewer threads are many times faster. So parallel regions with
+    equal work per thread are timed here. The number is halved while the regions are slower than
+    with half the threads: in the median, or by far in at least two trials. A thread count set by
+    OMP_NUM_THREADS is not changed.
     """
     import torch
 
@@ -48,16 +48,14 @@ def _default_threads() -> int:
 
 
 def _waits(rates: list[float], half: list[float]) -> bool:
-    """Whether regions of all threads wait, judged by those of half the threads."""
+    """Whether parallel regions are slow, compared with regions of half the threads."""
     expected = statistics.median(half)
     slow = statistics.median(rates) < SLOW * expected
     return slow or sorted(rates)[1] < STUCK * expected
 
 
 def _rates(threads: int) -> list[float]:
-    """Parallel regions per second with so many threads and the same work for each, some times
-    over.
-    """
+    """Parallel regions per second with equal work per thread, measured PROBES times."""
     import torch
 
     torch.set_num_threads(threads)
@@ -73,11 +71,11 @@ def _rates(threads: int) -> list[float]:
 
 
 def choose_products() -> None:
-    """Let oneDNN take float32 products on CPU where MKL, torch's choice, is slower: on AMD's.
+    """On AMD CPUs, compute float32 matrix products with oneDNN instead of the slower MKL.
 
     MKL uses half the width of their vectors. torch hands float32 products to oneDNN at precision
-    `medium` only, which permits bfloat16 on a CPU with units for it. So the results of a trial are
-    looked at, and where they are not of float32 nothing changes.
+    `medium` only, which permits bfloat16 on a CPU with units for it. So the error of a
+    trial product is measured, and the precision is reset if it exceeds that of float32.
     """
     import torch
 
@@ -89,9 +87,7 @@ def choose_products() -> None:
 
 
 def report_slow_bfloat16() -> None:
-    """Say so where this processor has no products of bfloat16: torch then computes them one by
-    one.
-    """
+    """Print a warning if bfloat16 products are slow, as on a CPU without hardware support."""
     ratio = _seconds_of_product("bfloat16") / _seconds_of_product("float32")
     if ratio > SLOW_BFLOAT16:
         print(f"bf16 products are {ratio:.0f} times slower than float32 here; leave --bf16 out")

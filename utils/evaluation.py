@@ -16,7 +16,7 @@ Metrics = dict[str, dict[str, float]]
 PROTOCOLS = {"sampled": (5, 10), "full": (5, 10, 20), "full_all": (5, 10, 20)}  # -> cut-offs
 NO_SCORE, NO_VECTOR = 0, -1  # in place of a rank
 CPU_TILE, TILE = 2**23, 2**26  # scores held at once; larger blocks are slow to allocate on CPU
-FEWEST_USERS = 8  # of a tile: a pass over a table of ten million items pays for several
+FEWEST_USERS = 8  # per tile, so that a pass over ten million items serves several users
 
 
 class EvaluationBatch(Protocol):
@@ -161,8 +161,8 @@ def ranker(
 def _in_step(
     batches: Iterable[EvaluationBatch], rounds: int, encode: Callable, spare: Tensor
 ) -> Iterator[EvaluationBatch]:
-    """The batches of this process. Where they are fewer than `rounds`, it then encodes `spare`: a
-    divided model needs every process in every forward.
+    """Yield the batches of this process, then encode `spare` until `rounds` forwards are done: a
+    sharded model needs every process in every forward.
     """
     done = 0
     for batch in batches:

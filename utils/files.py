@@ -119,15 +119,15 @@ def new_folder(path: str, flag: str) -> Path:
     """
     folder = Path(path)
     if folder.exists():
-        raise UsageError(f"{flag}={folder}: is there already")
+        raise UsageError(f"{flag}={folder}: already exists")
     check_writable(folder.parent, flag)
     return folder
 
 
 def save_whole(folder: Path, *parts: Any) -> None:
-    """Save a model and its tokenizer into a folder that appears when all of it is there.
+    """Save a model and its tokenizer into a folder that appears only when it is complete.
 
-    Where another process has made the folder meanwhile, that one stays.
+    If another process creates the folder in the meantime, its folder is kept.
 
     Args:
         parts: what has `save_pretrained`.

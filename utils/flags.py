@@ -131,7 +131,7 @@ class Group:
         return dataclasses.replace(self, given=frozenset(self.values()))
 
     def filled(self) -> "Group":
-        """With the class's own default wherever the value is None: nothing was there to inherit."""
+        """A copy that has the class's default wherever the value is None (nothing inherited)."""
         own = {field.name: field.default for field in self.fields()}
         empty = {name: own[name] for name, value in self.values().items() if value is None}
         return dataclasses.replace(self, **empty)
@@ -291,12 +291,12 @@ class SASRecModel(Group):
     num_heads: PositiveInt = flag(1, "attention heads")
     dropout: DropRate = flag(0.5, "dropout in the transformer")
     norm: Literal["query", "pre", "post"] = flag(
-        "query", "where LayerNorm stands: query (released), pre or post"
+        "query", "position of LayerNorm: query (released), pre or post"
     )
     init_std: PositiveFloat = flag(
         0.02,
-        "standard deviation of the embeddings at the start; 1 as released, from which "
-        "all-position training fails",
+        "initial standard deviation of the embeddings; the released code uses 1, with which "
+        "training on all positions fails",
     )
 
     def problems(self) -> list[str]:
@@ -426,8 +426,8 @@ class DistillationLoss(Exits):
     sasrec_lambda: NonNegativeFloat = flag(
         0.0,
         "weight of the KL divergence from SASRec's catalogue softmax (SASRec as a teacher); "
-        "several folders in --sasrec, between commas, teach by the mean of their scores, whatever "
-        "their item tables",
+        "several folders in --sasrec, separated by commas, use the mean of their scores; their "
+        "item tables may differ",
         term="SASRec KL",
     )
     norm_form: Literal["l2", "squared_l2"] = flag(
@@ -475,7 +475,7 @@ class ItemVectors(Group):
     )
     dim: PositiveInt = flag(128, "width of the table", needs="source=titles")
     device: Literal["auto", "cpu", "cuda"] = flag(
-        "auto", "auto is cuda where there is one", needs="source=titles"
+        "auto", "auto uses cuda if available", needs="source=titles"
     )
 
 
@@ -485,7 +485,7 @@ class Evaluation(Group):
 
     kind: ClassVar[str] = "model"
     num_candidates: PositiveInt = flag(999, "negatives per user in the sampled protocol")
-    candidate_seed: NonNegativeInt = flag(42, "seed of their draw")
+    candidate_seed: NonNegativeInt = flag(42, "seed for drawing these negatives")
 
 
 # -- training -----------------------------------------------------------------------------------
@@ -545,7 +545,7 @@ class Runtime(Group):
     """Speed, memory, logs"""
 
     kind: ClassVar[str] = "free"
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available")
     micro_batch_size: PositiveInt | None = flag(
         None,
         "users per forward pass; gradients accumulate to batch_size; by default the whole batch",

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the numbers of a run as it goes, and the note of the seconds it has trained.
+"""The metrics of a run during training (metrics.jsonl), and its training time (clock.json).
 
 LEAVE ALONE.
 """
@@ -52,8 +52,8 @@ class MetricsLog:
             partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def write_seconds(self, seconds: float) -> None:
-        """Note the seconds trained so far, apart from checkpoints: these are the same bytes
-        whatever the time.
+        """Write the seconds trained so far to their own file, so that a checkpoint's bytes do not
+        depend on timing.
         """
         write_json(self.path.with_name(CLOCK), {"seconds": seconds})
 
@@ -67,7 +67,7 @@ class MetricsLog:
 
 
 def parsed_event(line: str) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None where a kill tore it."""
+    """A line of metrics.jsonl; None if it is incomplete because the run was killed."""
     try:
         event = json.loads(line)
     except ValueError:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LONGEST_WAIT = datetime.timedelta(hours=6)  # while the first process fills the teacher's cache
 CHUNK = 2**25  # numbers per all-reduce
-FIRST_SPEAKS = 30  # seconds that the other processes leave the first one to report a wrong request
+FIRST_REPORTS = 30  # seconds that the other processes wait while the first reports a UsageError
 
 
 # -- the processes of one run -------------------------------------------------------------------
@@ -129,7 +129,7 @@ def _sum_chunk(tensors: list["torch.Tensor"]) -> None:
 
 
 class Signals:
-    """Within it the first SIGTERM or SIGINT is noted, and a second one ends the process at once.
+    """Context manager that records the first SIGTERM or SIGINT; a second one ends the process.
 
     received: the number of the signal that came, 0 for none.
     """
@@ -179,7 +179,7 @@ def call(command: Callable[[], Any]) -> None:
         if is_first():
             _end(2, f"error: {error}")
         # Every process meets the same error, and torchrun ends the rest as soon as one ends.
-        time.sleep(FIRST_SPEAKS)
+        time.sleep(FIRST_REPORTS)
         _end(2, f"error: {_process()}{error}")
     except RunError as error:
         _end(1, f"error: {_process()}{error}")
@@ -192,7 +192,7 @@ def call(command: Callable[[], Any]) -> None:
         _end(
             1,
             f"error: {_process()}out of memory ({reason}); lower --micro_batch_size or"
-            " --eval_batch_size and give the command again",
+            " --eval_batch_size and run the command again",
         )
     except KeyboardInterrupt:
         _end(130, "interrupted")

@@ -48,9 +48,9 @@ class Run:
     Attributes:
         stage: which stage: sasrec, teacher or student.
         folder: where it is.
-        config: config.json as it is there; None where there is none.
-        flags: flag name -> value of the command that opened it, or as recorded where it was only
-            read.
+        config: the content of config.json; None if the file is missing.
+        flags: flag name -> value, from the command that opened the run, or from config.json for
+            `Run.read`.
         eval_only, overwrite: the flags of that name.
         resume: whether an unfinished run is resumed; set by `prepare`.
         source: the run of `--init_from`, whose best weights are this one's start; None without.
@@ -144,7 +144,7 @@ class Run:
 
     @property
     def starts_from(self) -> "Run | None":
-        """`source`, where its weights are still to be taken: not when resuming."""
+        """`source` if its weights must still be loaded; None when resuming."""
         return None if self.resume else self.source
 
     @property
@@ -306,8 +306,7 @@ class Run:
         )
 
     def _differences(self, inherited: bool) -> str:
-        """Where the flags that count differ from the recorded ones, in words; empty where none
-        does.
+        """A message with the flags that differ from the recorded ones; empty if none differs.
 
         Args:
             inherited: a flag that is None may still be inherited, so it does not count.
@@ -323,9 +322,9 @@ class Run:
         if recorded_fixed is not None:  # an older run does not record it
             for name in sorted({*fixed} ^ {*recorded_fixed}):
                 how = (
-                    "given, the run has it adapted"
+                    "given here, but adapted in the run"
                     if name in fixed
-                    else "adapted, the run has it given"
+                    else "adapted here, but given in the run"
                 )
                 shown.append(f"--{name}={self.flags[name]} is {how}")
         return ", ".join(shown)
@@ -421,8 +420,8 @@ class Run:
         if changed and not self.overwrite:
             files.release_lock(self.folder)
             raise UsageError(
-                f"--output_dir={self.folder}: another process was at work in it meanwhile;"
-                " give the command again"
+                f"--output_dir={self.folder}: another process changed it in the meantime;"
+                " run the command again"
             )
 
     def _report_changes(self) -> None:

@@ -18,8 +18,8 @@ from utils import processes
 def divide(model: nn.Module, layers: Iterable[nn.Module], device: torch.device) -> None:
     """Divide a model's parameters, layer by layer, and move them to the device.
 
-    No more than one layer, and what is in none, is ever whole there. `layers` and `model` must be
-    called as modules: torch brings their weights together around the call.
+    At most one layer, and the parameters outside all layers, are whole at any time. `layers` and
+    `model` must be called as modules: torch brings their weights together around the call.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

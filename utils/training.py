@@ -23,7 +23,7 @@ from utils.processes import Signals
 from utils.run import Run
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
-LEAST_STEPS = 240  # of training, of the flags that were not given: see Plan
+LEAST_STEPS = 240  # minimum length of training unless num_epochs or max_steps is given: see Plan
 LEAST_EVALUATIONS, LEAST_INTERVAL = 5, 10
 PATIENCE_FROM = 500
 WARM = 3  # steps; by then kernels are compiled and memory is there
@@ -53,7 +53,7 @@ class Fitted(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How much there is to train, and what follows from it for flags that were not given.
+    """The length of training, and the values that follow for flags that were not given.
 
     total: optimizer steps. per_epoch: optimizer steps per epoch. warmup: steps of warm-up.
     eval_every, save_every: steps between evaluations and between writing last/.
@@ -209,7 +209,7 @@ def fit(
             bar.update()
             if len(took) <= WARM:
                 took.append(time.perf_counter())
-                _say_warm_up(np.diff(took))
+                _report_slow_first_step(np.diff(took))
             if step % runtime.log_steps == 0 or step == total:
                 means = {name: float(np.mean(values)) for name, values in progress.running.items()}
                 progress.running = {}
@@ -319,7 +319,7 @@ class _State:
         self.run.log.write_seconds(self.seconds + running)
 
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU, in the first process alone; the others help to make them."""
+        """Whole tensors on the CPU, in the first process only; every process must call this."""
         kept = {}
         for name, tensor in tensors.items():
             tensor = sharding.whole(tensor)
@@ -375,9 +375,10 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
 
 
 def _evaluate(ranks_of: RanksOf, progress: Progress, run: Run) -> bool:
-    """Validate; whether it is the best so far.
+    """Validate, and return whether the result is the best so far. A tie is not better.
 
-    A tie is not better; a metric that is not finite is an error before.
+    Raises:
+        RunError: a score is not finite.
     """
     try:
         metrics = ranks_of("valid", None).metrics()
@@ -439,7 +440,7 @@ def _accumulate(
     for i in range(0, len(shares[0]), micro_batch_size):  # the first share is the longest
         micro = mine[i : i + micro_batch_size]
         share = float(counts[micro].sum() / targets)
-        if not len(micro):  # take part all the same, without weight: a divided model needs everyone
+        if not len(micro):  # a sharded model needs every process: run one sample with weight 0
             micro = indices[:1]
         with autocast:
             losses = loss_fn(micro)
@@ -451,7 +452,7 @@ def _accumulate(
         return dict(zip(parts, values.tolist())), signals.received
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    # those of a divided model were summed as they came
+    # gradients of a sharded model were already summed in the backward pass
     processes.sum_in_place([p.grad for p in parameters if not sharding.is_divided(p.grad)])
     signalled = values.new_tensor([float(signals.received > 0)])
     values = torch.cat([values, signalled])
@@ -461,8 +462,8 @@ def _accumulate(
     return dict(zip(parts, means)), stopping
 
 
-def _say_warm_up(seconds: np.ndarray) -> None:
-    """What the first step cost beyond a later one, where that is worth a line."""
+def _report_slow_first_step(seconds: np.ndarray) -> None:
+    """Report the time of the first step if it is over 5 s longer than a later step's."""
     if len(seconds) == WARM and seconds[0] > seconds[-1] + 5:
         tqdm.write(f"the first step took {seconds[0]:.0f} s, a step now {seconds[-1]:.2f} s")
 

@@ -208,7 +208,12 @@ CASES = [
     (22, "TFD", text(HEAD + f'a,"[{"9" * 5000}]"\n'), "row 2: asin is not a valid JSON list"),
     (22, "TFD", text(HEAD + f'a,"{"[" * 100_000}"\n'), "row 2: asin is not a valid JSON list"),
     (24, "TFD", text(HEAD + 'a,"[1, 2, 3]"\n'), "no user has 4 items or more"),
-    (25, "TFD", text(HEAD + GOOD + 'b,"[1, 2]"\n' + GOOD), "reviewerID 'a' stands in rows 2 and 4"),
+    (
+        25,
+        "TFD",
+        text(HEAD + GOOD + 'b,"[1, 2]"\n' + GOOD),
+        "reviewerID 'a' appears in rows 2 and 4",
+    ),
     (
         28,
         "FD",

@@ -269,7 +269,7 @@ def test_f9_out_of_memory_is_one_line_with_the_flags_to_lower(fails, words, caps
         cli.run(main, [])
     told = capsys.readouterr().err
     assert end.value.code == 1 and told.count("\n") == 1 and words in told
-    assert "lower --micro_batch_size or --eval_batch_size and give the command again" in told
+    assert "lower --micro_batch_size or --eval_batch_size and run the command again" in told
 
 
 def test_f13_a_second_process_is_kept_out_and_a_dead_ones_lock_is_free(inside):
@@ -452,7 +452,7 @@ def test_a_run_that_came_in_between_is_not_wiped(inside):
     run.prepare()
     train_sr_trad.main(**RUN)
     before = hashes(Path("run"))
-    with pytest.raises(UsageError, match="another process was at work in it meanwhile"):
+    with pytest.raises(UsageError, match="another process changed it in the meantime"):
         run.begin()
     assert hashes(Path("run")) == before
 

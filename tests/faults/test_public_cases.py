@@ -139,9 +139,12 @@ MEANING = {
         [(ids + [99] * 4)[: 5 + i % 4] for i, ids in enumerate(LISTS)],
         "item 99",
     ),
-    "one zero before all": ([[0, *ids] for ids in LISTS], "item 0 stands at the start of 40 of 40"),
+    "one zero before all": (
+        [[0, *ids] for ids in LISTS],
+        "item 0 appears at the start of 40 of 40",
+    ),
     "one item": ([[7, 7, 7, 7]] * 12, "item 7 is the only one"),
-    "one target": ([[*ids, 99] for ids in LISTS], "item 99 stands at the end of 40 of 40 lists"),
+    "one target": ([[*ids, 99] for ids in LISTS], "item 99 appears at the end of 40 of 40 lists"),
 }
 
 
@@ -162,7 +165,7 @@ def test_zero_is_an_item_where_it_is_said(tmp_path):
 
 def test_two_columns_of_one_name_and_an_empty_user_are_refused(tmp_path):
     path = write_sequences(tmp_path / "d.csv", LISTS, "reviewerID,asin,asin")
-    with pytest.raises(UsageError, match="column asin stands 2 times"):
+    with pytest.raises(UsageError, match="column asin appears 2 times"):
         read_csv(path)
     path.write_text('reviewerID,asin\na,"[1, 2, 3, 4]"\n ,"[1, 2, 3, 4]"\n')
     with pytest.raises(UsageError, match="row 3: reviewerID is empty"):
@@ -183,11 +186,11 @@ def test_what_was_said_of_the_ends_holds_in_later_steps(tmp_path, monkeypatch, i
 
 @pytest.mark.slow
 def test_a_default_that_is_given_is_another_run_where_it_would_adapt(inside):
-    with pytest.raises(UsageError, match="--warmup_steps=50 is given, the run has it adapted"):
+    with pytest.raises(UsageError, match="--warmup_steps=50 is given here, but adapted in the run"):
         finetune.main(**SHORT, warmup_steps=50)
     finetune.main(**SHORT, warmup_steps=50, output_dir="given")
     assert finetune.main(**SHORT, warmup_steps=50, output_dir="given")["steps"] == 3
-    with pytest.raises(UsageError, match="--warmup_steps=50 is adapted, the run has it given"):
+    with pytest.raises(UsageError, match="--warmup_steps=50 is adapted here, but given in the run"):
         finetune.main(**SHORT, output_dir="given")
 
 
