@@ -9,8 +9,9 @@ TWIN=output/base/smollm2_random FOLDED=output/base/smollm2_folded
 [ -e $FOLDED ] || run $PYTHON -m experiments.folded_base --base_model "$BASE" --output_dir $FOLDED
 for seed in $SEEDS; do
     out=$ROOT/seed$seed
-    common="$WHERE --seed $seed --item_table $out/sasrec_item.pkl --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0"
-    common="$common --train_strategy full --num_epochs 2 --eval_steps 88 --save_steps -1"
+    llm="$WHERE --seed $seed --item_table $out/sasrec_item.pkl --train_strategy full"
+    llm="$llm --num_epochs 2 --eval_steps 88 --save_steps -1"
+    common="$llm --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0"
     run $LAUNCH distill.py $common --base_model "$BASE" --learning_rate 2.5e-4 --output_dir $out/smollm2
     run $LAUNCH distill.py $common --base_model "$BASE" --learning_rate 1e-3 --output_dir $out/smollm2_higher
     run $LAUNCH distill.py $common --base_model $TWIN --learning_rate 2.5e-4 --output_dir $out/smollm2_random
@@ -21,5 +22,10 @@ for seed in $SEEDS; do
         run $LAUNCH distill.py $common --base_model $FOLDED --learning_rate 2.5e-4 --llama_decoder_nums_student $layers \
             --distill_block 1 --output_dir $out/smollm2_folded_${layers}_layers
     done
+    run $LAUNCH finetune.py $llm --base_model $FOLDED --llama_decoder_nums 8 --learning_rate 2.5e-4 \
+        --output_dir $out/smollm2_teacher
+    taught="$llm --teacher $out/smollm2_teacher --learning_rate 2.5e-4"
+    run $LAUNCH distill.py $taught --output_dir $out/smollm2_slmrec
+    run $LAUNCH distill.py $taught --norm_lambda 0 --cls_multiple_lambda 0 --output_dir $out/smollm2_cos
 done
 run $PYTHON -m experiments.report --runs "$ROOT"
