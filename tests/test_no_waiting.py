@@ -11,18 +11,19 @@ of losses, ranks to numpy), random state, and autocast, which `meta` has not got
 """
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from datasets.interactions import read_csv
+from datasets.sequences import TEST, EvaluationSplit
 from models.catalogue import catalogue_cross_entropy
 from models.decoder import Packed
 from models.llm4rec import LLM4Rec
 from models.losses import Output, Scores, recommendation_loss
 from models.sasrec import SASRec
-from tests.conftest import histories, small_model
+from tests.conftest import histories, small_model, write_sequences
 from utils.evaluation import EvaluationBatch, rank_users
 from utils.flags import DistillationLoss
 
@@ -97,22 +98,20 @@ def test_sasrecs_step():
     step(model, catalogue_cross_entropy(flat, model.item_table, target))
 
 
-def ranked(encode, table: Tensor) -> Tensor:
-    n = len(LENGTHS)
-    on_device = (empty(n, width, dtype=torch.int64) for width in (9, 5))
-    target, (seen, candidates) = empty(n, dtype=torch.int64), on_device
-    batch = SimpleNamespace(
-        history=histories(LENGTHS), target=target, seen=seen, candidates=candidates
-    )
-    return rank_users(encode(batch.history), table.float().T, batch)
+@pytest.fixture
+def batch(tmp_path) -> EvaluationBatch:
+    """An evaluation batch on the device: 23 users, 23 items, five candidates per user."""
+    sequences = [[(7 * user + 2 * place) % 23 for place in range(6)] for user in range(23)]
+    data = read_csv(write_sequences(tmp_path / "shop.csv", sequences))
+    (batch,) = EvaluationSplit(data, TEST, 8, 0, 5).batches(len(sequences), META)
+    return batch
 
 
-def test_from_histories_to_ranks():
+def test_from_histories_to_ranks(batch):
     for model in (on_meta(small_model()), sasrec().eval()):
         encode = model.user_encoder() if isinstance(model, LLM4Rec) else model
-        ranks = ranked(encode, model.item_table)
-        assert ranks.device == META and ranks.shape == (3, len(LENGTHS))
-    assert EvaluationBatch.__annotations__.keys() == {"history", "target", "seen", "candidates"}
+        ranks = rank_users(encode(batch.history), model.item_table.float().T, batch)
+        assert ranks.device == META and ranks.shape == (3, 23)
 
 
 def test_a_tensor_left_behind_is_noticed(monkeypatch):
