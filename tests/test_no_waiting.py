@@ -12,12 +12,14 @@ of losses, ranks to numpy), random state, and autocast, which `meta` has not got
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, EvaluationSplit
+from datasets.teacher_states import TeacherStates
 from models.catalogue import catalogue_cross_entropy
 from models.decoder import Packed
 from models.llm4rec import LLM4Rec
@@ -76,7 +78,9 @@ def test_a_teachers_step(strategy, checkpointing):
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_a_distillation_step_with_cached_outputs(strategy):
     model, n = on_meta(small_model(strategy=strategy)).train(), len(LENGTHS)
-    teacher = Output(empty(n, 6), empty(n, 2, 32), empty(n, 1, 6))
+    stored = [np.zeros(shape, np.int32) for shape in ((n, 6), (n, 2, 32), (n, 1, 6))]
+    states = TeacherStates(stored, [torch.float32] * 3)
+    teacher = Output(*states.rows(np.arange(n), META))
     sasrec = Scores(empty(n, 8), empty(len(model.item_table), 8))
     target = empty(n, dtype=torch.int64)
     out = model(histories(LENGTHS))
