@@ -37,14 +37,11 @@ def no_teacher(indices, history):
     return None
 
 
-def trained_teacher(model):
-    """The teacher that is trained beside the student (online)."""
-    return lambda indices, history: model(history)
-
-
-def live_teacher(encode, samples):
-    """A frozen teacher that runs in every step, on its own number of items per history."""
-    return lambda indices, history: encode(samples.histories(indices))
+def live_teacher(forward, own_samples=None):
+    """A teacher that runs in every step, on the student's histories or on its own."""
+    if own_samples is None:
+        return lambda indices, history: forward(history)
+    return lambda indices, history: forward(own_samples.histories(indices))
 
 
 def cached_teacher(states, device):
@@ -263,13 +260,14 @@ def main(
     student.place(device, runtime.shard)
 
     # Its teachers.
-    def frozen(load_encoder, samples, identity, divided=False):
-        """A frozen teacher: its outputs on the samples from disk, or live without a cache."""
+    def frozen(load_encoder, identity, own_samples=None, divided=False):
+        """A frozen teacher: its outputs on its samples from disk, or live without a cache."""
         if cache is None:
-            return live_teacher(load_encoder(), samples)
-        identity |= inputs.hashes | {"train_targets": training.train_targets}
+            return live_teacher(load_encoder(), own_samples)
+        identity = identity | inputs.hashes | {"train_targets": training.train_targets}
+        read = samples if own_samples is None else own_samples
         states = teacher_states.open_or_build(
-            cache, identity, load_encoder, samples, runtime.eval_batch_size, divided
+            cache, identity, load_encoder, read, runtime.eval_batch_size, divided
         )
         return cached_teacher(states, device)
 
@@ -286,7 +284,7 @@ def main(
         teacher = build_model(specify_model(llm, n_layers=n_teacher, exit_heads=exits))
         teacher.place(device, runtime.shard)
         trained = torch.nn.ModuleDict({"student": student, "teacher": teacher})
-        teacher_output = trained_teacher(teacher)
+        teacher_output = live_teacher(teacher)
     else:
         identity = {
             "weights_sha256": teacher_sha256,
@@ -297,7 +295,7 @@ def main(
             "max_seq_length": prompt.max_seq_length,
         }
         started = time.perf_counter()
-        teacher_output = frozen(load_teacher, samples, identity, runtime.shard)
+        teacher_output = frozen(load_teacher, identity, divided=runtime.shard)
         if cache is not None:
             seconds["teacher_states_seconds"] = time.perf_counter() - started
 
@@ -305,9 +303,10 @@ def main(
     sasrec_outputs, sasrec_tables = [], []
     for sasrec_run, sha256 in zip(sasrec_runs, sasrec_sha256):
         sasrec = SASRec.load(sasrec_run, table if single_sasrec else None).to(device)
-        identity = {"sasrec_sha256": sha256, "max_seq_length": sasrec_run.flags["max_seq_length"]}
-        sasrec_samples = dataclasses.replace(samples, max_seq_length=identity["max_seq_length"])
-        sasrec_outputs.append(frozen(sasrec.encoder, sasrec_samples, identity))
+        slots = sasrec_run.flags["max_seq_length"]
+        identity = {"sasrec_sha256": sha256, "max_seq_length": slots}
+        own_samples = dataclasses.replace(samples, max_seq_length=slots)
+        sasrec_outputs.append(frozen(sasrec.encoder, identity, own_samples))
         sasrec_tables.append(table if single_sasrec else sasrec.item_table.detach())
     sasrec_scores = mean_scores(sasrec_outputs, sasrec_tables) if sasrec_runs else no_teacher
 

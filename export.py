@@ -44,7 +44,8 @@ def model_card(served, code: str) -> str:
     lines = []
     results = run.folder / "results.json"
     measured = run.results() if results.is_file() else {"test": {}}
-    asked, fewest = (measured.get("candidates", {}).get(name) for name in ("asked", "fewest"))
+    asked = recorded["num_candidates"]
+    fewest = measured.get("candidates", {}).get("fewest", asked)  # an older run does not record it
     candidates = asked if asked == fewest else f"at least {fewest}"  # a small catalogue has fewer
     for protocol, metrics in measured["test"].items():
         values = (f"{metrics[n]:.4f}" for n in ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR"))

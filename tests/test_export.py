@@ -95,11 +95,16 @@ def test_requests_that_cannot_be(inside, monkeypatch):
     export.main(output_dir="o", model="teacher", overwrite=True, verify_users=3)
     card = Path("o/README.md").read_text()
     assert "8 LLaMA layers (teacher)" in card and "| none: it is random |" in card
-    fewest = json.loads(Path("output/demo/teacher/results.json").read_text())["candidates"][
-        "fewest"
-    ]
+    recorded = Path("output/demo/teacher/results.json")
+    results = json.loads(recorded.read_text())
+    fewest = results["candidates"]["fewest"]
     assert 100 < fewest < 160
     assert f"| the target among at least {fewest} items that the user never met |" in card
+    del results["candidates"]  # as in a run from before it was recorded
+    recorded.write_text(json.dumps(results))
+    export.main(output_dir="o", model="teacher", overwrite=True, verify_users=3)
+    card = Path("o/README.md").read_text()
+    assert "| the target among 999 items that the user never met |" in card
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UsageError, match="--onnx needs onnxscript; pip install onnxscript"):
         export.main(output_dir="p", onnx=True)
