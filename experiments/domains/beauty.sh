@@ -28,6 +28,14 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $llm --output_dir $out/slmrec_sasrec_kl --teacher $out/teacher --student_init base --sasrec $out/sasrec \
         --sasrec_lambda 3 --sasrec_temperature 2 \
         --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1
+    run $LAUNCH distill.py $llm --output_dir $out/from_teachers_ends --teacher $out/teacher --student_init adapter \
+        --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1
+    run $LAUNCH distill.py $llm --output_dir $out/from_teachers_ends_sasrec_kl --teacher $out/teacher --student_init adapter \
+        --sasrec $out/sasrec --sasrec_lambda 3 --sasrec_temperature 2 \
+        --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1
+    run $LAUNCH distill.py $llm --output_dir $out/cos_sasrec_kl --teacher $out/teacher --student_init base --sasrec $out/sasrec \
+        --norm_lambda 0 --cls_multiple_lambda 0 --sasrec_lambda 3 --sasrec_temperature 2 \
+        --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1
     run $LAUNCH distill.py $llm --output_dir $out/ce_2 --base_model "$BASE" \
         --llama_decoder_nums_student 2 --distill_block 2 \
         --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SmolLM2-135M and its random twin on amazon2014_beauty, two epochs, after beauty.sh: docs/sasrec_teacher.md. `make smollm2` brings it.
+# SmolLM2-135M and its random twin on amazon2014_beauty, after beauty.sh: docs/sasrec_teacher.md. `make smollm2` brings it.
 # docs/data.md says where the file is from. common.sh says what can be set from outside.
 DOMAIN=beauty DATA=${DATA:-data/amazon2014_beauty.csv.xz} BASE=${BASE:-smollm2}
 . "$(dirname "$0")/common.sh"
@@ -10,8 +10,9 @@ TWIN=output/base/smollm2_random FOLDED=output/base/smollm2_folded
 for seed in $SEEDS; do
     out=$ROOT/seed$seed
     llm="$WHERE --seed $seed --item_table $out/sasrec_item.pkl --train_strategy full"
-    llm="$llm --num_epochs 2 --eval_steps 88 --save_steps -1"
-    common="$llm --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0"
+    ce="$llm --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0"
+    two="--num_epochs 2 --eval_steps 88 --save_steps -1"
+    common="$ce $two"
     run $LAUNCH distill.py $common --base_model "$BASE" --learning_rate 2.5e-4 --output_dir $out/smollm2
     run $LAUNCH distill.py $common --base_model "$BASE" --learning_rate 1e-3 --output_dir $out/smollm2_higher
     run $LAUNCH distill.py $common --base_model $TWIN --learning_rate 2.5e-4 --output_dir $out/smollm2_random
@@ -22,9 +23,13 @@ for seed in $SEEDS; do
         run $LAUNCH distill.py $common --base_model $FOLDED --learning_rate 2.5e-4 --llama_decoder_nums_student $layers \
             --distill_block 1 --output_dir $out/smollm2_folded_${layers}_layers
     done
-    run $LAUNCH finetune.py $llm --base_model $FOLDED --llama_decoder_nums 8 --learning_rate 2.5e-4 \
+    run $LAUNCH distill.py $ce --base_model $FOLDED --learning_rate 2.5e-4 --num_epochs 5 --eval_steps 88 --save_steps -1 \
+        --output_dir $out/smollm2_folded_five_epochs
+    run $LAUNCH distill.py $common --base_model $FOLDED --learning_rate 2.5e-4 --sasrec $out/sasrec \
+        --sasrec_lambda 3 --sasrec_temperature 2 --output_dir $out/smollm2_folded_sasrec_kl
+    run $LAUNCH finetune.py $llm $two --base_model $FOLDED --llama_decoder_nums 8 --learning_rate 2.5e-4 \
         --output_dir $out/smollm2_teacher
-    taught="$llm --teacher $out/smollm2_teacher --learning_rate 2.5e-4"
+    taught="$llm $two --teacher $out/smollm2_teacher --learning_rate 2.5e-4"
     run $LAUNCH distill.py $taught --output_dir $out/smollm2_slmrec
     run $LAUNCH distill.py $taught --norm_lambda 0 --cls_multiple_lambda 0 --output_dir $out/smollm2_cos
 done
