@@ -115,9 +115,10 @@ def layouts(bench: Bench, n_layers: int) -> None:
             length = torch.from_numpy(bench.samples.lengths()[rows])
             for bucket in length.argsort().chunk(n_buckets):
                 longest = int(length[bucket].max())
+                # padding becomes an item
                 history[bucket, -longest:] = history[bucket, -longest:].clamp(
                     max=bench.data.n_items - 1
-                )  # padding becomes an item
+                )
         return catalogue_cross_entropy(model(history).user, model.item_table, target)
 
     step = functools.partial(training_step, model)

@@ -38,9 +38,8 @@ def draw(
     bits = max(1, int(n_items - 1).bit_length())
     size, counts = 1 << bits, np.bincount(owner, minlength=len(rows))
     longest = int(counts.max(initial=0))
-    enough = min(
-        size, n_candidates + size - n_items + longest
-    )  # always enough; the smaller `width` below nearly always is
+    # always enough; the smaller `width` below nearly always is
+    enough = min(size, n_candidates + size - n_items + longest)
     width = min(enough, int(1.15 * n_candidates * size / max(1, n_items - longest)) + 64)
     keys, first = _keys(key, rows), np.cumsum(counts) - counts
     chosen = np.full((len(rows), n_candidates), -1, dtype=np.int64)

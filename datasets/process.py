@@ -39,9 +39,8 @@ from utils.flags import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
 
 NUMBERS = {"overall", "unixReviewTime"}  # the fields that are numbers; all others are text
 BROKEN_SHARE = 0.01  # more broken lines than this are an error
-SCRIPT = re.compile(
-    r"\bvar aPageStart\b|getTime\(\)"
-)  # page code that stands as a title in some v2 files
+# page code that stands as a title in some v2 files
+SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")
 TAG = re.compile(r"</?[A-Za-z][^<>]*>|<span\b[^<>]*$")  # whole tags, and one that was cut off
 Order = Literal["time", "file"]
 
@@ -211,9 +210,8 @@ def clean_title(title: object) -> str:
     if not isinstance(title, str) or SCRIPT.search(title):
         return ""
     text = html.unescape(TAG.sub(" ", html.unescape(title)))
-    return " ".join(
-        text.encode("utf-8", "replace").decode().split()
-    )  # lone surrogates cannot be written
+    # lone surrogates cannot be written
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def write_domain(

@@ -23,11 +23,8 @@ from utils.files import read_json, replacing
 from utils.run import Run as Folder
 
 KEPT = ("config.json", "results.json", "metrics.jsonl")
-COMMON = (
-    "seed",
-    "domain_type",
-    "bf16",
-)  # flags that make no other row, beside places and free ones
+# flags that make no other row, beside places and free ones
+COMMON = ("seed", "domain_type", "bf16")
 NEEDED = {"test", "valid", "users", "parameters", "trainable_parameters"}
 TABLE = ("sampled", "full", "full_all")
 LONG_AGO = (1980, 1, 1, 0, 0, 0)  # in archives, so that equal runs give equal bytes

@@ -52,9 +52,8 @@ STUDENTS = {
     "influence": f"{STUDENT} --layer_selection influence --block_reduction mean"
     " --norm_form squared_l2",
 }
-KILLED = {
-    "killed": f"{STUDENT} --teacher teacher_lora --train_strategy lora --lora_dropout 0.3"
-}  # equals `lora`
+# equals `lora`
+KILLED = {"killed": f"{STUDENT} --teacher teacher_lora --train_strategy lora --lora_dropout 0.3"}
 
 
 def start(name: str, line: str, folder: Path) -> subprocess.Popen:

@@ -50,9 +50,8 @@ def checkpoint(tmp_path_factory):
     shard_of = {}
     for name in tensors:
         parts = name.split(".")
-        number = (
-            int(parts[2]) // 2 if "layers" in name else (0 if "embed" in name else 7)
-        )  # the norm sits in the last shard
+        # the norm sits in the last shard
+        number = int(parts[2]) // 2 if "layers" in name else (0 if "embed" in name else 7)
         shard_of[name] = f"model-{number + 1:05d}-of-00008.safetensors"
     for shard in set(shard_of.values()):
         save_file(

@@ -33,9 +33,8 @@ def test_the_plain_loss_is_distills_default_loss_in_parity():
     loss = DistillationLoss()
     parts = recommendation_loss(student(batch), wanted, student.item_table, target, loss)
     given = plain.plain_loss(student(batch), wanted, student.item_table, target)
-    torch.testing.assert_close(
-        given.double(), parts["total"], atol=1e-5, rtol=1e-6
-    )  # the plain form rounds to float32
+    # the plain form rounds to float32
+    torch.testing.assert_close(given.double(), parts["total"], atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(
         plain.plain_loss(
             student(batch)._replace(exits=torch.empty(4, 0, 6)), None, student.item_table, target
@@ -122,9 +121,8 @@ def test_twins_of_a_half_precision_base_agree():
             given, wanted = ours(batch).user.float(), theirs(batch).user.float()
         exact = copy.deepcopy(ours).float()(batch).user
     errors = [float((rounded - exact).norm() / exact.norm()) for rounded in (given, wanted)]
-    assert 0 < errors[0] < 1.5 * errors[1] < 0.15, (
-        errors
-    )  # ours rounds no worse than the plain form
+    # ours rounds no worse than the plain form
+    assert 0 < errors[0] < 1.5 * errors[1] < 0.15, errors
     losses = []
     for model in (ours, theirs):  # and learn alike
         step = measure.training_step(

@@ -90,9 +90,8 @@ def test_no_candidate_was_met_at_any_time_and_splits_differ(tmp_path):
 def test_a_dropped_short_user_does_not_shift_the_others(tmp_path):
     rng = np.random.default_rng(0)
     users = [rng.permutation(40)[:6].tolist() for _ in range(5)]
-    users[1] = users[0][
-        ::-1
-    ]  # all its items occur elsewhere, so cutting it short leaves the catalogue as it is
+    # all its items occur elsewhere, so cutting it short leaves the catalogue as it is
+    users[1] = users[0][::-1]
     whole = read_csv(write_sequences(tmp_path / "a.csv", users))
     short = read_csv(write_sequences(tmp_path / "b.csv", [users[0], users[1][:2], *users[2:]]))
     assert short.rows.tolist() == [0, 2, 3, 4]

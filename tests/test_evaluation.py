@@ -13,9 +13,8 @@ from utils.evaluation import evaluate
 @pytest.fixture
 def data(tmp_path):
     rng = np.random.default_rng(5)
-    sequences = [
-        rng.integers(0, 40, size=rng.integers(4, 12)).tolist() for _ in range(30)
-    ]  # with repeats
+    # with repeats
+    sequences = [rng.integers(0, 40, size=rng.integers(4, 12)).tolist() for _ in range(30)]
     return read_csv(write_sequences(tmp_path / "d.csv", sequences))
 
 

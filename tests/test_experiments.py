@@ -133,19 +133,14 @@ def test_the_papers_figures_are_those_of_its_page():
 
 def test_paired_bootstrap_on_what_can_be_worked_out():
     mean, low, high, p = significance.paired_bootstrap(np.full(50, 0.25), 99)
-    assert (mean, low, high, p) == (
-        0.25,
-        0.25,
-        0.25,
-        0.02,
-    )  # 2 * (0 + 1) / (99 + 1): the least that 99 resamples can show
+    # 2 * (0 + 1) / (99 + 1): the least that 99 resamples can show
+    assert (mean, low, high, p) == (0.25, 0.25, 0.25, 0.02)
     assert significance.paired_bootstrap(np.zeros(50), 100) == (0.0, 0.0, 0.0, 1.0)
     rng = np.random.default_rng(5)
     difference = rng.normal(0.02, 1.0, 4000)
     mean, low, high, p = significance.paired_bootstrap(difference, 4000)
-    error = difference.std() / math.sqrt(
-        len(difference)
-    )  # the normal interval, which the bootstrap's must come near
+    # the normal interval, which the bootstrap's must come near
+    error = difference.std() / math.sqrt(len(difference))
     assert mean == difference.mean()
     assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error) and high == pytest.approx(
         mean + 1.96 * error, abs=0.1 * error
@@ -251,9 +246,8 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
         fake_run(tmp_path / f"seed{seed}/slmrec", "student", STUDENT, seed, ranks)
         fake_run(tmp_path / f"seed{seed}/ce", "student", STUDENT | paper.OFF, seed, [2, 2, 4, 20])
         fake_run(tmp_path / f"seed{seed}/teacher", "teacher", teacher, seed, [1, 1, 1, 1])
-    fake_run(
-        tmp_path / "four", "teacher", teacher | {"llama_decoder_nums": 4}, 0, [2, 2, 4, 20]
-    )  # the same as ce of seed 0
+    # the same as ce of seed 0
+    fake_run(tmp_path / "four", "teacher", teacher | {"llama_decoder_nums": 4}, 0, [2, 2, 4, 20])
     fake_run(tmp_path / "slow", "student", STUDENT | {"learning_rate": 1e-5}, 0, [20, 20, 20, 20])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text('{"step": "student"}')
@@ -380,9 +374,8 @@ def test_no_row_is_lost_and_none_is_mixed(tmp_path):
         [1, 2],
         settings={"bf16": True, "teacher": "output/seed0/teacher"},
     )
-    assert (
-        "SLMRec 4 <- 8 [two/slmrec]" in rows_of(tmp_path)[0]
-    )  # computed in bfloat16 on another machine
+    # computed in bfloat16 on another machine
+    assert "SLMRec 4 <- 8 [two/slmrec]" in rows_of(tmp_path)[0]
     for seed, layers in ((0, [0, 1, 2, 3]), (1, [0, 1, 2, 5])):
         chosen = {"model": {"layers": layers}, "teacher": None}
         fake_run(
@@ -628,9 +621,8 @@ def test_ablation_shares_the_teacher_and_resumes_where_it_stopped(inside, capsys
     )
     root = Path("output/demo/paper")
     assert path == root / "report.md" and "| SLMRec 4 <- 8 | 0, 1 |" in path.read_text()
-    assert (
-        len(list((root / "seed0/teacher_states").glob("*/meta.json"))) == 2
-    )  # four blocks and two, one pass each
+    # four blocks and two, one pass each
+    assert len(list((root / "seed0/teacher_states").glob("*/meta.json"))) == 2
     stamps = {run: run.stat().st_mtime_ns for run in root.rglob("results.json")}
     assert len(stamps) == 2 * 5
     (root / "seed1/ce/results.json").unlink()  # as if stopped there

@@ -211,9 +211,8 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, strategy):
     given = torch.load(tmp_path / "gradients.pt", weights_only=True)
     model = small_model(strategy=strategy, exit_heads=False).train()
     model(histories(DDP_LENGTHS)).user.square().sum().backward()
-    wanted = {
-        name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None
-    }  # DDP averages
+    # DDP averages
+    wanted = {name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None}
     assert set(given) == set(wanted) and len(wanted) > 10
     for name in wanted:
         torch.testing.assert_close(

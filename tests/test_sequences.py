@@ -64,12 +64,5 @@ def test_a_limit_gives_the_first_batches(data):
 
 
 def test_popularity_counts_training_items_only(data):
-    assert popularity(data).tolist() == [
-        1,
-        1,
-        2,
-        2,
-        1,
-        0,
-        0,
-    ]  # users 1-5 of the first, 4-3 of the second
+    # users 1-5 of the first, 4-3 of the second
+    assert popularity(data).tolist() == [1, 1, 2, 2, 1, 0, 0]

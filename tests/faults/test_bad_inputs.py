@@ -27,12 +27,8 @@ from utils import checkpoint, cli
 pytestmark = pytest.mark.slow
 MAINS = {"T": train_sr_trad.main, "E": extract_emb.main, "F": finetune.main, "D": distill.main}
 PKL, NOTES = Path("output/demo/sasrec_item.pkl"), Path("output/demo/sasrec_item.json")
-ALONE = (
-    *range(20, 38),
-    *range(54, 58),
-    64,
-    73,
-)  # rows about the item table, the base and the prompt: a teacher's would tell first
+# rows about the item table, the base and the prompt: a teacher's would tell first
+ALONE = (*range(20, 38), *range(54, 58), 64, 73)
 HEAD = "reviewerID,asin\n"
 GOOD = 'a,"[1, 2, 3, 4]"\n'
 

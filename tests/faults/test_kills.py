@@ -152,9 +152,8 @@ def test_killed_between_the_best_and_the_last_of_the_final_step(uninterrupted, m
     script, flags = CASES["sasrec"]
     assert expected["sasrec"]["results.json"]["best_step"] == 12
     (folder / "log.txt").unlink(missing_ok=True)
-    statuses, left = sequence(
-        script, [["last", 4]], flags, "final step"
-    )  # the fourth: steps 3, 6, 9, 12
+    # the fourth: steps 3, 6, 9, 12
+    statuses, left = sequence(script, [["last", 4]], flags, "final step")
     assert statuses == [137]
     assert left == expected["sasrec"]
     assert "resuming from final step/best, step 12" in (folder / "log.txt").read_text()
@@ -166,9 +165,10 @@ def test_a_signal_lets_the_step_finish_and_saves(uninterrupted, kind, status, mo
     monkeypatch.chdir(folder)
     script, flags = CASES["teacher"]
     (folder / "log.txt").unlink(missing_ok=True)
+    # the last one in step 12
     statuses, left = sequence(
         script, [[kind, n] for n in (1, 2, 1, 4, 3, 1)], flags, f"signal {kind}"
-    )  # the last one in step 12
+    )
     assert statuses == [status] * 6
     assert left == expected["teacher"]
     assert "the same command resumes from there" in (folder / "log.txt").read_text()
