@@ -291,9 +291,8 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
         "bare: its config.json or results.json lacks something" in text
         and "list/config.json: damaged" in text
     )
-    assert (
-        "| SLMRec 4 <- 8 | E4SRec-like, 4 layers |" not in text.split("### Significance")[1]
-    )  # the ranks of one seed are torn
+    # the ranks of one seed are torn
+    assert "| SLMRec 4 <- 8 | E4SRec-like, 4 layers |" not in text.split("### Significance")[1]
     assert (
         "SLMRec 4 <- 8 against E4SRec-like, 4 layers: ranks.npz of seed1/slmrec or seed1/ce is "
         "missing or torn" in text
