@@ -323,13 +323,12 @@ def main(
             gc.collect()
     for name in times:
         step, infer = np.median(np.array(times[name]), axis=0)
+        is_llm = not name.startswith("SASRec")
         about["rows"][name] |= {
             "step_seconds": step,
             "train_seconds_per_epoch": step * n / batch_size,
             "inference_seconds": infer * n / eval_batch_size,
-            "padded_tokens_per_second": None
-            if name.startswith("SASRec")
-            else batch_size * padded / step,
+            "padded_tokens_per_second": batch_size * padded / step if is_llm else None,
         }
     about["ratios"] = ratios(times, batch_size / eval_batch_size)
     measure.write_report(folder, "efficiency", about, table(about))

@@ -42,20 +42,25 @@ def catalogue(bench: Bench, n_rows: int = 256) -> None:
         )
         arguments = (n_rows, n_items, trained, bench.device.type)
         peaks = [
-            measure.peak_memory(cross_entropy_peak, which, *arguments, device=bench.device) or 0
+            measure.peak_memory(cross_entropy_peak, which, *arguments, device=bench.device)
             for which in ("ours", "plain")
         ]
         own = table.numel() * 4 if trained else 0
+        memory = {}
+        if None not in peaks:
+            memory = {
+                "peak_mib": peaks[0] / 2**20,
+                "plain_peak_mib": peaks[1] / 2**20,
+                "table_gradient_mib": own / 2**20,
+                "peak_share": (peaks[0] - own) / max(peaks[1], 1),
+            }
         bench.add(
             f"catalogue CE, {n_rows} x {n_items:,} x {DIM}, {'trained' if trained else 'frozen'} "
             f"table",
             "ms",
             timed,
             1e3,
-            peak_mib=peaks[0] / 2**20,
-            plain_peak_mib=peaks[1] / 2**20,
-            table_gradient_mib=own / 2**20,
-            peak_share=(peaks[0] - own) / max(peaks[1], 1),
+            **memory,
         )
 
 
@@ -82,11 +87,9 @@ def plain_cross_entropy(users: Tensor, table: Tensor, target: Tensor) -> None:
 def cross_entropy_peak(which: str, n_rows: int, n_items: int, trained: bool, device: str):
     """For measure.peak_memory: one forward and backward."""
     inputs = cross_entropy_inputs(n_rows, n_items, trained, device)
-    return (
-        functools.partial(plain_cross_entropy, *inputs)
-        if which == "plain"
-        else lambda: catalogue_cross_entropy(*inputs).backward()
-    )
+    if which == "plain":
+        return functools.partial(plain_cross_entropy, *inputs)
+    return lambda: catalogue_cross_entropy(*inputs).backward()
 
 
 def candidates(bench: Bench, n_users: int = 512, n_plain: int = 16) -> None:

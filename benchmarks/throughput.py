@@ -47,11 +47,10 @@ def table(bench: Bench) -> str:
             ]
         tokens.append(f"{row['floor_ms']:.0f} ms" if "floor_ms" in row else "-")
         reached = f"{row['of_matrix_rate']:.2f}" if "of_matrix_rate" in row else "-"
-        peak = (
-            f"{row['peak_mib']:,.0f} / {row['plain_peak_mib']:,.0f} ({row['peak_share']:.3f})"
-            if "peak_mib" in row
-            else "-"
-        )
+        peak = "-"
+        if "peak_mib" in row:
+            share = f"({row['peak_share']:.3f})"
+            peak = f"{row['peak_mib']:,.0f} / {row['plain_peak_mib']:,.0f} {share}"
         lines.append(
             f"| {row['row']} | {row['unit']} | {' | '.join(numbers)} | {row['ratio']:.2f}x | "
             f"{' | '.join(tokens)} | {reached} | {peak} |"

@@ -287,11 +287,9 @@ def read_titles(form: Form, columns: tuple[str | None, str | None], wanted: set[
 def look_at_items(path: Path) -> Form:
     """The form of a list of items; without a common column name it has no header."""
     form = logs.look(path, KNOWN)
-    return (
-        form
-        if KNOWN & named(form).keys() or form.kind != "table"
-        else logs.look(path, KNOWN, header=False)
-    )
+    if form.kind != "table" or KNOWN & named(form).keys():
+        return form
+    return logs.look(path, KNOWN, header=False)
 
 
 def filter_log(

@@ -301,11 +301,9 @@ class SASRecModel(Group):
 
     def problems(self) -> list[str]:
         fits = self.hid_dim % self.num_heads == 0
-        return (
-            []
-            if fits
-            else [f"--num_heads={self.num_heads} does not divide --hid_dim={self.hid_dim}"]
-        )
+        if fits:
+            return []
+        return [f"--num_heads={self.num_heads} does not divide --hid_dim={self.hid_dim}"]
 
 
 @dataclass(frozen=True, kw_only=True)

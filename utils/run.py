@@ -321,11 +321,8 @@ class Run:
         fixed, recorded_fixed = self._fixed(), self.config.get("given")
         if recorded_fixed is not None:  # an older run does not record it
             for name in sorted({*fixed} ^ {*recorded_fixed}):
-                how = (
-                    "given here, but adapted in the run"
-                    if name in fixed
-                    else "adapted here, but given in the run"
-                )
+                here, there = ("given", "adapted") if name in fixed else ("adapted", "given")
+                how = f"{here} here, but {there} in the run"
                 shown.append(f"--{name}={self.flags[name]} is {how}")
         return ", ".join(shown)
 
