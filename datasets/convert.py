@@ -38,6 +38,7 @@ from datasets.columns import (
 )
 from datasets.domain import canonical_domain
 from datasets.interactions import MINIMUM_LENGTH
+from datasets.items import listing_of
 from datasets.logs import Form
 from datasets.process import (
     Reviews,
@@ -363,7 +364,7 @@ def main(
 ) -> None:
     """Turn any log of interactions into a domain's sequences."""
     path = Path(output_dir) / f"{canonical_domain(domain_type)}.csv"
-    listing = path.with_suffix(".items.csv")
+    listing = listing_of(path)
     targets = {path.resolve(), listing.resolve()}
     check_writable(Path(output_dir), "--output_dir")
     cli.check(

@@ -16,6 +16,12 @@ Name = Literal["auto", "id", "asin", "title"]
 COLUMNS = ["item_id", "asin", "title"]
 
 
+def listing_of(csv_path: Path) -> Path:
+    """<domain>.items.csv beside <domain>.csv, which may be compressed."""
+    plain = Path(csv_path.name.removesuffix(".gz").removesuffix(".xz"))
+    return csv_path.with_name(f"{plain.stem}.items.csv")
+
+
 class Items(NamedTuple):
     """By catalogue index: id in the CSV (int64 [N]), original id and title ("" where unknown)."""
 
@@ -32,8 +38,7 @@ class Items(NamedTuple):
         Raises:
             UsageError: items.csv is damaged.
         """
-        plain = Path(csv_path.name.removesuffix(".gz").removesuffix(".xz"))
-        listing = csv_path.with_name(f"{plain.stem}.items.csv")
+        listing = listing_of(csv_path)
         if listing.is_file():
             return cls.read(listing, item_ids, others)
         titles = read_titles(csv_path)

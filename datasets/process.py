@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from datasets.domain import SUFFIXES, canonical_domain
 from datasets.interactions import write_csv
-from datasets.items import Items
+from datasets.items import Items, listing_of
 from utils import cli
 from utils.errors import UsageError
 from utils.files import check_writable
@@ -242,12 +242,12 @@ def write_domain(
             yield reviews.users[reviews.user[a]], items, [names[item] for item in items]
 
     write_csv(path, rows())
-    Items(np.arange(len(asins)), asins, names).write(path.with_suffix(".items.csv"))
+    Items(np.arange(len(asins)), asins, names).write(listing_of(path))
 
 
 def may_write(path: Path, overwrite: bool) -> tuple[bool, str]:
     """A rule for `cli.check`: no file of the domain stands where `write_domain` would write."""
-    names = [path.with_suffix(suffix) for suffix in (*SUFFIXES, ".items.csv")]
+    names = [*(path.with_suffix(suffix) for suffix in SUFFIXES), listing_of(path)]
     there = [name for name in names if name.exists()]
     named = there[0] if there else path
     return overwrite or not there, f"{named} already exists; --overwrite replaces it"
@@ -395,7 +395,7 @@ def main(
         f"titles: {named:,} of {len(wanted):,} items have one;"
         f" {repeats:,} repeated metadata records ignored"
     )
-    print(f"wrote {path} and {path.with_suffix('.items.csv')}")
+    print(f"wrote {path} and {listing_of(path)}")
 
 
 if __name__ == "__main__":
