@@ -25,8 +25,11 @@ for seed in $SEEDS; do
     done
     run $LAUNCH distill.py $ce --base_model $FOLDED --learning_rate 2.5e-4 --num_epochs 5 --eval_steps 88 --save_steps -1 \
         --output_dir $out/smollm2_folded_five_epochs
-    run $LAUNCH distill.py $common --base_model $FOLDED --learning_rate 2.5e-4 --sasrec $out/sasrec \
-        --sasrec_lambda 3 --sasrec_temperature 2 --output_dir $out/smollm2_folded_sasrec_kl
+    run $LAUNCH distill.py $ce --base_model $FOLDED --learning_rate 2.5e-4 --num_epochs 1 --eval_steps 176 --save_steps -1 \
+        --train_targets all --output_dir $out/smollm2_folded_every_prefix
+    kl="$common --learning_rate 2.5e-4 --sasrec $out/sasrec --sasrec_lambda 3 --sasrec_temperature 2"
+    run $LAUNCH distill.py $kl --base_model $FOLDED --output_dir $out/smollm2_folded_sasrec_kl
+    run $LAUNCH distill.py $kl --base_model $TWIN --output_dir $out/smollm2_random_sasrec_kl
     run $LAUNCH finetune.py $llm $two --base_model $FOLDED --llama_decoder_nums 8 --learning_rate 2.5e-4 \
         --output_dir $out/smollm2_teacher
     taught="$llm $two --teacher $out/smollm2_teacher --learning_rate 2.5e-4"
