@@ -86,14 +86,12 @@ def main(
 
     folder = Path(output_dir)
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    instead = "--overwrite replaces it" if is_export(folder) else "not an export, choose another"
+    exported = is_export(folder)
+    instead = "--overwrite replaces it" if exported else "not an export, choose another"
     lacking = [name for name in ONNX_PACKAGES if onnx and find_spec(name) is None]
     cli.check(
         (not lacking, f"--onnx needs {', '.join(lacking)}; pip install {' '.join(lacking)}"),
-        (
-            empty or (overwrite and is_export(folder)),
-            f"--output_dir={folder}: already exists; {instead}",
-        ),
+        (empty or (overwrite and exported), f"--output_dir={folder}: already exists; {instead}"),
     )
     check_writable(folder.parent, "--output_dir")
     served = read_served(files)

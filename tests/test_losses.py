@@ -86,7 +86,8 @@ def test_a_confident_row_has_a_small_loss():
     torch.manual_seed(0)
     table = torch.randn(5000, 128)
     # own logit about 32, the others' spread about 3
-    users, target = (table[:64] * 0.25 + 0.001 * torch.randn(64, 128), torch.arange(64))
+    users = table[:64] * 0.25 + 0.001 * torch.randn(64, 128)
+    target = torch.arange(64)
     exact = float(F.cross_entropy(users.double() @ table.double().T, target))
     assert 0 < exact < 1e-3
     assert float(catalogue_cross_entropy(users, table, target)) == pytest.approx(exact, abs=2e-5)

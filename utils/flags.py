@@ -300,8 +300,7 @@ class SASRecModel(Group):
     )
 
     def problems(self) -> list[str]:
-        fits = self.hid_dim % self.num_heads == 0
-        if fits:
+        if self.hid_dim % self.num_heads == 0:
             return []
         return [f"--num_heads={self.num_heads} does not divide --hid_dim={self.hid_dim}"]
 

@@ -9,6 +9,9 @@ for seed in $SEEDS; do
     out=$ROOT/seed$seed
     common="$WHERE --seed $seed"
     llm="$common --item_table $out/sasrec_item.pkl"
+    budget="--num_epochs 3 --learning_rate 2.5e-4 --eval_steps 297 --save_steps -1"
+    alone="--distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0" # cross-entropy, without a teacher
+    kl="--sasrec $out/sasrec --sasrec_lambda 3 --sasrec_temperature 2"
     run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_released \
         --train_targets last --init_std 1 --learning_rate 1e-4 --batch_size 1024 \
         --num_epochs 50 --eval_steps 110 --patience 0
@@ -16,22 +19,12 @@ for seed in $SEEDS; do
         --hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 \
         --lr_scheduler cosine --batch_size 128 --num_epochs 8 --patience 0
     run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec --item_table $out/sasrec_item.pkl
-    run $LAUNCH finetune.py $llm --output_dir $out/teacher --base_model "$BASE" \
-        --llama_decoder_nums 8 --num_epochs 3 --learning_rate 2.5e-4 --eval_steps 297 --save_steps -1
-    run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" \
-        --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 \
-        --num_epochs 3 --learning_rate 2.5e-4 --eval_steps 297 --save_steps -1
-    run $LAUNCH distill.py $llm --output_dir $out/sasrec_kl --base_model "$BASE" --sasrec $out/sasrec \
-        --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 --sasrec_lambda 3 --sasrec_temperature 2 \
-        --num_epochs 3 --learning_rate 2.5e-4 --eval_steps 297 --save_steps -1
-    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base \
-        --num_epochs 3 --learning_rate 2.5e-4 --eval_steps 297 --save_steps -1
-    run $LAUNCH distill.py $llm --output_dir $out/ce_2 --base_model "$BASE" \
-        --llama_decoder_nums_student 2 --distill_block 2 \
-        --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 \
-        --num_epochs 3 --learning_rate 2.5e-4 --eval_steps 297 --save_steps -1
+    run $LAUNCH finetune.py $llm --output_dir $out/teacher --base_model "$BASE" --llama_decoder_nums 8 $budget
+    run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" $alone $budget
+    run $LAUNCH distill.py $llm --output_dir $out/sasrec_kl --base_model "$BASE" $alone $kl $budget
+    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base $budget
+    run $LAUNCH distill.py $llm --output_dir $out/ce_2 --base_model "$BASE" --llama_decoder_nums_student 2 --distill_block 2 $alone $budget
     run $LAUNCH distill.py $llm --output_dir $out/slmrec_2 --teacher $out/teacher --student_init base \
-        --llama_decoder_nums_student 2 --distill_block 2 \
-        --num_epochs 3 --learning_rate 2.5e-4 --eval_steps 297 --save_steps -1
+        --llama_decoder_nums_student 2 --distill_block 2 $budget
 done
 run $PYTHON -m experiments.report --runs "$ROOT"

@@ -8,24 +8,18 @@ for seed in $SEEDS; do
     out=$ROOT/seed$seed
     common="$WHERE --seed $seed"
     llm="$common --item_table $out/sasrec_item.pkl"
+    budget="--num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1"
+    alone="--distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0" # cross-entropy, without a teacher
+    kl="--sasrec $out/sasrec --sasrec_lambda 3 --sasrec_temperature 2"
     run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec \
         --hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 \
         --lr_scheduler cosine --batch_size 128 --num_epochs 28 --patience 0
     run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec --item_table $out/sasrec_item.pkl
-    run $LAUNCH finetune.py $llm --output_dir $out/teacher --base_model "$BASE" \
-        --llama_decoder_nums 8 --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
-    run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" \
-        --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 \
-        --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
-    run $LAUNCH distill.py $llm --output_dir $out/sasrec_kl --base_model "$BASE" --sasrec $out/sasrec \
-        --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 --sasrec_lambda 3 --sasrec_temperature 2 \
-        --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
-    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base \
-        --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
-    run $LAUNCH distill.py $llm --output_dir $out/slmrec_sasrec_kl --teacher $out/teacher --student_init base --sasrec $out/sasrec \
-        --sasrec_lambda 3 --sasrec_temperature 2 \
-        --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
-    run $LAUNCH distill.py $llm --output_dir $out/from_teachers_ends --teacher $out/teacher --student_init adapter \
-        --num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1
+    run $LAUNCH finetune.py $llm --output_dir $out/teacher --base_model "$BASE" --llama_decoder_nums 8 $budget
+    run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" $alone $budget
+    run $LAUNCH distill.py $llm --output_dir $out/sasrec_kl --base_model "$BASE" $alone $kl $budget
+    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base $budget
+    run $LAUNCH distill.py $llm --output_dir $out/slmrec_sasrec_kl --teacher $out/teacher --student_init base $kl $budget
+    run $LAUNCH distill.py $llm --output_dir $out/from_teachers_ends --teacher $out/teacher --student_init adapter $budget
 done
 run $PYTHON -m experiments.report --runs "$ROOT"
