@@ -5,11 +5,13 @@
     python finetune.py --domain_type cloth --base_model meta-llama/Llama-2-7b-hf \
         --learning_rate 1e-3 --num_epochs 3 --warmup_steps 100
     python finetune.py --domain_type cloth --base_model small --llama_decoder_nums 4 --num_epochs 5
+    python finetune.py --sasrec_lambda 3 --sasrec_temperature 2 --output_dir runs/kl   # SASRec's KL
     python finetune.py --domain_type cloth --eval_only             # metrics of best/ again
 
 Reads data/<domain>.csv and output/<domain>/sasrec_item.pkl; writes output/<domain>/teacher/.
 """
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +25,7 @@ def main(
     prompt: flags.Prompt,
     llm: flags.TeacherLLM,
     lora: flags.LoRA,
-    exits: flags.Exits = flags.Exits(cls_multiple_lambda=0.0),
+    exits: flags.TeacherLoss = flags.TeacherLoss(cls_multiple_lambda=0.0),
     objective: flags.Objective,
     training: flags.Training,
     evaluation: flags.Evaluation,
@@ -49,7 +51,14 @@ def main(
         prompt, _, _, _, evaluation = run.recorded(prompt, llm, lora, exits, evaluation)
     template = read_template(prompt.prompt_template_name)
     inputs = read_inputs(files)
-    if run.is_finished(inputs.hashes):
+    sasrec_run, taught_by = None, {}
+    if exits.sasrec_lambda and not run.eval_only:
+        named = Path(files.sasrec or inputs.domain.folder / "sasrec")
+        sasrec_run = Run.read("sasrec", named, "--sasrec")
+        sasrec_run.check_same({"data_sha256": inputs.data.sha256}, inputs.csv_path)
+        sasrec_run.report_unfinished()
+        taught_by = {"sasrec_sha256": sasrec_run.weights_sha256()}
+    if run.is_finished(inputs.hashes | taught_by):
         return run.results()
 
     import torch  # imported late: bad flags fail at once
@@ -58,7 +67,8 @@ def main(
     from datasets.prompts import tokenise
     from models import base
     from models.llm4rec import Calibration, LLM4Rec, build, specify
-    from models.losses import draw_negatives, recommendation_loss
+    from models.losses import Scores, draw_negatives, recommendation_loss
+    from models.sasrec import SASRec
     from utils import processes
     from utils.evaluation import ranker
     from utils.training import fit
@@ -100,6 +110,7 @@ def main(
         **base_about,
         bf16=bf16,
         model=spec,
+        **taught_by,
     )
     torch.manual_seed(run.seed)
     model = build(location, table, spec, bf16, runtime.gradient_checkpointing, runtime.compile)
@@ -107,11 +118,25 @@ def main(
         model.continue_from(run.starts_from, spec)
     model.place(device, runtime.shard)
 
+    if sasrec_run is not None:
+        slots = sasrec_run.flags["max_seq_length"]
+        own_samples = dataclasses.replace(samples, max_seq_length=slots)
+        encode = SASRec.load(sasrec_run, table).to(device).encoder()
+
+    def sasrec_scores(indices):
+        if sasrec_run is None:
+            return None
+        with torch.autocast(device.type, enabled=False):  # float32, as a cached one is
+            return Scores(encode(own_samples.histories(indices)).user, table)
+
     def loss_fn(indices):
         output = model(samples.histories(indices))
         target = samples.targets(indices).to(device)
+        sasrec = sasrec_scores(indices)
         negatives = draw_negatives(objective, len(indices), len(table), device)
-        return recommendation_loss(output, None, table, target, exits, negatives=negatives)
+        return recommendation_loss(
+            output, None, table, target, exits, sasrec=sasrec, negatives=negatives
+        )
 
     run.begin()
     ranks_of = ranks_by(partial(model.user_encoder, bf16))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models import catalogue
 from models.catalogue import wide
-from utils.flags import DistillationLoss, Exits, Objective
+from utils.flags import DistillationLoss, Exits, Objective, TeacherLoss
 
 Reduction = Literal["sum", "mean"]
 
@@ -92,7 +92,7 @@ def recommendation_loss(
         add(
             "logit_kl", loss.logit_lambda, logit_kl, *users, item_table, loss.temperature, reduction
         )
-    if sasrec is not None and isinstance(loss, DistillationLoss):
+    if sasrec is not None and isinstance(loss, TeacherLoss):
         users, temperature = (sasrec.user[:, None], student.user[:, None]), loss.sasrec_temperature
         tables = item_table, temperature, "mean", sasrec.table
         add("sasrec_kl", loss.sasrec_lambda, logit_kl, *users, *tables)

@@ -225,6 +225,10 @@ class ExtractFiles(ItemTable, Data):
 class TeacherFiles(Output, ItemTable, Data):
     """Files"""
 
+    sasrec: str | None = flag(
+        None, "the folder of the step-1 run; output/<domain>/sasrec by default"
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudentFiles(TeacherFiles):
@@ -232,9 +236,6 @@ class StudentFiles(TeacherFiles):
 
     teacher: str | None = flag(
         None, "the folder of the step-3 run; output/<domain>/teacher by default"
-    )
-    sasrec: str | None = flag(
-        None, "the folder of the step-1 run; output/<domain>/sasrec by default"
     )
     teacher_cache: str = flag(
         "auto",
@@ -405,7 +406,23 @@ class Exits(Group):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationLoss(Exits):
+class TeacherLoss(Exits):
+    """The loss beside the cross-entropy at the end; a weight of 0 leaves a term out"""
+
+    sasrec_lambda: NonNegativeFloat = flag(
+        0.0,
+        "weight of the KL divergence from SASRec's catalogue softmax (SASRec as a teacher); "
+        "several folders in --sasrec, separated by commas, use the mean of their scores; their "
+        "item tables may differ",
+        term="SASRec KL",
+    )
+    sasrec_temperature: PositiveFloat = flag(
+        1.0, "temperature of SASRec's KL", needs="sasrec_lambda"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationLoss(TeacherLoss):
     """The distillation loss, EDIT HERE with models/losses.py; a weight of 0 leaves a term out"""
 
     distill_lambda: NonNegativeFloat = flag(
@@ -420,20 +437,10 @@ class DistillationLoss(Exits):
         term="logit KL",
         teacher=True,
     )
-    sasrec_lambda: NonNegativeFloat = flag(
-        0.0,
-        "weight of the KL divergence from SASRec's catalogue softmax (SASRec as a teacher); "
-        "several folders in --sasrec, separated by commas, use the mean of their scores; their "
-        "item tables may differ",
-        term="SASRec KL",
-    )
     norm_form: Literal["l2", "squared_l2"] = flag(
         "l2", "the distance: l2 (released) or squared_l2 (paper)", needs="norm_lambda"
     )
     temperature: PositiveFloat = flag(1.0, "temperature of the logit KL", needs="logit_lambda")
-    sasrec_temperature: PositiveFloat = flag(
-        1.0, "temperature of SASRec's KL", needs="sasrec_lambda"
-    )
 
     @property
     def weighted(self) -> bool:
