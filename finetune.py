@@ -11,11 +11,8 @@
 Reads data/<domain>.csv and output/<domain>/sasrec_item.pkl; writes output/<domain>/teacher/.
 """
 
-import dataclasses
-from functools import partial
-from pathlib import Path
-
-from utils import cli, flags
+from engine import cli
+from utils import flags
 
 
 @cli.command
@@ -25,125 +22,75 @@ def main(
     prompt: flags.Prompt,
     llm: flags.TeacherLLM,
     lora: flags.LoRA,
-    exits: flags.TeacherLoss = flags.TeacherLoss(cls_multiple_lambda=0.0),
-    objective: flags.Objective,
+    loss: flags.TeacherLoss,
     training: flags.Training,
     evaluation: flags.Evaluation,
     runtime: flags.LLMRuntime,
 ) -> dict:
     """Train a teacher (or, with fewer layers, a small model without distillation)."""
-    from datasets.domain import Domain, read_inputs
-    from datasets.prompts import read_template
-    from utils.run import Run
+    # 1. The request. No torch yet: a wrong one ends here, in one line.
+    from datasets.domain import Domain, cache_folder, read_inputs
+    from datasets.prompts import prompt_ids, read_template
+    from engine.run import Run
+    from models.selection import equal_blocks
 
-    exit_heads = exits.cls_multiple_lambda > 0
-    n_blocks = exits.distill_block if exit_heads else 1
-    cli.check(
-        cli.divides(training, runtime),
-        cli.shards(runtime),
-        cli.compiles(runtime),
-        cli.blocks(n_blocks, llama_decoder_nums=llm.llama_decoder_nums),
-    )
-    folder = Path(files.output_dir or Domain.of(files).folder / "teacher")
-    groups = files, prompt, llm, lora, exits, objective, training, evaluation, runtime
-    run = Run.open("teacher", folder, *groups)
-    if run.eval_only:
-        prompt, _, _, _, evaluation = run.recorded(prompt, llm, lora, exits, evaluation)
+    domain = Domain.of(files)
+    sasrec_runs = domain.sasrec_runs(files, loss, runtime)
+    ends = equal_blocks(llm.llama_decoder_nums, loss.distill_block if loss.uses_exits else 1)
     template = read_template(prompt.prompt_template_name)
+    folder = domain.run_folder("teacher", files.output_dir)
+    cache = cache_folder(files.teacher_cache, folder)
     inputs = read_inputs(files)
-    sasrec_run, taught_by = None, {}
-    if exits.sasrec_lambda and not run.eval_only:
-        named = Path(files.sasrec or inputs.domain.folder / "sasrec")
-        sasrec_run = Run.read("sasrec", named, "--sasrec")
-        sasrec_run.check_same({"data_sha256": inputs.data.sha256}, inputs.csv_path)
-        sasrec_run.report_unfinished()
-        taught_by = {"sasrec_sha256": sasrec_run.weights_sha256()}
-    if run.is_finished(inputs.hashes | taught_by):
-        return run.results()
+    groups = files, prompt, llm, lora, loss, training, evaluation, runtime
+    run = Run.open("teacher", folder, groups, inputs, {"sasrec": sasrec_runs})
+    if run.finished and not run.eval_only:
+        return run.print_results()
+    files, prompt, llm, lora, loss, training, evaluation, runtime = run.groups
 
-    import torch  # imported late: bad flags fail at once
+    # 2. Data.
+    import torch
 
-    from datasets import sequences
-    from datasets.prompts import tokenise
-    from models import base
-    from models.llm4rec import Calibration, LLM4Rec, build, specify
-    from models.losses import Scores, draw_negatives, recommendation_loss
-    from models.sasrec import SASRec
-    from utils import processes
-    from utils.evaluation import ranker
+    from models import losses, teachers
+    from models.base import open_base
+    from models.llm4rec import LLM4Rec, specify
+    from utils.evaluation import finish
     from utils.training import fit
 
-    device = processes.choose_device(runtime.device, run.threads)
-    bf16 = run.precision(training.bf16, on_cuda=device.type == "cuda")
-    location = base.locate(prompt.base_model)
-    table = inputs.item_table().to(device)  # [N, D]
-    samples, splits = sequences.prepare(inputs.data, training.train_targets, prompt, evaluation)
-    ranks_by = ranker(table, splits, runtime.eval_batch_size, device, runtime.shard)
-    about = {"users": inputs.data.users, "candidates": splits["test"].candidate_counts()}
+    device = run.choose_device()
+    data = inputs.load(prompt, training, evaluation, device)
     if run.eval_only:
-        run.check_same(inputs.hashes, *inputs.sources)
-        model = LLM4Rec.load(run, table, bf16).place(device, runtime.shard)
-        return run.finish(model, ranks_by(partial(model.user_encoder, bf16)), **about)
+        model = LLM4Rec.load(run, data.item_table, run.bf16).place(device, runtime.shard)
+        return finish(run, model, data, runtime)
 
-    ids = tokenise(template, location)
-    depth = llm.llama_decoder_nums
-    calibration = Calibration(samples.calibration().to(device), table, bf16, training.seed)
-    spec = specify(
-        location,
-        prompt,
-        ids,
-        llm,
-        lora,
-        depth,
-        n_blocks,
-        exit_heads,
-        calibration,
-        exit_norm=exits.exit_norm,
-    )
-    if spec["strategy"] == "full":
-        cli.report_unused(lora, "the base is trained in full; --train_strategy=lora uses them")
-    base_about = base.describe(prompt.base_model, location)
-    run.prepare(
-        domain=inputs.domain.name,
-        **inputs.hashes,
-        items_from=inputs.items_from,
-        **base_about,
-        bf16=bf16,
-        model=spec,
-        **taught_by,
-    )
+    # 3. The model, and SASRec where it is a teacher.
+    base = open_base(prompt.base_model)
+    ids = prompt_ids(None, template, base.location)
+    spec = specify(base, prompt, ids, llm, lora, ends, loss.uses_exits, loss.exit_norm)
+    run.prepare(**inputs.about, **base.describe(), model=spec)
     torch.manual_seed(run.seed)
-    model = build(location, table, spec, bf16, runtime.gradient_checkpointing, runtime.compile)
-    if run.starts_from:
-        model.continue_from(run.starts_from, spec)
-    model.place(device, runtime.shard)
+    options = runtime.gradient_checkpointing, runtime.compile
+    model = LLM4Rec.build(base, data.item_table, spec, run.bf16, *options)
+    model.start("base", None, run.starts_from, spec).place(device, runtime.shard)
+    sasrec = teachers.sasrec(sasrec_runs, data, cache, run, runtime)
 
-    if sasrec_run is not None:
-        slots = sasrec_run.flags["max_seq_length"]
-        own_samples = dataclasses.replace(samples, max_seq_length=slots)
-        encode = SASRec.load(sasrec_run, table).to(device).encoder()
+    # 4. The method: L = L_ce, + lambda3 L_ms with exits, + SASRec's KL.
+    table, how = data.item_table, loss.block_reduction
 
-    def sasrec_scores(indices):
-        if sasrec_run is None:
-            return None
-        with torch.autocast(device.type, enabled=False):  # float32, as a cached one is
-            return Scores(encode(own_samples.histories(indices)).user, table)
-
-    def loss_fn(indices):
-        output = model(samples.histories(indices))
-        target = samples.targets(indices).to(device)
-        sasrec = sasrec_scores(indices)
-        negatives = draw_negatives(objective, len(indices), len(table), device)
-        return recommendation_loss(
-            output, None, table, target, exits, sasrec=sasrec, negatives=negatives
-        )
+    def loss_fn(batch):
+        m = model(batch.history)  # user [B, D], states [B, E, H], exits [B, E - 1, D]
+        v = sasrec(batch)  # user [B, D], or None
+        parts = {"ce": (1.0, losses.next_item(m.user, table, batch.target))}
+        if m.exits.shape[1]:
+            exits = losses.exit_supervision(m.exits, table, batch.target, how)
+            parts["exits"] = loss.cls_multiple_lambda, exits
+        if v is not None:
+            kl = losses.user_kl(v.user, m.user, table, loss.sasrec_temperature)
+            parts["sasrec_kl"] = loss.sasrec_lambda, kl
+        return losses.weighted_sum(parts)  # every part, and "total"
 
     run.begin()
-    ranks_of = ranks_by(partial(model.user_encoder, bf16))
-    meta = {"layers": spec["layers"]}
-    fitted = fit(run, model, loss_fn, samples, ranks_of, training, runtime, bf16=bf16, meta=meta)
-    model.restore(run)
-    return run.finish(model, ranks_of, fitted=fitted, **about)
+    fitted = fit(run, model, loss_fn, model, data, training, runtime)
+    return finish(run, model.restore(run), data, runtime, fitted)
 
 
 if __name__ == "__main__":

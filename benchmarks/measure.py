@@ -22,11 +22,14 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from benchmarks.plain import PlainLLM4Rec, plain_twin
+from engine.files import write_json
+from models import losses
 from models.base import prune_config
 from models.llm4rec import LLM4Rec, assemble
 from models.lora import inject_lora
-from utils.files import write_json
+from models.losses import Output
 
+DIM = 128  # width of the item table
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 RANK = 16
 
@@ -221,18 +224,12 @@ class Shape(NamedTuple):
             "lora_dropout": 0.0,
             "lora_target_modules": TARGETS,
         }
-        return assemble(llama, self.item_table, spec, compiled=compiled).to(device)
+        return assemble(llama, self.item_table, spec, compiled=compiled, bf16=bf16).to(device)
 
     def twins(self, n_layers: int, strategy: str, **shape: Any) -> tuple[LLM4Rec, PlainLLM4Rec]:
         """Ours and the plain form with the same weights."""
         model = self.model(n_layers, strategy, **shape)
         return model, plain_twin(model, (RANK, RANK, TARGETS) if strategy == "lora" else None)[0]
-
-    def tokens(self, lengths: np.ndarray) -> tuple[int, int]:
-        """Tokens of a batch that ours computes and that the plain form computes."""
-        prompt, response = len(self.prompt_ids), len(self.response_ids)
-        computed = prompt + int(lengths.sum()) + len(lengths) * response
-        return computed, len(lengths) * (prompt + self.slots + response)
 
     def operations(
         self, lengths: np.ndarray, n_layers: int, strategy: str, training: bool = True
@@ -264,6 +261,22 @@ class Shape(NamedTuple):
             return linear + attention + lora + ends
         catalogue = 2 * 2 * batch * items * dim
         return linear * (2 if strategy == "lora" else 3) + 3 * (attention + lora + ends) + catalogue
+
+
+def slmrec_loss(
+    student: Output, teacher: Output | None, item_table: Tensor, target: Tensor
+) -> dict[str, Tensor]:
+    """distill.py's default loss, all parts; cross-entropy alone without a teacher."""
+    parts = {"ce": (1.0, losses.next_item(student.user, item_table, target))}
+    if teacher is None:
+        return losses.weighted_sum(parts)
+    states = teacher.states, student.states
+    parts["align_cos"] = 1.0, losses.block_cosine(*states, "sum")
+    parts["align_norm"] = 0.1, losses.block_distance(*states, "sum", "l2")
+    if student.exits.shape[1]:
+        parts["exits"] = 1.0, losses.exit_supervision(student.exits, item_table, target, "sum")
+    parts |= losses.of_teacher(teacher, item_table, target, "sum", None)
+    return losses.weighted_sum(parts)
 
 
 def training_step(

@@ -6,55 +6,408 @@
 Every pair has the same weights and the same batches. The plain form is benchmarks/plain.py: the
 padded Hugging Face forward with peft, full logits, candidates by set difference, ranks by sorting,
 reviews in pandas. A training step is loss + backward + clip + AdamW. The floor is what must be
-computed (benchmarks/measure.py) over this machine's measured rate of large matrix products. Prints
-one table and writes throughput.json and throughput.md into --output_dir.
+computed (benchmarks/measure.py) over this machine's measured rate of large matrix products. In a
+row "A against B" both are of this code. Writes throughput.json and throughput.md.
 """
 
+import dataclasses
+import functools
+import json
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from benchmarks import llm_rows, measure, part_rows
-from benchmarks.bench import DIM, Bench
+from benchmarks import measure, plain
+from benchmarks.measure import DIM, Race, race, slmrec_loss, training_step
+from datasets import process, sequences
+from datasets.candidates import draw
 from datasets.domain import Domain
+from datasets.interactions import Interactions
 from datasets.prompts import read_template, tokenise
-from models import base
-from utils import cli, cpu, processes
-from utils.files import check_writable
-from utils.flags import Data, NonNegativeFloat, NonNegativeInt, PositiveInt, flag
+from engine import cli, cpu, processes, tensor_cache
+from engine.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
+from engine.files import check_writable
+from models import losses
+from models.base import open_base
+from models.catalogue import catalogue_cross_entropy
+from models.llm4rec import LLM4Rec
+from models.losses import Output
+from models.sasrec import SASRec
+from models.selection import block_map
+from utils.evaluation import rank_all
+from utils.flags import Data, SASRecModel
+
+LARGE = 376_858  # items of the paper's largest domain
+
+
+class Bench:
+    """What the rows share: the domain, the models' shape, batches of real lengths, and the rows.
+
+    Attributes:
+        batches: sample indices of every timed batch, int64 [repeats + 1, B]; the first warms up.
+    """
+
+    def __init__(
+        self, data: Interactions, shape: measure.Shape, batch_size: int, repeats: int, rest: float
+    ) -> None:
+        self.data, self.shape, self.device, self.rest = data, shape, shape.item_table.device, rest
+        self.samples = sequences.training_samples(data, "last", shape.slots)
+        self.batches = self.draw(batch_size, repeats + 1)
+        self.rate = measure.matrix_rate(self.device, torch.float32)
+        self.rows: list[dict[str, Any]] = []
+
+    def draw(self, batch_size: int, n: int) -> list[np.ndarray]:
+        rng, size = np.random.default_rng(0), min(batch_size, len(self.samples))
+        return [rng.choice(len(self.samples), size, replace=False) for _ in range(n)]
+
+    def race(self, ours: Callable, theirs: Callable, inputs: list | None = None) -> Race:
+        inputs = self.batches if inputs is None else inputs
+        return race(ours, theirs, inputs, self.device, self.rest)
+
+    def add(self, name: str, unit: str, timed: Race, per: float = 1.0, **more: Any) -> None:
+        """A row; `per` turns seconds into the unit: units a call for a rate, else a factor.
+
+        Args:
+            more: further entries; of `operations` follow the floor and the share of the rate.
+        """
+        rate = unit.endswith("/s")
+        ours, theirs = ((per / t if rate else per * t) for t in (timed.ours, timed.plain))
+        row = {"row": name, "unit": unit, "ours": ours, "plain": theirs, "ratio": timed.ratio}
+        if "operations" in more:
+            floor = more["operations"] / self.rate
+            row |= {"floor_ms": floor * 1e3, "of_matrix_rate": floor / timed.ours}
+        self.rows.append(row | more)
+        print(f"{name:58s} {ours:12.2f} {theirs:12.2f} {unit:8s} {timed.ratio:7.2f} x", flush=True)
+
+    def operations(self, n_layers: int, strategy: str, training: bool = True) -> float:
+        """The mean of the timed batches."""
+        each = []
+        for rows in self.batches[1:]:
+            lengths = self.samples.lengths()[rows]
+            each.append(self.shape.operations(lengths, n_layers, strategy, training))
+        return float(np.mean(each))
+
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Histories on the CPU, where ours packs them, and targets on the device."""
+        return self.samples.histories(rows), self.samples.targets(rows).to(self.device)
+
+    def step(self, model: LLM4Rec, bf16: bool = False) -> Callable[..., None]:
+        """Ours with cross-entropy alone."""
+
+        def loss(rows):
+            history, target = self.batch(rows)
+            return catalogue_cross_entropy(model(history).user, model.item_table, target)
+
+        return training_step(model, loss, bf16)
+
+
+# -- the LLM ------------------------------------------------------------------------------------
+
+
+def steps(bench: Bench, n_teacher: int, n_student: int) -> None:
+    """Training steps with cross-entropy alone, LoRA and full."""
+    for who, n_layers, strategy in (
+        ("teacher", n_teacher, "lora"),
+        ("student", n_student, "lora"),
+        ("student", n_student, "full"),
+    ):
+        ours, theirs = bench.shape.twins(n_layers, strategy)
+
+        def plain_loss(rows):
+            history, target = bench.batch(rows)
+            return plain.plain_loss(theirs(history), None, theirs.item_table, target)
+
+        timed = bench.race(bench.step(ours), training_step(theirs, plain_loss))
+        name = f"{who} train step, {n_layers} layers, {strategy}"
+        bench.add(name, "ms", timed, 1e3, operations=bench.operations(n_layers, strategy))
+
+
+def precision(bench: Bench, _: int, n_student: int) -> None:
+    """A student's step in bfloat16, compiled, and both, beside float32 as it is."""
+    as_it_is = bench.step(bench.shape.model(n_student, "full"))
+    for name, bf16, compiled in (
+        ("bf16", True, False),
+        ("compiled", False, True),
+        ("bf16 and compiled", True, True),
+    ):
+        step = bench.step(bench.shape.model(n_student, "full", compiled=compiled), bf16)
+        spent = measure.seconds(lambda: step(bench.batches[0]), bench.device)
+        timed = bench.race(step, as_it_is)
+        row = f"student train step, {n_student} layers, full: {name} against float32"
+        bench.add(row, "ms", timed, 1e3, first_step_seconds=spent)
+
+
+def sasrec_kl(bench: Bench, _: int, n_student: int) -> None:
+    """What SASRec's KL adds to a student's step."""
+    model = bench.shape.model(n_student, "lora")
+    size, table = (len(bench.batches[0]), DIM), model.item_table
+    users = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(bench.device)
+
+    def loss(rows, weight):
+        history, target = bench.batch(rows)
+        user = model(history).user
+        total = losses.next_item(user, table, target)
+        return total + weight * losses.user_kl(users, user, table, 2.0) if weight else total
+
+    step = functools.partial(training_step, model)
+    timed = bench.race(step(lambda rows: loss(rows, 3.0)), step(lambda rows: loss(rows, 0.0)))
+    bench.add("student train step, with SASRec's KL against without", "ms", timed, 1e3)
+
+
+def distillation(bench: Bench, n_teacher: int, n_student: int, n_blocks: int) -> None:
+    """A student's step with every part of the loss: the teacher cached, then live, against a plain
+    live teacher and student.
+    """
+    teacher, plain_teacher = bench.shape.twins(n_teacher, "lora", n_blocks=n_blocks)
+    student, plain_student = bench.shape.twins(n_student, "lora", n_blocks=n_blocks, exits=True)
+    encode = teacher.requires_grad_(False).encoder()
+    plain_teacher.requires_grad_(False).eval()
+
+    def loss(rows, teacher_output):
+        history, target = bench.batch(rows)
+        outputs = student(history), teacher_output(rows, history)
+        return slmrec_loss(*outputs, student.item_table, target)["total"]
+
+    def plain_loss(rows):
+        history, target = bench.batch(rows)
+        with torch.no_grad():
+            output = plain_teacher(history)
+        return plain.plain_loss(plain_student(history), output, plain_student.item_table, target)
+
+    plain_step = training_step(plain_student, plain_loss)
+    step = functools.partial(training_step, student)
+    own = bench.operations(n_student, "lora")
+    own += 4 * (n_blocks - 1) * len(bench.batches[0]) * bench.shape.item_table.numel()
+    every = np.unique(np.concatenate(bench.batches))
+    part = some_of(bench.samples, np.arange(min(len(bench.samples), 4096)))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = Path(folder), {"part": True}, lambda: encode, part, 512
+        fill = measure.seconds(lambda: tensor_cache.open_or_build(*arguments), bench.device)
+        fill *= len(bench.samples) / len(part)
+        timed_samples = some_of(bench.samples, every)
+        cached = tensor_cache.open_or_build(Path(folder), {}, lambda: encode, timed_samples, 512)
+
+        def from_disk(rows, _):
+            return Output(*cached.rows(np.searchsorted(every, rows), bench.device))
+
+        timed = bench.race(step(lambda rows: loss(rows, from_disk)), plain_step)
+    live = bench.race(step(lambda rows: loss(rows, lambda _, history: encode(history))), plain_step)
+    first = timed.ours + fill * len(bench.batches[0]) / len(bench.samples)
+    first_epoch = Race(first, timed.plain, timed.plain / first)
+    name = f"distill step {n_student} <- {n_teacher}"
+    bench.add(f"{name}, cached teacher", "ms", timed, 1e3, operations=own)
+    bench.add(f"{name}, in the epoch that fills the cache", "ms", first_epoch, 1e3)
+    own += bench.operations(n_teacher, "lora", training=False)
+    bench.add(f"{name}, live teacher", "ms", live, 1e3, operations=own)
+
+
+def some_of(samples: sequences.Samples, indices: np.ndarray) -> sequences.Samples:
+    """These samples alone."""
+    end, length = samples.end[indices], samples.length[indices]
+    return dataclasses.replace(samples, end=end, length=length)
+
+
+def inference(bench: Bench, _: int, n_student: int) -> None:
+    ours, theirs = bench.shape.twins(n_student, "lora")
+    encode = ours.user_encoder()
+    theirs.eval()
+
+    @torch.no_grad()
+    def plain_encode(rows):
+        return theirs(bench.batch(rows)[0]).user
+
+    timed = bench.race(lambda rows: encode(bench.batch(rows)[0]), plain_encode)
+    own = bench.operations(n_student, "lora", training=False)
+    name, users = f"inference, {n_student} layers", len(bench.batches[0])
+    bench.add(name, "users/s", timed, users, operations=own)
+
+
+# -- the parts around it ------------------------------------------------------------------------
+
+
+def catalogue(bench: Bench, n_rows: int = 256) -> None:
+    """Cross-entropy over the catalogue, forward and backward, time and peak memory beyond its
+    inputs.
+    """
+    sizes = bench.data.n_items, LARGE
+    for n_items, trained in [(n, trained) for trained in (False, True) for n in sizes]:
+        given = (n_rows, n_items, trained, bench.device.type)
+        users, table, target = cross_entropy_inputs(*given)
+        again = range(len(bench.batches))
+        timed = bench.race(
+            lambda _: catalogue_cross_entropy(users, table, target).backward(),
+            lambda _: F.cross_entropy(users @ table.T, target).backward(),
+            again,
+        )
+        peaks = {}
+        for which in ("ours", "plain"):
+            peak = measure.peak_memory(cross_entropy_peak, which, *given, device=bench.device)
+            peaks[f"{which}_peak_mib"] = None if peak is None else peak / 2**20
+        kind = "trained" if trained else "frozen"
+        name = f"catalogue CE, {n_rows} x {n_items:,} x {DIM}, {kind} table"
+        bench.add(name, "ms", timed, 1e3, **peaks)
+
+
+def cross_entropy_inputs(n_rows: int, n_items: int, trained: bool, device: Any) -> list[Tensor]:
+    draws = torch.Generator().manual_seed(0)
+    users, table = (torch.randn(n, DIM, generator=draws) for n in (n_rows, n_items))
+    target = torch.randint(n_items, (n_rows,), generator=draws)
+    table = table.mul_(0.1).to(device).requires_grad_(trained)
+    return [users.to(device).requires_grad_(), table, target.to(device)]
+
+
+def cross_entropy_peak(which: str, *given: Any) -> Callable[[], None]:
+    """For measure.peak_memory: one forward and backward."""
+    users, table, target = cross_entropy_inputs(*given)
+    if which == "plain":
+        return lambda: F.cross_entropy(users @ table.T, target).backward()
+    return lambda: catalogue_cross_entropy(users, table, target).backward()
+
+
+def candidates(bench: Bench, n_users: int = 512, n_plain: int = 16) -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.resize(np.diff(bench.data.offsets), n_users)
+    owner = np.repeat(np.arange(n_users), lengths)
+    for n_items in (bench.data.n_items, LARGE):
+        met = rng.integers(0, n_items, len(owner))
+        pool = set(range(n_items))
+        histories = [met[owner == user].tolist() for user in range(n_plain)]
+        k = min(999, n_items - int(lengths.max()))
+        timed = bench.race(
+            lambda _: draw((0, 1), np.arange(n_users), owner, met, n_items, k),
+            lambda _: [plain.plain_candidates(pool, history, k) for history in histories],
+            range(len(bench.batches)),
+        )
+        ours, theirs = timed.ours / n_users, timed.plain / n_plain
+        per_user = Race(ours, theirs, timed.ratio * n_users / n_plain)
+        bench.add(f"{k} candidates per user of {n_items:,} items", "users/s", per_user)
+
+
+def ranking(bench: Bench, n_users: int = 128) -> None:
+    """Sampled and full ranks by counting in tiles, against one score matrix that is sorted for the
+    full rank alone.
+    """
+    for n_items in (bench.data.n_items, LARGE):
+        inputs = cross_entropy_inputs(n_users, n_items, False, bench.device)
+        users, table, target = (t.detach() for t in inputs)
+        seen = target[:, None].repeat(1, 6)
+        negatives = torch.randint(n_items, (n_users, 999), device=bench.device)
+        batch = sequences.EvaluationBatch(users, target, seen, negatives)
+        history = [[int(t)] for t in target]
+        timed = bench.race(
+            lambda _: rank_all(lambda vectors: vectors, table, [batch]),
+            lambda _: plain.plain_ranks(users, table, target, history),
+            range(len(bench.batches)),
+        )
+        bench.add(f"ranks among {n_items:,} items", "users/s", timed, n_users)
+
+
+def sasrec(bench: Bench, batch_size: int = 256) -> None:
+    """Step 1 at its defaults, every position a target. An epoch: its steps times the median."""
+    batches = bench.draw(batch_size, len(bench.batches))
+    for hid_dim in (32, DIM):
+        torch.manual_seed(0)
+        shape = SASRecModel(hid_dim=hid_dim, emb_dim=DIM).values()
+        ours, theirs = (
+            SASRec(bench.data.n_items, bench.shape.slots, **shape).to(bench.device)
+            for _ in range(2)
+        )
+
+        def loss(rows, model, states, cross_entropy):
+            history = bench.samples.histories(rows).to(bench.device)
+            targets = bench.samples.shifted_targets(rows).to(bench.device)
+            real = targets != bench.data.n_items
+            return cross_entropy(states(history)[real], model.item_table, targets[real])
+
+        def plain_ce(users, table, target):
+            return F.cross_entropy(users @ table.T, target)
+
+        timed = bench.race(
+            training_step(ours, lambda r: loss(r, ours, ours.states, catalogue_cross_entropy)),
+            training_step(theirs, lambda r: loss(r, theirs, theirs._padded_states, plain_ce)),
+            batches,
+        )
+        targets = float(np.mean([bench.samples.lengths()[rows].sum() for rows in batches]))
+        product = 2 * 3 * targets * bench.data.n_items * DIM  # logits, two gradients
+        per_epoch = len(bench.samples) / batch_size
+        name = f"SASRec epoch, width {hid_dim}, full catalogue"
+        bench.add(name, "s", timed, per_epoch, operations=product)
+
+
+def reviews(bench: Bench, n_rows: int = 200_000) -> None:
+    """Raw reviews to sequences: streamed, against pandas over the whole file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "reviews.json"
+        write_reviews(path, n_rows)
+
+        def ours(_):
+            raw, _ = process.read_reviews(path, 3)
+            kept = process.filter_reviews(raw, 5, 20, 5, None, lambda *_: None)
+            process.write_domain(kept, {}, Path(folder) / "ours.csv")
+
+        def theirs(_):
+            plain.plain_process(path, 3, 5, 20, 5).to_csv(Path(folder) / "plain.csv", index=False)
+
+        timed = bench.race(ours, theirs, range(3))
+    bench.add("datasets.process, reviews to sequences", "rows/s", timed, n_rows)
+
+
+def write_reviews(path: Path, n_rows: int) -> None:
+    """Made-up reviews with the fields and about the length of the real ones."""
+    rng = np.random.default_rng(0)
+    user = rng.integers(0, n_rows // 12, n_rows)
+    item = (rng.pareto(1.2, n_rows) * 50).astype(int) % (n_rows // 40)
+    text = "It does what it says and arrived in time; I would buy it again for a friend. " * 3
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(n_rows):
+            row = {
+                "overall": float(rng.integers(1, 6)),
+                "reviewerID": f"A{user[i]:012d}",
+                "asin": f"B{item[i]:09d}",
+                "reviewText": text,
+                "unixReviewTime": 1441324800 + i,
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+LLM_ROWS = {
+    "steps": steps,
+    "precision": precision,
+    "sasrec_kl": sasrec_kl,
+    "distill": distillation,
+    "inference": inference,
+}
+PART_ROWS = {
+    "catalogue": catalogue,
+    "candidates": candidates,
+    "ranking": ranking,
+    "sasrec": sasrec,
+    "process": reviews,
+}
+ROWS = (*LLM_ROWS, *PART_ROWS)
 
 
 def table(bench: Bench) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| row | unit | ours | plain | ratio | P + R | mean history | token ratio | floor of a "
-        "batch | of matrix rate | peak MiB, ours / plain |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["row", "unit", "ours", "plain", "ratio", "floor of a batch", "of matrix rate"]
+    head += ["peak MiB, ours / plain"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in bench.rows:
-        numbers = [
-            f"{row[name]:,.2f}" if row[name] < 100 else f"{row[name]:,.0f}"
-            for name in ("ours", "plain")
-        ]
-        tokens = ["-"] * 3
-        if "prompt" in row:
-            tokens = [
-                f"{row['prompt']} + {row['response']}",
-                f"{row['mean_history']:.1f}",
-                f"{row['token_ratio']:.2f}",
-            ]
-        tokens.append(f"{row['floor_ms']:.0f} ms" if "floor_ms" in row else "-")
-        reached = f"{row['of_matrix_rate']:.2f}" if "of_matrix_rate" in row else "-"
-        peak = "-"
-        if "peak_mib" in row:
-            share = f"({row['peak_share']:.3f})"
-            peak = f"{row['peak_mib']:,.0f} / {row['plain_peak_mib']:,.0f} {share}"
-        lines.append(
-            f"| {row['row']} | {row['unit']} | {' | '.join(numbers)} | {row['ratio']:.2f}x | "
-            f"{' | '.join(tokens)} | {reached} | {peak} |"
-        )
+        digits = [2 if row[name] < 100 else 0 for name in ("ours", "plain")]
+        cells = [row["row"], row["unit"], f"{row['ours']:,.{digits[0]}f}"]
+        cells += [f"{row['plain']:,.{digits[1]}f}", f"{row['ratio']:.2f}x"]
+        known = "floor_ms" in row
+        cells += [f"{row['floor_ms']:.0f} ms" if known else "-"]
+        cells += [f"{row['of_matrix_rate']:.2f}" if known else "-"]
+        peaks = [row.get("ours_peak_mib"), row.get("plain_peak_mib")]
+        cells += ["-" if None in peaks else " / ".join(f"{peak:,.0f}" for peak in peaks)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -71,11 +424,7 @@ def main(
     repeats: PositiveInt = flag(7, "timed pairs per row, after one that warms up"),
     rest: NonNegativeFloat = flag(0.0, "seconds between pairs, where a shared machine needs it"),
     busy: NonNegativeInt = flag(0, "other processes at work, a core each, while rows are timed"),
-    rows: list[str] = flag(
-        ["all"],
-        "all, or some of steps, preparation, precision, compiled, layouts, sasrec_kl, distill,"
-        " inference, catalogue, candidates, ranking, sasrec, process",
-    ),
+    rows: list[str] = flag(["all"], f"all, or some of {', '.join(ROWS)}"),
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available"),
     output_dir: str = flag("output/benchmarks", "where throughput.json and throughput.md go"),
 ) -> dict:
@@ -83,69 +432,43 @@ def main(
 
     Sequence lengths and the catalogue are the domain's.
     """
-    parts = {
-        "steps": lambda b: llm_rows.steps(b, teacher_layers, student_layers),
-        "preparation": lambda b: llm_rows.preparation(b, student_layers),
-        "precision": lambda b: llm_rows.precision(b, student_layers),
-        "compiled": lambda b: llm_rows.compiled(b, student_layers),
-        "layouts": lambda b: llm_rows.layouts(b, student_layers),
-        "sasrec_kl": lambda b: llm_rows.sasrec_kl(b, student_layers),
-        "distill": lambda b: llm_rows.distillation(
-            b, teacher_layers, student_layers, distill_block
-        ),
-        "inference": lambda b: llm_rows.inference(b, student_layers),
-        "catalogue": part_rows.catalogue,
-        "candidates": part_rows.candidates,
-        "ranking": part_rows.ranking,
-        "sasrec": part_rows.sasrec,
-        "process": part_rows.reviews,
-    }
-    rows = [*parts] if rows == ["all"] else rows
-    unknown = [name for name in rows if name not in parts]
+    rows = [*ROWS] if rows == ["all"] else rows
+    unknown = [name for name in rows if name not in ROWS]
     cli.check(
-        (not unknown, f"--rows={','.join(unknown)}: expected all, or some of {', '.join(parts)}")
+        (not unknown, f"--rows={','.join(unknown)}: expected all, or some of {', '.join(ROWS)}")
     )
-    if "distill" in rows:
-        cli.check(
-            cli.blocks(distill_block, student_layers=student_layers),
-            cli.blocks(distill_block, teacher_layers=teacher_layers),
-        )
+    block_map(student_layers, teacher_layers, distill_block if "distill" in rows else 1)
     folder = Path(output_dir)
     check_writable(folder, "--output_dir")
     interactions, csv = Domain.of(data).read()
     device = processes.choose_device(device)
-    location = base.locate(base_model)
+    base = open_base(base_model)
     torch.manual_seed(0)
     items = nn.Embedding(interactions.n_items, DIM).weight.detach().mul_(0.1).to(device)
-    shape = measure.Shape(
-        base.read_config(location),
-        *tokenise(read_template("alpaca"), location),
-        items,
-        max_seq_length,
-    )
-    bench = Bench(interactions, shape, min(batch_size, interactions.n_users), repeats, rest)
+    ids = tokenise(read_template("alpaca"), base.location)
+    shape = measure.Shape(base.config, *ids, items, max_seq_length)
+    bench = Bench(interactions, shape, batch_size, repeats, rest)
     about = measure.machine(device) | {
         "base_model": base_model,
         "batch_size": len(bench.batches[0]),
         "repeats": repeats,
         "busy": busy,
-        "gflops": bench.rate / 1e9,
+        "gflops": round(bench.rate / 1e9),
+        "data": str(csv),
     }
-    print(
-        "  ".join(
-            f"{name} {value:.0f}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in about.items()
-        ),
-        flush=True,
-    )
+    print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     print(f"{'':58s} {'ours':>12s} {'plain':>12s} {'':8s} {'ratio':>7s}", flush=True)
     with measure.busy(busy):
         if busy and device.type == "cpu":
             cpu.choose_threads()  # as a run does that starts beside them; for both sides
         about["threads"] = torch.get_num_threads()
         for name in rows:
-            parts[name](bench)
-    result = about | {"data": str(csv), "rows": bench.rows}
+            if name in PART_ROWS:
+                PART_ROWS[name](bench)
+                continue
+            blocks = (distill_block,) if name == "distill" else ()
+            LLM_ROWS[name](bench, teacher_layers, student_layers, *blocks)
+    result = about | {"rows": bench.rows}
     measure.write_report(folder, "throughput", result, table(bench))
     return result
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from datasets.interactions import parsed
 from datasets.logs import Form, bare
-from utils.errors import UsageError
+from engine.errors import UsageError
 
 NAMES = {  # role -> common names of its column; the first that is there counts
     "user": "user_id userid user reviewerid uid customer_id customerid customer visitorid"

@@ -51,10 +51,10 @@ from datasets.process import (
     tie_order,
     write_domain,
 )
-from utils import cli
-from utils.errors import UsageError
-from utils.files import check_writable
-from utils.flags import NonNegativeInt, PositiveInt, flag
+from engine import cli
+from engine.cli import NonNegativeInt, PositiveInt, flag
+from engine.errors import UsageError
+from engine.files import check_writable
 
 
 class _Names:

@@ -1,28 +1,29 @@
-"""A domain: its name, its files, every default path.
+"""A domain: its name, its files, every default path; and what a stage reads of it."""
 
-And what steps 3 and 4 read of it before any model.
-"""
-
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from datasets.demo import write_demo
 from datasets.interactions import Interactions, read_csv
-from utils.errors import UsageError
-from utils.files import file_sha256, read_json
-from utils.flags import Data, ServedFiles, StudentFiles, TeacherFiles
-from utils.run import REBUILD, STAGES, Run
+from engine.errors import UsageError
+from engine.files import file_sha256, read_json
+from engine.run import Run
+from utils.flags import Data, Evaluation, Runtime, Sequence, TeacherFiles, TeacherLoss, Training
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+
+    from datasets.sequences import EvaluationSplit, Samples
 
 ALIASES = {"cloths": "cloth", "movies": "movie"}  # spellings of the released scripts
 SUFFIXES = (".csv", ".csv.gz", ".csv.xz")
 FOLDERS = ("data", "dataset/sequential")
 DEMO = Path("data/demo.csv")
+STAGES = {"sasrec": "train_sr_trad.py", "teacher": "finetune.py", "student": "distill.py"}
+REBUILD = (  # what to do after the data has changed
+    "run every step again in order: train_sr_trad.py --overwrite, extract_emb.py, then the others"
+    " with --overwrite"
+)
 
 
 class Domain(NamedTuple):
@@ -41,7 +42,7 @@ class Domain(NamedTuple):
         """
         return cls(canonical_domain(files.domain_type), files.data_path, files.ends_are_items)
 
-    def read_as_in(self, recorded: dict[str, Any]) -> "Domain":
+    def read_as_in(self, recorded: dict) -> "Domain":
         """This domain with the ends of lists read as an earlier step's flags say."""
         ends_are_items = self.ends_are_items or bool(recorded.get("ends_are_items"))
         return self._replace(ends_are_items=ends_are_items)
@@ -55,20 +56,36 @@ class Domain(NamedTuple):
     def item_table(self) -> Path:
         return self.folder / "sasrec_item.pkl"
 
-    def teacher(self, files: StudentFiles) -> tuple[Path, Path | None]:
-        """The teacher's folder, and where its states are kept; None runs it in every step.
+    def run_folder(self, stage: str, given: str | None) -> Path:
+        """A stage's folder: as given, or output/<domain>/<stage>."""
+        return Path(given or self.folder / stage)
+
+    def earlier_run(self, stage: str, given: str | None) -> Run:
+        """The run of an earlier stage that `--<stage>` names, by default the domain's.
 
         Raises:
-            UsageError: the cache is a file.
+            UsageError: there is no such run.
         """
-        folder = Path(files.teacher or self.folder / "teacher")
-        place = files.teacher_cache
-        if place.lower() == "off":
-            return folder, None
-        cache = folder.parent / "teacher_states" if place.lower() == "auto" else Path(place)
-        if not place or (cache.exists() and not cache.is_dir()):
-            raise UsageError(f"--teacher_cache={place}: expected a folder, auto or off")
-        return folder, cache
+        return Run.read(stage, self.run_folder(stage, given), f"--{stage}", STAGES[stage])
+
+    def sasrec_runs(self, files: TeacherFiles, loss: TeacherLoss, runtime: Runtime) -> list[Run]:
+        """The runs of step 1 that teach; none where SASRec's KL has no weight.
+
+        Raises:
+            UsageError: there is no such run.
+        """
+        if not loss.sasrec_lambda or runtime.eval_only:
+            return []
+        return self.sasrecs(files.sasrec)
+
+    def sasrecs(self, named: str | None) -> list[Run]:
+        """The runs of step 1 that `--sasrec` names, separated by commas.
+
+        Raises:
+            UsageError: there is no such run.
+        """
+        names = named.split(",") if named else [None]
+        return [self.earlier_run("sasrec", name and name.strip()) for name in names]
 
     def read(self) -> tuple[Interactions, Path]:
         """The sequences, and the CSV that they are from. The demo domain is made on first use.
@@ -129,137 +146,81 @@ def candidates(domain: str) -> list[Path]:
     return [place.with_name(place.name + suffix) for place in places for suffix in SUFFIXES]
 
 
-class Inputs(NamedTuple):
-    """What steps 3 and 4 read before any model: the sequences and the item table, checked against
-    each other.
+class RunData(NamedTuple):
+    """What a run trains and is evaluated on.
 
-    csv_path, table_path: where they are from. table_sha256: of the table's file. items_from: what
-        its vectors were made from, None where nothing says.
+    item_table: [N, D] on the device, row = catalogue index; None for SASRec, which makes it.
+    """
+
+    item_table: "torch.Tensor | None"
+    samples: "Samples"
+    splits: "dict[str, EvaluationSplit]"
+    users: list[str]
+    hashes: dict[str, str | None]
+
+
+class Inputs(NamedTuple):
+    """The files that a run is made from, checked against each other.
+
+    csv_path, table_path: where the sequences and the item table are; SASRec has no table.
+    hashes, sources: see engine.run.Inputs. items_from: what the table's vectors were made from,
+        None where nothing says.
     """
 
     domain: Domain
     data: Interactions
     csv_path: Path
-    table_path: Path
-    table_sha256: str
-    items_from: str | None
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        """Field of config.json -> hash of the file that a run is made from."""
-        return {"data_sha256": self.data.sha256, "table_sha256": self.table_sha256}
-
-    @property
-    def sources(self) -> tuple[Path, Path]:
-        """Where the files of `hashes` are."""
-        return self.csv_path, self.table_path
-
-    def item_table(self) -> "Tensor":
-        """The item table's rows in catalogue order, float32 [N, D]."""
-        from datasets.item_table import read_table
-
-        return read_table(self.table_path, self.data.item_ids)
-
-
-class Served(NamedTuple):
-    """A finished run, and the files that it was made from.
-
-    table_path: the item table; None for SASRec, which has its own.
-    """
-
-    run: Run
-    data: Interactions
-    csv_path: Path
     table_path: Path | None
+    hashes: dict[str, str | None]
+    sources: dict[str, Path]
+    items_from: str | None = None
 
-    def item_ids(self, unseen: bool = False) -> np.ndarray:
-        """The items to recommend from, ascending: those of the data, and with `unseen` the others
-        that the item table has vectors for.
+    @property
+    def rebuild(self) -> str:
+        return REBUILD
+
+    @property
+    def about(self) -> dict[str, str | None]:
+        """What config.json says beside the hashes."""
+        return {"domain": self.domain.name, "items_from": self.items_from}
+
+    def load(
+        self,
+        sequence: Sequence,
+        training: Training,
+        evaluation: Evaluation,
+        device: "torch.device | str",
+    ) -> RunData:
+        """The item table in memory, the training samples and the evaluation splits. Prints their
+        sizes.
         """
-        from datasets.item_table import ids_with_vectors
+        from datasets import item_table, sequences
 
-        if not unseen or self.table_path is None:
-            return self.data.item_ids
-        return np.union1d(self.data.item_ids, ids_with_vectors(self.table_path))
-
-    def popularity(self, item_ids: np.ndarray | None = None) -> "Tensor":
-        """How often each item occurs, by default of the data's; float32 [N]."""
-        import torch
-
-        counts = np.bincount(self.data.items, minlength=self.data.n_items).astype(np.float32)
-        if item_ids is not None:
-            known = np.zeros(len(item_ids), dtype=np.float32)
-            known[np.searchsorted(item_ids, self.data.item_ids)] = counts
-            counts = known
-        return torch.from_numpy(counts)
-
-    def item_table(self, item_ids: np.ndarray | None = None) -> "Tensor | None":
-        """The items' rows, by default the data's in catalogue order; float32 [N, D]."""
-        from datasets.item_table import read_table
-
-        item_ids = self.data.item_ids if item_ids is None else item_ids
-        return self.table_path and read_table(self.table_path, item_ids)
+        table, every_position = None, False
+        if self.table_path is None:  # SASRec: one sample per user, with all its targets
+            every_position = training.train_targets == "all"
+        else:
+            table = item_table.read_table(self.table_path, self.data.item_ids).to(device)
+        targets = "last" if every_position else training.train_targets
+        slots = sequence.max_seq_length
+        samples = sequences.training_samples(self.data, targets, slots, every_position)
+        splits = sequences.evaluation_splits(self.data, slots, evaluation)
+        print(sequences.describe(self.data, samples, splits), flush=True)
+        return RunData(table, samples, splits, self.data.users, self.hashes)
 
 
-def is_export(folder: Path) -> bool:
-    """Whether export.py wrote the folder."""
-    return (folder / "recommender.json").is_file()
-
-
-def read_all_served(files: ServedFiles) -> list[Served]:
-    """As `read_served`, for `--model` with one name or several between commas.
+def read_sequences(files: Data) -> Inputs:
+    """Find and check the CSV, for SASRec and its item table. Imports no torch.
 
     Raises:
-        UsageError: also where they are of different data.
+        UsageError: it is missing or wrong.
     """
-    names = files.model.split(",")
-    if names[1:] and files.item_table:
-        raise UsageError(
-            f"--item_table={files.item_table}: of several models each reads its own table"
-        )
-    found = [read_served(dataclasses.replace(files, model=name.strip())) for name in names]
-    for other in found[1:]:
-        if other.data.sha256 != found[0].data.sha256:
-            raise UsageError(
-                f"--model={files.model}: {found[0].run.folder} and {other.run.folder} are of"
-                " different data"
-            )
-    return found
-
-
-def read_served(files: ServedFiles) -> Served:
-    """Find a run, and the CSV and item table that it was made from. Imports no torch.
-
-    Files that are not named are those that the run's own command read.
-
-    Raises:
-        UsageError: something is missing, or is not what the run was made from.
-    """
-    named = files.model in STAGES
-    folder = Domain.of(files).folder / files.model if named else Path(files.model)
-    if not (folder / "config.json").is_file():
-        maker = STAGES.get(files.model, "one of the four scripts")
-        raise UsageError(f"--model={files.model}: no run in {folder}; {maker} makes it")
-    if is_export(folder):
-        raise UsageError(f"--model={files.model}: an export, not a run; name the run's folder")
-    stage = read_json(folder / "config.json", "run").get("step")
-    run = Run.read(stage if stage in STAGES else "trained", folder, "--model")
-    if not (folder / "best").is_dir() and not (folder / ".old-best").is_dir():
-        raise UsageError(f"--model={files.model}: {folder} has no checkpoint best/; train first")
-    recorded = run.flags
-    name = files.domain_type if named else run.config.get("domain", files.domain_type)
-    path = files.data_path or recorded.get("data_path")
-    domain = Domain(canonical_domain(name), path, files.ends_are_items).read_as_in(recorded)
+    domain = Domain.of(files)
     data, csv_path = domain.read()
-    hashes, table_path = {"data_sha256": data.sha256}, None
-    if stage != "sasrec":
-        table_path = Path(files.item_table or recorded.get("item_table") or domain.item_table)
-        if not table_path.is_file():
-            raise UsageError(f"item table not found: {table_path}; name it with --item_table")
-        hashes["table_sha256"] = file_sha256(table_path)
-    run.check_same(hashes, *[path for path in (csv_path, table_path) if path])
-    run.report_unfinished()
-    return Served(run, data, csv_path, table_path)
+    start = getattr(files, "init_table", None)
+    hashes = {"data_sha256": data.sha256, "init_table_sha256": start and file_sha256(start)}
+    sources = {"data_sha256": csv_path, "init_table_sha256": start}
+    return Inputs(domain, data, csv_path, None, hashes, sources)
 
 
 def read_inputs(files: TeacherFiles) -> Inputs:
@@ -292,5 +253,23 @@ def read_inputs(files: TeacherFiles) -> Inputs:
                 f"{table_path} is not the table that {notes} describes; run extract_emb.py again,"
                 " or remove the .json if the table is your own"
             )
-    items_from = about.get("items_from")
-    return Inputs(domain, data, csv_path, table_path, table_sha256, items_from)
+    hashes = {"data_sha256": data.sha256, "table_sha256": table_sha256}
+    sources = {"data_sha256": csv_path, "table_sha256": table_path}
+    return Inputs(domain, data, csv_path, table_path, hashes, sources, about.get("items_from"))
+
+
+def cache_folder(given: str, teacher: Path) -> Path | None:
+    """Where the outputs of frozen teachers are kept; None runs them in every step.
+
+    Args:
+        given: `--teacher_cache`.
+        teacher: the teacher's folder; `auto` is beside it.
+    Raises:
+        UsageError: it is a file.
+    """
+    if given.lower() == "off":
+        return None
+    folder = teacher.parent / "teacher_states" if given.lower() == "auto" else Path(given)
+    if not given or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"--teacher_cache={given}: expected a folder, auto or off")
+    return folder

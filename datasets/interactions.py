@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.errors import UsageError
-from utils.files import Watched, replacing
+from engine.errors import UsageError
+from engine.files import Watched, replacing
 
 MINIMUM_LENGTH = 4  # leave-one-out with a training target: at least one item before it
 LARGEST_ID = 2**31 - 2

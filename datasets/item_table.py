@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.errors import UsageError
-from utils.files import file_sha256, replacing, write_json
+from engine.errors import UsageError
+from engine.files import file_sha256, replacing, write_json
 
 KEY = "item_embedding"
 LARGEST_GIB = 16  # of an item table; ten million items of 128 numbers are 5 GiB

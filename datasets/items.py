@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from datasets.interactions import LARGEST_ID, open_bytes, read_titles
-from utils.errors import UsageError
-from utils.files import replacing
+from engine.errors import UsageError
+from engine.files import replacing
 
 Name = Literal["auto", "id", "asin", "title"]
 COLUMNS = ["item_id", "asin", "title"]

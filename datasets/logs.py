@@ -25,8 +25,8 @@ import pyarrow.csv
 import pyarrow.parquet
 from tqdm import tqdm
 
-from utils.errors import UsageError
-from utils.files import Watched
+from engine.errors import UsageError
+from engine.files import Watched
 
 SAMPLE_BYTES, SAMPLE_LINES = 2**18, 50
 BATCH = 2**17  # lines

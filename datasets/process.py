@@ -32,10 +32,10 @@ from tqdm import tqdm
 from datasets.domain import SUFFIXES, canonical_domain
 from datasets.interactions import write_csv
 from datasets.items import Items, listing_of
-from utils import cli
-from utils.errors import UsageError
-from utils.files import check_writable
-from utils.flags import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
+from engine import cli
+from engine.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
+from engine.errors import UsageError
+from engine.files import check_writable
 
 NUMBERS = {"overall", "unixReviewTime"}  # the fields that are numbers; all others are text
 BROKEN_SHARE = 0.01  # more broken lines than this are an error

@@ -4,19 +4,19 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.errors import UsageError
+from engine.errors import UsageError
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
-class Prompt(NamedTuple):
-    """What the LLM reads before and after the items: texts, or token ids."""
+class Template(NamedTuple):
+    """The texts that the LLM reads before and after the items."""
 
-    prompt: str | list[int]
-    response: str | list[int]
+    prompt: str
+    response: str
 
 
-def read_template(name: str) -> Prompt:
+def read_template(name: str) -> Template:
     """The texts of templates/<name>.json, or of a JSON file given by its path.
 
     Raises:
@@ -42,10 +42,22 @@ def read_template(name: str) -> Prompt:
         raise UsageError(
             f"{path}: expected the texts prompt and response, found {', '.join(content)}"
         )
-    return Prompt(*texts)
+    return Template(*texts)
 
 
-def tokenise(texts: Prompt, base: str) -> Prompt:
+def prompt_ids(taught: dict | None, template: Template, base: str) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and the response: a teacher's, else the template's.
+
+    Args:
+        taught: the teacher's model, as its config.json has it.
+        base: a local folder or a Hugging Face id.
+    """
+    if taught is not None:
+        return taught["prompt_ids"], taught["response_ids"]
+    return tokenise(template, base)
+
+
+def tokenise(texts: Template, base: str) -> tuple[list[int], list[int]]:
     """Token ids of the two texts, each by itself and without special tokens, by the tokenizer of
     `base`.
 
@@ -68,8 +80,8 @@ def tokenise(texts: Prompt, base: str) -> Prompt:
             f"--base_model={base}: no usable tokenizer; expected tokenizer.json, or"
             f" tokenizer.model, beside the weights ({reason})"
         ) from None
-    ids = Prompt(*(tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts))
-    if not ids.response or not ids.prompt:
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    if not all(ids):
         raise UsageError(
             f"--base_model={base}: its tokenizer makes no tokens of the prompt template"
         )

@@ -14,10 +14,20 @@ from torch import Tensor
 
 from datasets.candidates import draw
 from datasets.interactions import MINIMUM_LENGTH, Interactions
-from utils.flags import Evaluation, Sequence
+from utils.flags import Evaluation
 
 TrainTargets = Literal["last", "all"]
 VALID, TEST = 2, 1  # the target's place from the end of the user's items; also a key of candidates
+
+
+class TrainBatch(NamedTuple):
+    """Some samples: their indices, histories [B, L] on the CPU, where the model packs them, and
+    targets on the device: [B], or [B, L] with a target at every position, N where there is none.
+    """
+
+    indices: np.ndarray
+    history: Tensor
+    target: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,11 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.end)
+
+    def batch(self, indices: np.ndarray, device: torch.device) -> TrainBatch:
+        """What a training step reads of these samples."""
+        target = self.shifted_targets(indices) if self.every_position else self.targets(indices)
+        return TrainBatch(indices, self.histories(indices), target.to(device))
 
     def histories(self, indices: np.ndarray) -> Tensor:
         """The last L items before the target, padded with N on the left; int64 [B, L]."""
@@ -66,9 +81,9 @@ class Samples:
         names = self.data.users
         return [names[user] if user < len(names) else "a short user" for user in owner]
 
-    def calibration(self, n: int = 64) -> Tensor:
-        """The histories of `n` samples (or all) at even distances; int64 [n, L]."""
-        return self.histories(np.unique(np.linspace(0, len(self) - 1, n).astype(np.int64)))
+    def evenly(self, n: int) -> np.ndarray:
+        """Indices of `n` samples (or all) at even distances."""
+        return np.unique(np.linspace(0, len(self) - 1, n).astype(np.int64))
 
     def windows(self, end: np.ndarray, length: np.ndarray, width: int) -> Tensor:
         """items[end - width : end] of each row, padded with N beyond `length`; int64 [B, width]."""
@@ -103,7 +118,7 @@ def training_samples(
 
 
 class EvaluationBatch(NamedTuple):
-    """See utils.evaluation.EvaluationBatch."""
+    """See utils.evaluation.Batch."""
 
     history: Tensor
     target: Tensor
@@ -189,23 +204,15 @@ class EvaluationSplit:
         )
 
 
-def prepare(
-    data: Interactions,
-    train_targets: TrainTargets,
-    sequence: Sequence,
-    evaluation: Evaluation,
-    every_position: bool = False,
-) -> tuple[Samples, dict[str, EvaluationSplit]]:
-    """The training samples and the evaluation splits `valid` and `test`. Prints their sizes."""
-    slots = sequence.max_seq_length
-    samples = training_samples(data, train_targets, slots, every_position)
-    protocol = slots, evaluation.candidate_seed, evaluation.num_candidates
-    splits = {
+def evaluation_splits(
+    data: Interactions, max_seq_length: int, evaluation: Evaluation
+) -> dict[str, EvaluationSplit]:
+    """`valid` and `test`."""
+    protocol = max_seq_length, evaluation.candidate_seed, evaluation.num_candidates
+    return {
         "valid": EvaluationSplit(data, VALID, *protocol),
         "test": EvaluationSplit(data, TEST, *protocol),
     }
-    print(describe(data, samples, splits), flush=True)
-    return samples, splits
 
 
 def popularity(data: Interactions) -> Tensor:

@@ -12,16 +12,16 @@ teacher and the teacher's states, made once and shared by its rows. A finished r
 repeated, so that an interrupted suite resumes. Ends
 with the report over that folder. Rows: ce, cos, cos_norm, cos_ms, slmrec (all three terms), ce_ms
 (exits without a teacher), logit_kl, slmrec_logit_kl, sasrec_kl (SASRec the only teacher),
-cos_sasrec_kl, slmrec_sasrec_kl, exit_norm, online, blocks_1, blocks_2, interval, last, influence
+cos_sasrec_kl, slmrec_sasrec_kl, exit_norm, online, blocks_1, blocks_2, interval, last
 (the base's layers), from_teachers_ends (its adapter and head as the start), ce_from_teacher,
 from_teacher, from_teacher_interval (the trained teacher's layers).
 """
 
 from pathlib import Path
 
+from engine import cli
+from engine.cli import flag
 from experiments.suite import SuiteFlags, open_suite
-from utils import cli
-from utils.flags import flag
 
 
 @cli.command
@@ -32,9 +32,9 @@ def main(
     student_flags: str = flag("--num_epochs 10", "flags of distill.py, in quotes"),
 ) -> Path:
     """Run every row that is not there yet, for every seed, and write the report."""
+    from engine.files import read_json
     from experiments import report
     from experiments.paper import ABLATION
-    from utils.files import read_json
 
     unknown = [name for name in rows if name not in (*ABLATION, "all")]
     known = ", ".join(ABLATION)

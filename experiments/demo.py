@@ -9,8 +9,9 @@ Runs the four scripts with their defaults. The last row is distill.py with every
 
 from pathlib import Path
 
-from utils import cli
-from utils.flags import MaxSteps, NonNegativeInt, flag
+from engine import cli
+from engine.cli import NonNegativeInt, flag
+from utils.flags import MaxSteps
 
 ROWS = {
     "sasrec": "SASRec",
@@ -58,7 +59,7 @@ def comparison(root: Path) -> str:
     """The table over the results.json files below `root`, as text."""
     import pandas as pd
 
-    from utils.files import read_json
+    from engine.files import read_json
 
     results = {name: read_json(root / name / "results.json", "results") for name in ROWS}
     rows = {"popularity": _row({"test": results["sasrec"]["popularity"]["test"]})}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 
-from utils.metrics_log import parsed_event
+from engine.log import parsed_event
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -17,9 +17,10 @@ motivation.md and motivation.png beside them.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine import cli
+from engine.cli import PositiveInt, flag
 from experiments.suite import Suite, SuiteFlags, open_suite
-from utils import cli
-from utils.flags import Evaluation, PositiveInt, Sequence, TeacherFiles, flag
+from utils.flags import Evaluation, TeacherFiles
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,23 +91,25 @@ def score_every_layer(
 
     from datasets import sequences
     from datasets.domain import read_inputs
+    from datasets.item_table import read_table
+    from engine import processes
+    from engine.run import Run
     from models.llm4rec import LLM4Rec
-    from utils import evaluation, processes
-    from utils.run import Run
+    from utils import evaluation
 
     device = processes.choose_device(device_name)
     run = Run.read("teacher", folder, "--output_dir")
-    flags, bf16 = run.flags, run.config["bf16"]
+    flags = run.flags
     inputs = read_inputs(TeacherFiles(**suite.data, item_table=str(suite.table(seed))))
-    model = LLM4Rec.load(run, inputs.item_table(), bf16).to(device)
+    table = read_table(inputs.table_path, inputs.data.item_ids)
+    model = LLM4Rec.load(run, table, run.bf16).to(device)
     n_layers = model.decoder.n_layers
     model.return_states_at([*range(1, n_layers + 1)])
     protocol = Evaluation(
         num_candidates=flags["num_candidates"], candidate_seed=flags["candidate_seed"]
     )
-    length = Sequence(max_seq_length=flags["max_seq_length"])
-    _, splits = sequences.prepare(inputs.data, "last", length, protocol)
-    encode, columns = model.encoder(bf16), model.item_table.float().T
+    splits = sequences.evaluation_splits(inputs.data, flags["max_seq_length"], protocol)
+    encode, columns = model.encoder(), model.item_table.float().T
     ranks: dict[str, list[list]] = {
         part: [[] for _ in range(n_layers)] for part in ("raw", "normed")
     }
@@ -136,7 +139,7 @@ def sasrec_band(folders: list[Path]) -> Band:
     """SASRec's mean over seeds and its 95 % bootstrap interval over users, by metric."""
     import numpy as np
 
-    from experiments.significance import paired_bootstrap
+    from experiments.significance import bootstrap
 
     ranks = []
     for folder in folders:
@@ -145,11 +148,11 @@ def sasrec_band(folders: list[Path]) -> Band:
     ranks = np.stack(ranks)  # [seeds, U]
     inside = (ranks <= 10).astype(float)
     values = {"HR@10": inside, "NDCG@10": inside / np.log2(1.0 + ranks), "MRR": 1.0 / ranks}
-    return {name: paired_bootstrap(values[name].mean(0), 1000)[:3] for name in METRICS}
+    return {name: bootstrap([values[name].mean(0)[None]], 1000)[0][:3] for name in METRICS}
 
 
 def _test_metrics(folder: Path) -> dict[str, float]:
-    from utils.files import read_json
+    from engine.files import read_json
 
     test = read_json(folder / "results.json", "results")["test"]["sampled"]
     return {name: test[name] for name in METRICS}

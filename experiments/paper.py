@@ -4,7 +4,7 @@ figures.
 
 from typing import Any
 
-from utils.flags import DistillationLoss, terms
+from utils.flags import reads_teacher, terms
 
 OFF = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
 SASREC_KL = {"sasrec_lambda": 3.0, "sasrec_temperature": 2.0}
@@ -28,7 +28,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "blocks_2": {"distill_block": 2},
     "interval": {"layer_selection": "interval"},
     "last": {"layer_selection": "last"},
-    "influence": {"layer_selection": "influence"},
     "ce_from_teacher": OFF | {"student_init": "teacher"},
     "from_teachers_ends": {"student_init": "adapter"},
     "from_teacher": {"student_init": "teacher"},
@@ -107,11 +106,10 @@ def plain_name(layers: int) -> str:
     return f"E4SRec-like, {layers} layer{'s' if layers > 1 else ''}"
 
 
-def plain_ce(stage: str, flags: dict[str, Any]) -> bool:
+def plain_ce(flags: dict[str, Any]) -> bool:
     """Whether an LLM run is trained by cross-entropy alone from the base, by either script."""
-    weights = terms() if stage == "student" else ("cls_multiple_lambda",)
     from_base = flags.get("student_init") in (None, "base")
-    return from_base and not any(flags.get(name) for name in weights)
+    return from_base and not any(flags.get(name) for name in terms())
 
 
 def label(stage: str, flags: dict[str, Any]) -> str:
@@ -127,10 +125,11 @@ def label(stage: str, flags: dict[str, Any]) -> str:
     depth = "llama_decoder_nums" if teacher else "llama_decoder_nums_student"
     layers = flags[depth]
     parts = []
-    if plain_ce(stage, flags):
+    if plain_ce(flags):
         parts.append(plain_name(layers))
     elif teacher:
-        parts.append(f"{layers} layers: CE + L_ms")
+        named = [name for weight, name in terms().items() if flags.get(weight)]
+        parts.append(f"{layers} layers: " + " + ".join(["CE", *named]))
     else:
         parts += _student(layers, flags)
     if flags["layer_selection"] != "first":
@@ -153,7 +152,7 @@ def _sasrec(flags: dict[str, Any]) -> str:
 def _student(layers: int, flags: dict[str, Any]) -> list[str]:
     """The name of a student's row, and what else sets it apart."""
     named = [name for weight, name in terms().items() if flags.get(weight)]
-    if not DistillationLoss.reads_teacher_with(flags):
+    if not reads_teacher(flags):
         name = f"{layers} layers: " + " + ".join(["CE", *named])
     else:
         between = f"{layers} <- {flags['llama_decoder_nums_teacher']}"

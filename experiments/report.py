@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from engine import cli
+from engine.cli import PositiveInt, flag
+from engine.errors import UsageError
 from experiments import results, significance
 from experiments.paper import ABLATION, COLUMNS, PAPER, label, main_rows
 from experiments.results import Row, by_domain, read_runs
 from experiments.suite import SCRIPTS
-from utils import cli
-from utils.errors import UsageError
-from utils.flags import PositiveInt, flag
 
 START = "<!-- report: made by experiments.report, do not edit -->"
 END = "<!-- end of report -->"

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine import cli
+from engine.errors import UsageError
+from engine.files import read_json, replacing
+from engine.run import Run as Folder
+from engine.run import recorded_flags
 from experiments.paper import label, plain_ce
 from experiments.suite import SCRIPTS
-from utils import cli
-from utils.errors import UsageError
-from utils.files import read_json, replacing
-from utils.run import Run as Folder
+from utils.flags import Training
 
 KEPT = ("config.json", "results.json", "metrics.jsonl")
 # flags that make no other row, beside places and free ones
@@ -48,8 +50,10 @@ class Run(NamedTuple):
 
     @property
     def flags(self) -> dict[str, Any]:
-        """As recorded. A flag added after the run has its default."""
-        return cli.defaults(SCRIPTS[self.stage]) | self.config["flags"]
+        """As recorded. A flag added after the run has its default, one that is gone is left out."""
+        known = cli.defaults(SCRIPTS[self.stage])
+        recorded = recorded_flags(self.config, Training.usual)
+        return known | {name: value for name, value in recorded.items() if name in known}
 
     @property
     def items_from(self) -> str | None:
@@ -85,13 +89,11 @@ class Run(NamedTuple):
         A student trained by cross-entropy alone is what finetune.py trains.
         """
         stage, flags, names = self.stage, self.flags, self.counted
-        if stage != "sasrec" and plain_ce(stage, flags):
+        if stage != "sasrec" and plain_ce(flags):
             stage = "llm"
             names &= set(cli.defaults(SCRIPTS["teacher"])) & set(cli.defaults(SCRIPTS["student"]))
             names -= {"distill_block", "cls_multiple_lambda", "block_reduction", "exit_norm"}
         layers = self.config.get("model", {}).get("layers")
-        if flags.get("layer_selection") == "influence":  # each seed chooses
-            layers = None
         values = {name: flags[name] for name in sorted(names)}
         made_by = self.items_from, self.n_sasrecs
         return json.dumps([stage, layers, bool(self.config.get("bf16")), values, *made_by])
@@ -153,7 +155,7 @@ def _read_folder(root: Path) -> tuple[list[Run], list[str]]:
             config = read_json(path, "run")
             if config.get("step") not in list(SCRIPTS):
                 continue
-            if not Folder(config["step"], folder, config, ()).finished:
+            if not Folder(config["step"], folder, config).finished:
                 notes.append(f"{name} is unfinished")
                 continue
             run = Run(folder, name, config, read_json(folder / "results.json", "results"))

@@ -2,10 +2,10 @@
 correction.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from experiments.paper import plain_ce, plain_name
 from experiments.results import Row, Run
@@ -69,7 +69,7 @@ def _references(row: Row, by_label: dict[str, Row]) -> list[str]:
     stage, flags = run.stage, run.flags
     names = ["SASRec"]
     targets = ", every prefix" if stage != "sasrec" and flags["train_targets"] == "all" else ""
-    if stage != "sasrec" and plain_ce(stage, flags):
+    if stage != "sasrec" and plain_ce(flags):
         depths = [_layers(other.first) for other in by_label.values() if _is_plain(other.first)]
         names += [plain_name(max(depths)) + targets, plain_name(_layers(run))]
     elif stage != "sasrec":
@@ -83,7 +83,7 @@ def _references(row: Row, by_label: dict[str, Row]) -> list[str]:
 
 
 def _is_plain(run: Run) -> bool:
-    return run.stage != "sasrec" and plain_ce(run.stage, run.flags)
+    return run.stage != "sasrec" and plain_ce(run.flags)
 
 
 def _layers(run: Run) -> int:
@@ -169,24 +169,10 @@ def _resampled(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
 
 
 def t_test(differences: np.ndarray) -> float:
-    """Two-sided p of Student's t-test that paired differences, one per seed, have mean zero.
-
-    The distribution's closed form for whole degrees of freedom (Abramowitz and Stegun, 1964,
-    26.7.3 and 26.7.4).
-    """
-    n = len(differences)
-    spread = float(differences.std(ddof=1)) / math.sqrt(n)
-    if not spread:
+    """Two-sided p of Student's t-test that paired differences, one per seed, have mean zero."""
+    if not np.ptp(differences):
         return 0.0 if differences.any() else 1.0
-    free = n - 1
-    angle = math.atan(abs(float(differences.mean())) / spread / math.sqrt(free))
-    odd = free % 2
-    term, total = math.cos(angle) if odd else 1.0, 0.0
-    for k in range(2 + odd, free + 1, 2):
-        total += term
-        term *= (k - 1) / k * math.cos(angle) ** 2
-    inside = math.sin(angle) * total
-    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def holm(values: list[float]) -> list[float]:
@@ -197,8 +183,3 @@ def holm(values: list[float]) -> list[float]:
         largest = max(largest, min(1.0, values[index] * (len(values) - place)))
         corrected[index] = largest
     return corrected
-
-
-def paired_bootstrap(difference: np.ndarray, resamples: int, seed: int = 0) -> Estimate:
-    """The estimate of one paired difference over users, [U]."""
-    return bootstrap([difference[None]], resamples, seed)[0]

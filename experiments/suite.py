@@ -13,10 +13,11 @@ import extract_emb
 import finetune
 import train_sr_trad
 from datasets.domain import Domain
-from utils import cli
-from utils.errors import UsageError
-from utils.files import read_json
-from utils.flags import Data, flag
+from engine import cli
+from engine.cli import flag
+from engine.errors import UsageError
+from engine.files import read_json
+from utils.flags import Data
 
 SCRIPTS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
 

@@ -1,25 +1,25 @@
 """Base checkpoints: where they are, and reading only the tensors that are needed.
 
-A base is a Hugging Face id, a local folder in the Hugging Face layout, a GGUF file (models/gguf.py)
-or a built-in random LLaMA (models/builtin.py). Its family is one of FAMILIES: decoders whose layers
-have LLaMA's residuals and MLP. What they do to queries and keys is the library's own modules
-(models/decoder.py).
+A base is a Hugging Face id, a local folder in the Hugging Face layout (experiments/bases.py makes
+such folders), or a built-in random LLaMA (models/builtin.py). Its family is one of FAMILIES:
+decoders whose layers have LLaMA's residuals and MLP. What they do to queries and keys is the
+library's own modules (models/decoder.py).
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from models import gguf
-from models.builtin import BUILT_IN, ensure_built_in
-from utils.errors import UsageError
+from engine.errors import UsageError
+from models.builtin import BUILT_IN, FOLDER, ensure_built_in
 
+MADE = {"smollm2": FOLDER / "smollm2"}  # by `make`
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -27,75 +27,79 @@ COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints store it
 SAMPLES, SAMPLE = 64, 4096  # pieces of a shard that its fingerprint covers, and their bytes
 
 
-def locate(base_model: str) -> str:
-    """The folder or Hugging Face id behind `--base_model`.
+class Base(NamedTuple):
+    """A base checkpoint.
+
+    name: as `--base_model` has it. location: its folder, or its Hugging Face id.
+    """
+
+    name: str
+    location: str
+    config: PreTrainedConfig
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the layers have random weights: a built-in base's, or a twin's
+        (experiments/bases.py).
+        """
+        return self.name in BUILT_IN or getattr(self.config, "random_layers", False)
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json says of it: whether its weights are random, where it is, and a hash."""
+        about = {"random_base": self.is_random, "base": self.location}
+        return about | {"base_sha256": fingerprint(self.location)}
+
+    def check_unchanged(self, config: dict[str, Any]) -> None:
+        """Refuse another base than the one that a run was trained on.
+
+        Where the base was trained in full its weights are in the checkpoint, and nothing is
+        compared.
+
+        Args:
+            config: the run's config.json.
+        Raises:
+            UsageError: the base differs.
+        """
+        recorded = config.get("base_sha256")
+        if config["model"]["strategy"] == "full" or recorded is None:
+            return
+        found = fingerprint(self.location)
+        if found != recorded:
+            raise UsageError(
+                f"--base_model={self.name}: {self.location} is another base than the one"
+                f" that the run was trained on (its fingerprint is {found[:12]}..., the run has"
+                f" {recorded[:12]}...); put the right one back"
+            )
+
+
+def open_base(name: str) -> Base:
+    """The base behind `--base_model`.
 
     Raises:
         UsageError: a path that does not exist, a hub that does not have it, or a family that is not
             read here.
     """
-    if base_model in BUILT_IN:
-        return str(ensure_built_in(base_model))
-    if base_model in gguf.FILES or base_model.endswith(".gguf"):
-        path = gguf.FILES.get(base_model, Path(base_model))
-        folder = str(gguf.ensure_converted(path, base_model))
-        read_config(folder)
-        return folder
-    is_path = base_model.startswith((".", "/", "~")) or base_model.count("/") != 1
-    if not Path(base_model).is_dir() and (is_path or base_model.endswith("/")):
-        raise UsageError(
-            f"--base_model={base_model}: no such folder, and not one of {', '.join(BUILT_IN)}"
-            " or a Hugging Face id such as meta-llama/Llama-2-7b-hf"
-        )
-    read_config(base_model)
-    return base_model
-
-
-def is_random(base_model: str, base: str) -> bool:
-    """Whether the layers have random weights: a built-in base's, or experiments/random_twin.py's.
-
-    Args:
-        base_model: the flag's value.
-        base: where it was found.
-    """
-    return base_model in BUILT_IN or getattr(read_config(base), "random_layers", False)
-
-
-def describe(base_model: str, base: str) -> dict[str, Any]:
-    """What config.json says of a base: whether its weights are random, its files' names and sizes,
-    and a hash of them.
-
-    Args:
-        base_model: the flag's value.
-        base: where it was found.
-    """
-    about = {"random_base": is_random(base_model, base), "base": contents(base)}
-    return about | {"base_sha256": fingerprint(base)}
-
-
-def check_unchanged(config: dict[str, Any], base: str) -> None:
-    """Refuse another base than the one that a run was trained on.
-
-    Where the base was trained in full its weights are in the checkpoint, and nothing is compared.
-
-    Args:
-        config: the run's config.json.
-    Raises:
-        UsageError: the base differs.
-    """
-    if config["model"]["strategy"] == "full":
-        return
-    recorded, found = config.get("base_sha256"), None
-    if recorded is not None:
-        found = fingerprint(base)
-    elif "base" in config:  # a run that is older than fingerprints
-        recorded, found = config["base"], contents(base)
-    if json.loads(json.dumps(found)) != recorded:
-        raise UsageError(
-            f"--base_model={config['flags']['base_model']}: {base} is another base than the one"
-            f" that the run was trained on (its fingerprint is {str(found)[:12]}..., the run has"
-            f" {str(recorded)[:12]}...); put the right one back"
-        )
+    if name in BUILT_IN:
+        location = str(ensure_built_in(name))
+    elif name in MADE:
+        location = str(MADE[name])
+        if not Path(location, "config.json").is_file():
+            raise UsageError(f"--base_model={name}: no base in {location}; `make {name}` makes it")
+    else:
+        location = name
+        if name.endswith(".gguf"):
+            raise UsageError(
+                f"--base_model={name}: a GGUF file; python -m experiments.bases --kind gguf"
+                f" --base_model {name} --output_dir FOLDER makes a base of it"
+            )
+        is_path = name.startswith((".", "/", "~")) or name.count("/") != 1
+        if not Path(name).is_dir() and (is_path or name.endswith("/")):
+            raise UsageError(
+                f"--base_model={name}: no such folder, and not one of"
+                f" {', '.join((*BUILT_IN, *MADE))}"
+                " or a Hugging Face id such as meta-llama/Llama-2-7b-hf"
+            )
+    return Base(name, location, read_config(location))
 
 
 def fingerprint(base: str) -> str:
@@ -104,7 +108,8 @@ def fingerprint(base: str) -> str:
     Cheap for any size. A hub's snapshot is known by its commit.
     """
     if not Path(base).is_dir():
-        return hashlib.sha256(json.dumps(contents(base)).encode()).hexdigest()
+        commit = Path(_file(base, "config.json")).parent.name
+        return hashlib.sha256(json.dumps([base, commit]).encode()).hexdigest()
     digest = hashlib.sha256((Path(base) / "config.json").read_bytes())
     for path in sorted(Path(base).glob("*.safetensors")):
         size = path.stat().st_size
@@ -150,25 +155,6 @@ def read_config(base: str) -> PreTrainedConfig:
         return CONFIG_MAPPING[found](**content)
     except Exception as error:  # transformers checks fields in several ways
         raise UsageError(f"{path}: not a {found}'s configuration ({_line(error)})") from None
-
-
-def contents(base: str) -> list:
-    """Identify a base independently of its path and file times: file names and sizes, or the hub's
-    commit.
-    """
-    if Path(base).is_dir():
-        return [entry[:2] for entry in identity(base)]
-    return [base, Path(_file(base, "config.json")).parent.name]
-
-
-def identity(base: str) -> list:
-    """Identify the base's current files without reading them: names, sizes and modification times,
-    or the hub's snapshot.
-    """
-    if not Path(base).is_dir():
-        return [base, _file(base, "config.json")]  # in the hub's cache the path holds the commit
-    paths = [Path(base) / "config.json", *sorted(Path(base).glob("*.safetensors"))]
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 def new_decoder(config: PreTrainedConfig) -> PreTrainedModel:

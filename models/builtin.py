@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from utils.files import save_whole
+from engine.files import save_whole
 
 BUILT_IN = {
     "tiny": {

@@ -235,7 +235,7 @@ class Decoder(nn.Module):
         return cos[0, position], sin[0, position]
 
     def divide(self) -> Iterable[nn.Module]:
-        """The layers, made ready to be divided among processes: see utils.sharding.
+        """The layers, made ready to be divided among processes: see engine.sharding.
 
         A layer's weights are brought together around a call of the layer, so that its steps have to
         run within one.

@@ -1,28 +1,30 @@
 """LLM4Rec: a pruned LLaMA that reads projected item embeddings and predicts in item space.
 
-Teacher and student alike.
+Teacher and student alike. [B, L] history -> item vectors -> adapter -> decoder, between prompt and
+response -> last token -> head -> [B, D].
 
 Legend: B batch, L item slots, N items (also the padding index), D item width, H LLM width, E block
     ends.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.base import check_unchanged, load_llama, locate, longest, read_config
+from engine import checkpoint, sharding
+from engine.errors import UsageError
+from engine.run import Run
+from models.base import Base, load_llama, longest, open_base
 from models.builtin import BUILT_IN
 from models.decoder import Decoder, KeyValue, Packed
 from models.losses import Output
-from models.selection import block_ends, block_influence, select_layers
-from utils import checkpoint, sharding
-from utils.errors import UsageError
+from models.selection import equal_blocks, select_layers
 from utils.flags import LLM, LoRA, Prompt
-from utils.run import Run
 
 
 class LLM4Rec(nn.Module):
@@ -33,13 +35,19 @@ class LLM4Rec(nn.Module):
         item_table: [N, D], frozen; row = catalogue index.
         exit_heads: also predict at the E - 1 inner block ends.
         exit_norm: exit heads read states that went through the decoder's final norm.
+        bf16: compute in bfloat16 at inference.
     """
 
     def __init__(
-        self, decoder: Decoder, item_table: Tensor, exit_heads: bool, exit_norm: bool = False
+        self,
+        decoder: Decoder,
+        item_table: Tensor,
+        exit_heads: bool,
+        exit_norm: bool = False,
+        bf16: bool = False,
     ) -> None:
         super().__init__()
-        self.exit_norm = exit_norm
+        self.exit_norm, self.bf16 = exit_norm, bf16
         width, dim = decoder.llama.config.hidden_size, item_table.shape[1]
         n_exits = len(decoder.block_ends) - 1 if exit_heads else 0
         self.decoder = decoder
@@ -113,24 +121,52 @@ class LLM4Rec(nn.Module):
         self.head, self.exit_heads = self.exit_heads[number - 1], nn.ModuleList()
 
     @torch.no_grad()
-    def encoder(self, bf16: bool = False) -> Callable[[Tensor], Output]:
+    def encoder(self) -> Callable[[Tensor], Output]:
         """A forward for inference with the present weights. The prompt is computed here, once."""
         self.eval()
-        device_type = self.item_table.device.type
-        with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
+        autocast = functools.partial(
+            torch.autocast, self.item_table.device.type, torch.bfloat16, enabled=self.bf16
+        )
+        with autocast():
             prompt = self.prompt_states()
 
         @torch.no_grad()
         def encode(history: Tensor) -> Output:
-            with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
+            with autocast():
                 return self(history, prompt)
 
         return encode
 
-    def user_encoder(self, bf16: bool = False) -> Callable[[Tensor], Tensor]:
+    def user_encoder(self) -> Callable[[Tensor], Tensor]:
         """As `encoder`, history -> user vectors [B, D] alone."""
-        encode = self.encoder(bf16)
+        encode = self.encoder()
         return lambda history: encode(history).user
+
+    @classmethod
+    def build(
+        cls,
+        base: Base,
+        item_table: Tensor,
+        spec: dict[str, Any],
+        bf16: bool,
+        gradient_checkpointing: bool = False,
+        compiled: bool = False,
+    ) -> "LLM4Rec":
+        """Read the kept layers of `base` and put a recommender around them.
+
+        What is to be trained requires a gradient. Strategy `lora` freezes the base (in bfloat16 if
+        `bf16`) and trains LoRA on the named projections, adapter and heads. `full` trains
+        everything but the item table, from float32 weights.
+
+        Args:
+            item_table: [N, D].
+            spec: what `specify` returned.
+        Raises:
+            UsageError: a LoRA target matches no module, or the checkpoint lacks what is needed.
+        """
+        dtype = torch.bfloat16 if bf16 and spec["strategy"] == "lora" else torch.float32
+        llama = load_llama(base.location, base.config, spec["layers"], dtype)
+        return assemble(llama, item_table, spec, gradient_checkpointing, compiled, bf16)
 
     @classmethod
     def load(cls, run: Run, item_table: Tensor, bf16: bool) -> "LLM4Rec":
@@ -139,13 +175,11 @@ class LLM4Rec(nn.Module):
         Raises:
             UsageError: the base or the checkpoint is missing, does not fit, or is another base.
         """
-        base = locate(run.config["flags"]["base_model"])
-        check_unchanged(run.config, base)
-        model = build(base, item_table, run.config["model"], bf16)
-        model.restore(run)
-        return model
+        base = open_base(run.flags["base_model"])
+        base.check_unchanged(run.config)
+        return cls.build(base, item_table, run.config["model"], bf16).restore(run)
 
-    def restore(self, run: Run) -> None:
+    def restore(self, run: Run) -> "LLM4Rec":
         """Take the weights of a run's best checkpoint; of an online run, the student's.
 
         Raises:
@@ -156,147 +190,112 @@ class LLM4Rec(nn.Module):
         if students:
             tensors = {name.removeprefix("student."): t for name, t in students.items()}
         checkpoint.restore(self, tensors, run.folder / "best")
+        return self
 
-    def continue_from(self, source: Run, spec: dict[str, Any]) -> None:
-        """Take all weights of another run's best checkpoint as the start.
+    def start(
+        self, how: str, teacher: Run | None, source: Run | None, spec: dict[str, Any]
+    ) -> "LLM4Rec":
+        """Take the weights that training starts from; what is not taken stays as it was drawn.
 
         Args:
-            spec: this model's; the other's must be the same.
+            how: `base` takes nothing, `adapter` a trained teacher's item adapter and head,
+                `teacher` also its layers.
+            teacher: the run of step 3.
+            source: another run of the same stage, whose weights are all taken (`--init_from`).
+            spec: this model's.
         Raises:
             UsageError: the other run is of another model or base, or its checkpoint is missing.
         """
-        other = source.config["model"]
-        for name in sorted({*spec, *other}):
-            if spec.get(name) != other.get(name):
-                raise UsageError(
-                    f"--init_from={source.folder}: its model has {name} {other.get(name)},"
-                    f" this one {spec.get(name)}"
-                )
-        check_unchanged(source.config, locate(source.config["flags"]["base_model"]))
-        self.restore(source)
-
-    def take_ends(self, teacher: Run) -> None:
-        """Take a trained teacher's item adapter and head as the start; all else stays.
-
-        Raises:
-            UsageError: the teacher's checkpoint is missing or does not fit.
-        """
+        if source is not None:
+            _refuse_other_spec(source, spec)
+            open_base(source.flags["base_model"]).check_unchanged(source.config)
+            return self.restore(source)
+        if how == "base":
+            return self
         tensors, _ = checkpoint.load(teacher.folder / "best")
-        ends = {name: t for name, t in tensors.items() if name.startswith(("adapter.", "head."))}
         own = checkpoint.trained_tensors(self)
-        checkpoint.restore(self, own | ends, teacher.folder / "best")
-
-    def start_from(self, teacher: Run, spec: dict[str, Any]) -> None:
-        """Take a trained teacher's layers, item adapter and head as the start; exit heads stay.
-
-        Args:
-            spec: this model's.
-        Raises:
-            UsageError: the teacher was trained in another way, or its checkpoint is missing or does
-                not fit.
-        """
-        taught = teacher.config["model"]
-        check_unchanged(teacher.config, locate(teacher.config["flags"]["base_model"]))
-        for name in ("strategy", *LoRA().values()):
-            if spec[name] != taught[name]:
-                raise UsageError(
-                    f"--student_init=teacher: the teacher was trained with {name} {taught[name]},"
-                    f" not {spec[name]}"
-                )
-        tensors, _ = checkpoint.load(teacher.folder / "best")
-        taken = kept_tensors(tensors, taught["layers"], spec["layers"])
-        own = checkpoint.trained_tensors(self)
-        heads = {name: value for name, value in own.items() if name.startswith("exit_heads.")}
-        checkpoint.restore(self, taken | heads, teacher.folder / "best")
+        if how == "teacher":
+            open_base(teacher.flags["base_model"]).check_unchanged(teacher.config)
+            _refuse_other_strategy(teacher, spec)
+            heads = {name: t for name, t in own.items() if name.startswith("exit_heads.")}
+            layers = teacher.config["model"]["layers"], spec["layers"]
+            own = kept_tensors(tensors, *layers) | heads
+        else:
+            own |= {n: t for n, t in tensors.items() if n.startswith(("adapter.", "head."))}
+        checkpoint.restore(self, own, teacher.folder / "best")
+        return self
 
 
-class Calibration(NamedTuple):
-    """What layer_selection `influence` is measured on: see models.selection.block_influence."""
+def _refuse_other_spec(source: Run, spec: dict[str, Any]) -> None:
+    other = source.config["model"]
+    for name in (*other, "exit_norm"):
+        if spec.get(name) != other.get(name):
+            raise UsageError(
+                f"--init_from={source.folder}: its model has {name} {other.get(name)},"
+                f" this one {spec.get(name)}"
+            )
 
-    history: Tensor
-    item_table: Tensor
-    bf16: bool
-    seed: int
+
+def _refuse_other_strategy(teacher: Run, spec: dict[str, Any]) -> None:
+    taught = teacher.config["model"]
+    for name in ("strategy", *LoRA().values()):
+        if spec[name] != taught[name]:
+            raise UsageError(
+                f"--student_init=teacher: the teacher was trained with {name} {taught[name]},"
+                f" not {spec[name]}"
+            )
 
 
 def specify(
-    base: str,
+    base: Base,
     prompt: Prompt,
     ids: tuple[list[int], list[int]],
     llm: LLM,
     lora: LoRA,
-    n_layers: int,
-    n_blocks: int,
+    ends: list[int],
     exit_heads: bool,
-    calibration: Calibration | None = None,
-    teacher_layers: list[int] | None = None,
     exit_norm: bool = False,
+    teacher_ends: list[int] | None = None,
+    teacher_layers: list[int] | None = None,
 ) -> dict[str, Any]:
-    """What `build` needs to make the same model again, as JSON.
+    """What `LLM4Rec.build` needs to make the same model again, as JSON.
 
     Args:
-        base: where the base is (see models.base.locate).
         ids: token ids of the prompt's two texts.
-        n_layers: how many layers are kept.
+        ends: after how many layers each block ends; the last one is the number of layers.
+        teacher_ends: those of the teacher that it is compared with.
         teacher_layers: choose among these alone, to start from the teacher's.
     Raises:
         UsageError: the base lacks the layers or the positions asked for.
     """
-    config, (prompt_ids, response_ids) = read_config(base), ids
+    prompt_ids, response_ids = ids
     length = len(prompt_ids) + prompt.max_seq_length + len(response_ids)
-    most, unit = longest(config)
+    most, unit = longest(base.config)
     if length > most:
         raise UsageError(
             f"prompt, items and response are {length} tokens, the base has {most} {unit};"
             " lower --max_seq_length"
         )
-    pool, owner = [*range(config.num_hidden_layers)], "the base checkpoint"
+    pool, owner = [*range(base.config.num_hidden_layers)], "the base checkpoint"
     if teacher_layers:
         pool, owner = teacher_layers, "the teacher"
     strategy = llm.train_strategy
     if strategy == "auto":  # LoRA on frozen random weights means little
-        strategy = "full" if prompt.base_model in BUILT_IN else "lora"
-
-    def influence() -> list[float]:
-        return block_influence(base, prompt_ids, response_ids, *calibration)
-
-    return {
-        "layers": select_layers(pool, n_layers, llm, influence, owner),
+        strategy = "full" if base.name in BUILT_IN else "lora"
+    spec = {
+        "layers": select_layers(pool, ends[-1], llm, owner),
         "prompt_ids": prompt_ids,
         "response_ids": response_ids,
-        "n_blocks": n_blocks,
+        "n_blocks": len(ends),
+        "block_ends": ends,
         "exit_heads": exit_heads,
         "strategy": strategy,
-        **({"exit_norm": True} if exit_heads and exit_norm else {}),  # absent in older runs
-    } | lora.values()
-
-
-def build(
-    base: str,
-    item_table: Tensor,
-    spec: dict[str, Any],
-    bf16: bool,
-    gradient_checkpointing: bool = False,
-    compiled: bool = False,
-) -> LLM4Rec:
-    """Read the kept layers of `base` and put a recommender around them.
-
-    What is to be trained requires a gradient.
-
-    Strategy `lora` freezes the base (in bfloat16 if `bf16`) and trains LoRA on the named
-    projections, adapter and heads. `full` trains everything but the item table, from float32
-    weights.
-
-    Args:
-        base: folder or Hugging Face id (see models.base.locate).
-        item_table: [N, D].
-        spec: what `specify` returned.
-    Raises:
-        UsageError: a LoRA target matches no module, or the checkpoint lacks what is needed.
-    """
-    dtype = torch.bfloat16 if bf16 and spec["strategy"] == "lora" else torch.float32
-    llama = load_llama(base, read_config(base), spec["layers"], dtype)
-    return assemble(llama, item_table, spec, gradient_checkpointing, compiled)
+    }
+    if teacher_ends is not None:
+        spec["teacher_block_ends"] = teacher_ends
+    if exit_heads and exit_norm:
+        spec["exit_norm"] = True  # absent in older runs
+    return spec | lora.values()
 
 
 def assemble(
@@ -305,18 +304,24 @@ def assemble(
     spec: dict[str, Any],
     gradient_checkpointing: bool = False,
     compiled: bool = False,
+    bf16: bool = False,
 ) -> LLM4Rec:
-    """As `build`, around a LLaMA that is already in memory (or on the meta device, to count)."""
+    """As `LLM4Rec.build`, around a LLaMA in memory (or on the meta device, to count)."""
     llama.requires_grad_(spec["strategy"] == "full")
     if spec["strategy"] == "lora":
         from models.lora import inject_lora  # peft takes seconds to import
 
         names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
         inject_lora(llama, *(spec[name] for name in names))
-    ends = block_ends(len(llama.layers), spec["n_blocks"])
+    ends = spec_ends(spec, len(llama.layers))
     ids = spec["prompt_ids"], spec["response_ids"]
     decoder = Decoder(llama, *ids, ends, gradient_checkpointing, compiled)
-    return LLM4Rec(decoder, item_table, spec["exit_heads"], spec.get("exit_norm", False))
+    return LLM4Rec(decoder, item_table, spec["exit_heads"], spec.get("exit_norm", False), bf16)
+
+
+def spec_ends(spec: dict[str, Any], n_layers: int) -> list[int]:
+    """The block ends of a model; before 2026-11-28 they were B equal blocks."""
+    return spec.get("block_ends") or equal_blocks(n_layers, spec["n_blocks"])
 
 
 def kept_tensors(
@@ -329,15 +334,15 @@ def kept_tensors(
         tensors: the teacher's trained ones, by name.
         teacher_layers, layers: numbers in the base of the layers of either model.
     """
-    number = {str(teacher_layers.index(layer)): str(i) for i, layer in enumerate(layers)}
+    number = {str(teacher_layers.index(kept)): str(i) for i, kept in enumerate(layers)}
     prefix = "decoder.llama.layers."
     kept = {}
     for name, tensor in tensors.items():
-        place, _, rest = name.removeprefix(prefix).partition(".")
+        layer, _, rest = name.removeprefix(prefix).partition(".")
         if name.startswith("exit_heads."):
             continue
         if not name.startswith(prefix):
             kept[name] = tensor
-        elif place in number:
-            kept[f"{prefix}{number[place]}.{rest}"] = tensor
+        elif layer in number:
+            kept[f"{prefix}{number[layer]}.{rest}"] = tensor
     return kept

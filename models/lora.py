@@ -7,7 +7,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from utils.errors import UsageError
+from engine.errors import UsageError
 
 ADAPTER = "default"  # peft's name of the only adapter
 

@@ -1,5 +1,7 @@
 """SASRec (Kang and McAuley, 2018) in the bottleneck form that the released SLMRec trains.
 
+[B, L] history -> item embeddings -> causal transformer -> [B, L, D]; the last one is the user.
+
 Legend: B batch, L item slots, N items (also the padding index), D item width, W block width.
 """
 
@@ -11,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.losses import Output
-from utils import checkpoint
-from utils.errors import UsageError
+from engine import checkpoint
+from engine.errors import UsageError
+from engine.run import Run
 from utils.flags import SASRecModel
-from utils.run import Run
 
 Norm = Literal["query", "pre", "post"]
 PARTS = 8  # of similar length, on CPU
@@ -49,7 +50,7 @@ class SASRec(nn.Module):
         init_std: float,
     ) -> None:
         super().__init__()
-        self.n_items = n_items
+        self.n_items, self.max_seq_length = n_items, max_seq_length
         self.item_embedding = nn.Embedding(n_items + 1, emb_dim, padding_idx=n_items)
         nn.init.normal_(self.item_embedding.weight, std=init_std)
         with torch.no_grad():
@@ -108,20 +109,13 @@ class SASRec(nn.Module):
         """User vectors [B, D]: the state of the last position."""
         return self.states(history)[:, -1]
 
-    @torch.no_grad()
-    def encoder(self) -> Callable[[Tensor], Output]:
-        """A forward for inference, in the form of an LLM teacher without block ends."""
+    def user_encoder(self) -> Callable[[Tensor], Tensor]:
+        """History [B, L] -> user vectors [B, D], in evaluation mode."""
         self.eval()
-
-        @torch.no_grad()
-        def encode(history: Tensor) -> Output:
-            user = self(history)
-            return Output(user, user.new_empty(len(user), 0, 0), user[:, None, :][:, :0])
-
-        return encode
+        return torch.no_grad()(self.forward)
 
     @torch.no_grad()
-    def start_items(self, item_table: Tensor, init_std: float) -> None:
+    def start(self, item_table: Tensor, init_std: float) -> None:
         """Start the item embeddings from a table [N, D], scaled to the mean length that drawn ones
         of `init_std` have.
 
@@ -138,7 +132,7 @@ class SASRec(nn.Module):
         scaled = item_table * (length / item_table.norm(dim=1).mean())
         weight[: self.n_items] = scaled.to(weight)
 
-    def restore(self, run: Run) -> None:
+    def restore(self, run: Run) -> "SASRec":
         """Take the weights of a run's best checkpoint.
 
         Raises:
@@ -146,27 +140,21 @@ class SASRec(nn.Module):
         """
         weights, _ = checkpoint.load(run.folder / "best")
         checkpoint.restore(self, weights, run.folder / "best")
+        return self
 
     @classmethod
-    def load(cls, run: Run, item_table: Tensor | None = None) -> "SASRec":
+    def load(cls, run: Run) -> "SASRec":
         """The model of a run's best checkpoint.
 
-        Args:
-            item_table: [N, D], the table that a later step reads; it must be this SASRec's own.
         Raises:
-            UsageError: the table is not this SASRec's, or the checkpoint is missing or damaged.
+            UsageError: the checkpoint is missing or damaged.
         """
         shape = {field.name: run.flags[field.name] for field in SASRecModel.fields()}
         weights, _ = checkpoint.load(run.folder / "best")
-        own = weights["item_embedding.weight"][:-1]  # the last row is the padding
-        if item_table is not None and not torch.equal(own, item_table.cpu()):
-            raise UsageError(
-                f"--sasrec={run.folder}: its item embeddings are not the item table;"
-                " name the run that the table is from"
-            )
-        model = cls(len(own), run.flags["max_seq_length"], **shape)
+        n_items = len(weights["item_embedding.weight"]) - 1  # the last row is the padding
+        model = cls(n_items, run.flags["max_seq_length"], **shape)
         checkpoint.restore(model, weights, run.folder / "best")
-        return model if item_table is None else model.to(item_table.device)
+        return model
 
 
 class Block(nn.Module):

@@ -49,9 +49,9 @@ STUDENTS = {
     "live": f"{STUDENT} --teacher_cache off --logit_lambda 1 --temperature 2 --distill_block 2",
     "lora": f"{STUDENT} --teacher teacher_lora --train_strategy lora --lora_dropout 0.3",
     "from_teacher": f"{STUDENT} --student_init teacher --layer_selection interval",
-    "influence": f"{STUDENT} --layer_selection influence --block_reduction mean"
-    " --norm_form squared_l2",
+    "mean": f"{STUDENT} --block_reduction mean --norm_form squared_l2",
 }
+NEW = ("block_ends", "teacher_block_ends")  # of the model in config.json, since 2026-11-28
 # equals `lora`
 KILLED = {"killed": f"{STUDENT} --teacher teacher_lora --train_strategy lora --lora_dropout 0.3"}
 
@@ -113,9 +113,10 @@ def describe(folder: Path) -> list[str]:
         lines.append(f"ranks {digest(counted)}")
     results = json.loads((folder / "results.json").read_text())
     config = json.loads((folder / "config.json").read_text())
+    model = {name: v for name, v in config.get("model", {}).items() if name not in NEW} or None
     for name, content in (
         ("metrics", [results["valid"], results["test"], results["steps"], results["best_step"]]),
-        ("model", config.get("model")),
+        ("model", model),
         ("log", (folder / "metrics.jsonl").read_text()),
     ):
         lines.append(

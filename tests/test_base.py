@@ -13,20 +13,20 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from benchmarks import measure
 from benchmarks.plain import plain_twin
-from datasets.prompts import Prompt, read_template, tokenise
-from experiments import folded_base, random_twin
+from datasets.prompts import Template, read_template, tokenise
+from engine.errors import UsageError
+from experiments import bases
 from models import base
 from models.builtin import ensure_built_in
-from models.llm4rec import build, specify
+from models.llm4rec import LLM4Rec, specify
 from models.selection import select_layers
 from tests.conftest import TARGETS, histories, small_config
 from utils import flags
-from utils.errors import UsageError
 from utils.flags import LLM, LoRA
 
 WORDS = ["[UNK]", "Below", "is", "an", "instruction", "item", "Response"]
 LORA = {"lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.0, "lora_target_modules": TARGETS}
-SMALL = {"n_layers": 2, "n_blocks": 1, "exit_heads": False}
+SMALL = {"ends": [2], "exit_heads": False}
 PROMPT = flags.Prompt(max_seq_length=8, base_model="x")
 
 
@@ -77,6 +77,10 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+def opened(checkpoint):
+    return base.open_base(str(checkpoint))
+
+
 def copied(checkpoint, tmp_path):
     return shutil.copytree(checkpoint, tmp_path / "copy")
 
@@ -125,20 +129,20 @@ def test_kept_layers_equal_the_full_load_and_other_shards_may_be_absent(
 @pytest.mark.parametrize("strategy", ["lora", "full"])
 def test_a_loaded_recommender_equals_its_plain_twin(checkpoint, selection, strategy, float64_norm):
     llm = choice(selection, 2, strategy)
-    shape = {"n_layers": 4, "n_blocks": 2, "exit_heads": True}
+    shape = {"ends": [2, 4], "exit_heads": True}
     ids = [1, 2, 3], [4, 5]
-    spec = specify(str(checkpoint), PROMPT, ids, llm, LoRA(**LORA), **shape)
+    spec = specify(opened(checkpoint), PROMPT, ids, llm, LoRA(**LORA), **shape)
     torch.manual_seed(0)
-    model = build(str(checkpoint), torch.randn(23, 6), spec, bf16=False).double()
+    model = LLM4Rec.build(opened(checkpoint), torch.randn(23, 6), spec, bf16=False).double()
     plain, _ = plain_twin(model, (3, 5, TARGETS) if strategy == "lora" else None)
     batch = histories([3, 8, 1])
     torch.testing.assert_close(model(batch), plain(batch), atol=1e-12, rtol=1e-12)
 
 
 def test_dtype_and_what_is_trained(checkpoint):
-    spec = specify(str(checkpoint), PROMPT, ([1], [2]), LLM(), LoRA(**LORA), **SMALL)
+    spec = specify(opened(checkpoint), PROMPT, ([1], [2]), LLM(), LoRA(**LORA), **SMALL)
     assert spec["strategy"] == "lora"
-    model = build(str(checkpoint), torch.randn(23, 6), spec, bf16=True)
+    model = LLM4Rec.build(opened(checkpoint), torch.randn(23, 6), spec, bf16=True)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or name.startswith(("adapter", "head")) for name in trained)
     assert {name.split(".")[-4] for name in trained if "lora_" in name} == set(TARGETS)
@@ -239,21 +243,23 @@ def test_a_hub_that_fails_is_one_line(monkeypatch, error, message):
 
 def test_unknown_bases():
     with pytest.raises(UsageError, match="no such folder"):
-        base.locate("./nowhere")
+        base.open_base("./nowhere")
     with pytest.raises(UsageError, match="no such folder"):
-        base.locate("nowhere")
+        base.open_base("nowhere")
     with pytest.raises(
         UsageError,
         match="someone/llama: no such folder here, and the Hugging Face hub cannot be reached",
     ):
-        base.locate("someone/llama")
+        base.open_base("someone/llama")
 
 
 def test_an_unknown_lora_target_is_refused(checkpoint):
     lora = LoRA(**LORA | {"lora_target_modules": ["gate_proj", "nope"]})
-    spec = specify(str(checkpoint), PROMPT, ([1], [2]), LLM(train_strategy="lora"), lora, **SMALL)
+    spec = specify(
+        opened(checkpoint), PROMPT, ([1], [2]), LLM(train_strategy="lora"), lora, **SMALL
+    )
     with pytest.raises(UsageError, match="nope matches no projection; there are .*gate_proj"):
-        build(str(checkpoint), torch.randn(23, 6), spec, bf16=False)
+        LLM4Rec.build(opened(checkpoint), torch.randn(23, 6), spec, bf16=False)
 
 
 def test_prompt_ids_are_the_templates_without_special_tokens(checkpoint):
@@ -265,12 +271,9 @@ def test_prompt_ids_are_the_templates_without_special_tokens(checkpoint):
     assert texts.response == "\n### Response:\n"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenise(texts, str(checkpoint))
-    assert ids == Prompt(
-        *(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts)
-    )
-    assert tokenise(Prompt("Below is an item", "Response"), str(checkpoint)) == Prompt(
-        [1, 2, 3, 5], [6]
-    )
+    assert ids == tuple(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts)
+    short = Template("Below is an item", "Response")
+    assert tokenise(short, str(checkpoint)) == ([1, 2, 3, 5], [6])
     assert tokenizer("Response")["input_ids"] == [tokenizer.bos_token_id, 6]  # what must not happen
 
 
@@ -337,9 +340,8 @@ def test_parameter_counts_are_the_papers(layers, total, lora):
 def test_a_random_twin_has_the_shape_and_the_tokens_but_not_the_weights(checkpoint, tmp_path):
     twins = {keep: tmp_path / str(keep) for keep in (False, True)}
     for keep, folder in twins.items():
-        random_twin.main(
-            base_model=str(checkpoint), keep_embeddings=keep, output_dir=str(folder), seed=11
-        )
+        made = {"kind": "twin", "base_model": str(checkpoint), "output_dir": str(folder)}
+        bases.main(**made, keep_embeddings=keep, seed=11)
     config = base.read_config(str(checkpoint))
     original, random, layers_only = (
         base.load_llama(str(folder), config, [0, 5], torch.float32)
@@ -354,12 +356,10 @@ def test_a_random_twin_has_the_shape_and_the_tokens_but_not_the_weights(checkpoi
     prompt = read_template("alpaca")
     ids = [tokenise(prompt, str(folder)) for folder in (checkpoint, *twins.values())]
     assert ids[0] == ids[1] == ids[2]
-    assert [base.describe(str(f), str(f))["random_base"] for f in (checkpoint, twins[True])] == [
-        False,
-        True,
-    ]
+    assert not opened(checkpoint).is_random
+    assert base.open_base(str(twins[True])).is_random
     with pytest.raises(UsageError, match="already exists"):
-        random_twin.main(base_model=str(checkpoint), output_dir=str(twins[True]))
+        bases.main(**made)
 
 
 @pytest.mark.usefixtures("float64_norm")
@@ -376,10 +376,10 @@ def test_a_folded_base_computes_the_same_from_weights_of_a_fresh_models_spread(
                 parameter.uniform_(0.2, 1.7)
     original.save_pretrained(uneven)
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(uneven)
-    factor = folded_base.main(base_model=str(uneven), output_dir=str(folded))["factor"]
-    assert factor == pytest.approx(0.05 / 0.3, rel=0.05)
+    bases.main(kind="folded", base_model=str(uneven), output_dir=str(folded))
     again = base.read_config(str(folded))
-    assert again.rms_norm_eps == pytest.approx(config.rms_norm_eps * factor**2, rel=1e-12)
+    factor = (again.rms_norm_eps / config.rms_norm_eps) ** 0.5
+    assert factor == pytest.approx(0.05 / 0.3, rel=0.05)
     read = base.load_llama(str(folded), again, [*range(16)], torch.float32)
     gains = [w for name, w in read.named_parameters() if "layernorm" in name]
     assert len(gains) == 32 and all((gain == 1).all() for gain in gains)
@@ -393,7 +393,7 @@ def test_a_folded_base_computes_the_same_from_weights_of_a_fresh_models_spread(
         rtol=2e-5,
     )
     with pytest.raises(UsageError, match="already exists"):
-        folded_base.main(base_model=str(uneven), output_dir=str(folded))
+        bases.main(kind="folded", base_model=str(uneven), output_dir=str(folded))
 
 
 def test_a_tokenizer_model_alone_is_enough(tmp_path):

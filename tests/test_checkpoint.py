@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint
-from utils.errors import RunError, UsageError
+from engine import checkpoint
+from engine.errors import RunError, UsageError
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ import extract_emb
 import finetune
 import train_sr_trad
 from datasets import process
+from engine import cli
+from engine.cli import UsageError, bind
 from models.sasrec import SASRec
 from tests.conftest import ROOT
-from utils import cli, flags
-from utils.cli import UsageError, bind
+from utils import flags
 
 SCRIPTS = {
     "train_sr_trad.py": train_sr_trad,
@@ -171,7 +172,7 @@ def test_help_names_every_flag(script):
             f"{flag} has no text"
         )
     if script == "finetune.py":
-        assert "one of first, interval" in text and "a whole number >= 1" in text
+        assert "one of auto, lora, full" in text and "a whole number >= 1" in text
 
 
 def test_every_flag_is_read():
@@ -191,6 +192,8 @@ def test_every_flag_is_read():
         read |= {
             n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)
         }
+    run = ast.walk(ast.parse((ROOT / "engine/run.py").read_text()))
+    read |= {node.value for node in run if isinstance(node, ast.Constant)}  # by name
     read |= set(inspect.signature(SASRec.__init__).parameters)  # SASRec(**sasrec.values())
     spec = (ROOT / "models/llm4rec.py").read_text()
     read |= {name for name in flags.LoRA().values() if f'"{name}"' in spec}  # spec | lora.values()
@@ -214,7 +217,7 @@ def test_a_flag_of_two_scripts_has_one_text_and_type():
 
 def test_what_has_no_effect_is_said(capsys):
     @cli.command
-    def main(*, loss: flags.DistillationLoss, llm: flags.LLM):
+    def main(*, loss: flags.StudentLoss, llm: flags.LLM):
         return loss, llm
 
     loss, llm = main(norm_form="squared_l2", norm_lambda=0.0, interval_nums=3, temperature=2.0)
@@ -243,8 +246,8 @@ BAD_REQUESTS = {
         ("--eval_only", "no checkpoint output/demo/sasrec/best"),
     ],
     "extract_emb.py": [
-        ("", "SASRec checkpoint not found: output/demo/sasrec/best; train_sr_trad.py writes it"),
-        ("--sasrec=nowhere", "nowhere/best"),
+        ("", "--sasrec=output/demo/sasrec: no sasrec run there; train_sr_trad.py makes one"),
+        ("--sasrec=nowhere", "--sasrec=nowhere: no sasrec run there"),
     ],
     "finetune.py": [
         ("", "item table not found: output/demo/sasrec_item.pkl; extract_emb.py writes it"),
@@ -256,9 +259,9 @@ BAD_REQUESTS = {
         ),
     ],
     "distill.py": [
-        ("", "teacher not found: output/demo/teacher/best; finetune.py writes it"),
+        ("", "--teacher=output/demo/teacher: no teacher run there; finetune.py makes one"),
         (
-            "--distill_block=3",
+            "--distill_block=3 --distill_lambda=0 --norm_lambda=0",
             "--distill_block=3 does not divide llama_decoder_nums_student 4 (4 % 3 = 1); use one "
             "of 1, 2, 4",
         ),

@@ -7,10 +7,9 @@ import torch
 
 import distill
 import finetune
-from models.losses import recommendation_loss
-from tests.conftest import histories, small_model
-from utils.errors import UsageError
-from utils.flags import DistillationLoss
+from engine.errors import UsageError
+from tests.conftest import histories, loss_parts, small_model
+from utils.flags import StudentLoss
 
 BATCHES = [3, 8, 1, 5, 2, 7] * 6, [2, 1, 4] * 13  # lengths; the second has other shapes
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
@@ -19,8 +18,8 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compi
 def losses_and_gradients(model, lengths: list[int]) -> list[torch.Tensor]:
     model.zero_grad(set_to_none=True)
     target = torch.arange(len(lengths)) % len(model.item_table)
-    loss = DistillationLoss(distill_lambda=0, norm_lambda=0)
-    parts = recommendation_loss(model(histories(lengths)), None, model.item_table, target, loss)
+    loss = StudentLoss(distill_lambda=0, norm_lambda=0)
+    parts = loss_parts(model(histories(lengths)), None, model.item_table, target, loss)
     parts["total"].backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     return [*(part.detach() for part in parts.values()), *gradients]

@@ -12,8 +12,8 @@ import pytest
 
 from datasets import convert
 from datasets.interactions import read_csv
+from engine.errors import UsageError
 from tests.conftest import ROOT
-from utils.errors import UsageError
 
 CASES = ROOT.parent / "shared" / "cases"
 LOG = [  # user, item, time, rating; not in time order

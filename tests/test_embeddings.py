@@ -11,8 +11,8 @@ import torch
 
 from datasets import item_table
 from datasets.item_table import read_table, write_table
+from engine.errors import UsageError
 from tests.conftest import ROOT
-from utils.errors import UsageError
 
 IDS = np.array([1, 3, 4])
 

@@ -4,10 +4,10 @@ import torch
 
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, VALID, EvaluationSplit
+from engine.errors import RunError
 from tests.conftest import write_sequences
 from utils import evaluation
-from utils.errors import RunError
-from utils.evaluation import evaluate
+from utils.evaluation import rank_all
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_ranks_equal_a_naive_loop_with_ties_and_repeats(data, split, tile, monke
     def encode(history):
         return torch.stack([table[h[h < data.n_items]].sum(0) for h in history])
 
-    ranks = evaluate(encode, table, view.batches(7))
+    ranks = rank_all(encode, table, view.batches(7))
     vectors = torch.cat([encode(batch.history) for batch in view.batches(30)])
     expected = naive_ranks(data, split, vectors @ table.T, view.candidates(np.arange(data.n_users)))
     assert np.array_equal(np.stack(ranks), expected)
@@ -51,7 +51,7 @@ def test_ranks_equal_a_naive_loop_with_ties_and_repeats(data, split, tile, monke
 
 def test_a_constant_model_scores_nothing(data):
     view = EvaluationSplit(data, TEST, 5, seed=3, n_candidates=15)
-    ranks = evaluate(
+    ranks = rank_all(
         lambda history: torch.zeros(len(history), 4), torch.ones(data.n_items, 4), view.batches(8)
     )
     for protocol, metrics in ranks.metrics().items():
@@ -66,7 +66,7 @@ def test_a_constant_model_scores_nothing(data):
 def test_non_finite_scores_are_an_error_not_a_perfect_rank(data, bad):
     view = EvaluationSplit(data, TEST, 5, seed=3, n_candidates=15)
     with pytest.raises(RunError, match="not finite|NaN"):
-        evaluate(
+        rank_all(
             lambda history: torch.full((len(history), 4), bad),
             torch.ones(data.n_items, 4),
             view.batches(8),
@@ -82,7 +82,7 @@ def test_batch_size_changes_no_rank(data):
         return padded[history].sum(1)
 
     one, all_at_once = (
-        evaluate(encode, table, view.batches(1)),
-        evaluate(encode, table, view.batches(100)),
+        rank_all(encode, table, view.batches(1)),
+        rank_all(encode, table, view.batches(100)),
     )
     assert all(np.array_equal(a, b) for a, b in zip(one, all_at_once))

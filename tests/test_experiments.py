@@ -20,20 +20,20 @@ import extract_emb
 import finetune
 import train_sr_trad
 from datasets import process
+from engine import cli
 from experiments import (
     ablation,
-    folded_base,
+    bases,
     motivation,
     paper,
-    random_twin,
     report,
     results,
     significance,
     suite,
+    titles,
     together,
 )
 from tests.conftest import ROOT, write_sequences
-from utils import cli
 
 STUDENT = cli.defaults(distill.main) | {
     "llama_decoder_nums_teacher": 8,
@@ -131,14 +131,19 @@ def test_the_papers_figures_are_those_of_its_page():
     assert found == 8 * 4
 
 
+def of_users(difference, resamples):
+    """The estimate of one difference of one seed, [U]."""
+    return significance.bootstrap([difference[None]], resamples)[0]
+
+
 def test_paired_bootstrap_on_what_can_be_worked_out():
-    mean, low, high, p = significance.paired_bootstrap(np.full(50, 0.25), 99)
+    mean, low, high, p = of_users(np.full(50, 0.25), 99)
     # 2 * (0 + 1) / (99 + 1): the least that 99 resamples can show
     assert (mean, low, high, p) == (0.25, 0.25, 0.25, 0.02)
-    assert significance.paired_bootstrap(np.zeros(50), 100) == (0.0, 0.0, 0.0, 1.0)
+    assert of_users(np.zeros(50), 100) == (0.0, 0.0, 0.0, 1.0)
     rng = np.random.default_rng(5)
     difference = rng.normal(0.02, 1.0, 4000)
-    mean, low, high, p = significance.paired_bootstrap(difference, 4000)
+    mean, low, high, p = of_users(difference, 4000)
     # the normal interval, which the bootstrap's must come near
     error = difference.std() / math.sqrt(len(difference))
     assert mean == difference.mean()
@@ -146,11 +151,11 @@ def test_paired_bootstrap_on_what_can_be_worked_out():
         mean + 1.96 * error, abs=0.1 * error
     )
     assert p == pytest.approx(math.erfc(mean / error / math.sqrt(2)), abs=0.03)
-    assert significance.paired_bootstrap(-difference, 4000)[3] == pytest.approx(p, abs=1e-9)
-    whole, chunk = significance.paired_bootstrap(difference, 64), significance.CHUNK
+    assert of_users(-difference, 4000)[3] == pytest.approx(p, abs=1e-9)
+    whole, chunk = of_users(difference, 64), significance.CHUNK
     try:
         significance.CHUNK = 4000 * 10
-        assert significance.paired_bootstrap(difference, 64) == pytest.approx(whole)
+        assert of_users(difference, 64) == pytest.approx(whole)
     finally:
         significance.CHUNK = chunk
 
@@ -161,7 +166,7 @@ def test_seeds_are_resampled_with_users():
     users = rng.normal(0.0, 1.0, 2000)
     seeds = np.array([0.0, 0.2, 0.4])
     both = significance.bootstrap([users + seeds[:, None]], 4000)[0]
-    over_users = significance.paired_bootstrap(users + 0.2, 4000)
+    over_users = of_users(users + 0.2, 4000)
     assert both.mean == pytest.approx(over_users.mean)
     assert both.high - both.low > 2 * (over_users.high - over_users.low)
     # the mean of three draws of three seeds: variance of the seeds / 3, beside that over users / U
@@ -214,7 +219,7 @@ def fake_run(folder, step, flags, seed, ranks, domain="cloth", settings=None, **
         "flags": flags,
         "model": {"layers": layers},
     }
-    if step == "student" and not paper.plain_ce(step, flags):
+    if step == "student" and not paper.plain_ce(flags):
         config["teacher"] = f"output/seed{seed}/teacher"
     (folder / "config.json").write_text(json.dumps(config | (settings or {})))
     (folder / "results.json").write_text(json.dumps(found))
@@ -375,17 +380,6 @@ def test_no_row_is_lost_and_none_is_mixed(tmp_path):
     )
     # computed in bfloat16 on another machine
     assert "SLMRec 4 <- 8 [two/slmrec]" in rows_of(tmp_path)[0]
-    for seed, layers in ((0, [0, 1, 2, 3]), (1, [0, 1, 2, 5])):
-        chosen = {"model": {"layers": layers}, "teacher": None}
-        fake_run(
-            tmp_path / f"seed{seed}/influence",
-            "student",
-            STUDENT | {"layer_selection": "influence"},
-            seed,
-            [1, 2],
-            settings=chosen,
-        )
-    assert list(rows_of(tmp_path)[0]["SLMRec 4 <- 8, influence layers"].runs) == [0, 1]
 
 
 def test_a_flag_that_came_later_has_its_default_in_older_runs(tmp_path):
@@ -753,8 +747,7 @@ def test_commands_after_beautys_bind_and_read_what_stands_there(after):
     mains = {"train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main}
     mains |= {"distill.py": distill.main, "finetune.py": finetune.main}
     mains |= {"experiments.together": together.main, "experiments.report": report.main}
-    mains |= {"experiments.random_twin": random_twin.main}
-    mains |= {"experiments.folded_base": folded_base.main}
+    mains |= {"experiments.bases": bases.main, "experiments.titles": titles.main}
     written = set()
     for words in drawn + own:
         name, *rest = words[1:] if words[0] == "-m" else words
@@ -813,7 +806,7 @@ def test_a_finished_run_is_only_taken_for_what_it_is(inside, capsys):
     assert distill.main(**student) == first
     finetune.main(**teacher, seed=7, overwrite=True)
     with pytest.raises(
-        cli.UsageError, match="student holds a finished run from another file: its teacher_sha256"
+        cli.UsageError, match="student holds a finished run from something else: teacher_sha256"
     ):
         distill.main(**student)
     with pytest.raises(cli.UsageError, match="mine holds a teacher run, not a student run"):

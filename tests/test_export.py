@@ -12,12 +12,10 @@ import torch
 from transformers import AutoModel
 
 import distill
-import export
 import finetune
-import recommend
-from models import exported
+from engine.errors import RunError, UsageError
+from serving import export, exported, recommend
 from tests.conftest import SHORT
-from utils.errors import RunError, UsageError
 
 
 @pytest.mark.slow

@@ -10,15 +10,14 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import distill
-import export
 import finetune
-import recommend
 from benchmarks.plain import plain_twin
+from engine.errors import UsageError
 from models import base
 from models.builtin import ensure_built_in
 from models.llm4rec import assemble
+from serving import export, recommend
 from tests.conftest import SHORT, TARGETS, histories
-from utils.errors import UsageError
 
 SHAPE = {
     "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""A base in a GGUF file becomes a folder with the same weights, and SmolLM2 is such a base."""
+"""A GGUF file becomes a base with the same weights, whole or not at all."""
 
 import math
 from pathlib import Path
@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import finetune
 from datasets.prompts import read_template, tokenise
-from models import base, gguf
+from engine.errors import UsageError
+from experiments import bases
+from models import base
 from models.llm4rec import assemble
 from tests.conftest import ROOT, SHORT, small_config
-from utils.errors import UsageError
 
 TEXT = (
     "It had rained all night, and in the morning the river stood a foot above the road. The mayor"
@@ -23,8 +24,13 @@ TEXT = (
 )
 
 
-def write_file(path: Path) -> LlamaForCausalLM:
-    """A tiny LLaMA with grouped queries as llama.cpp writes it, in float32; returns it."""
+def write_file(path: Path, without: str = "no tensor", more: str = "") -> LlamaForCausalLM:
+    """A tiny LLaMA with grouped queries as llama.cpp writes it, in float32; returns it.
+
+    Args:
+        without: leave out the tensors whose names begin so.
+        more: name of a tensor that the model does not have.
+    """
     torch.manual_seed(0)
     model = LlamaForCausalLM(small_config(2, 2, vocab_size=300, max_position_embeddings=512))
     writer = library.GGUFWriter(path, "llama")
@@ -59,8 +65,11 @@ def write_file(path: Path) -> LlamaForCausalLM:
             _, number, inner = parts.split(".", 2)
             parts = f"blk.{number}.{names[inner]}"
         whole = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-        array = np.ascontiguousarray(tensor.numpy())
-        writer.add_tensor(f"{whole.get(parts, parts)}.weight", array)
+        stored = f"{whole.get(parts, parts)}.weight"
+        if not stored.startswith(without):
+            writer.add_tensor(stored, np.ascontiguousarray(tensor.numpy()))
+    if more:
+        writer.add_tensor(more, np.ones(32, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -73,12 +82,14 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def made(file: str, folder: str = "made") -> str:
+    return str(bases.main(kind="gguf", base_model=file, output_dir=folder))
+
+
 def test_weights_and_digits_survive(folder):
     model = write_file(Path("mine.gguf"))
-    place = base.locate("mine.gguf")
-    assert Path(place).parent == gguf.FOLDER and base.locate("mine.gguf") == place
-    config = base.read_config(place)
-    llama = base.load_llama(place, config, [0, 1], torch.float32)
+    place = made("mine.gguf")
+    llama = base.load_llama(place, base.read_config(place), [0, 1], torch.float32)
     for name, tensor in model.model.state_dict().items():
         assert torch.equal(llama.state_dict()[name], tensor), name
     tokenizer = AutoTokenizer.from_pretrained(place)
@@ -89,27 +100,38 @@ def test_weights_and_digits_survive(folder):
 def test_what_cannot_be_read_is_one_line(folder, monkeypatch):
     Path("text.gguf").write_text("no model")
     Path("cut.gguf").write_bytes(b"GGUF" + bytes(100))
+    write_file(Path("mine.gguf"))
+    write_file(Path("half.gguf"), without="blk.1.")
+    Path("part-00001-of-00002.gguf").write_bytes(Path("mine.gguf").read_bytes())
+    write_file(Path("more.gguf"), more="blk.0.attn_q.bias")
+    write_file(Path("scaled.gguf"), more="rope_freqs.weight")
     for name, message in (
-        ("none.gguf", "--base_model=none.gguf: no file none.gguf"),
+        ("none.gguf", "--base_model=none.gguf: file not found"),
         ("text.gguf", "text.gguf is not a GGUF file"),
-        ("cut.gguf", "transformers cannot read cut.gguf"),
-        ("smollm2", "no file output/base/smollm2.gguf; `make smollm2` brings it"),
+        ("cut.gguf", "cut.gguf: transformers cannot read it"),
+        ("half.gguf", "half.gguf: lacks the tensors of layer 1"),
+        ("part-00001-of-00002.gguf", "one part of 2; join them first"),
+        ("more.gguf", "has 22 tensors, the base 21 weights"),
+        ("scaled.gguf", "has rope_freqs.weight, scaled rotary positions"),
     ):
         with pytest.raises(UsageError, match=message):
-            base.locate(name)
-    write_file(Path("mine.gguf"))
-    monkeypatch.setattr(gguf, "find_spec", lambda name: None if name == "gguf" else name)
-    with pytest.raises(UsageError, match="reading GGUF needs gguf; pip install gguf"):
-        base.locate("mine.gguf")
-    assert not list(gguf.FOLDER.glob("*"))
+            made(name)
+    with pytest.raises(UsageError, match="a GGUF file; python -m experiments.bases --kind gguf"):
+        base.open_base("mine.gguf")
+    with pytest.raises(UsageError, match="no base in output/base/smollm2; `make smollm2` makes it"):
+        base.open_base("smollm2")
+    monkeypatch.setattr(bases, "find_spec", lambda name: None if name == "gguf" else name)
+    with pytest.raises(UsageError, match="--kind=gguf needs gguf; pip install gguf"):
+        made("mine.gguf")
+    assert not Path("made").exists()
 
 
 @pytest.fixture
 def smollm2(monkeypatch):
     monkeypatch.chdir(ROOT)
-    if not gguf.FILES["smollm2"].is_file():
-        pytest.skip("no output/base/smollm2.gguf: make smollm2 brings it")
-    return base.locate("smollm2")
+    if not (base.MADE["smollm2"] / "config.json").is_file():
+        pytest.skip("no output/base/smollm2: make smollm2 brings it")
+    return base.open_base("smollm2").location
 
 
 def perplexity(model: LlamaForCausalLM, tokenizer) -> float:
@@ -136,7 +158,7 @@ def test_a_teacher_of_smollm2_trains(smollm2, inside):
 
 def test_the_decoder_of_grouped_queries_is_built(folder):
     write_file(Path("mine.gguf"))
-    place = base.locate("mine.gguf")
+    place = made("mine.gguf")
     llama = base.load_llama(place, base.read_config(place), [1], torch.float32)
     spec = {
         "prompt_ids": [1, 2],

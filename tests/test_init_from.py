@@ -10,9 +10,9 @@ import torch
 import distill
 import finetune
 import train_sr_trad
+from engine import checkpoint
+from engine.errors import UsageError
 from tests.conftest import SHORT, assert_resumes
-from utils import checkpoint
-from utils.errors import UsageError
 
 MAINS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
 STILL = SHORT | {"learning_rate": 1e-12, "warmup_steps": 0}

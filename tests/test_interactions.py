@@ -6,8 +6,8 @@ import pytest
 
 from datasets.domain import find_csv
 from datasets.interactions import read_csv, write_csv
+from engine.errors import UsageError
 from tests.conftest import real
-from utils.errors import UsageError
 
 GOOD = """reviewerID,asin,title
 ann,"[5, 9, 5, 7]","[]"

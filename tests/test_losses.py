@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import pytest
@@ -13,11 +12,12 @@ from models.losses import (
     block_distance,
     exit_supervision,
     logit_kl,
-    recommendation_loss,
     sampled_cross_entropy,
+    user_kl,
+    weighted_sum,
 )
-from tests.conftest import histories, small_model
-from utils.flags import DistillationLoss
+from tests.conftest import histories, loss_parts, small_model
+from utils.flags import StudentLoss
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (3, 4), (256, 2048)])
@@ -53,7 +53,7 @@ def test_catalogue_cross_entropy_by_hand():
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (3, 4), (256, 2048)])
-def test_logit_kl_equals_the_plain_one(tile, monkeypatch):
+def test_user_kl_equals_the_plain_one(tile, monkeypatch):
     monkeypatch.setattr(catalogue, "CPU_TILE", tile)
     torch.manual_seed(0)
     teacher, table = (
@@ -63,7 +63,7 @@ def test_logit_kl_equals_the_plain_one(tile, monkeypatch):
     student = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
     p, q = (F.log_softmax(users @ table.T / 1.7, dim=-1) for users in (teacher, student))
     plain = 1.7**2 * F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean(0).sum()
-    ours = logit_kl(teacher, student, table, 1.7, "sum")
+    ours = user_kl(teacher, student, table, 1.7, "sum")
     torch.testing.assert_close(ours, plain, atol=1e-13, rtol=1e-12)
     torch.testing.assert_close(
         *(torch.autograd.grad(value, student)[0] for value in (ours, plain)), atol=1e-13, rtol=1e-12
@@ -194,32 +194,31 @@ def test_exits_by_hand():
     table, target = torch.eye(2), torch.tensor([0])
     exits = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])  # one user, two exits
     each = [math.log(math.e + 1) - 1, math.log(1 + math.e**2)]
-    assert float(exit_supervision(exits, table, target, None, "sum")) == pytest.approx(
+    assert float(exit_supervision(exits, table, target, "sum")) == pytest.approx(
         sum(each), rel=1e-6
     )
-    assert float(exit_supervision(exits, table, target, None, "mean")) == pytest.approx(
+    assert float(exit_supervision(exits, table, target, "mean")) == pytest.approx(
         sum(each) / 2, rel=1e-6
     )
 
 
-def test_logit_kl_by_hand_and_without_gradient_to_the_teacher():
+def test_user_kl_by_hand_and_without_gradient_to_the_teacher():
     teacher = torch.tensor([[[math.log(3.0), 0.0]]], requires_grad=True)  # probabilities 3/4, 1/4
     student = torch.zeros(1, 1, 2, requires_grad=True)  # 1/2, 1/2
-    value = logit_kl(teacher, student, torch.eye(2), 1.0, "sum")
+    value = user_kl(teacher, student, torch.eye(2), 1.0, "sum")
     assert float(value.detach()) == pytest.approx(
         0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6
     )
     value.backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
-    warm = logit_kl(teacher, student, torch.eye(2), 2.0, "sum")
+    warm = user_kl(teacher, student, torch.eye(2), 2.0, "sum")
     p = math.sqrt(3) / (1 + math.sqrt(3))
     assert float(warm.detach()) == pytest.approx(
         4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))), rel=1e-5
     )
 
 
-EVERY = DistillationLoss()  # distill.py's defaults
-NONE = DistillationLoss(distill_lambda=0.0, norm_lambda=0.0, cls_multiple_lambda=0.0)
+EVERY = StudentLoss()  # distill.py's defaults
 
 
 def outputs(train_teacher):
@@ -230,19 +229,20 @@ def outputs(train_teacher):
     return (
         teacher,
         student,
-        recommendation_loss(
+        loss_parts(
             student(batch),
             wanted,
             student.item_table,
             torch.tensor([1, 2, 3, 4]),
             EVERY,
-            train_teacher=train_teacher,
+            online=train_teacher,
         ),
     )
 
 
 def test_every_part_is_there_with_default_weights_and_the_total_adds_up():
     _, _, parts = outputs(train_teacher=False)
+    parts.pop("logit_kl")
     assert set(parts) == {"ce", "exits", "align_cos", "align_norm", "teacher_ce", "total"}
     assert all(float(value.detach()) > 0 for value in parts.values())
     expected = parts["ce"] + parts["exits"] + parts["align_cos"] + 0.1 * parts["align_norm"]
@@ -268,58 +268,25 @@ def test_offline_no_gradient_reaches_the_teacher_online_it_reaches_both():
     torch.testing.assert_close(parts["total"], expected)
 
 
-def test_a_weight_of_zero_leaves_the_part_out():
-    out = Output(torch.ones(1, 2), STUDENT, torch.ones(1, 1, 2))
-    wanted = Output(torch.ones(1, 2), TEACHER, torch.ones(1, 1, 2))
-    assert set(recommendation_loss(out, wanted, torch.eye(2), torch.tensor([0]), NONE)) == {
-        "ce",
-        "teacher_ce",
-        "total",
+def test_a_part_of_weight_zero_is_logged_alone():
+    two, three = torch.tensor(2.0), torch.tensor(3.0)
+    parts = weighted_sum({"ce": (1.0, two), "kl": (0.5, three), "teacher_ce": (0.0, three)})
+    assert {name: float(value) for name, value in parts.items()} == {
+        "ce": 2.0,
+        "kl": 3.0,
+        "teacher_ce": 3.0,
+        "total": 3.5,
     }
-    assert set(recommendation_loss(out, None, torch.eye(2), torch.tensor([0]), EVERY)) == {
-        "ce",
-        "exits",
-        "total",
-    }
-
-
-def test_with_negatives_every_cross_entropy_is_against_them_alone():
-    torch.manual_seed(0)
-    student, teacher = (
-        Output(torch.randn(3, 4), torch.randn(3, 3, 4), torch.randn(3, 2, 4)) for _ in range(2)
-    )
-    table, target = torch.randn(9, 4), torch.tensor([1, 2, 3])
-    negatives = torch.tensor([[0, 5], [2, 8], [7, 7]])  # the second user's first is the target
-
-    def mean(users):
-        each = []
-        for user, wanted, others in zip(users, target.tolist(), negatives.tolist()):
-            scores = table[[wanted, *(item for item in others if item != wanted)]] @ user
-            each.append(-F.log_softmax(scores, dim=0)[0])
-        return torch.stack(each).mean()
-
-    parts = recommendation_loss(
-        student, teacher, table, target, EVERY, train_teacher=True, negatives=negatives
-    )
-    torch.testing.assert_close(parts["ce"], mean(student.user))
-    torch.testing.assert_close(parts["teacher_ce"], mean(teacher.user))
-    for name, output in (("exits", student), ("teacher_exits", teacher)):
-        torch.testing.assert_close(parts[name], sum(mean(output.exits[:, k]) for k in range(2)))
-    averaged = dataclasses.replace(EVERY, block_reduction="mean")
-    half = recommendation_loss(student, None, table, target, averaged, negatives=negatives)
-    torch.testing.assert_close(half["exits"], parts["exits"] / 2)
 
 
 def test_logit_kl_is_per_block_only_where_both_have_exits():
-    table, target = torch.eye(2), torch.tensor([0])
+    table = torch.eye(2)
     out = Output(torch.zeros(1, 2), STUDENT, torch.zeros(1, 1, 2))
     wanted = Output(
         torch.tensor([[math.log(3.0), 0.0]]), TEACHER, torch.tensor([[[math.log(3.0), 0.0]]])
     )
     one = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    loss = dataclasses.replace(NONE, logit_lambda=1.0)
-    both = recommendation_loss(out, wanted, table, target, loss)["logit_kl"]
-    without = wanted._replace(exits=torch.zeros(1, 0, 2))
-    final = recommendation_loss(out, without, table, target, loss)["logit_kl"]
+    both = logit_kl(wanted, out, table, 1.0, "sum")
+    final = logit_kl(wanted._replace(exits=torch.zeros(1, 0, 2)), out, table, 1.0, "sum")
     assert float(both) == pytest.approx(2 * one, rel=1e-6)
     assert float(final) == pytest.approx(one, rel=1e-6)

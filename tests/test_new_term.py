@@ -22,8 +22,9 @@ FUNCTION = '''def toy(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def block_cosine('''
-LINE = """        add("toy", loss.toy_lambda, toy, *states)
-        users = _users_at_ends"""
+LINE = """        if t is not None and loss.toy_lambda:
+            parts["toy"] = loss.toy_lambda, losses.toy(t.states, s.states)
+        if v is not None:"""
 FLAGS = ["--distill_lambda=0", "--norm_lambda=0", "--cls_multiple_lambda=0", "--toy_lambda=0.5"]
 
 
@@ -43,7 +44,7 @@ def tree(tmp_path):
             (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     edit(tmp_path / "utils/flags.py", "    @property\n    def reads_teacher(self)", FIELD)
     edit(tmp_path / "models/losses.py", "def block_cosine(", FUNCTION)
-    edit(tmp_path / "models/losses.py", "        users = _users_at_ends", LINE)
+    edit(tmp_path / "distill.py", "        if v is not None:", LINE)
     return tmp_path
 
 
@@ -74,4 +75,4 @@ def test_a_toy_term_takes_three_edits(tree, inside):
 
 def test_the_toy_is_not_part_of_the_tree():
     flags = importlib.import_module("utils.flags")
-    assert "toy_lambda" not in flags.DistillationLoss().values()
+    assert "toy_lambda" not in flags.StudentLoss().values()

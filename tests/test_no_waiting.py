@@ -19,19 +19,18 @@ from torch import Tensor
 
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, EvaluationSplit
-from datasets.teacher_states import TeacherStates
+from engine.tensor_cache import TensorCache
 from models.catalogue import catalogue_cross_entropy
 from models.decoder import Packed
-from models.llm4rec import LLM4Rec
-from models.losses import Output, Scores, recommendation_loss
+from models.losses import Output
 from models.sasrec import SASRec
-from tests.conftest import histories, small_model, write_sequences
-from utils.evaluation import EvaluationBatch, rank_users
-from utils.flags import DistillationLoss
+from tests.conftest import histories, loss_parts, small_model, write_sequences
+from utils.evaluation import Batch, rank_users
+from utils.flags import StudentLoss
 
 META = torch.device("meta")
 LENGTHS = [3, 8, 1, 5] * 20
-EVERY = DistillationLoss(logit_lambda=0.5, sasrec_lambda=2.0, temperature=2.0)
+EVERY = StudentLoss(logit_lambda=0.5, sasrec_lambda=2.0, temperature=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +69,7 @@ def step(model: torch.nn.Module, total: Tensor) -> None:
 def test_a_teachers_step(strategy, checkpointing):
     model = on_meta(small_model(strategy=strategy, gradient_checkpointing=checkpointing)).train()
     target = empty(len(LENGTHS), dtype=torch.int64)
-    parts = recommendation_loss(model(histories(LENGTHS)), None, model.item_table, target, EVERY)
+    parts = loss_parts(model(histories(LENGTHS)), None, model.item_table, target, EVERY)
     assert set(parts) == {"ce", "exits", "total"}
     step(model, parts["total"])
 
@@ -79,12 +78,12 @@ def test_a_teachers_step(strategy, checkpointing):
 def test_a_distillation_step_with_cached_outputs(strategy):
     model, n = on_meta(small_model(strategy=strategy)).train(), len(LENGTHS)
     stored = [np.zeros(shape, np.int32) for shape in ((n, 6), (n, 2, 32), (n, 1, 6))]
-    states = TeacherStates(stored, [torch.float32] * 3)
+    states = TensorCache(stored, [torch.float32] * 3)
     teacher = Output(*states.rows(np.arange(n), META))
-    sasrec = Scores(empty(n, 8), empty(len(model.item_table), 8))
+    sasrec = empty(n, 6)
     target = empty(n, dtype=torch.int64)
     out = model(histories(LENGTHS))
-    parts = recommendation_loss(out, teacher, model.item_table, target, EVERY, sasrec=sasrec)
+    parts = loss_parts(out, teacher, model.item_table, target, EVERY, sasrec=sasrec)
     assert {"align_cos", "align_norm", "logit_kl", "sasrec_kl", "exits"} < set(parts)
     step(model, parts["total"])
 
@@ -103,7 +102,7 @@ def test_sasrecs_step():
 
 
 @pytest.fixture
-def batch(tmp_path) -> EvaluationBatch:
+def batch(tmp_path) -> Batch:
     """An evaluation batch on the device: 23 users, 23 items, five candidates per user."""
     sequences = [[(7 * user + 2 * place) % 23 for place in range(6)] for user in range(23)]
     data = read_csv(write_sequences(tmp_path / "shop.csv", sequences))
@@ -113,7 +112,7 @@ def batch(tmp_path) -> EvaluationBatch:
 
 def test_from_histories_to_ranks(batch):
     for model in (on_meta(small_model()), sasrec().eval()):
-        encode = model.user_encoder() if isinstance(model, LLM4Rec) else model
+        encode = model.user_encoder()
         ranks = rank_users(encode(batch.history), model.item_table.float().T, batch)
         assert ranks.device == META and ranks.shape == (3, 23)
 

@@ -1,14 +1,14 @@
 """The fast forward equals the plain padded Hugging Face forward, in float64."""
 
+import copy
 import os
 
 import pytest
 import torch
 
 from benchmarks.plain import plain_twin
-from models.losses import recommendation_loss
-from tests.conftest import TARGETS, histories, small_config, small_model
-from utils.flags import DistillationLoss
+from tests.conftest import TARGETS, histories, loss_parts, small_config, small_model
+from utils.flags import StudentLoss
 
 pytestmark = pytest.mark.usefixtures("float64_norm")
 LENGTHS = {
@@ -20,7 +20,7 @@ LENGTHS = {
     "one user": [3],
 }
 LORA = (3, 5, TARGETS)
-LOSS = DistillationLoss(cls_multiple_lambda=0.7, logit_lambda=0.5, temperature=2.0)
+LOSS = StudentLoss(cls_multiple_lambda=0.7, logit_lambda=0.5, temperature=2.0)
 
 
 def compare_outputs(ours, plain):
@@ -44,8 +44,8 @@ def test_outputs_scores_losses_and_gradients(lengths, kv_heads, strategy):
     )
     with torch.no_grad():
         guide, plain_guide = teacher(batch), plain_teacher(batch)
-    parts = recommendation_loss(ours, guide, model.item_table, target, LOSS)
-    plain_parts = recommendation_loss(wanted, plain_guide, plain.item_table, target, LOSS)
+    parts = loss_parts(ours, guide, model.item_table, target, LOSS)
+    plain_parts = loss_parts(wanted, plain_guide, plain.item_table, target, LOSS)
     assert set(parts) == {
         "ce",
         "exits",
@@ -137,9 +137,11 @@ def test_bfloat16_autocast_rounds_no_worse_than_the_plain_form():
         exact = plain(batch).user
         with torch.autocast("cpu", torch.bfloat16):
             rounded = plain(batch).user
+    rounding = copy.copy(model)
+    rounding.bf16 = True
     errors = [
         float((user.float() - exact).norm() / exact.norm())
-        for user in (model.encoder(bf16=True)(batch).user, rounded)
+        for user in (rounding.encoder()(batch).user, rounded)
     ]
     assert 0 < errors[0] < 1.25 * errors[1] < 0.1, errors
     assert (model.encoder()(batch).user - exact).norm() / exact.norm() < 1e-5

@@ -16,9 +16,9 @@ import finetune
 import train_sr_trad
 from datasets import item_table
 from datasets.demo import write_demo
+from engine import checkpoint
+from engine.errors import UsageError
 from tests.conftest import SHORT, TARGETS, files, hashes, small_config, trained_lines
-from utils import checkpoint
-from utils.errors import UsageError
 
 pytestmark = pytest.mark.slow
 CHECKPOINT = ("weights.safetensors", "state.safetensors", "meta.json", "manifest.json")

@@ -7,8 +7,8 @@ import pytest
 
 from datasets import process
 from datasets.interactions import read_csv
+from engine.errors import UsageError
 from tests.conftest import ROOT, real
-from utils.errors import UsageError
 
 
 def review(user, item, time, rating=5.0, **extra):

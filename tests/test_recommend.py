@@ -12,16 +12,14 @@ import pytest
 import torch
 
 import distill
-import export
-import recommend
 import train_sr_trad
-from datasets.domain import read_served
 from datasets.items import Finder, Items
 from datasets.sequences import TEST, EvaluationSplit
-from models.recommender import Recommender, top_k
+from engine.errors import UsageError
+from serving import export, recommend, served
+from serving.recommender import Recommender, top_k
+from serving.served import ServedFiles
 from tests.conftest import SHORT, histories, script, small_model
-from utils.errors import UsageError
-from utils.flags import ServedFiles
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 9])
@@ -58,8 +56,7 @@ def test_lists_by_hand():
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["student", "teacher", "sasrec"])
 def test_a_targets_place_is_its_rank(inside, model):
-    served = read_served(ServedFiles(model=model))
-    data = served.data
+    data = served.read(ServedFiles(model=model)).data
     recommender, names = recommend.open_model(ServedFiles(model=model), None, "cpu")
     split = EvaluationSplit(data, TEST, served.run.flags["max_seq_length"], 0, 1)
     ends = split.samples.end
@@ -84,7 +81,7 @@ def test_the_function_takes_and_gives_ids(inside):
     ids, scores = recommend.recommend([[12, 99], [], [3]], 4)
     assert ids.shape == scores.shape == (3, 4) and ids.dtype == np.int64
     assert not set(ids[0]) & {12, 99}
-    data = read_served(ServedFiles()).data
+    data = served.read(ServedFiles()).data
     counts = np.bincount(data.items, minlength=data.n_items)
     best = np.argsort(-counts, kind="stable")[:4]
     assert ids[1].tolist() == data.item_ids[best].tolist()
@@ -227,7 +224,7 @@ def test_what_is_missing_is_named(inside):
     ):
         with pytest.raises(UsageError, match=message):
             recommend.main(**flags)
-    done = script("recommend.py", "--history=12,zzz", cwd=inside, status=2)
+    done = script("serving/recommend.py", "--history=12,zzz", cwd=inside, status=2)
     assert done.stderr.splitlines()[-1].startswith("error: --history: 'zzz' is no item")
 
 

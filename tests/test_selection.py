@@ -10,21 +10,56 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 import distill
 import finetune
+from engine import checkpoint, cli
+from engine.errors import UsageError
+from experiments.influence import block_influence
+from models.base import Base, read_config
 from models.llm4rec import kept_tensors
-from models.selection import block_influence, select_layers
+from models.selection import block_map, select_layers
 from tests.conftest import SHORT, histories, small_config
-from utils import checkpoint, cli
-from utils.errors import UsageError
 from utils.flags import LLM
 
 
-def test_influence_keeps_the_most_influential_in_their_order_of_the_earlier_of_equals():
-    values = [0.3, 0.1, 0.9, 0.3, 0.0, 0.5]
-    influence = LLM(layer_selection="influence")
-    assert select_layers([*range(6)], 3, influence, lambda: values) == [0, 2, 5]
-    assert select_layers([1, 3, 4], 2, influence, lambda: values) == [1, 3]
+def test_which_layers_each_rule_keeps():
     assert select_layers([*range(6)], 2, LLM(layer_selection="interval")) == [0, 2]
     assert select_layers([0, 2, 4, 6], 2, LLM(layer_selection="last")) == [4, 6]
+
+
+def test_block_ends_of_both_sides():
+    assert block_map(4, 8, 4) == ([1, 2, 3, 4], [2, 4, 6, 8])
+    assert block_map(4, 8, 2) == ([2, 4], [4, 8])
+    assert block_map(4, 8, 1) == ([4], [8])
+    assert block_map(4, 8, 4, "1:2,3:7,4:8") == ([1, 3, 4], [2, 7, 8])
+
+
+@pytest.mark.parametrize(
+    "n_blocks, pairs, line",
+    [
+        (3, None, "--distill_block=3 does not divide llama_decoder_nums_student 4 .4 % 3 = 1."),
+        (4, "2:4,3:8", "expected ascending pairs student:teacher that end with 4:8"),
+        (4, "2:4,1:6,4:8", "expected ascending pairs"),
+        (4, "0:4,4:8", "expected ascending pairs"),
+    ],
+)
+def test_a_block_map_that_does_not_fit_is_refused(n_blocks, pairs, line):
+    with pytest.raises(UsageError, match=line):
+        block_map(4, 8, n_blocks, pairs)
+
+
+@pytest.mark.slow
+def test_an_edited_block_map_never_meets_old_states(inside, capsys):
+    """Row 32 of the second catalogue: the ends of both sides are in config.json and the cache."""
+    still = SHORT | {"log_steps": 1}
+    equal = distill.main(**still, output_dir="equal")
+    capsys.readouterr()
+    pairs = distill.main(**still, block_map="1:1,4:8", output_dir="pairs")
+    assert "teacher states: none in" in capsys.readouterr().out
+    model = json.loads(Path("pairs/config.json").read_text())["model"]
+    assert (model["block_ends"], model["teacher_block_ends"]) == ([1, 4], [1, 8])
+    assert pairs["valid"] != equal["valid"]
+    with pytest.raises(UsageError, match="--block_map=2:2,4:8 .the run has 1:1,4:8."):
+        distill.main(**still, block_map="2:2,4:8", output_dir="pairs")
+    assert distill.main(eval_only=True, output_dir="pairs")["test"] == pairs["test"]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +70,6 @@ def test_influence_keeps_the_most_influential_in_their_order_of_the_earlier_of_e
         ("1,1", 2, "expected ascending numbers, each once"),
         ("[0, 8]", 2, "has no layer 8; it has 0 to 7, 8 layers"),
         ("last", 9, "9 decoder layers asked for, the base checkpoint has 8 layers"),
-        ("influence", 9, "9 decoder layers asked for"),
     ],
 )
 def test_what_does_not_fit_is_named(selection, kept, line):
@@ -51,7 +85,8 @@ def test_block_influence_is_that_of_the_plain_forward(tmp_path):
     llama.save_pretrained(tmp_path)
     table, batch = torch.randn(23, 6), histories([3, 8, 1, 5])
     prompt, response = [1, 2, 3], [50, 51]
-    found = block_influence(str(tmp_path), prompt, response, batch, table, False, seed=9)
+    base = Base("mine", str(tmp_path), read_config(str(tmp_path)))
+    found = block_influence(base, prompt, response, batch, table, seed=9)
 
     torch.manual_seed(9)
     adapter = torch.nn.Linear(6, llama.config.hidden_size)
@@ -125,9 +160,6 @@ def test_a_student_starts_where_the_teachers_layers_are(inside, strategy):
     plain = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
     distill.main(**still, **plain, student_init="teacher", layer_selection="last", output_dir="ce")
     assert json.loads(Path("ce/config.json").read_text())["model"]["layers"] == [4, 5, 6, 7]
-    distill.main(**still, **plain, layer_selection="influence", output_dir="i")
-    layers = json.loads(Path("i/config.json").read_text())["model"]["layers"]
-    assert len(layers) == 4 and layers == sorted(layers)
 
 
 def recorded_start(run):
@@ -141,7 +173,9 @@ def test_a_start_from_the_teachers_ends_keeps_the_bases_layers(inside):
     of_base = distill.main(**still, student_init="base", output_dir="base")
     distill.main(**still, output_dir="ends")  # the default
     assert recorded_start("ends") == "adapter"
-    assert distill.main(**still, output_dir="base") == of_base  # as the run that is there
+    assert distill.main(**still, student_init="base", output_dir="base") == of_base
+    with pytest.raises(UsageError, match="--student_init=adapter .the run has base.; choose"):
+        distill.main(**still, output_dir="base")
     without = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
     for name, more in (("ce", without), ("init", {"init_from": "base"})):
         distill.main(**still, **more, output_dir=name)
@@ -186,8 +220,7 @@ def test_starting_from_a_teacher_refuses_what_cannot_be(inside):
 )
 def test_a_list_that_is_none_is_refused_with_the_words_there_are(typed):
     with pytest.raises(
-        UsageError,
-        match="expected one of first, interval, last, influence, or numbers such as 0,2,4,6",
+        UsageError, match="expected one of first, interval, last, or numbers .0,2,4,6."
     ):
         cli.bind(finetune.main, [f"--layer_selection={typed}"])
 

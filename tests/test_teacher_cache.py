@@ -15,16 +15,15 @@ import torch
 
 import distill
 import finetune
-from datasets import teacher_states
 from datasets.sequences import Samples
-from models.losses import Output, recommendation_loss
-from tests.conftest import SHORT, hashes, small_model
-from utils import checkpoint
-from utils.errors import UsageError
-from utils.flags import DistillationLoss
+from engine import checkpoint, tensor_cache
+from engine.errors import UsageError
+from models.losses import Output
+from tests.conftest import SHORT, hashes, loss_parts, small_model
+from utils.flags import StudentLoss
 
 CPU = torch.device("cpu")
-LOSS = DistillationLoss(cls_multiple_lambda=0.7, logit_lambda=0.5, temperature=2.0)
+LOSS = StudentLoss(cls_multiple_lambda=0.7, logit_lambda=0.5, temperature=2.0)
 
 
 def samples(n=50, n_items=23, slots=8):
@@ -45,7 +44,7 @@ def trained(student, wanted, data, steps=20):
     rng, log = np.random.default_rng(1), []
     for _ in range(steps):
         rows = rng.choice(len(data), 16, replace=False)
-        parts = recommendation_loss(
+        parts = loss_parts(
             student(data.histories(rows)),
             wanted(rows),
             student.item_table,
@@ -67,7 +66,7 @@ def test_cached_and_live_teacher_give_the_same_losses_over_20_steps(tmp_path, ba
     live = trained(
         small_model(layers=2, n_blocks=2).train(), lambda rows: encode(data.histories(rows)), data
     )
-    states = teacher_states.open_or_build(tmp_path, {"a": 1}, lambda: encode, data, batch_size)
+    states = tensor_cache.open_or_build(tmp_path, {"a": 1}, lambda: encode, data, batch_size)
     cached = trained(
         small_model(layers=2, n_blocks=2).train(),
         lambda rows: Output(*states.rows(rows, CPU)),
@@ -85,7 +84,7 @@ def test_cached_and_live_teacher_give_the_same_losses_over_20_steps(tmp_path, ba
     assert live[0]["total"] != live[-1]["total"]
     for one, other in zip(live, cached):
         assert one == pytest.approx(other, rel=1e-10)
-    again = teacher_states.open_or_build(tmp_path, {"a": 1}, never, data, batch_size)
+    again = tensor_cache.open_or_build(tmp_path, {"a": 1}, never, data, batch_size)
     assert (
         trained(
             small_model(layers=2, n_blocks=2).train(),
@@ -104,10 +103,10 @@ def test_states_come_back_bit_for_bit_in_their_dtype_and_without_exits(tmp_path,
 
     def encode(history):
         rows = [where[tuple(row)] for row in history.tolist()]
-        return user[rows], states[rows], user.new_empty(len(rows), 0, 3)
+        return Output(user[rows], states[rows], user.new_empty(len(rows), 0, 3))
 
     assert len(where) == 50
-    kept = teacher_states.open_or_build(tmp_path, {}, lambda: encode, data, 8)
+    kept = tensor_cache.open_or_build(tmp_path, {}, lambda: encode, data, 8)
     rows = np.array([3, 49, 0, 3])
     for given, expected in zip(
         kept.rows(rows, CPU), (user[rows], states[rows], user.new_empty(4, 0, 3))
@@ -120,14 +119,12 @@ def made(tmp_path, data, identity=None, encode=None, calls=None):
         if calls is not None:
             calls.append(1)
         return encode or (
-            lambda history: (
-                history[:, -1:].float(),
-                history[:, None].float(),
-                history[:, None, :0].float(),
+            lambda history: Output(
+                history[:, -1:].float(), history[:, None].float(), history[:, None, :0].float()
             )
         )
 
-    return teacher_states.open_or_build(tmp_path, identity or {"teacher": "one"}, teacher, data, 8)
+    return tensor_cache.open_or_build(tmp_path, identity or {"teacher": "one"}, teacher, data, 8)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +179,9 @@ def test_a_teacher_that_fails_half_way_leaves_nothing(tmp_path):
         looks.append(1)
         if len(looks) == 4:
             raise KeyboardInterrupt
-        return history[:, :2].float(), history[:, None].float(), history[:, None, :0].float()
+        return Output(
+            history[:, :2].float(), history[:, None].float(), history[:, None, :0].float()
+        )
 
     with pytest.raises(KeyboardInterrupt):
         made(tmp_path, samples(), encode=encode)
@@ -229,7 +228,7 @@ def test_a_disk_that_fills_up_is_an_error_and_leaves_nothing(tmp_path, monkeypat
         def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(teacher_states, "open", lambda *_: Full(), raising=False)
+    monkeypatch.setattr(tensor_cache, "open", lambda *_: Full(), raising=False)
     with pytest.raises(OSError, match="No space left on device"):
         made(tmp_path, samples())
     assert [path.name for path in tmp_path.glob("[!.]*")] == []
@@ -256,7 +255,7 @@ def test_a_second_run_needs_no_teacher_weights_and_says_so(inside, capsys):
     shutil.rmtree("output/demo/teacher_states")
     distill.main(**SHORT, overwrite=True)
     said = capsys.readouterr().out
-    assert "120 samples x 4 blocks x 64, 0.00 GiB to output/demo/teacher_states/" in said
+    assert "120 samples, 0.00 GiB to output/demo/teacher_states/" in said
     for name in (
         "output/demo/teacher/best/weights.safetensors",
         "output/demo/teacher/best",

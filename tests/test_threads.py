@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import distill
+from engine import cpu
 from tests.conftest import SHORT
-from utils import cpu
 
 
 @pytest.fixture

@@ -9,21 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-import extract_emb
 import finetune
-import recommend
 import train_sr_trad
-from datasets.domain import read_served
 from datasets.item_table import ids_with_vectors, read_table
-from experiments import together
-from models.recommender import Recommender
-from models.recommender import together as summed
+from datasets.sequences import training_samples
+from engine import checkpoint
+from engine.errors import UsageError
+from experiments import titles, together
+from experiments.titles import principal_parts
 from models.sasrec import SASRec
-from models.text import principal_parts
+from serving import recommend, served
+from serving.recommender import Recommender
+from serving.recommender import together as summed
+from serving.served import ServedFiles
 from tests.conftest import ROOT, SHORT
-from utils import checkpoint
-from utils.errors import UsageError
-from utils.flags import ServedFiles
 
 NEW = 170  # an item of items.csv that no sequence has; the demo's ids end at 160
 
@@ -79,14 +78,14 @@ def write_listing(*more):
 @pytest.mark.slow
 def test_an_item_without_a_user_gets_a_vector_and_can_be_recommended(inside, encoder, capsys):
     write_listing(f"{NEW},B00,quite new")
-    extract_emb.main(source="titles", text_model="any", dim=16)
+    titles.main(text_model="any", dim=16)
     table = Path("output/demo/titles_item.pkl")
     assert f"wrote {table}: 171 rows x 16, 161 of them items" in capsys.readouterr().out
     ids = np.append(np.arange(1, 161), NEW)
     assert ids_with_vectors(table).tolist() == ids.tolist()
     rows = read_table(table, ids)
     write_listing()
-    extract_emb.main(source="titles", text_model="any", dim=16, item_table="without.pkl")
+    titles.main(text_model="any", dim=16, item_table="without.pkl")
     assert read_table("without.pkl", ids[:-1]).equal(rows[:-1])
     write_listing(f"{NEW},B00,quite new")
     finetune.main(**SHORT, item_table=str(table), llama_decoder_nums=2, output_dir="titles")
@@ -119,7 +118,7 @@ def test_an_item_without_a_user_gets_a_vector_and_can_be_recommended(inside, enc
 )
 def test_what_titles_cannot_give_is_refused(inside, encoder, flags, said):
     with pytest.raises(UsageError, match=said):
-        extract_emb.main(**{"source": "titles", "text_model": "any"} | flags)
+        titles.main(**{"text_model": "any"} | flags)
     assert not Path("output/demo/titles_item.pkl").exists()
 
 
@@ -127,17 +126,17 @@ def test_what_titles_cannot_give_is_refused(inside, encoder, flags, said):
 def test_without_titles_or_the_package_nothing_is_written(inside, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(UsageError, match="needs sentence-transformers; pip install sentence-tr"):
-        extract_emb.main(source="titles")
+        titles.main()
     Path("data/bare.csv").write_text('reviewerID,asin\na,"[1, 2, 3, 4]"\nb,"[2, 3, 4, 1]"\n')
     with pytest.raises(UsageError, match="bare.csv: no item has a title"):
-        extract_emb.main(source="titles", domain_type="bare", dim=2)
+        titles.main(domain_type="bare", dim=2)
 
 
 def test_sasrecs_items_start_along_the_tables_rows():
     torch.manual_seed(0)
     shape = {"emb_dim": 4, "hid_dim": 4, "num_blocks": 1, "num_heads": 1, "dropout": 0.0}
     model, table = SASRec(9, 5, **shape, norm="pre", init_std=0.5), torch.randn(9, 4)
-    model.start_items(table, 0.5)
+    model.start(table, 0.5)
     # vectors of four numbers of standard deviation 1/2 have length one
     items = model.item_table.detach()
     assert float(items.norm(dim=1).mean()) == pytest.approx(1.0)
@@ -145,7 +144,7 @@ def test_sasrecs_items_start_along_the_tables_rows():
     torch.testing.assert_close(cosine, torch.ones(9))
     assert not model.item_embedding.weight[9].any()
     with pytest.raises(UsageError, match="--init_table has vectors of 3 numbers, --emb_dim is 4"):
-        model.start_items(torch.randn(9, 3), 0.5)
+        model.start(torch.randn(9, 3), 0.5)
 
 
 @pytest.mark.slow
@@ -158,7 +157,7 @@ def test_sasrec_starts_from_a_table(inside):
     torch.testing.assert_close(cosine, torch.ones(160))
     assert train_sr_trad.main(**still, init_table=table, output_dir="a") == started
     assert train_sr_trad.main(eval_only=True, output_dir="a")["test"] == started["test"]
-    with pytest.raises(UsageError, match="from another file: its init_table_sha256 is"):
+    with pytest.raises(UsageError, match="from something else: init_table_sha256 is"):
         train_sr_trad.main(**still, output_dir="a")
     with pytest.raises(UsageError, match="--init_table=none.pkl: file not found"):
         train_sr_trad.main(init_table="none.pkl")
@@ -177,11 +176,19 @@ def test_the_sum_of_two_models_by_hand():
 
     one = model([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], 1)
     two = model([[0.0, 2.0], [3.0, 0.0], [0.0, 0.0]], 3)
-    both = summed([one, two])
+    both = summed([one, two], [0.5, 2.0])
     # history 0, 1: the first reads item 1 alone and scores 0, 1, .5; the second both: 2, 3, 0
     items, scores = both.recommend([[0, 1]], 3, exclude="none")
-    assert items.tolist() == [[1, 0, 2]] and scores.tolist() == [[4.0, 2.0, 0.5]]
+    assert items.tolist() == [[1, 0, 2]] and scores.tolist() == [[3.5, 1.0, 1.0]]
     assert both.max_seq_length == 3
+
+
+def spread(name: str) -> float:
+    """The mean standard deviation of a user's scores, over all training histories."""
+    model, names = recommend.open_model(ServedFiles(model=name), None, "cpu")
+    samples = training_samples(served.read(ServedFiles(model=name)).data, "last", 30)
+    scores = model.encode(samples.histories(np.arange(len(samples)))) @ model.item_table.T
+    return float(scores.detach().std(dim=1).mean())
 
 
 @pytest.mark.slow
@@ -189,13 +196,16 @@ def test_runs_are_recommended_from_and_evaluated_together(inside):
     pair = "student,sasrec"
     history = {"history": ["3", "8"], "exclude": "none", "k": 160}
     parts = [recommend.main(**history, model=name) for name in pair.split(",")]
-    alone = [{row["item_id"]: row["score"] for row in rows} for rows in parts]
+    scales = [spread(name) for name in pair.split(",")]
+    alone = [
+        {row["item_id"]: row["score"] / scale for row in rows} for rows, scale in zip(parts, scales)
+    ]
     for row in recommend.main(**history, model=pair):
         expected = sum(scores[row["item_id"]] for scores in alone)
         assert row["score"] == pytest.approx(expected, abs=1e-4)
     metrics = together.main(model=pair, output="t.json")
     for name in ("student", "sasrec"):
-        recorded = read_served(ServedFiles(model=name)).run.results()["test"]
+        recorded = served.read(ServedFiles(model=name)).run.results()["test"]
         found = metrics[f"output/demo/{name}"]["test"]
         for protocol, values in recorded.items():
             assert found[protocol] == pytest.approx(values, abs=2e-3)
@@ -216,29 +226,13 @@ def test_runs_are_recommended_from_and_evaluated_together(inside):
         together.main(model="student", exit=["9"])
 
 
-def test_the_sum_is_tested_against_each_model():
-    ranks = {"A": {"sampled": np.array([2, 2, 2, 2]), "full": np.array([4, 4, 4, 4])}}
-    ranks["together"] = {"sampled": np.array([1, 1, 1, 1]), "full": np.array([8, 2, 8, 2])}
-    lines = together.differences(ranks, "together", 199).splitlines()
-    assert len(lines) == 3  # the sum is not compared with itself
-    name, sampled, interval, p, full, *_ = (cell.strip() for cell in lines[2].strip("|").split("|"))
-    # all users gain .5, so all 199 resamples do: p is 2 * 1 / 200, twice that by Holm
-    assert (name, sampled, interval, p) == (
-        "together - A",
-        "+0.5000",
-        "+0.5000 to +0.5000",
-        "0.0200",
-    )
-    assert full == "+0.0625"  # the mean of 1/8 and 1/2, less 1/4
-
-
 @pytest.mark.slow
 def test_a_run_is_evaluated_at_its_exits(inside):
     metrics = together.main(model="student", exit=["2"], output="t.json")
     whole, at_exit = metrics["output/demo/student"], metrics["output/demo/student, exit 2"]
     assert whole["test"]["full"] != at_exit["test"]["full"]
     recommender, _ = recommend.open_model(ServedFiles(), 2, "cpu")
-    data = read_served(ServedFiles()).data
+    data = served.read(ServedFiles()).data
     rows = [data.items[a:b].tolist() for a, b in zip(data.offsets, data.offsets[1:])]
     rows = [row for row in rows if len(row) >= 4]
     firsts = recommender.recommend([row[:-1] for row in rows], 5, exclude="none")[0]
@@ -252,9 +246,9 @@ def test_titles_of_a_real_encoder_tell_things_apart(inside):
     folder = ROOT / "output/base/minilm"
     if not (folder / "config.json").is_file():
         pytest.skip("no output/base/minilm: make minilm brings it")
-    from models.text import sentence_vectors
+    from experiments.titles import sentence_vectors
 
-    titles = ["red nail polish", "nail lacquer, red", "controller for PlayStation 4"]
-    one, two, three = sentence_vectors(titles, str(folder), torch.device("cpu"))
+    names = ["red nail polish", "nail lacquer, red", "controller for PlayStation 4"]
+    one, two, three = sentence_vectors(names, str(folder), torch.device("cpu"))
     assert float(one @ two) > 0.6 > 0.2 > float(one @ three)
-    extract_emb.main(source="titles", text_model=str(folder), dim=16)
+    titles.main(text_model=str(folder), dim=16)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -7,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from engine import checkpoint
+from engine.errors import RunError
+from engine.run import Run
 from tests.conftest import trained_lines
-from utils import checkpoint, training
-from utils.errors import RunError
+from utils import training
 from utils.evaluation import Ranks
-from utils.flags import Runtime, Training
-from utils.run import Run
+from utils.flags import Runtime, SASRecTraining, Training
 
 SETTINGS = {
     "batch_size": 8,
@@ -34,7 +36,7 @@ def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, micro=None, **changes):
     model = nn.Linear(3, 1).double()
     counts = np.ones(N, int) if counts is None else counts
     weight = torch.from_numpy(counts).double()
-    seen, looks, modes = [], [], []
+    seen, limits, modes = [], [], []
 
     def loss_fn(rows):
         seen.append(rows.tolist())
@@ -44,35 +46,37 @@ def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, micro=None, **changes):
             loss = loss * math.nan
         return {"ce": loss, "total": loss}
 
-    def ranks_of(split, limit):
-        looks.append((split, limit))
+    def evaluate(model, split, runtime, limit=None):
+        limits.append(limit)
         modes.append(model.training)
-        rank = 1 / mrrs[min(len(looks) - 2, len(mrrs) - 1)] if len(looks) > 1 else 1
+        rank = 1 / mrrs[min(len(limits) - 2, len(mrrs) - 1)] if len(limits) > 1 else 1
         return Ranks(*(np.array([rank]),) * 3)
 
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
-    given = SETTINGS | changes
-    settings = Training(**given, given=frozenset(given))
-    runtime = Runtime(
-        micro_batch_size=micro, save_steps=-1, log_steps=1, given=frozenset({"save_steps"})
+    settings = Training(**SETTINGS | changes)
+    runtime = Runtime(micro_batch_size=micro, save_steps=-1, log_steps=1)
+    samples = SimpleNamespace(
+        counts=lambda: counts,
+        users=lambda rows: [f"u{row}" for row in rows],
+        batch=lambda rows, device: rows,
     )
-    samples = SimpleNamespace(counts=lambda: counts, users=lambda rows: [f"u{row}" for row in rows])
-    run = Run("test", folder, None, (settings, runtime))
-    fitted = training.fit(
-        run, model, loss_fn, samples, ranks_of, settings, runtime, bf16=False, meta={}
-    )
+    data = SimpleNamespace(samples=samples, splits={"valid": None})
+    run = Run("test", folder, {}, (settings, runtime))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "evaluate", evaluate)
+        fitted = training.fit(run, model, loss_fn, model, data, settings, runtime)
     assert not any(modes)
-    return model, fitted, seen, looks, folder
+    return model, fitted, seen, limits, folder
 
 
 def test_an_epoch_is_a_permutation_and_the_next_one_another(tmp_path):
-    _, fitted, seen, looks, _ = run(tmp_path)
+    _, fitted, seen, limits, _ = run(tmp_path)
     assert [len(rows) for rows in seen] == [8, 8, 4, 8, 8, 4]
     first, second = sum(seen[:3], []), sum(seen[3:], [])
     assert sorted(first) == sorted(second) == list(range(N)) and first != second
-    assert fitted.steps == 6
-    assert looks == [("valid", 2), ("valid", None), ("valid", None)]
+    assert fitted["steps"] == 6
+    assert limits == [2, None, None]
 
 
 @pytest.mark.parametrize("micro", [4, 2, 1])
@@ -86,7 +90,7 @@ def test_accumulation_changes_nothing(tmp_path, micro, uneven):
 
 def test_max_steps_wins_over_epochs_and_the_same_seed_gives_the_same_run(tmp_path):
     one, fitted, seen, _, _ = run(tmp_path, max_steps=4)
-    assert fitted.steps == 4 and len(seen) == 4
+    assert fitted["steps"] == 4 and len(seen) == 4
     two, _, again, _, _ = run(tmp_path, max_steps=4)
     assert seen == again and torch.equal(one.weight, two.weight)
     other, _, different, _, _ = run(tmp_path, max_steps=4, seed=4)
@@ -95,7 +99,7 @@ def test_max_steps_wins_over_epochs_and_the_same_seed_gives_the_same_run(tmp_pat
 
 def test_best_is_the_highest_mrr_and_the_first_of_equals(tmp_path):
     _, fitted, _, _, folder = run(tmp_path, mrrs=(0.1, 0.5, 0.5, 0.2), num_epochs=4)
-    assert (fitted.best_step, fitted.best_mrr) == (6, 0.5)
+    assert fitted["best_step"] == 6
     assert checkpoint.load(folder / "best")[1]["step"] == 6
     assert checkpoint.load(folder / "last")[1]["step"] == 12
 
@@ -104,7 +108,7 @@ def test_patience_counts_evaluations_without_a_better_one(tmp_path):
     _, fitted, _, _, folder = run(
         tmp_path, mrrs=(0.1, 0.5, 0.4, 0.5, 0.9), num_epochs=5, patience=2
     )
-    assert fitted.steps == 12 and fitted.best_step == 6
+    assert fitted["steps"] == 12 and fitted["best_step"] == 6
     assert checkpoint.load(folder / "last")[1]["step"] == 12
 
 
@@ -145,9 +149,8 @@ def test_metrics_are_on_disk_as_the_run_goes(tmp_path):
     assert lines[3]["sampled/MRR"] == 0.5 and lines[0]["ce"] == lines[0]["total"] > 0
 
 
-def plan(n, given_training=(), given_runtime=(), **changes):
-    settings = Training(**changes, given=frozenset(changes) | set(given_training))
-    return training.Plan.of(n, settings, Runtime(given=frozenset(given_runtime)))
+def plan(n, group=Training, **changes):
+    return training.Plan.of(n, group(**changes), Runtime())
 
 
 def test_what_was_not_given_fits_the_amount_of_training():
@@ -161,22 +164,24 @@ def test_what_was_not_given_fits_the_amount_of_training():
 
 def test_what_was_given_is_taken_as_it_is():
     given = plan(442, num_epochs=3, warmup_steps=50, eval_steps=100, patience=2)
-    assert (given.total, given.warmup, given.eval_every, given.patience_from) == (6, 50, 100, 0)
+    assert (given.total, given.warmup, given.eval_every) == (6, 50, 100)
+    assert (given.patience, given.patience_from) == (2, 0)
     assert plan(442, max_steps=7).total == 7 and plan(442, max_steps=7).warmup == 0
 
 
 def test_every_epoch_is_not_every_step():
     """Step 1 evaluates every epoch: of 2 steps on 442 users, of 88 on 22,363."""
-    few = training.Plan.of(442, Training(num_epochs=200, eval_steps=-1), Runtime(save_steps=-1))
-    assert (few.total, few.eval_every, few.save_every) == (400, 10, 10)
-    assert training.Plan.of(22_363, Training(eval_steps=-1), Runtime()).eval_every == 88
+    few = plan(442, SASRecTraining)
+    assert (few.total, few.warmup, few.eval_every, few.save_every) == (400, 0, 10, 10)
+    assert plan(22_363, SASRecTraining).eval_every == 88
     assert plan(442, eval_steps=-1).eval_every == 2  # given
 
 
 def test_patience_counts_from_where_there_is_something_to_judge(tmp_path):
     """Ten evaluations without a better one before step 500 end nothing."""
-    settings = Training(num_epochs=400, patience=2, eval_steps=-1, given=frozenset({"num_epochs"}))
-    found = training.Plan.of(N, settings, Runtime())
-    assert found.patience_from == 500
-    *_, fitted = [run(tmp_path, mrrs=(0.5, 0.1), num_epochs=12, patience=2)[1]]
-    assert fitted.steps == 9  # given: the first evaluation is the best, two more end it
+    found = plan(N, SASRecTraining)
+    assert (found.patience, found.patience_from) == (10, 500)
+    waited = training.Progress(step=490, waited=12)
+    assert not found.ends(waited) and found.ends(dataclasses.replace(waited, step=500))
+    fitted = run(tmp_path, mrrs=(0.5, 0.1), num_epochs=12, patience=2)[1]
+    assert fitted["steps"] == 9  # given: the first evaluation is the best, two more end it

@@ -1,4 +1,1 @@
-"""Flags, command line, runs, checkpoints, training and evaluation.
-
-Imports nothing of models/ or datasets/.
-"""
+"""Flags, training and evaluation: what a researcher edits beside `models/`."""

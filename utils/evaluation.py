@@ -1,5 +1,10 @@
-"""From user vectors to ranks: sampled and full-catalogue protocols in one pass over the users."""
+"""From user vectors to ranks and metrics: sampled and full-catalogue protocols in one pass over the
+users.
 
+Legend: B users of a batch, U all users, N items, D item width, S items met, K candidates.
+"""
+
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -7,11 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import processes
-from utils.errors import RunError
+from engine import checkpoint, processes
+from engine.errors import RunError
+from engine.run import Run
+from utils.flags import LLMRuntime, Runtime
 from utils.metrics import summarise
 
 Metrics = dict[str, dict[str, float]]
+Encode = Callable[[Tensor], Tensor]  # history [B, L] -> user vectors [B, D]
 
 PROTOCOLS = {"sampled": (5, 10), "full": (5, 10, 20), "full_all": (5, 10, 20)}  # -> cut-offs
 NO_SCORE, NO_VECTOR = 0, -1  # in place of a rank
@@ -19,15 +27,42 @@ CPU_TILE, TILE = 2**23, 2**26  # scores held at once; larger blocks are slow to 
 FEWEST_USERS = 8  # per tile, so that a pass over ten million items serves several users
 
 
-class EvaluationBatch(Protocol):
-    """What one batch of users must carry: the history on the CPU, the rest on one device."""
+class Batch(Protocol):
+    """What one batch of users must carry: the history on the CPU, the rest on one device.
 
-    history: Tensor  # [B, L] what the model reads; it is packed on the CPU
-    target: Tensor  # [B] catalogue index of the true next item
-    seen: (
-        Tensor  # [B, S] everything the user met before the target; filled up with the target itself
-    )
-    candidates: Tensor  # [B, K] negatives; filled up with -1
+    history: [B, L], what the model reads; it is packed on the CPU.
+    target: [B], catalogue index of the true next item.
+    seen: [B, S], everything the user met before the target; filled up with the target itself.
+    candidates: [B, K], negatives; filled up with -1.
+    """
+
+    history: Tensor
+    target: Tensor
+    seen: Tensor
+    candidates: Tensor
+
+
+class Model(Protocol):
+    """item_table: [N, D]; a score is the product of a user vector and a row."""
+
+    item_table: Tensor
+
+    def user_encoder(self) -> Encode:
+        """In evaluation mode, with the present weights."""
+
+
+class Popularity:
+    """The recommender that gives every user the most popular items.
+
+    Args:
+        counts: how often each item occurs, float32 [N]; as a table of width one.
+    """
+
+    def __init__(self, counts: Tensor) -> None:
+        self.item_table = counts[:, None]
+
+    def user_encoder(self) -> Encode:
+        return lambda history: self.item_table.new_ones(len(history), 1)
 
 
 class Ranks(NamedTuple):
@@ -43,10 +78,77 @@ class Ranks(NamedTuple):
         }
 
 
+def evaluate(model: Model, split: Any, runtime: Runtime, limit: int | None = None) -> Ranks:
+    """Rank the targets of a split's users by a model.
+
+    Args:
+        split: datasets.sequences.EvaluationSplit.
+        limit: at most so many batches.
+    Raises:
+        RunError: a score is not finite.
+    """
+    encode, table = model.user_encoder(), model.item_table.detach()
+    batch_size, share = runtime.eval_batch_size, (processes.rank(), processes.world())
+    batches = split.batches(batch_size, table.device, limit, share)
+    if isinstance(runtime, LLMRuntime) and runtime.shard:
+        rounds = -(-split.n_batches(batch_size, limit) // processes.world())
+        spare = next(split.batches(1, table.device, 1)).history
+        batches = _in_step(batches, rounds, encode, spare)
+    return rank_all(encode, table, batches)
+
+
+def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | None = None, **extra):
+    """Evaluate the model of best/ on valid and test; write results.json and ranks.npz, print the
+    test metrics.
+
+    Args:
+        data: the data of the run (datasets.domain.RunData).
+        fitted: what `fit` returned; None where the run is only evaluated, which keeps the recorded
+            training.
+        extra: more entries of results.json; of seconds None keeps what is recorded.
+    Returns:
+        The content of results.json.
+    """
+    valid = evaluate(model, data.splits["valid"], runtime)
+    started = time.perf_counter()
+    test = evaluate(model, data.splits["test"], runtime)
+    inference = time.perf_counter() - started
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    earlier = run.results() if run.eval_only and (run.folder / "results.json").exists() else {}
+    trained = fitted or {
+        name: earlier.get(name) for name in ("steps", "best_step", "train_seconds")
+    }
+    results = {
+        "step": run.stage,
+        "domain": run.config["domain"],
+        "seed": run.config["flags"]["seed"],
+        "data_sha256": run.config["data_sha256"],
+        "random_base": run.config.get("random_base", False),
+        "parameters": sum(n for n, _ in sizes),
+        "weights_sha256": checkpoint.weights_sha256(run.folder / "best"),
+        "trainable_parameters": sum(n for n, trains in sizes if trains),
+    }
+    results |= trained | {name: earlier.get(name) if v is None else v for name, v in extra.items()}
+    results |= {
+        "candidates": data.splits["test"].candidate_counts(),
+        "users": len(test.sampled),
+        "valid": valid.metrics(),
+        "test": test.metrics(),
+        "inference_seconds": round(inference, 3),
+        "inference_users_per_second": round(len(test.sampled) / inference, 1),
+    }
+    arrays = {"reviewerID": np.array(data.users)}
+    for split, ranks in (("valid", valid), ("test", test)):
+        for protocol, values in ranks._asdict().items():
+            arrays[f"{split}_{protocol}"] = values.astype(np.int32)
+    results = run.complete(results, arrays)
+    if results["test"]["sampled"]["HR@1"] == 1.0:
+        print("every target ranks first: does the history give the target away?", flush=True)
+    return results
+
+
 @torch.no_grad()
-def evaluate(
-    encode: Callable[[Tensor], Tensor], item_table: Tensor, batches: Iterable[EvaluationBatch]
-) -> Ranks:
+def rank_all(encode: Encode, item_table: Tensor, batches: Iterable[Batch]) -> Ranks:
     """Rank every user's target: sampled (its candidates), full (history excluded), full_all
     (nothing excluded).
 
@@ -55,7 +157,6 @@ def evaluate(
     The target is never excluded.
 
     Args:
-        encode: history [B, L] -> user vectors [B, D]; a model in evaluation mode.
         item_table: [N, D], row = catalogue index.
         batches: user batches, in user order.
     Raises:
@@ -66,7 +167,16 @@ def evaluate(
     return collect(found, item_table.device)
 
 
-def rank_users(users: Tensor, columns: Tensor, batch: EvaluationBatch) -> Tensor:
+@torch.no_grad()
+def score_spread(model: Model, histories: Tensor) -> float:
+    """How loud a model is: the standard deviation of a user's scores over the catalogue, mean over
+    the users of histories [n, L]. A sum of raw scores would follow the louder model.
+    """
+    scores = model.user_encoder()(histories).float() @ model.item_table.detach().float().T
+    return float(scores.std(dim=1).mean())
+
+
+def rank_users(users: Tensor, columns: Tensor, batch: Batch) -> Tensor:
     """Ranks [3, B] (sampled, full, full_all) of one batch; `collect` checks them.
 
     Nothing here waits for the device: where the user's vector is not finite the ranks are
@@ -126,41 +236,9 @@ def collect(found: list[Tensor], device: torch.device | str = "cpu") -> Ranks:
     return Ranks(*ranks)
 
 
-def ranker(
-    item_table: Tensor,
-    splits: dict[str, Any],
-    batch_size: int,
-    device: torch.device,
-    divided: bool = False,
-) -> Callable[[Callable], Callable[..., Ranks]]:
-    """Binds what every ranking of a run shares.
-
-    Args:
-        divided: the model is divided among the processes (see utils.sharding).
-    Returns:
-        A function of `encoder`, which gives the encode function of the model's present weights. It
-        returns a function (split name, at most so many batches) -> Ranks.
-    """
-
-    def ranks_by(encoder: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[..., Ranks]:
-        def ranks_of(split: str, limit: int | None = None) -> Ranks:
-            share = (processes.rank(), processes.world())
-            encode = encoder()
-            batches = splits[split].batches(batch_size, device, limit, share)
-            if divided:
-                rounds = -(-splits[split].n_batches(batch_size, limit) // processes.world())
-                spare = next(splits[split].batches(1, device, 1)).history
-                batches = _in_step(batches, rounds, encode, spare)
-            return evaluate(encode, item_table, batches)
-
-        return ranks_of
-
-    return ranks_by
-
-
 def _in_step(
-    batches: Iterable[EvaluationBatch], rounds: int, encode: Callable, spare: Tensor
-) -> Iterator[EvaluationBatch]:
+    batches: Iterable[Batch], rounds: int, encode: Encode, spare: Tensor
+) -> Iterator[Batch]:
     """Yield the batches of this process, then encode `spare` until `rounds` forwards are done: a
     sharded model needs every process in every forward.
     """

@@ -1,7 +1,6 @@
-"""Every flag of the four scripts, once: type, default, help.
+"""Every flag of the four scripts, once, with type, default, help and rules. EDIT HERE.
 
-EDIT HERE to add a flag. Flags stand in groups, and the group that a flag is in says what kind of
-flag it is:
+Flags stand in groups, and the group that a flag is in says what kind of flag it is:
 
 * place: where files are. Their content is compared by hash; paths may differ when a run resumes.
 * model: what the trained model depends on. It must be the same when a run resumes, and
@@ -9,149 +8,53 @@ flag it is:
 * training: how the model is trained. It must be the same when a run resumes.
 * free: by design does not change results (speed, logs). It may differ when a run resumes.
 
-A script lists groups in the signature of `main`, and passes an instance to override defaults.
-`utils.cli` binds the command line to them; `docs/flags.md` is made from this file (`python -m
-experiments.flags_page`).
+A script lists groups in the signature of `main`. `engine.cli` binds the command line to them.
 """
 
 import dataclasses
-import math
-import re
+import os
+import shutil
+import sys
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
+from engine import processes
+from engine.cli import (
+    DropRate,
+    Group,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Pattern,
+    PositiveFloat,
+    PositiveInt,
+    PositiveOr,
+    Seed,
+    flag,
+)
 
-class Range(NamedTuple):
-    """Bounds of a number. An open bound excludes itself."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def admits(self, value: float) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below and -math.inf < value < math.inf
-
-    def __str__(self) -> str:
-        low = "" if self.low == -math.inf else f"{'>' if self.open_low else '>='} {self.low:g}"
-        unbounded = self.high in (math.inf, LARGEST)
-        high = "" if unbounded else f"{'<' if self.open_high else '<='} {self.high:g}"
-        return " and ".join(part for part in (low, high) if part) or "finite"
-
-
-class PositiveOr(NamedTuple):
-    """A whole number from 1, or one value with another meaning."""
-
-    other: int
-    meaning: str
-
-    def admits(self, value: int) -> bool:
-        return 1 <= value <= LARGEST or value == self.other
-
-    def __str__(self) -> str:
-        return f">= 1, or {self.other} for {self.meaning}"
-
-
-class WordOrNumbers(NamedTuple):
-    """One of some words, or whole numbers such as 0,2,4,6."""
-
-    words: tuple[str, ...]
-
-    def admits(self, value: str) -> bool:
-        numbers = r"[0-9]+( *, *[0-9]+)*"
-        return value in self.words or re.fullmatch(rf"{numbers}|\[{numbers}\]", value) is not None
-
-    def __str__(self) -> str:
-        return f"one of {', '.join(self.words)}, or numbers such as 0,2,4,6"
-
-
-LARGEST = 2**31 - 1  # of whole numbers that count something
-LAYER_WORDS = ("first", "interval", "last", "influence")
-PositiveInt = Annotated[int, Range(low=1, high=LARGEST)]
-NonNegativeInt = Annotated[int, Range(low=0, high=LARGEST)]
-Seed = Annotated[int, Range(low=0, high=2**63 - 1)]
+LAYER_RULES = ("first", "interval", "last")
+SASREC = (
+    "the folder of the step-1 run; output/<domain>/sasrec by default; several, separated by commas,"
+    " for an item table of several side by side"
+)
+TARGETS = (
+    "one target per user (last), or every position (SASRec) or prefix (LLM) of a history (all)"
+)
+NOT_FULL = "train_strategy=lora|train_strategy=auto"
+N_TEACHER = 8  # M, without a trained teacher
+STUDENT_STREAM = 0x5EED_0F_57D  # between a student's draws and those of a teacher of equal --seed
+NUMBERS = r"[0-9]+( *, *[0-9]+)*"
 MaxSteps = Annotated[int, PositiveOr(-1, "num_epochs")]  # -1 as in the released scripts
 Interval = Annotated[int, PositiveOr(-1, "every epoch")]
-PositiveFloat = Annotated[float, Range(low=0, open_low=True)]
-NonNegativeFloat = Annotated[float, Range(low=0)]
-DropRate = Annotated[float, Range(low=0, high=1, open_high=True)]
-LayerSelection = Annotated[str, WordOrNumbers(LAYER_WORDS)]
-
-
-def flag(
-    default: Any = dataclasses.MISSING,
-    help: str = "",
-    *,
-    term: str = "",
-    teacher: bool = False,
-    needs: str = "",
-    adapts: bool = False,
-) -> Any:
-    """A flag of a group, or of a script's own.
-
-    Args:
-        default: the value without the flag; left out, the flag is required. A list is copied.
-        help: one or two lines for `--help` and docs/flags.md.
-        term: for the weight of a loss term, the term's name in tables.
-        teacher: for the weight of a loss term, whether the term reads the teacher's output.
-        adapts: whether the value fits itself to the amount of training unless it is given.
-        needs: `name` or `name=value` of a flag in the same group without which this one has no
-            effect.
-    """
-    metadata = {"help": help, "term": term, "teacher": teacher, "needs": needs, "adapts": adapts}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: [*default], metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Flags of one kind. `given` holds the names that the user wrote."""
-
-    kind: ClassVar[str] = ""
-    given: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, compare=False)
-
-    @classmethod
-    def fields(cls) -> list[dataclasses.Field]:
-        return [field for field in dataclasses.fields(cls) if field.name != "given"]
-
-    def values(self) -> dict[str, Any]:
-        """Flag name -> value."""
-        return {field.name: getattr(self, field.name) for field in self.fields()}
-
-    def fixed(self) -> list[str]:
-        """The given flags that would otherwise fit themselves to the amount of training."""
-        fields = (field for field in self.fields() if field.metadata["adapts"])
-        return [field.name for field in fields if field.name in self.given]
-
-    def all_given(self) -> "Group":
-        """As if the user had written every flag."""
-        return dataclasses.replace(self, given=frozenset(self.values()))
-
-    def filled(self) -> "Group":
-        """A copy that has the class's default wherever the value is None (nothing inherited)."""
-        own = {field.name: field.default for field in self.fields()}
-        empty = {name: own[name] for name, value in self.values().items() if value is None}
-        return dataclasses.replace(self, **empty)
-
-    def problems(self) -> list[str]:
-        """What is wrong between the flags of this group, a line each."""
-        return []
-
-    def unused(self) -> list[str]:
-        """A line for each flag that was given and has no effect, because of another here."""
-        lines = []
-        for field in self.fields():
-            name, _, value = field.metadata["needs"].partition("=")
-            if field.name not in self.given or not name:
-                continue
-            other = getattr(self, name)
-            if str(other) != value if value else not other:
-                needed = f"--{name}={value}" if value else f"--{name} above 0"
-                lines.append(f"--{field.name}={getattr(self, field.name)} (needs {needed})")
-        return lines
+LayerSelection = Annotated[
+    str,
+    Pattern(
+        rf"{'|'.join(LAYER_RULES)}|{NUMBERS}|\[{NUMBERS}\]",
+        f"one of {', '.join(LAYER_RULES)}, or numbers (0,2,4,6)",
+    ),
+]
+BlockMap = Annotated[str, Pattern(r"[0-9]+:[0-9]+(,[0-9]+:[0-9]+)*", "pairs such as 2:4,4:8")]
 
 
 # -- place --------------------------------------------------------------------------------------
@@ -206,37 +109,27 @@ class SASRecFiles(Output, Data):
         "--source titles; scaled to init_std",
     )
 
-    def problems(self) -> list[str]:
-        if not (self.init_table and self.init_from):
-            return []
-        return ["--init_from and --init_table both say where to start; give one of them"]
+    def problems(self, flags: dict[str, Any]) -> list[str]:
+        lines = []
+        if self.init_table and self.init_from:
+            lines.append("--init_from and --init_table both say where to start; give one of them")
+        if self.init_table and not Path(self.init_table).is_file():
+            lines.append(f"--init_table={self.init_table}: file not found")
+        return lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractFiles(ItemTable, Data):
     """Files"""
 
-    sasrec: str | None = flag(
-        None, "the folder of the step-1 run; output/<domain>/sasrec by default"
-    )
+    sasrec: str | None = flag(None, SASREC)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherFiles(Output, ItemTable, Data):
     """Files"""
 
-    sasrec: str | None = flag(
-        None, "the folder of the step-1 run; output/<domain>/sasrec by default"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentFiles(TeacherFiles):
-    """Files"""
-
-    teacher: str | None = flag(
-        None, "the folder of the step-3 run; output/<domain>/teacher by default"
-    )
+    sasrec: str | None = flag(None, SASREC, needs="sasrec_lambda")
     teacher_cache: str = flag(
         "auto",
         "where a frozen teacher's outputs on the training samples are kept, computed once and "
@@ -246,14 +139,20 @@ class StudentFiles(TeacherFiles):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedFiles(ItemTable, Data):
-    """Files; by default those that the run was made from"""
+class StudentFiles(TeacherFiles):
+    """Files"""
 
-    model: str = flag(
-        "student",
-        "sasrec, teacher or student of the domain, or the folder of a run or an export; the scores "
-        "of several runs between commas are added",
+    teacher: str | None = flag(
+        None,
+        "the folder of the step-3 run; output/<domain>/teacher by default",
+        needs="distill_lambda|norm_lambda|logit_lambda|student_init",
     )
+
+    def problems(self, flags: dict[str, Any]) -> list[str]:
+        from_teacher = flags["student_init"] in ("adapter", "teacher") and not flags["eval_only"]
+        if not (self.init_from and from_teacher):
+            return []
+        return ["--init_from and --student_init both say where to start; give one of them"]
 
 
 # -- model --------------------------------------------------------------------------------------
@@ -273,10 +172,13 @@ class Prompt(Sequence):
 
     base_model: str | None = flag(
         "tiny",
-        "a Hugging Face id, a local folder, a GGUF file, smollm2, or a built-in random base: tiny "
-        "(hidden 64) or small (hidden 256)",
+        "a Hugging Face id, a local folder, smollm2 (after `make smollm2`), or a built-in random "
+        "base: tiny (hidden 64) or small (hidden 256)",
     )
     prompt_template_name: str | None = flag("alpaca", "templates/<name>.json, or a path to one")
+
+
+FROM_TEACHER = Prompt(base_model=None, prompt_template_name=None, max_seq_length=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +202,7 @@ class SASRecModel(Group):
         "training on all positions fails",
     )
 
-    def problems(self) -> list[str]:
+    def problems(self, flags: dict[str, Any]) -> list[str]:
         if self.hid_dim % self.num_heads == 0:
             return []
         return [f"--num_heads={self.num_heads} does not divide --hid_dim={self.hid_dim}"]
@@ -313,8 +215,8 @@ class LLM(Group):
     kind: ClassVar[str] = "model"
     layer_selection: LayerSelection = flag(
         "first",
-        "which layers: first, interval, last, influence (those that change their input most), or "
-        "numbers such as 0,2,4,6",
+        "which layers: first, interval, last, or numbers such as 0,2,4,6 "
+        "(experiments.influence prints those that change their input most)",
     )
     interval_nums: PositiveInt = flag(
         1, "one layer in interval_nums + 1 is left out", needs="layer_selection=interval"
@@ -336,9 +238,13 @@ class StudentLLM(LLM):
     """Which decoder layers are kept, and what is trained"""
 
     llama_decoder_nums_student: PositiveInt = flag(4, "N, decoder layers kept")
-    llama_decoder_nums_teacher: PositiveInt | None = flag(8, "M; the teacher's where there is one")
+    llama_decoder_nums_teacher: PositiveInt | None = flag(
+        None, "M; the teacher's where there is one, else 8"
+    )
     distill_mode: Literal["offline", "online"] = flag(
-        "offline", "offline: the teacher is frozen; online: both train together from the base"
+        "offline",
+        "offline: the teacher is frozen; online: both train together from the base",
+        needs="distill_lambda|norm_lambda|logit_lambda",
     )
     student_init: Literal["base", "adapter", "teacher"] | None = flag(
         None,
@@ -347,7 +253,7 @@ class StudentLLM(LLM):
         "trained teacher is read",
     )
 
-    def problems(self) -> list[str]:
+    def problems(self, flags: dict[str, Any]) -> list[str]:
         start = self.student_init
         if start in (None, "base") or self.distill_mode == "offline":
             return []
@@ -359,24 +265,24 @@ class LoRA(Group):
     """LoRA; without effect where the base is trained in full"""
 
     kind: ClassVar[str] = "model"
-    lora_r: PositiveInt = flag(16, "rank")
-    lora_alpha: PositiveInt = flag(16, "scale")
-    lora_dropout: DropRate = flag(0.05, "dropout")
+    lora_r: PositiveInt = flag(16, "rank", needs=NOT_FULL)
+    lora_alpha: PositiveInt = flag(16, "scale", needs=NOT_FULL)
+    lora_dropout: DropRate = flag(0.05, "dropout", needs=NOT_FULL)
     lora_target_modules: list[str] = flag(
-        ["gate_proj", "up_proj", "down_proj"], "the projections that get LoRA"
+        ["gate_proj", "up_proj", "down_proj"], "the projections that get LoRA", needs=NOT_FULL
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exits(Group):
-    """Supervision at the inner block ends"""
+class TeacherLoss(Group):
+    """The loss beside the cross-entropy at the end; a weight of 0 leaves a term out"""
 
     kind: ClassVar[str] = "model"
     distill_block: PositiveInt = flag(
         4, "B, the number of blocks; must divide the number of layers"
     )
     cls_multiple_lambda: NonNegativeFloat = flag(
-        1.0,
+        0.0,
         "weight of the cross-entropy at the inner block ends (lambda3); 0 trains no exits",
         term="L_ms",
     )
@@ -388,43 +294,35 @@ class Exits(Group):
         "inner exits read normalised states, as the final one does (released: as they are)",
         needs="cls_multiple_lambda",
     )
-
-    def unused(self) -> list[str]:
-        lines = super().unused()
-        weight = self.cls_multiple_lambda
-        if self.distill_block == 1 and weight and "distill_block" in self.given:
-            lines.append(f"--cls_multiple_lambda={weight} (--distill_block=1 has no inner exit)")
-        if not self.weighted:
-            for name in sorted(self.given & {"distill_block", "block_reduction"}):
-                lines.append(f"--{name}={getattr(self, name)} (no term with a weight uses blocks)")
-        return lines
-
-    @property
-    def weighted(self) -> bool:
-        """Whether any term that uses blocks has a weight."""
-        return self.cls_multiple_lambda > 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherLoss(Exits):
-    """The loss beside the cross-entropy at the end; a weight of 0 leaves a term out"""
-
     sasrec_lambda: NonNegativeFloat = flag(
         0.0,
-        "weight of the KL divergence from SASRec's catalogue softmax (SASRec as a teacher); "
-        "several folders in --sasrec, separated by commas, use the mean of their scores; their "
-        "item tables may differ",
+        "weight of the KL divergence from SASRec's catalogue softmax (SASRec as a teacher)",
         term="SASRec KL",
     )
     sasrec_temperature: PositiveFloat = flag(
         1.0, "temperature of SASRec's KL", needs="sasrec_lambda"
     )
 
+    @property
+    def uses_exits(self) -> bool:
+        """Whether inner block ends predict too."""
+        return self.cls_multiple_lambda > 0
+
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationLoss(TeacherLoss):
-    """The distillation loss, EDIT HERE with models/losses.py; a weight of 0 leaves a term out"""
+class StudentLoss(TeacherLoss):
+    """The distillation loss; EDIT HERE with models/losses.py; a weight of 0 leaves a term out"""
 
+    cls_multiple_lambda: NonNegativeFloat = flag(
+        1.0,
+        "weight of the cross-entropy at the inner block ends (lambda3); 0 trains no exits",
+        term="L_ms",
+    )
+    block_map: BlockMap | None = flag(
+        None,
+        "instead of B equal blocks: after how many layers of the student and of the teacher each "
+        "block ends, such as 2:4,4:8",
+    )
     distill_lambda: NonNegativeFloat = flag(
         1.0, "weight of the cosine term (lambda1)", term="D_cos", teacher=True
     )
@@ -443,44 +341,28 @@ class DistillationLoss(TeacherLoss):
     temperature: PositiveFloat = flag(1.0, "temperature of the logit KL", needs="logit_lambda")
 
     @property
-    def weighted(self) -> bool:
-        return self.cls_multiple_lambda > 0 or self.reads_teacher
-
-    @property
     def reads_teacher(self) -> bool:
         """Whether any term with a weight reads the teacher's output."""
-        return self.reads_teacher_with(self.values())
+        return reads_teacher(self.values())
 
-    @classmethod
-    def reads_teacher_with(cls, flags: dict[str, Any]) -> bool:
-        """The same for recorded flags. A weight added after the run is 0."""
-        weights = [field.name for field in cls.fields() if field.metadata["teacher"]]
-        return any(flags.get(name, 0) > 0 for name in weights)
+    @property
+    def uses_blocks(self) -> bool:
+        """Whether any term that uses block ends has a weight."""
+        return self.uses_exits or self.reads_teacher
+
+
+def reads_teacher(flags: dict[str, Any]) -> bool:
+    """Whether any term with a weight reads the teacher's output. A weight that is absent is 0."""
+    weights = [field.name for field in StudentLoss.fields() if field.metadata.get("teacher")]
+    return any(flags.get(name, 0) > 0 for name in weights)
 
 
 def terms() -> dict[str, str]:
     """Weight of a loss term -> the term's name in tables, the paper's three first."""
-    fields = [field for field in DistillationLoss.fields() if field.metadata["term"]]
+    fields = [field for field in StudentLoss.fields() if "term" in field.metadata]
     named = {field.name: field.metadata["term"] for field in fields}
     paper = ("distill_lambda", "norm_lambda", "cls_multiple_lambda")
     return {name: named[name] for name in (*paper, *(name for name in named if name not in paper))}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ItemVectors(Group):
-    """Item vectors"""
-
-    kind: ClassVar[str] = "model"
-    source: Literal["sasrec", "titles"] = flag("sasrec", "what they are made from")
-    text_model: str = flag(
-        "sentence-transformers/all-MiniLM-L6-v2",
-        "a sentence encoder: a Hugging Face id or a folder",
-        needs="source=titles",
-    )
-    dim: PositiveInt = flag(128, "width of the table", needs="source=titles")
-    device: Literal["auto", "cpu", "cuda"] = flag(
-        "auto", "auto uses cuda if available", needs="source=titles"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -497,48 +379,75 @@ class Evaluation(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Group):
-    """Training"""
+    """Training; an empty flag adapts to the amount of data"""
 
     kind: ClassVar[str] = "training"
-    train_targets: Literal["last", "all"] = flag(
-        "last",
-        "one target per user (last), or every position (SASRec) or prefix (LLM) of a history (all)",
-    )
+    usual: ClassVar[dict[str, int]] = {
+        "num_epochs": 20,
+        "warmup_steps": 50,
+        "patience": 0,
+        "eval_steps": 100,
+    }
+    train_targets: Literal["last", "all"] = flag("last", TARGETS)
     batch_size: PositiveInt = flag(256, "users per optimizer step")
-    num_epochs: PositiveInt = flag(20, "passes over the training samples", adapts=True)
+    num_epochs: PositiveInt | None = flag(
+        None, "passes over the training samples; by default 20 (SASRec 200), at least 240 steps"
+    )
     max_steps: MaxSteps = flag(-1, "optimizer steps, instead of num_epochs; -1 for none")
     learning_rate: PositiveFloat = flag(1e-3, "peak learning rate of AdamW")
     lr_scheduler: Literal["cosine", "linear", "constant"] = flag(
         "cosine", "learning rate after the warm-up"
     )
-    warmup_steps: NonNegativeInt = flag(50, "steps of linear warm-up", adapts=True)
+    warmup_steps: NonNegativeInt | None = flag(
+        None, "steps of linear warm-up; by default 50 (SASRec 0), at most a tenth of all"
+    )
     weight_decay: NonNegativeFloat = flag(0.0, "weight decay of AdamW")
     max_grad_norm: NonNegativeFloat = flag(1.0, "clip gradients to this norm; 0 disables clipping")
-    patience: NonNegativeInt = flag(
-        0,
-        "stop after so many evaluations without a better validation MRR; 0 disables it",
-        adapts=True,
+    patience: NonNegativeInt | None = flag(
+        None,
+        "stop after so many evaluations without a better validation MRR; 0 disables it, which is "
+        "the default (SASRec: 10 from step 500 on)",
     )
-    eval_steps: Interval = flag(
-        100, "steps between evaluations; -1 evaluates at the end of every epoch", adapts=True
+    eval_steps: Interval | None = flag(
+        None,
+        "steps between evaluations; -1 evaluates at the end of every epoch, SASRec's default; by "
+        "default 100, at least five times in all",
     )
     seed: Seed = flag(42, "seed of new weights, sample order and dropout")
-    bf16: bool | None = flag(None, "compute in bfloat16; by default on CUDA")
+    bf16: bool | None = flag(None, "compute in bfloat16; by default on CUDA (SASRec: off)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective(Group):
-    """What the target is compared with"""
+class SASRecTraining(Training):
+    """Training; an empty flag adapts to the amount of data"""
 
-    kind: ClassVar[str] = "training"
+    usual: ClassVar[dict[str, int]] = {
+        "num_epochs": 200,
+        "warmup_steps": 0,
+        "patience": 10,
+        "eval_steps": -1,
+    }
+    train_targets: Literal["last", "all"] = flag("all", TARGETS)
+    lr_scheduler: Literal["cosine", "linear", "constant"] = flag(
+        "constant", "learning rate after the warm-up"
+    )
+    max_grad_norm: NonNegativeFloat = flag(0.0, "clip gradients to this norm; 0 disables clipping")
+    bf16: bool = flag(False, "compute in bfloat16; by default on CUDA (SASRec: off)")
     loss: Literal["full", "sampled"] = flag(
         "full",
         "cross-entropy over the whole catalogue (full), or over the target and uniform negatives "
-        "(sampled), for catalogues of millions; KL terms are always over all",
+        "(sampled), for catalogues of millions",
     )
     num_negatives: PositiveInt = flag(
-        256, "negatives per user; its positions and exits share them", needs="loss=sampled"
+        256, "negatives per user; its positions share them", needs="loss=sampled"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentTraining(Training):
+    """Training; an empty flag adapts to the amount of data"""
+
+    stream: ClassVar[int] = STUDENT_STREAM
 
 
 # -- free ---------------------------------------------------------------------------------------
@@ -555,13 +464,31 @@ class Runtime(Group):
         "users per forward pass; gradients accumulate to batch_size; by default the whole batch",
     )
     eval_batch_size: PositiveInt = flag(512, "users per batch in evaluation")
-    save_steps: Interval = flag(
-        100, "steps between writing last/; -1 writes it at the end of every epoch"
+    save_steps: Interval | None = flag(
+        None,
+        "steps between writing last/; -1 writes it at the end of every epoch; by default as "
+        "--eval_steps by default",
     )
     log_steps: PositiveInt = flag(10, "steps between lines of metrics.jsonl")
     tensorboard: bool = flag(False, "also write TensorBoard events")
     eval_only: bool = flag(False, "evaluate best/ and write results.json; train nothing")
     overwrite: bool = flag(False, "start from scratch in a folder that holds a run")
+
+    def problems(self, flags: dict[str, Any]) -> list[str]:
+        """Whole micro-batches of every process must fill a batch."""
+        world, micro, batch_size = processes.world(), self.micro_batch_size, flags["batch_size"]
+        if self.eval_only or batch_size % ((micro or 1) * world) == 0:
+            return []
+        factors = [f"{world} processes"] if world > 1 else []
+        factors += [f"--micro_batch_size={micro}"] if micro else []
+        return [f"--batch_size={batch_size} is not a multiple of {' x '.join(factors)}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SASRecRuntime(Runtime):
+    """Speed, memory, logs"""
+
+    log_steps: PositiveInt = flag(50, "steps between lines of metrics.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -579,3 +506,61 @@ class LLMRuntime(Runtime):
         "divide weights, gradients and optimizer state among torchrun's processes, for a base that "
         "does not fit one device",
     )
+
+    def problems(self, flags: dict[str, Any]) -> list[str]:
+        lines = super().problems(flags)
+        if self.shard and processes.world() == 1:
+            lines.append(
+                "--shard divides the model among processes, and there is one; start the script with"
+                " torchrun --nproc_per_node=2 (or more), or leave --shard out"
+            )
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if self.compile and not self.eval_only and shutil.which(compiler) is None:
+            lines.append(f"--compile: no C++ compiler {compiler} here; leave --compile out")
+        return lines
+
+
+# -- what flags say together --------------------------------------------------------------------
+
+
+def teacher_mode(llm: StudentLLM, loss: StudentLoss, runtime: Runtime) -> str:
+    """Which LLM teacher a student has: none, offline (trained) or online (trained beside it)."""
+    starts_there = llm.student_init in ("adapter", "teacher")
+    if runtime.eval_only or not (loss.reads_teacher or starts_there):
+        return "none"
+    return llm.distill_mode
+
+
+def inherit(
+    prompt: Prompt, llm: StudentLLM, files: StudentFiles, teacher: Any, mode: str, runtime: Runtime
+) -> tuple[Prompt, StudentLLM]:
+    """A student's flag groups with the values that its teacher fixed, which are printed. What is
+    still empty has its default. With `--eval_only` the run itself fixes all.
+
+    Args:
+        teacher: the run of step 3, or None.
+    Raises:
+        UsageError: a flag contradicts the teacher; both values are named.
+    """
+    if teacher is not None:
+        prompt = teacher.fix(prompt)
+        depth = teacher.flags["llama_decoder_nums"]
+        llm = teacher.fix(llm, {"llama_decoder_nums_teacher": depth})
+    defaults = Prompt().values()
+    empty = {name: defaults[name] for name, value in prompt.values().items() if value is None}
+    prompt = dataclasses.replace(prompt, **empty)
+    if teacher is None and not runtime.eval_only:
+        print(f"base {prompt.base_model}, without a trained teacher")
+    start = "adapter" if mode == "offline" and not files.init_from else "base"
+    n_teacher = llm.llama_decoder_nums_teacher or N_TEACHER
+    if mode != "none" and n_teacher < llm.llama_decoder_nums_student:
+        print(f"the teacher has {n_teacher} layers, fewer than the student")
+    settled = {"llama_decoder_nums_teacher": n_teacher, "student_init": llm.student_init or start}
+    return prompt, dataclasses.replace(llm, **settled)
+
+
+def first_layers(llm: StudentLLM) -> StudentLLM:
+    """The selection of an online teacher's layers: a list names the student's."""
+    if llm.layer_selection in LAYER_RULES:
+        return llm
+    return dataclasses.replace(llm, layer_selection="first")

@@ -7,49 +7,28 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import checkpoint, processes, sharding
-from utils.errors import RunError, Stopped
-from utils.evaluation import Ranks
+from engine import processes, sharding
+from engine.errors import RunError, Stopped
+from engine.processes import Signals
+from engine.run import Run
+from engine.state import Progress, State, kept
+from utils.evaluation import Model, evaluate
 from utils.flags import Runtime, Training
-from utils.processes import Signals
-from utils.run import Run
 
-ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
 LEAST_STEPS = 240  # minimum length of training unless num_epochs or max_steps is given: see Plan
 LEAST_EVALUATIONS, LEAST_INTERVAL = 5, 10
 PATIENCE_FROM = 500
 WARM = 3  # steps; by then kernels are compiled and memory is there
 RANK_STRIDE = 1_000_003  # the seeds of the processes' dropout are this far apart
 
-LossFn = Callable[[np.ndarray], dict[str, Tensor]]
-RanksOf = Callable[..., Ranks]
-
-
-class Samples(Protocol):
-    """What `fit` needs to know of the training samples."""
-
-    def counts(self) -> np.ndarray:
-        """Number of targets of each sample, int64 [n]."""
-
-    def users(self, indices: np.ndarray) -> list[str]:
-        """The users' names of some samples, for messages."""
-
-
-class Fitted(NamedTuple):
-    """Optimizer steps, step and validation MRR of the best checkpoint, seconds of training."""
-
-    steps: int
-    best_step: int
-    best_mrr: float
-    seconds: float
+LossFn = Callable[[Any], dict[str, Tensor]]  # a batch -> the loss's parts, and "total"
 
 
 class Plan(NamedTuple):
@@ -57,7 +36,8 @@ class Plan(NamedTuple):
 
     total: optimizer steps. per_epoch: optimizer steps per epoch. warmup: steps of warm-up.
     eval_every, save_every: steps between evaluations and between writing last/.
-    patience_from: patience counts from this step on.
+    patience: evaluations without a better one before the end, counted from step patience_from on;
+        0 for no end.
     """
 
     total: int
@@ -66,6 +46,7 @@ class Plan(NamedTuple):
     eval_every: int
     save_every: int
     patience_from: int
+    patience: int = 0
 
     @classmethod
     def of(cls, n_samples: int, training: Training, runtime: Runtime) -> "Plan":
@@ -73,30 +54,34 @@ class Plan(NamedTuple):
         LEAST_STEPS steps, warm-up is a tenth of them at most, and there are at least
         LEAST_EVALUATIONS.
         """
+        usual = training.usual
         per_epoch = math.ceil(n_samples / training.batch_size)
-        total = training.num_epochs * per_epoch
-        if "num_epochs" not in training.given:
-            total = max(total, LEAST_STEPS)
         if training.max_steps > 0:
             total = training.max_steps
-        warmup = training.warmup_steps
-        if "warmup_steps" not in training.given:
-            warmup = min(warmup, total // 10)
+        elif training.num_epochs is not None:
+            total = training.num_epochs * per_epoch
+        else:
+            total = max(usual["num_epochs"] * per_epoch, LEAST_STEPS)
+        warmup, patience = training.warmup_steps, training.patience
+        if warmup is None:
+            warmup = min(usual["warmup_steps"], total // 10)
 
-        def interval(steps: int, given: bool) -> int:
-            if given:
+        def interval(steps: int | None) -> int:
+            if steps is not None:
                 return steps if steps > 0 else per_epoch
-            if steps < 0:  # every epoch, but not every few steps
+            if usual["eval_steps"] < 0:  # every epoch, but not every few steps
                 return max(per_epoch, min(LEAST_INTERVAL, total))
-            return max(min(LEAST_INTERVAL, total), min(steps, total // LEAST_EVALUATIONS))
+            most = min(usual["eval_steps"], total // LEAST_EVALUATIONS)
+            return max(min(LEAST_INTERVAL, total), most)
 
         return cls(
             total,
             per_epoch,
             warmup,
-            interval(training.eval_steps, "eval_steps" in training.given),
-            interval(runtime.save_steps, "save_steps" in runtime.given),
-            0 if "patience" in training.given else PATIENCE_FROM,
+            interval(training.eval_steps),
+            interval(runtime.save_steps),
+            PATIENCE_FROM if patience is None else 0,
+            usual["patience"] if patience is None else patience,
         )
 
     def __str__(self) -> str:
@@ -106,97 +91,79 @@ class Plan(NamedTuple):
             f" validation every {self.eval_every}"
         )
 
-
-@dataclass
-class Progress:
-    """Where a run stands after an optimizer step.
-
-    With tensors and random state it is all that resuming needs.
-
-    waited: evaluations since the best one. running: values of the loss's parts since the last log
-        line.
-    """
-
-    step: int = 0
-    best_step: int = 0
-    best_mrr: float = -math.inf
-    waited: int = 0
-    running: dict[str, list[float]] = field(default_factory=dict)
+    def ends(self, progress: Progress) -> bool:
+        """Whether patience has run out."""
+        return 0 < self.patience <= progress.waited and progress.step >= self.patience_from
 
 
 def fit(
     run: Run,
-    module: nn.Module,
+    trained: nn.Module,
     loss_fn: LossFn,
-    samples: Samples,
-    ranks_of: RanksOf,
+    model: Model,
+    data: Any,
     training: Training,
     runtime: Runtime,
-    *,
-    bf16: bool,
-    meta: dict[str, Any],
-) -> Fitted:
-    """Train what in `module` requires a gradient.
+) -> dict[str, Any]:
+    """Train what in `trained` requires a gradient.
 
-    Leaves best/ (highest validation MRR) and last/ in the run's folder.
-
-    A resumed run continues from its newest checkpoint as if it had not been interrupted. SIGTERM or
-    SIGINT let the optimizer step finish, save last/ and end the run.
+    Leaves best/ (highest validation MRR) and last/ in the run's folder. A resumed run continues
+    from its newest checkpoint as if it had not been interrupted. SIGTERM or SIGINT let the
+    optimizer step finish, save last/ and end the run.
 
     Args:
-        loss_fn: sample indices [b] -> parts of the mean loss over the batch's targets, their
+        loss_fn: a batch of samples -> parts of the mean loss over the batch's targets, their
             weighted sum under "total".
-        ranks_of: (split, at most so many batches) -> ranks. Two batches are evaluated before
-            training, so that an error in evaluation costs seconds.
-        meta: stored with every checkpoint.
+        model: what is validated. Two batches are evaluated before training, so that an error in
+            evaluation costs seconds.
+        data: samples and splits (datasets.domain.RunData).
+    Returns:
+        steps, best_step and train_seconds, for results.json.
     Raises:
         RunError: the loss, a gradient or a metric is not finite, or the disk is full.
         Stopped: a signal came.
     """
     # Dropout's stream starts here, whatever was drawn to build the models.
     torch.manual_seed(run.seed + RANK_STRIDE * processes.rank())
-    device = next(module.parameters()).device
+    samples, valid = data.samples, data.splits["valid"]
     counts = samples.counts()
-    if run.older:  # it predates plans: every flag counts as given
-        training, runtime = (group.all_given() for group in (training, runtime))
-    state = _State(run, module, training, device, meta)
-    state.plan = Plan.of(len(counts), training, runtime)
+    plan = Plan.of(len(counts), training, runtime)
+    meta = {"layers": run.config["model"]["layers"]} if "model" in run.config else {}
+    state = State(run, trained, training.learning_rate, training.weight_decay, plan, meta)
     micro_batch_size = runtime.micro_batch_size or training.batch_size // processes.world()
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    half = torch.autocast(state.device.type, torch.bfloat16)
+    autocast = half if run.bf16 else contextlib.nullcontext()
+
+    trained.eval()
+    evaluate(model, valid, runtime, limit=2)
+    source = state.resume() if run.resume else None  # with the plan that it began with
+    plan, progress = state.plan, state.progress
+    print(plan, flush=True)
 
     def due(step: int, every: int) -> bool:
-        return step == total or step % every == 0
+        return step == plan.total or step % every == 0
 
-    def out_of_patience() -> bool:
-        waited = progress.waited if progress.step >= plan.patience_from else 0
-        return 0 < training.patience <= waited
-
-    module.eval()
-    ranks_of("valid", 2)
-    source = state.resume() if run.resume else None  # with the plan that it began with
-    plan, total = state.plan, state.plan.total
-    print(plan, flush=True)
-    factor = _schedule(training.lr_scheduler, plan.warmup, total)
-    progress = state.progress
+    factor = _schedule(training.lr_scheduler, plan.warmup, plan.total)
     state.start_clock()
-    module.train()
+    trained.train()
     if source == "best" and due(progress.step, plan.save_every):
         state.save("last")  # due at the same step; the run was killed before it was written
     took = [time.perf_counter()]
-    bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=1.0)
+    options = {"unit": "step", "dynamic_ncols": True, "mininterval": 1.0}
+    bar = tqdm(total=plan.total, initial=progress.step, **options)
     with bar, Signals() as signals:
-        batches = _batches(len(counts), training.batch_size, total, run.seed)
+        batches = _batches(len(counts), training.batch_size, plan.total, run.seed)
         for indices in itertools.islice(batches, progress.step, None):
-            if out_of_patience():
+            if plan.ends(progress):
                 tqdm.write(
-                    f"stopped at step {progress.step}: {training.patience} evaluations"
+                    f"stopped at step {progress.step}: {plan.patience} evaluations"
                     " without a better validation MRR"
                 )
                 break
             step = progress.step + 1
             rate = state.set_rate(training.learning_rate * factor(step - 1))
             parts, stopping = _accumulate(
-                loss_fn, indices, counts, micro_batch_size, autocast, state.parameters, signals
+                loss_fn, indices, samples, counts, micro_batch_size, autocast, state, signals
             )
             norm = state.clip(training.max_grad_norm)
             if not math.isfinite(parts["total"]) or not math.isfinite(norm):
@@ -210,22 +177,21 @@ def fit(
             if len(took) <= WARM:
                 took.append(time.perf_counter())
                 _report_slow_first_step(np.diff(took))
-            if step % runtime.log_steps == 0 or step == total:
+            if step % runtime.log_steps == 0 or step == plan.total:
                 means = {name: float(np.mean(values)) for name, values in progress.running.items()}
                 progress.running = {}
-                about = {"learning_rate": rate, "grad_norm": norm, "epoch": step / plan.per_epoch}
-                run.log.add("train", step, means | about)
+                more = {"learning_rate": rate, "grad_norm": norm, "epoch": step / plan.per_epoch}
+                run.log.add("train", step, means | more)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
             if due(step, plan.eval_every):
                 state.stop_clock()
-                module.eval()
-                if _evaluate(ranks_of, progress, run):
+                trained.eval()
+                if _validate(model, valid, runtime, progress, run):
                     state.save("best")
-                module.train()
+                trained.train()
                 state.start_clock()
             stopping = stopping or (signals.received if processes.world() == 1 else 0)
-            ends = stopping or out_of_patience()
-            if ends or due(step, plan.save_every):
+            if stopping or plan.ends(progress) or due(step, plan.save_every):
                 state.save("last")
             if stopping:
                 raise Stopped(
@@ -242,146 +208,18 @@ def fit(
             )
     processes.barrier()  # the last checkpoint is there for all
     state.stop_clock()
-    return Fitted(progress.step, progress.best_step, progress.best_mrr, state.seconds)
+    done = {"steps": progress.step, "best_step": progress.best_step}
+    return done | {"train_seconds": round(state.seconds, 3)}
 
 
-class _State:
-    """What a checkpoint holds: model, optimizer, random generators and progress. LEAVE ALONE."""
-
-    def __init__(
-        self, run: Run, module: nn.Module, training: Training, device: torch.device, meta: dict
-    ) -> None:
-        self.run, self.module, self.device, self.meta = run, module, device, meta
-        self.progress = Progress()
-        self.plan: Plan | None = None
-        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.parameters = list(self.trained.values())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=training.learning_rate,
-            weight_decay=training.weight_decay,
-            fused=True,
-        )
-        self.seconds = 0.0  # trained, without evaluation
-        self._started: float | None = None
-
-    def start_clock(self) -> None:
-        self._started = time.perf_counter()
-
-    def stop_clock(self) -> None:
-        self.seconds += time.perf_counter() - self._started
-        self._started = None
-
-    def set_rate(self, rate: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
-
-    def clip(self, max_norm: float) -> float:
-        """The gradients' norm before they are clipped to `max_norm`; 0 only measures it."""
-        limit = max_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True)
-        return float(sharding.whole(norm))
-
-    def step(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def save(self, name: str) -> None:
-        """Write best/ or last/.
-
-        Raises:
-            RunError: a weight is not finite, or the disk is full.
-        """
-        weights = self._gathered(checkpoint.trained_tensors(self.module))
-        broken = [key for key, weight in weights.items() if not torch.isfinite(weight).all()]
-        if broken:
-            raise RunError(
-                f"step {self.progress.step}: the weights {', '.join(broken[:3])} are not finite"
-                f" any more; {_kept(self.run)}; lower --learning_rate"
-            )
-        state = {}
-        for parameter, p in self.trained.items():
-            if p in self.optimizer.state:
-                state |= {f"{key}/{parameter}": self.optimizer.state[p][key] for key in ADAM}
-        state = self._gathered(state)
-        generators = processes.gather(_generators(self.device))
-        if not processes.is_first():
-            return
-        for rank, states in enumerate(generators):
-            state |= {f"{key}.{rank}": value for key, value in states.items()}
-        progress = self.progress
-        meta = self.meta | {"step": progress.step, "best_step": progress.best_step}
-        meta["progress"] = vars(progress)
-        meta["plan"] = self.plan._asdict()
-        checkpoint.save(self.run.folder / name, weights, meta, state)
-        running = time.perf_counter() - self._started if self._started is not None else 0.0
-        self.run.log.write_seconds(self.seconds + running)
-
-    def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU, in the first process only; every process must call this."""
-        kept = {}
-        for name, tensor in tensors.items():
-            tensor = sharding.whole(tensor)
-            if processes.is_first():
-                kept[name] = tensor.cpu()
-        return kept
-
-    def resume(self) -> str:
-        """Restore the newest good checkpoint, and the log; returns the checkpoint's name."""
-        folder = self.run.folder
-        found, notes = checkpoint.newest(folder)
-        for note in notes:
-            tqdm.write(f"skipped: {note}")
-        checkpoint.restore(self.module, found.tensors, folder / found.name)
-        for name, p in self.trained.items():
-            saved = {key: found.state.get(f"{key}/{name}") for key in ADAM}
-            self.optimizer.state[p] = {
-                key: sharding.like(p, value) for key, value in saved.items() if value is not None
-            }
-        self._restore_generators(found)
-        step = found.meta["step"]
-        self.run.log.cut(step)
-        self.progress = Progress(**found.meta["progress"])
-        if "plan" in found.meta:
-            began = Plan(**found.meta["plan"])
-            self.plan = began._replace(save_every=self.plan.save_every)  # a free flag
-        self.seconds = self.run.log.seconds()
-        tqdm.write(f"resuming from {folder / found.name}, step {step}")
-        return found.name
-
-    def _restore_generators(self, found: checkpoint.Saved) -> None:
-        rank, world = processes.rank(), processes.world()
-        mine = {key: found.state.get(f"{key}.{rank}") for key in _generators(self.device)}
-        more_processes = f"generator/cpu.{world}" in found.state
-        if more_processes or any(state is None for state in mine.values()):
-            tqdm.write(
-                "the run was saved by another number of processes or on another kind of device:"
-                " dropout continues with new draws"
-            )
-            torch.manual_seed(found.meta["step"] * 7919 + rank)
-            return
-        torch.set_rng_state(mine["generator/cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(mine["generator/device"], self.device)
-
-
-def _generators(device: torch.device) -> dict[str, Tensor]:
-    """The states of this process's random generators."""
-    states = {"generator/cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["generator/device"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _evaluate(ranks_of: RanksOf, progress: Progress, run: Run) -> bool:
+def _validate(model: Model, valid: Any, runtime: Runtime, progress: Progress, run: Run) -> bool:
     """Validate, and return whether the result is the best so far. A tie is not better.
 
     Raises:
         RunError: a score is not finite.
     """
     try:
-        metrics = ranks_of("valid", None).metrics()
+        metrics = evaluate(model, valid, runtime).metrics()
     except RunError as error:
         raise RunError(
             f"step {progress.step}, validation: {error}; the checkpoints that were there are kept"
@@ -421,10 +259,11 @@ def _batches(n: int, batch_size: int, total: int, seed: int) -> Iterator[np.ndar
 def _accumulate(
     loss_fn: LossFn,
     indices: np.ndarray,
+    samples: Any,
     counts: np.ndarray,
     micro_batch_size: int,
     autocast: contextlib.AbstractContextManager,
-    parameters: list[Tensor],
+    state: State,
     signals: Signals,
 ) -> tuple[dict[str, float], int]:
     """Gradients of the mean loss over the global batch's targets, micro-batch by micro-batch,
@@ -443,17 +282,17 @@ def _accumulate(
         if not len(micro):  # a sharded model needs every process: run one sample with weight 0
             micro = indices[:1]
         with autocast:
-            losses = loss_fn(micro)
+            losses = loss_fn(samples.batch(micro, state.device))
         (losses["total"] * share).backward()
         for name, value in losses.items():
             parts[name] = parts.get(name, 0.0) + value.detach() * share
     values = torch.stack([value.double() for value in parts.values()])
     if processes.world() == 1:
         return dict(zip(parts, values.tolist())), signals.received
-    for p in parameters:
+    for p in state.parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     # gradients of a sharded model were already summed in the backward pass
-    processes.sum_in_place([p.grad for p in parameters if not sharding.is_divided(p.grad)])
+    processes.sum_in_place([p.grad for p in state.parameters if not sharding.is_divided(p.grad)])
     signalled = values.new_tensor([float(signals.received > 0)])
     values = torch.cat([values, signalled])
     processes.sum_in_place([values])
@@ -493,11 +332,6 @@ def _not_finite(
     return (
         f"step {step}: the loss or a gradient is not finite ({shown}, gradient norm {norm:.4g};"
         f" batch of {len(indices)} samples {', '.join(map(str, indices[:5]))}, ..."
-        f" of users {', '.join(users)}, ...); {_kept(run)};"
+        f" of users {', '.join(users)}, ...); {kept(run)};"
         " lower --learning_rate or lengthen --warmup_steps"
     )
-
-
-def _kept(run: Run) -> str:
-    kept = [str(run.folder / name) for name in ("best", "last") if (run.folder / name).is_dir()]
-    return f"kept: {' and '.join(kept)}" if kept else "no checkpoint was written yet"

@@ -5,8 +5,8 @@ DOMAIN=beauty DATA=${DATA:-data/amazon2014_beauty.csv.xz} BASE=${BASE:-smollm2}
 . "$(dirname "$0")/common.sh"
 
 TWIN=output/base/smollm2_random FOLDED=output/base/smollm2_folded
-[ -e $TWIN ] || run $PYTHON -m experiments.random_twin --base_model "$BASE" --output_dir $TWIN
-[ -e $FOLDED ] || run $PYTHON -m experiments.folded_base --base_model "$BASE" --output_dir $FOLDED
+[ -e $TWIN ] || run $PYTHON -m experiments.bases --kind twin --seed 0 --base_model "$BASE" --output_dir $TWIN
+[ -e $FOLDED ] || run $PYTHON -m experiments.bases --kind folded --base_model "$BASE" --output_dir $FOLDED
 for seed in $SEEDS; do
     out=$ROOT/seed$seed
     llm="$WHERE --seed $seed --item_table $out/sasrec_item.pkl --train_strategy full"

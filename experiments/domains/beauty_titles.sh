@@ -4,7 +4,7 @@
 DOMAIN=beauty DATA=${DATA:-data/amazon2014_beauty.csv.xz} BASE=${BASE:-small}
 . "$(dirname "$0")/common.sh"
 
-run $PYTHON extract_emb.py $WHERE --source titles --text_model output/base/minilm --item_table $ROOT/titles_item.pkl
+run $PYTHON -m experiments.titles $WHERE --text_model output/base/minilm --item_table $ROOT/titles_item.pkl
 for seed in $SEEDS; do
     out=$ROOT/seed$seed
     common="$WHERE --seed $seed"

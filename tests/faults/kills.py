@@ -32,7 +32,7 @@ import models.lora  # noqa: E402
 import models.sasrec  # noqa: E402, F401
 import train_sr_trad  # noqa: E402, F401
 from datasets import prompts, teacher_states  # noqa: E402, F401
-from utils import checkpoint, cli, evaluation, training  # noqa: E402, F401
+from engine import checkpoint, cli  # noqa: E402
 
 
 def die() -> None:
@@ -40,7 +40,7 @@ def die() -> None:
 
 
 def kill_at_stage(n: int) -> None:
-    """Count every file operation of utils.checkpoint and die in the n-th: before it, or in the
+    """Count every file operation of engine.checkpoint and die in the n-th: before it, or in the
     middle of a write.
     """
     left = [n]

@@ -21,8 +21,8 @@ import distill
 import extract_emb
 import finetune
 import train_sr_trad
+from engine import checkpoint, cli
 from tests.conftest import SHORT, hashes
-from utils import checkpoint, cli
 
 pytestmark = pytest.mark.slow
 MAINS = {"T": train_sr_trad.main, "E": extract_emb.main, "F": finetune.main, "D": distill.main}

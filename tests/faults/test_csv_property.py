@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datasets.interactions import LARGEST_ID, MINIMUM_LENGTH, read_csv
-from utils.errors import UsageError
+from engine.errors import UsageError
 
 EXAMPLES = 600
 large = st.sampled_from([LARGEST_ID, LARGEST_ID + 1, 10**25])

@@ -21,11 +21,12 @@ import finetune
 import models.losses
 import train_sr_trad
 from datasets.demo import write_demo
+from engine import checkpoint, cli, files
+from engine.errors import RunError, UsageError
+from engine.run import Run
 from tests.conftest import ROOT, SHORT, hashes, stop_at_step, trained_lines
-from utils import checkpoint, cli, evaluation, files
-from utils.errors import RunError, UsageError
+from utils import evaluation
 from utils.flags import Runtime, Training
-from utils.run import Run
 
 pytestmark = pytest.mark.slow
 RUN = {

@@ -23,9 +23,9 @@ import train_sr_trad
 from datasets import process, sequences
 from datasets.interactions import read_csv
 from datasets.item_table import check_size
+from engine.errors import RunError, UsageError
 from models import base
 from tests.conftest import SHORT, hashes, real, stop_at_step, write_sequences
-from utils.errors import RunError, UsageError
 
 LISTS = [[i % 7 + 1, i % 5 + 8, i % 11 + 13, i % 3 + 24, i + 30] for i in range(40)]
 

@@ -15,12 +15,14 @@ import numpy as np  # noqa: E402  the path is set first
 import torch  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
-from models.losses import recommendation_loss  # noqa: E402
+from engine import cli, processes  # noqa: E402
+from engine.run import Run  # noqa: E402
+from engine.state import State  # noqa: E402
+from models.losses import exit_supervision, next_item, weighted_sum  # noqa: E402
 from tests.conftest import exact_norm, histories, small_model  # noqa: E402
-from utils import cli, processes, training  # noqa: E402
+from utils import training  # noqa: E402
 from utils.evaluation import Ranks  # noqa: E402
-from utils.flags import Exits, Runtime, Training  # noqa: E402
-from utils.run import Run  # noqa: E402
+from utils.flags import Runtime, Training  # noqa: E402
 
 
 def float64(folder: str, strategy: str, shard: str = "", ends_in: str = "0") -> None:
@@ -39,20 +41,32 @@ def float64(folder: str, strategy: str, shard: str = "", ends_in: str = "0") -> 
     batch, target = histories([1 + i % 8 for i in range(21)]), torch.arange(21) % 23
 
     def loss_fn(rows: np.ndarray) -> dict:
-        exits = Exits(cls_multiple_lambda=0.5)
-        return recommendation_loss(model(batch[rows]), None, model.item_table, target[rows], exits)
+        out, table = model(batch[rows]), model.item_table
+        exits = exit_supervision(out.exits, table, target[rows], "sum")
+        return weighted_sum(
+            {"ce": (1.0, next_item(out.user, table, target[rows])), "exits": (0.5, exits)}
+        )
 
     settings = Training(
         batch_size=8, max_steps=20, learning_rate=0.01, warmup_steps=2, eval_steps=10, seed=1
     )
     runtime = Runtime(micro_batch_size=2, save_steps=10, log_steps=1)
-    run = Run.open("test", Path(folder), settings, runtime)
+    run = open_run(folder, settings, runtime)
+    samples = SimpleNamespace(
+        counts=lambda: np.ones(21, int), users=lambda rows: [], batch=lambda rows, device: rows
+    )
+    data = SimpleNamespace(samples=samples, splits={"valid": None})
+    ranks = Ranks(*(np.array([2]),) * 3)
+    setattr(training, "evaluate", lambda *_, **__: ranks)  # noqa: B010
+    training.fit(run, model, loss_fn, model, data, settings, runtime)
+
+
+def open_run(folder: str, settings: Training, runtime: Runtime) -> Run:
+    inputs = SimpleNamespace(hashes={}, sources={}, rebuild="")
+    run = Run.open("test", Path(folder), (settings, runtime), inputs)
     run.prepare()
     run.begin()
-    samples = SimpleNamespace(counts=lambda: np.ones(21, int), users=lambda rows: [])
-    ranks = Ranks(*(np.array([2]),) * 3)
-    fit = training.fit
-    fit(run, model, loss_fn, samples, lambda *_: ranks, settings, runtime, bf16=False, meta={})
+    return run
 
 
 def saved(folder: str, shard: str = "") -> None:
@@ -64,13 +78,9 @@ def saved(folder: str, shard: str = "") -> None:
     parts = [p.to_local() if shard else p for p in model.parameters()]
     os.write(1, f"{sum(part.numel() for part in parts)}\n".encode())  # in one piece
     settings, runtime = Training(seed=1), Runtime()
-    run = Run.open("test", Path(folder), settings, runtime)
-    run.prepare()
-    run.begin()
+    run = open_run(folder, settings, runtime)
     torch.manual_seed(1)
-    state = training._State(run, model, settings, torch.device("cpu"), {})
-    state.plan = training.Plan.of(21, settings, runtime)
-    state.save("last")
+    State(run, model, 1e-3, 0.0, training.Plan.of(21, settings, runtime), {}).save("last")
     processes.barrier()
 
 

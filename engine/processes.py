@@ -1,4 +1,4 @@
-"""Processes: how a command ends, the processes of one torchrun, and signals. LEAVE ALONE.
+"""Processes: how a command ends, the processes of one torchrun, and signals.
 
 Each process of one run works on a part of the same global batch. With one process every exchange
 here is the identity. Gradients are summed once per optimizer step over all processes, after they
@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from utils import cpu
-from utils.errors import RunError, Stopped, UsageError
+from engine import cpu
+from engine.errors import RunError, Stopped, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ def choose_device(device: str, threads: int | None = None) -> "torch.device":
 
     Args:
         device: auto (CUDA where there is one), cpu or cuda.
-        threads: on CPU, how many threads compute; see utils.cpu.
+        threads: on CPU, how many threads compute; see engine.cpu.
     Raises:
         UsageError: CUDA is asked for and there is none, or there are fewer devices than processes.
     """

@@ -1,7 +1,5 @@
 """A model that is divided among the processes of one torchrun (`--shard`), by torch's fully_shard.
 
-LEAVE ALONE.
-
 Each process holds a part of every weight, gradient and optimizer state. The weights of a layer are
 brought together while it computes. A step is the same mathematics as without it, and a checkpoint
 holds whole tensors: either kind of run reads what the other wrote.
@@ -12,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from utils import processes
+from engine import processes
 
 
 def divide(model: nn.Module, layers: Iterable[nn.Module], device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 config.json and model.safetensors are the decoder (LoRA merged, layers renumbered);
 recommender.safetensors has adapter, heads, item table, item ids and popularity; recommender.json
-the prompt and the shape. templates/scores.py computes the scores with transformers alone.
+the prompt and the shape. serving/scores.py computes the scores with transformers alone.
 """
 
 import json
@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
+from engine.errors import RunError, UsageError
+from engine.files import read_json, write_json
 from models.decoder import Decoder
 from models.llm4rec import LLM4Rec
-from models.recommender import Recommender
-from utils.errors import RunError, UsageError
-from utils.files import read_json, write_json
+from serving.recommender import Recommender
 
 WEIGHTS, SHAPE = "recommender.safetensors", "recommender.json"
 TOLERANCE = 1e-5  # of scores, relative to the largest
@@ -98,7 +98,7 @@ def load(
         model.load_state_dict(tensors, strict=False)
     except (OSError, KeyError, SafetensorError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UsageError(f"{folder}: damaged, not a folder of export.py ({reason})") from None
+        raise UsageError(f"{folder}: damaged, not a folder of serving.export ({reason})") from None
     model = model.to(device)
     if exit is not None:
         model.read_at_exit(exit)

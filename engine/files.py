@@ -1,7 +1,4 @@
-"""Files: JSON written whole or not at all, hashes, folders that can be written to, and locks.
-
-LEAVE ALONE.
-"""
+"""Files: JSON written whole or not at all, hashes, folders that can be written to, and locks."""
 
 import hashlib
 import io
@@ -14,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from utils.errors import UsageError
+from engine.errors import UsageError
 
 if TYPE_CHECKING:
     from filelock import FileLock

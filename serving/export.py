@@ -1,10 +1,10 @@
 """Write a trained student, or teacher, as a folder that others can use.
 
-    python export.py --output_dir export/demo                           # demo domain: half a minute
-    python export.py --domain_type cloth --output_dir export/cloth
-    python export.py --domain_type cloth --model teacher --output_dir export/teacher
-    python export.py --domain_type cloth --output_dir export/cloth --onnx    # recommender.onnx too
-    python recommend.py --model export/cloth --history 12,99            # from the folder alone
+    python -m serving.export --output_dir export/demo                   # demo domain: half a minute
+    python -m serving.export --domain_type cloth --output_dir export/cloth
+    python -m serving.export --domain_type cloth --model teacher --output_dir export/teacher
+    python -m serving.export --output_dir export/onnx --onnx                  # recommender.onnx too
+    python -m serving.recommend --model export/cloth --history 12,99         # from the folder alone
 
 The folder has a plain Hugging Face LLaMA (`AutoModel.from_pretrained` loads it), the item table and
 heads, items.csv, and a model card with the code that computes the scores. That code is run on the
@@ -18,11 +18,12 @@ import string
 from importlib.util import find_spec
 from pathlib import Path
 
-from utils import cli, flags
-from utils.flags import PositiveInt, flag
+from engine import cli
+from engine.cli import PositiveInt, flag
+from serving.served import ServedFiles, is_export, read
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-TEMPLATES = Path(__file__).parent / "templates"
+HERE = Path(__file__).parent
 RANKED = {
     "sampled": "the target among {candidates} items that the user never met",
     "full": "the whole catalogue, without the user's history",
@@ -31,10 +32,10 @@ RANKED = {
 
 
 def model_card(served, code: str) -> str:
-    """templates/model_card.md, filled in.
+    """model_card.md, filled in.
 
     Args:
-        served: the run and its data (datasets.domain.Served).
+        served: the run and its data (serving.served.Served).
         code: Python that computes the scores with transformers alone.
     """
     from models.builtin import BUILT_IN
@@ -52,7 +53,7 @@ def model_card(served, code: str) -> str:
         ranked = RANKED[protocol].format(candidates=candidates)
         lines.append(f"| {ranked} | {' | '.join(values)} |")
     built_in = recorded["base_model"] in BUILT_IN
-    text = (TEMPLATES / "model_card.md").read_text(encoding="utf-8")
+    text = (HERE / "model_card.md").read_text(encoding="utf-8")
     return string.Template(text).substitute(
         n_layers=len(model["layers"]),
         stage=run.stage,
@@ -74,15 +75,14 @@ def model_card(served, code: str) -> str:
 @cli.command
 def main(
     *,
-    files: flags.ServedFiles,
+    files: ServedFiles,
     output_dir: str = flag(help="the folder to be written"),
     verify_users: PositiveInt = flag(1000, "test users whose scores are compared"),
     onnx: bool = flag(False, "also write recommender.onnx: history, lengths -> scores"),
     overwrite: bool = flag(False, "replace the folder, if it is an export"),
 ) -> Path:
     """Export a run."""
-    from datasets.domain import is_export, read_served
-    from utils.files import check_writable
+    from engine.files import check_writable
 
     folder = Path(output_dir)
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -94,7 +94,7 @@ def main(
         (empty or (overwrite and exported), f"--output_dir={folder}: already exists; {instead}"),
     )
     check_writable(folder.parent, "--output_dir")
-    served = read_served(files)
+    served = read(files)
     run = served.run
     cli.check((run.stage != "sasrec", "--model: SASRec is no LLaMA; export a teacher or a student"))
 
@@ -104,8 +104,8 @@ def main(
 
     from datasets.items import Items
     from datasets.sequences import TEST, EvaluationSplit
-    from models import exported
     from models.llm4rec import LLM4Rec
+    from serving import exported
 
     table, slots = served.item_table(), run.flags["max_seq_length"]
     model = LLM4Rec.load(run, table, bf16=False)
@@ -121,7 +121,7 @@ def main(
         item_ids = torch.from_numpy(served.data.item_ids)
         exported.save(partial, model, item_ids, served.popularity(), slots)
         Items.of(served.csv_path, served.data.item_ids).write(partial / "items.csv")
-        code = (TEMPLATES / "scores.py").read_text(encoding="utf-8")
+        code = (HERE / "scores.py").read_text(encoding="utf-8")
         (partial / "README.md").write_text(model_card(served, code), encoding="utf-8")
         scores = exported.card_scores(code, partial)
         rows = [row[row != len(table)].tolist() for row in histories]

@@ -1,14 +1,11 @@
-"""The metrics of a run during training (metrics.jsonl), and its training time (clock.json).
-
-LEAVE ALONE.
-"""
+"""The metrics of a run during training (metrics.jsonl), and its training time (clock.json)."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from utils import files, processes
-from utils.files import write_json
+from engine import files, processes
+from engine.files import write_json
 
 CLOCK = "clock.json"
 

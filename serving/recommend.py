@@ -1,19 +1,19 @@
 """The top items for a history, from any finished run.
 
-    python recommend.py --history 12,99,1033             # demo domain, the student: a few seconds
-    python recommend.py --history '["Warm lamp 21"]' --k 5              # by title
-    python recommend.py --domain_type cloth --model sasrec --history 12,99
-    python recommend.py --domain_type cloth --users all --output recs.parquet
-    python recommend.py --model runs/my_student --users histories.csv --output recs.csv --k 20
-    python recommend.py --model export/cloth --history 12,99            # what export.py wrote
-    python recommend.py --model student,runs/titles --history 12,99     # the sum of both's scores
-    python recommend.py --model runs/titles --unseen true --history 12  # also items without a user
+    python -m serving.recommend --history 12,99,1033      # demo domain, the student: a few seconds
+    python -m serving.recommend --history '["Warm lamp 21"]' --k 5                       # by title
+    python -m serving.recommend --domain_type cloth --model sasrec --history 12,99
+    python -m serving.recommend --domain_type cloth --users all --output recs.parquet
+    python -m serving.recommend --model runs/a --users histories.csv --output recs.csv --k 20
+    python -m serving.recommend --model export/cloth --history 12,99   # what serving.export wrote
+    python -m serving.recommend --model student,runs/b --history 12,99       # the sum of scores
+    python -m serving.recommend --model runs/b --unseen true --history 12    # items without a user
 
 Items are named by their original ids or titles, both from <domain>.items.csv, or by their ids in
 the domain's CSV. If all original ids are numbers, a number means an original id. Without a history,
 items are ranked by popularity. As a function:
 
-    from recommend import recommend
+    from serving.recommend import recommend
     items, scores = recommend([[12, 99], [1033]], k=10, domain_type="cloth")
 """
 
@@ -24,16 +24,16 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from utils import cli, flags
-from utils.files import check_writable
-from utils.flags import PositiveInt, flag
+from engine import cli
+from engine.cli import PositiveInt, flag
+from engine.files import check_writable
+from serving.served import Served, ServedFiles, is_export, read_all
 
 if TYPE_CHECKING:
     import torch
 
-    from datasets.domain import Served
     from datasets.items import Finder, Items
-    from models.recommender import Recommender
+    from serving.recommender import Recommender
 
 PLACES = "  {place:>4}  {score:>9}  {id:>10}  {title}"
 
@@ -64,7 +64,7 @@ def recommend(
     """
     from datasets.items import Finder
 
-    recommender, names = open_model(flags.ServedFiles(**files), exit, device)
+    recommender, names = open_model(ServedFiles(**files), exit, device)
     finder = Finder(names, "id")
     rows = [[finder.find(str(item), "histories") for item in history] for history in histories]
     items, scores = recommender.recommend(rows, k, exclude)
@@ -73,18 +73,16 @@ def recommend(
 
 
 def open_model(
-    files: flags.ServedFiles, exit: int | None, device: str, unseen: bool = False
+    files: ServedFiles, exit: int | None, device: str, unseen: bool = False
 ) -> tuple["Recommender", "Items"]:
     """The recommender of runs or of an exported folder, and what its items are called."""
-    from datasets.domain import is_export, read_all_served
-
     if is_export(Path(files.model)):
         return _open_export(Path(files.model), exit, device)
-    return _open_runs(read_all_served(files), exit, device, unseen)
+    return _open_runs(read_all(files), exit, device, unseen)
 
 
 def _open_runs(
-    runs: list["Served"], exit: int | None, device: str, unseen: bool
+    runs: list[Served], exit: int | None, device: str, unseen: bool
 ) -> tuple["Recommender", "Items"]:
     from datasets.items import Items
 
@@ -93,27 +91,22 @@ def _open_runs(
         (not runs[1:] or exit is None, f"--exit={exit}: is of one model, not of several"),
         (
             not unseen or len(item_ids) > runs[0].data.n_items,
-            "--unseen: no vectors for items that the data lacks; extract_emb.py --source titles"
+            "--unseen: no vectors for items that the data lacks; python -m experiments.titles"
             " gives them to the items of <domain>.items.csv",
         ),
     )
 
-    from models import recommender  # imported late: bad flags fail at once
-    from utils import processes
+    from engine import processes  # imported late: bad flags fail at once
+    from serving.recommender import open_runs
 
-    chosen = processes.choose_device(device)
-    models = []
-    for served in runs:
-        table, popularity = served.item_table(item_ids), served.popularity(item_ids)
-        models.append(recommender.of_run(served.run, table, popularity, chosen, exit))
-    model = recommender.together(models) if models[1:] else models[0]
+    model = open_runs(runs, item_ids, processes.choose_device(device), exit)
     return model, Items.of(runs[0].csv_path, item_ids)
 
 
 def _open_export(folder: Path, exit: int | None, device: str) -> tuple["Recommender", "Items"]:
     from datasets.items import Items
-    from models import exported
-    from utils import processes
+    from engine import processes
+    from serving import exported
 
     listing = folder / "items.csv"
     cli.check((listing.is_file(), f"--model={folder}: lacks items.csv; export it again"))
@@ -182,7 +175,7 @@ def show(history: list[int], items: list[int], scores: list[float], names: "Item
 @cli.command
 def main(
     *,
-    files: flags.ServedFiles,
+    files: ServedFiles,
     history: list[str] = flag([], "items in time order, the last one most recent"),
     users: str | None = flag(
         None, "all, or a CSV with reviewerID and asin (item lists); results go to --output"
@@ -202,9 +195,8 @@ def main(
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available"),
 ) -> list[dict] | None:
     """Recommend for one history, on the screen, or for many, into a file."""
-    from datasets.domain import is_export, read_all_served
     from datasets.items import Finder
-    from datasets.recommendations import Writer, rows
+    from serving.lists import Writer, rows
 
     exported = is_export(Path(files.model))
     cli.check(
@@ -229,7 +221,7 @@ def main(
     if exported:
         recommender, names = _open_export(Path(files.model), exit, device)
     else:
-        runs = read_all_served(files)
+        runs = read_all(files)
         recommender, names = _open_runs(runs, exit, device, unseen)
     finder = Finder(names, by)
     allowed = allowed_items(names, finder, allow, deny)
@@ -244,7 +236,7 @@ def main(
 
     from tqdm import tqdm
 
-    from utils import processes
+    from engine import processes
 
     if users == "all":
         who, histories = all_users(runs[0].csv_path, names)

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datasets.items import Items
-from utils import processes
-from utils.errors import UsageError
-from utils.files import replacing
+from engine import processes
+from engine.errors import UsageError
+from engine.files import replacing
 
 COLUMNS = ("reviewerID", "rank", "item_id", "asin", "title", "score")
 SUFFIXES = (".csv", ".jsonl", ".parquet")

@@ -1,7 +1,4 @@
-"""How a run computes on CPU: with how many threads, and with which library's products.
-
-LEAVE ALONE.
-"""
+"""How a run computes on CPU: with how many threads, and with which library's products."""
 
 import functools
 import os

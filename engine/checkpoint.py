@@ -1,10 +1,8 @@
 """Checkpoints: a folder of safetensors plus JSON, complete or absent, verified when read.
 
-LEAVE ALONE.
-
 A checkpoint is written under a temporary name, with a manifest (sha256 of each file) last, flushed
 to disk and renamed into place. A run that dies at any instant leaves the old checkpoint or the new
-one, never half of one.
+one, never half of one. torch is imported late: hashes are read before it is needed.
 """
 
 import errno
@@ -13,21 +11,16 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from engine.errors import RunError, UsageError
+from engine.files import file_sha256, read_json, sync_folder
 
-from utils import sharding
-from utils.errors import RunError, UsageError
-from utils.files import file_sha256, read_json, sync_folder
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-WEIGHTS, STATE, META, MANIFEST = (
-    "weights.safetensors",
-    "state.safetensors",
-    "meta.json",
-    "manifest.json",
-)
+WEIGHTS, STATE = "weights.safetensors", "state.safetensors"
+META, MANIFEST = "meta.json", "manifest.json"
 NAMES = ("last", "best")
 
 
@@ -35,21 +28,21 @@ class Saved(NamedTuple):
     """A checkpoint to resume from; name is that of its folder, last or best."""
 
     name: str
-    tensors: dict[str, Tensor]
-    state: dict[str, Tensor]
+    tensors: dict[str, "Tensor"]
+    state: dict[str, "Tensor"]
     meta: dict[str, Any]
 
 
-def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+def trained_tensors(module: "nn.Module") -> dict[str, "Tensor"]:
     """Name -> value of the parameters that require a gradient."""
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def save(
     folder: str | Path,
-    tensors: dict[str, Tensor],
+    tensors: dict[str, "Tensor"],
     meta: dict[str, Any],
-    state: dict[str, Tensor] | None = None,
+    state: dict[str, "Tensor"] | None = None,
 ) -> None:
     """Write the checkpoint `folder`, replacing the one that is there.
 
@@ -89,7 +82,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _on_cpu(tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -151,7 +144,7 @@ def weights_sha256(folder: str | Path) -> str | None:
     return expected
 
 
-def load(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(folder: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Trained tensors and meta of a checkpoint, after both files are checked against the manifest.
 
     Raises:
@@ -238,7 +231,7 @@ def _altered(folder: Path, name: str) -> str:
     return f"checkpoint {folder}: {name} does not match its sha256; it was cut short or altered"
 
 
-def _tensors(folder: str | Path, name: str, contents: dict[str, bytes]) -> dict[str, Tensor]:
+def _tensors(folder: str | Path, name: str, contents: dict[str, bytes]) -> dict[str, "Tensor"]:
     from safetensors import SafetensorError
     from safetensors.torch import load as deserialise
 
@@ -250,8 +243,7 @@ def _tensors(folder: str | Path, name: str, contents: dict[str, bytes]) -> dict[
         ) from None
 
 
-@torch.no_grad()
-def restore(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
+def restore(module: "nn.Module", tensors: dict[str, "Tensor"], source: str | Path) -> None:
     """Copy `tensors` into the trained parameters of `module`. The two sets must be the same.
 
     Args:
@@ -259,6 +251,10 @@ def restore(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -
     Raises:
         UsageError: names or shapes differ; the first differences are named.
     """
+    import torch
+
+    from engine import sharding
+
     own = trained_tensors(module)
     problems = [f"lacks {name}" for name in own if name not in tensors]
     problems += [f"has {name}, which the model lacks" for name in tensors if name not in own]
@@ -271,5 +267,6 @@ def restore(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -
             f"checkpoint {source} does not fit the model: {'; '.join(problems[:3])}"
             f" ({len(problems)} differences)"
         )
-    for name, parameter in own.items():
-        parameter.copy_(sharding.like(parameter, tensors[name]))
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(sharding.like(parameter, tensors[name]))

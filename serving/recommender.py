@@ -7,15 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datasets.sequences import training_samples
+from engine.errors import UsageError
+from engine.run import Run
 from models.llm4rec import LLM4Rec
 from models.sasrec import SASRec
-from utils.errors import UsageError
-from utils.evaluation import users_per_tile
-from utils.run import Run
+from serving.served import Served
+from utils.evaluation import score_spread, users_per_tile
+
+SPREAD_USERS = 512  # whose scores tell how loud a model is
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,9 @@ class Recommender:
     item_table: Tensor
     popularity: Tensor
     max_seq_length: int
+
+    def user_encoder(self) -> Callable[[Tensor], Tensor]:
+        return self.encode
 
     @torch.no_grad()
     def recommend(
@@ -80,20 +88,50 @@ class Recommender:
         return padded
 
 
-def together(models: Sequence[Recommender]) -> Recommender:
-    """The sum of several models' scores, as one: user vectors and item vectors one after another.
+def together(models: Sequence[Recommender], scales: Sequence[float]) -> Recommender:
+    """The sum of several models' scores, each over its scale, as one: user vectors and item vectors
+    one after another.
 
     Args:
         models: over the same items.
+        scales: the standard deviation of each model's scores (utils.evaluation.score_spread); a sum
+            of raw scores follows the louder model.
     """
 
     def encode(history: Tensor) -> Tensor:
-        vectors = [model.encode(history[:, -model.max_seq_length :]) for model in models]
-        return torch.cat([vector.float() for vector in vectors], dim=1)
+        vectors = [
+            model.encode(history[:, -model.max_seq_length :]).float() / scale
+            for model, scale in zip(models, scales)
+        ]
+        return torch.cat(vectors, dim=1)
 
     table = torch.cat([model.item_table.float() for model in models], dim=1)
     longest = max(model.max_seq_length for model in models)
     return Recommender(encode, table, models[0].popularity, longest)
+
+
+def open_runs(
+    runs: Sequence[Served], item_ids: np.ndarray, device: torch.device, exit: int | None
+) -> Recommender:
+    """The recommender of one finished run, or of the sum of several runs' scores.
+
+    Args:
+        item_ids: what to recommend from, ascending.
+        exit: of an LLM trained with exits, the inner exit to read, from 1.
+    Raises:
+        UsageError: a checkpoint or the exit is missing.
+    """
+    models = []
+    for served in runs:
+        table, popularity = served.item_table(item_ids), served.popularity(item_ids)
+        models.append(of_run(served.run, table, popularity, device, exit))
+    if not models[1:]:
+        return models[0]
+    slots = max(model.max_seq_length for model in models)
+    samples = training_samples(runs[0].data, "last", slots)
+    histories = samples.histories(samples.evenly(SPREAD_USERS))
+    scales = [score_spread(model, histories[:, -model.max_seq_length :]) for model in models]
+    return together(models, scales)
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -139,11 +177,10 @@ def of_run(
     if run.stage == "sasrec":
         if exit is not None:
             raise UsageError(f"--exit={exit}: SASRec has no exits")
-        sasrec = SASRec.load(run).to(device).eval()
-        return Recommender(sasrec, sasrec.item_table, popularity, slots)
+        sasrec = SASRec.load(run).to(device)
+        return Recommender(sasrec.user_encoder(), sasrec.item_table, popularity, slots)
     table = item_table.to(device)
-    bf16 = run.config.get("bf16", False)
-    model = LLM4Rec.load(run, table, bf16).to(device)
+    model = LLM4Rec.load(run, table, run.bf16).to(device)
     if exit is not None:
         model.read_at_exit(exit)
-    return Recommender(model.user_encoder(bf16), table, popularity, slots)
+    return Recommender(model.user_encoder(), table, popularity, slots)

@@ -1,13 +1,11 @@
-"""The frozen teacher's outputs on every training sample, computed once and kept as memory-mapped
-files. LEAVE ALONE.
+"""Tensors computed once for every sample and kept as memory-mapped files.
 
-An offline teacher is frozen and in evaluation mode, so its output for a sample never changes: its
-states at the block ends, its user vector and, where it has them, its exits' vectors. They are
-written in the teacher's compute dtype, row = index of the training sample, into a folder named by a
-fingerprint of all they depend on. Epochs, seeds and weights of the loss reuse
-them. A folder is complete or absent: written under a temporary name, meta.json last, then renamed.
+A frozen model's outputs on the training samples never change. They are written in the model's
+compute dtype, row = index of the sample, into a folder named by a fingerprint of all they depend
+on, and read again in later epochs and runs. A folder is complete or absent: written under a
+temporary name, meta.json last, then renamed.
 
-Legend: n training samples, E block ends, H LLM width, D item width.
+Legend: n samples.
 """
 
 import hashlib
@@ -16,40 +14,47 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets.sequences import Samples
-from utils import files, processes
-from utils.errors import UsageError
-from utils.files import file_sha256, read_json
+from engine import files, processes
+from engine.errors import UsageError
+from engine.files import file_sha256, read_json
 
-NAMES = ("user", "states", "exits")  # the fields of models.losses.Output
 STORED = {  # numpy has no bfloat16: bits are stored
     torch.float64: np.int64,
     torch.float32: np.int32,
     torch.bfloat16: np.int16,
     torch.float16: np.int16,
 }
-FORMAT = 1  # raised when what is stored, or how it is computed, changes its meaning
+FORMAT = 2  # raised when what is stored, or how it is computed, changes its meaning
 WINDOW = 32  # batches sorted by length together while filling; rows stay near each other
 ZEROS = 2**24  # bytes written at once to claim room
+FLAG = "--teacher_cache"
 
 
-class TeacherStates(NamedTuple):
-    """user [n, D], states [n, E, H], exits [n, E - 1 or 0, D], each a memory map of bits, and their
-    dtypes.
-    """
+class Samples(Protocol):
+    """What is encoded: histories [b, L] of sample indices, and the length of each."""
+
+    def __len__(self) -> int: ...
+
+    def lengths(self) -> np.ndarray: ...
+
+    def histories(self, indices: np.ndarray) -> Tensor: ...
+
+
+class TensorCache(NamedTuple):
+    """Each stored tensor [n, ...] as a memory map of bits, and its dtype."""
 
     arrays: list[np.ndarray]
     dtypes: list[torch.dtype]
 
     def rows(self, indices: np.ndarray, device: torch.device) -> list[Tensor]:
-        """user, states and exits of the given samples, on the device."""
+        """The tensors' rows of the given samples, on the device."""
         return [
             torch.from_numpy(array[indices]).view(dtype).to(device)
             for array, dtype in zip(self.arrays, self.dtypes)
@@ -59,20 +64,20 @@ class TeacherStates(NamedTuple):
 def open_or_build(
     root: Path,
     identity: dict[str, Any],
-    load_teacher: Callable[[], Callable[[Tensor], Any]],
+    load_encoder: Callable[[], Callable[[Tensor], Any]],
     samples: Samples,
     batch_size: int,
     divided: bool = False,
-) -> TeacherStates:
-    """The states below `root` that belong to `identity`.
+) -> TensorCache:
+    """The tensors below `root` that belong to `identity`.
 
     Where there are none, or they are damaged, they are computed.
 
     Args:
-        identity: all that the states depend on, as JSON.
-        load_teacher: called only if the states must be computed. Gives history [b, L] -> (user,
-            states, exits).
-        divided: the teacher is divided among the processes (see utils.sharding); all run it then,
+        identity: all that the tensors depend on, as JSON.
+        load_encoder: called only if the tensors must be computed. Gives history [b, L] -> a named
+            tuple of tensors [b, ...].
+        divided: the encoder is divided among the processes (see engine.sharding); all run it then,
             and the first one writes.
     Raises:
         UsageError: the disk lacks room, or `root` cannot be written.
@@ -85,10 +90,10 @@ def open_or_build(
     try:
         needed, *_ = processes.gather(first and _are_needed(folder, identity, len(samples)))
         if needed and first:
-            _build(folder, identity, load_teacher(), samples, batch_size)
+            _build(folder, identity, load_encoder(), samples, batch_size)
             _report_others(root, folder)
         elif needed and divided:
-            encode = load_teacher()
+            encode = load_encoder()
             for indices in _batches(samples.lengths(), batch_size):
                 encode(samples.histories(indices))
     finally:
@@ -99,7 +104,7 @@ def open_or_build(
 
 
 def _are_needed(folder: Path, identity: dict[str, Any], n_samples: int) -> bool:
-    """Whether the states must be computed. Prints where they are read from, or why not."""
+    """Whether the tensors must be computed. Prints where they are read from, or why not."""
     root = folder.parent
     for partial in root.glob(".tmp-*"):  # nobody else fills while the lock is held
         shutil.rmtree(partial, ignore_errors=True)
@@ -108,10 +113,10 @@ def _are_needed(folder: Path, identity: dict[str, Any], n_samples: int) -> bool:
         print(f"teacher states: read from {folder}; the teacher is not loaded", flush=True)
         return False
     if problem == "absent":
-        where = f"none in {root} for this teacher and these samples; computing them once"
+        reason = f"none in {root} for this teacher and these samples; computing them once"
     else:
-        where = f"{folder} {problem}; computing them again"
-    print(f"teacher states: {where}", flush=True)
+        reason = f"{folder} {problem}; computing them again"
+    print(f"teacher states: {reason}", flush=True)
     return True
 
 
@@ -137,11 +142,11 @@ def _problem(folder: Path, identity: dict[str, Any], n: int) -> str:
         return "has a meta.json that was altered"
     if meta["identity"] != identity or meta["samples"] != n:
         return "belongs to another teacher or other samples"
-    for name in NAMES:
+    for name, about in meta["arrays"].items():
         path = folder / f"{name}.bin"
         if not path.is_file():
             return f"lacks {path.name}"
-        if file_sha256(path) != meta["arrays"][name]["sha256"]:
+        if file_sha256(path) != about["sha256"]:
             return f"has a {path.name} that was cut short or altered"
     return ""
 
@@ -163,7 +168,7 @@ def _lock(root: Path) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> UsageError:
     return UsageError(
-        f"--teacher_cache: {folder} cannot be written ({error.strerror}); name a folder, or use off"
+        f"{FLAG}: {folder} cannot be written ({error.strerror}); name a folder, or use off"
     )
 
 
@@ -171,13 +176,13 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _mapped(folder: Path) -> TeacherStates:
-    about = read_json(folder / "meta.json", "teacher states")["arrays"]
-    dtypes = [getattr(torch, about[name]["dtype"]) for name in NAMES]
+def _mapped(folder: Path) -> TensorCache:
+    stored = read_json(folder / "meta.json", "teacher states")["arrays"]
+    dtypes = [getattr(torch, about["dtype"]) for about in stored.values()]
     arrays = []
-    for name, dtype in zip(NAMES, dtypes):
-        arrays.append(_bits(folder / f"{name}.bin", dtype, about[name]["shape"], "r"))
-    return TeacherStates(arrays, dtypes)
+    for (name, about), dtype in zip(stored.items(), dtypes):
+        arrays.append(_bits(folder / f"{name}.bin", dtype, about["shape"], "r"))
+    return TensorCache(arrays, dtypes)
 
 
 def _bits(path: Path, dtype: torch.dtype, shape: list[int], mode: str) -> np.ndarray:
@@ -205,17 +210,17 @@ def _build(
     samples: Samples,
     batch_size: int,
 ) -> None:
-    """Run the teacher over all samples and put the result in place."""
+    """Run the encoder over all samples and put the result in place."""
     batches = _batches(samples.lengths(), batch_size)
     first = values = encode(samples.histories(batches[0]))
     shapes = [[len(samples), *part.shape[1:]] for part in first]
     sizes = [int(np.prod(shape)) * part.element_size() for shape, part in zip(shapes, first)]
-    _check_room(folder, sum(sizes), shapes[1])
+    _check_room(folder, sum(sizes), len(samples))
     partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     partial.mkdir(parents=True, exist_ok=True)
     try:
         arrays = []
-        for name, part, shape, size in zip(NAMES, first, shapes, sizes):
+        for name, part, shape, size in zip(first._fields, first, shapes, sizes):
             _claim(partial / f"{name}.bin", size)
             arrays.append(_bits(partial / f"{name}.bin", part.dtype, shape, "r+"))
         options = {"unit": "batch", "dynamic_ncols": True, "mininterval": 1.0}
@@ -225,31 +230,21 @@ def _build(
             for array, part in zip(arrays, values):
                 bits = part.cpu().contiguous().view(getattr(torch, array.dtype.name))
                 array[indices] = bits.numpy()
-        _write_meta(partial, identity, len(samples), arrays, [part.dtype for part in first])
+        stored = {}
+        for name, array, part in zip(first._fields, arrays, first):
+            if isinstance(array, np.memmap):
+                array.flush()
+            stored[name] = {
+                "dtype": str(part.dtype).removeprefix("torch."),
+                "shape": list(array.shape),
+                "sha256": file_sha256(partial / f"{name}.bin"),
+            }
+        meta = {"identity": identity, "samples": len(samples), "arrays": stored}
+        files.write_json(partial / "meta.json", meta | {"sha256": _digest(meta)})
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_meta(
-    folder: Path,
-    identity: dict[str, Any],
-    n: int,
-    arrays: list[np.ndarray],
-    dtypes: list[torch.dtype],
-) -> None:
-    about = {}
-    for name, array, dtype in zip(NAMES, arrays, dtypes):
-        if isinstance(array, np.memmap):
-            array.flush()
-        about[name] = {
-            "dtype": str(dtype).removeprefix("torch."),
-            "shape": list(array.shape),
-            "sha256": file_sha256(folder / f"{name}.bin"),
-        }
-    meta = {"identity": identity, "samples": n, "arrays": about}
-    files.write_json(folder / "meta.json", meta | {"sha256": _digest(meta)})
 
 
 def _batches(length: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -261,12 +256,13 @@ def _batches(length: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return np.split(every, range(batch_size, len(every), batch_size))
 
 
-def _check_room(folder: Path, needed: int, shape: list[int]) -> None:
+def _check_room(folder: Path, needed: int, n_samples: int) -> None:
     """Say how large the files will be.
 
-    Refuse where the disk lacks room or the folder cannot be made.
+    Raises:
+        UsageError: the disk lacks room, or the folder cannot be made.
     """
-    size = f"{shape[0]:,} samples x {shape[1]} blocks x {shape[2]}, {needed / 2**30:.2f} GiB"
+    size = f"{n_samples:,} samples, {needed / 2**30:.2f} GiB"
     print(f"teacher states: {size} to {folder}", flush=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -275,7 +271,7 @@ def _check_room(folder: Path, needed: int, shape: list[int]) -> None:
         raise _unwritable(folder.parent, error) from None
     if needed > free:
         raise UsageError(
-            f"--teacher_cache: {folder.parent} has {free / 2**30:.2f} GiB free,"
+            f"{FLAG}: {folder.parent} has {free / 2**30:.2f} GiB free,"
             f" the teacher's states need {needed / 2**30:.2f} GiB; name a folder on a larger disk,"
             " or use off (the teacher then runs in every step)"
         )

@@ -1,11 +1,10 @@
-"""The command line: fire's syntax over typed flags, all checked before any work.
+"""The command line: typed flags in groups, python-fire's syntax, all checked before any work.
 
 python-fire calls the function first and complains about an unknown flag afterwards, guesses types
 from the value (`--flag=false` arrives as a true string) and lets stray words fill arguments. Here
-the signature of `main` is the contract:
-its flag groups (utils/flags.py) and its own flags. Names, types, choices and limits are checked,
-every problem is reported in one line with exit status 2, and only then does `main` run. Fire writes
-the help page.
+the signature of `main` is the contract: its flag groups and its own flags. Names, types, choices
+and limits are checked, every problem is reported in one line with exit status 2, and only then does
+`main` run. Fire writes the help page.
 """
 
 import dataclasses
@@ -13,21 +12,125 @@ import difflib
 import functools
 import inspect
 import json
+import math
 import os
 import re
-import shutil
 import sys
 import types
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from utils import processes
-from utils.errors import UsageError
-from utils.flags import Group, LLMRuntime, Runtime, Training
+from engine import processes
+from engine.errors import UsageError
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 REQUIRED = inspect.Parameter.empty
+
+
+class Range(NamedTuple):
+    """Bounds of a number. An open bound excludes itself."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def admits(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below and -math.inf < value < math.inf
+
+    def __str__(self) -> str:
+        low = "" if self.low == -math.inf else f"{'>' if self.open_low else '>='} {self.low:g}"
+        unbounded = self.high in (math.inf, LARGEST)
+        high = "" if unbounded else f"{'<' if self.open_high else '<='} {self.high:g}"
+        return " and ".join(part for part in (low, high) if part) or "finite"
+
+
+class PositiveOr(NamedTuple):
+    """A whole number from 1, or one value with another meaning."""
+
+    other: int
+    meaning: str
+
+    def admits(self, value: int) -> bool:
+        return 1 <= value <= LARGEST or value == self.other
+
+    def __str__(self) -> str:
+        return f">= 1, or {self.other} for {self.meaning}"
+
+
+class Pattern(NamedTuple):
+    """A text of a certain form."""
+
+    regex: str
+    meaning: str
+
+    def admits(self, value: str) -> bool:
+        return re.fullmatch(self.regex, value) is not None
+
+    def __str__(self) -> str:
+        return self.meaning
+
+
+LARGEST = 2**31 - 1  # of whole numbers that count something
+PositiveInt = Annotated[int, Range(low=1, high=LARGEST)]
+NonNegativeInt = Annotated[int, Range(low=0, high=LARGEST)]
+Seed = Annotated[int, Range(low=0, high=2**63 - 1)]
+PositiveFloat = Annotated[float, Range(low=0, open_low=True)]
+NonNegativeFloat = Annotated[float, Range(low=0)]
+DropRate = Annotated[float, Range(low=0, high=1, open_high=True)]
+
+
+def flag(default: Any = dataclasses.MISSING, help: str = "", needs: str = "", **about: Any) -> Any:
+    """A flag of a group, or of a script's own.
+
+    Args:
+        default: the value without the flag; left out, the flag is required. A list is copied.
+        help: one or two lines for `--help`.
+        needs: the flag without which this one has no effect: `name`, or `name=value`; several are
+            separated by bars.
+        about: what else is kept beside the flag.
+    """
+    metadata = {"help": help, "needs": needs} | about
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: [*default], metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Flags of one kind.
+
+    Attributes:
+        kind: place (where files are), model and training (the same when a run resumes), or free.
+        usual: flags whose empty value adapts, and what it is where nothing speaks against it.
+        stream: what the group adds to the seed of a run's draws.
+        given: the names that the user wrote.
+    """
+
+    kind: ClassVar[str] = ""
+    usual: ClassVar[dict[str, int]] = {}
+    stream: ClassVar[int] = 0
+    given: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, compare=False)
+
+    @classmethod
+    def fields(cls) -> list[dataclasses.Field]:
+        return [field for field in dataclasses.fields(cls) if field.name != "given"]
+
+    def values(self) -> dict[str, Any]:
+        """Flag name -> value."""
+        return {field.name: getattr(self, field.name) for field in self.fields()}
+
+    def problems(self, flags: dict[str, Any]) -> list[str]:
+        """What is wrong between these flags and others, a line each.
+
+        Args:
+            flags: the value of every flag of the script, by name.
+        """
+        return []
 
 
 class Flag(NamedTuple):
@@ -109,11 +212,11 @@ def command(main: Callable) -> Callable:
         _raise_all(problems)
         values = {name: _expanded(value) for name, value in values.items()}
         arguments = _arguments(main, values)
+        every = {name: flag.default for name, flag in flags.items()} | values
         groups = [argument for argument in arguments.values() if isinstance(argument, Group)]
-        _raise_all([line for group in groups for line in group.problems()])
-        unused = [line for group in groups for line in group.unused()]
-        if unused and not values.get("eval_only"):
-            print(f"without effect: {', '.join(unused)}", flush=True)
+        _raise_all([line for group in groups for line in group.problems(every)])
+        if not values.get("eval_only"):
+            _report_unused(groups, every)
         return main(**arguments)
 
     return checked
@@ -140,6 +243,28 @@ def _arguments(main: Callable, values: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def _report_unused(groups: list[Group], flags: dict[str, Any]) -> None:
+    """Print the given flags that have no effect because of another one."""
+    lines = []
+    for field in (field for group in groups for field in group.fields()):
+        given = any(field.name in group.given for group in groups)
+        if not given or not field.metadata["needs"]:
+            continue
+        needs = [need.partition("=")[::2] for need in field.metadata["needs"].split("|")]
+        if not any(_holds(flags[name], value) for name, value in needs):
+            shown = f"--{field.name}={flags[field.name]}"
+            needed = " or ".join(
+                f"--{n}={value}" if value else f"--{n} above 0" for n, value in needs
+            )
+            lines.append(f"{shown} (needs {needed})")
+    if lines:
+        print(f"without effect: {', '.join(lines)}", flush=True)
+
+
+def _holds(found: Any, value: str) -> bool:
+    return str(found) == value if value else bool(found)
+
+
 def _expanded(value: Any) -> Any:
     """Expand a leading ~ to the home folder in each comma-separated part of a string."""
     if not isinstance(value, str):
@@ -153,7 +278,7 @@ def check(*rules: tuple[bool, str]) -> None:
 
 
 def run(main: Callable, argv: list[str] | None = None) -> None:
-    """Bind the command line to `main`, run it, and end the process as utils.processes.call says."""
+    """Bind the command line to `main`, run it, and end the process (engine.processes.call)."""
     argv = sys.argv[1:] if argv is None else argv
     processes.quiet_all_but_first()
     if any(word in ("-h", "--help") for word in argv):
@@ -351,49 +476,3 @@ def _check(name: str, value: Any, hint: Any, typed: str | None = None) -> None:
     if not fits or (limits is not None and not limits.admits(value)):
         shown = value if typed is None else typed
         raise UsageError(f"--{name}={shown}: expected {describe(hint)}")
-
-
-def blocks(n_blocks: int, **layers: int) -> tuple[bool, str]:
-    """The rule, for `check`, that the number of blocks divides a number of layers, given by its
-    flag's name.
-    """
-    ((name, n),) = layers.items()
-    divisors = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
-    rest = n % n_blocks
-    return rest == 0, (
-        f"--distill_block={n_blocks} does not divide {name} {n} ({n} % {n_blocks} = {rest});"
-        f" use one of {divisors}"
-    )
-
-
-def divides(training: Training, runtime: Runtime) -> tuple[bool, str]:
-    """The rule, for `check`, that whole micro-batches of every process fill a batch."""
-    world, micro = processes.world(), runtime.micro_batch_size
-    factors = [f"{world} processes"] if world > 1 else []
-    factors += [f"--micro_batch_size={micro}"] if micro else []
-    fits = runtime.eval_only or training.batch_size % ((micro or 1) * world) == 0
-    return fits, f"--batch_size={training.batch_size} is not a multiple of {' x '.join(factors)}"
-
-
-def shards(runtime: LLMRuntime) -> tuple[bool, str]:
-    """The rule, for `check`, that there are processes to divide a model among."""
-    return not runtime.shard or processes.world() > 1, (
-        "--shard divides the model among processes, and there is one; start the script with"
-        " torchrun --nproc_per_node=2 (or more), or leave --shard out"
-    )
-
-
-def compiles(runtime: LLMRuntime) -> tuple[bool, str]:
-    """The rule, for `check`, that torch.compile finds a compiler, where it looks for one."""
-    default = "clang++" if sys.platform == "darwin" else "g++"
-    compiler = os.environ.get("CXX", default)
-    found = not runtime.compile or runtime.eval_only or shutil.which(compiler) is not None
-    return found, f"--compile: no C++ compiler {compiler} here; leave --compile out"
-
-
-def report_unused(group: Group, reason: str, *names: str) -> None:
-    """Say which flags of a group (all by default) were given though they have no effect."""
-    given = [name for name in names or group.values() if name in group.given]
-    given = [f"--{name}={getattr(group, name)}" for name in given]
-    if given:
-        print(f"without effect: {', '.join(given)} ({reason})", flush=True)

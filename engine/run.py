@@ -1,0 +1,490 @@
+"""A run: the folder of one stage, and the rules of starting, resuming and reading it.
+
+`Run.open` is the one place that compares a command with what its folder holds: flags, input files,
+earlier runs. `prepare` adds the model, `begin` locks the folder and writes config.json, `complete`
+writes results.json. `Run.read` is for a later stage, which never writes there.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+
+from engine import checkpoint, cpu, files, processes
+from engine.cli import Group
+from engine.errors import UsageError
+from engine.files import read_json, write_json
+from engine.log import CLOCK, MetricsLog
+
+if TYPE_CHECKING:
+    import torch
+
+OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", CLOCK)
+CHECKPOINTS = ("best", "last", ".old-best", ".old-last")
+OWN_FOLDERS = (*CHECKPOINTS, "tensorboard")
+LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors", "fire")
+PATHS = ("base", "teacher")  # entries of config.json that may differ when a run resumes
+G = TypeVar("G", bound=Group)
+
+
+class Inputs(Protocol):
+    """The files that a run is made from.
+
+    hashes: entry of config.json (such as data_sha256) -> the present file's hash.
+    sources: entry -> where that file is.
+    rebuild: what to do when a file has changed, for messages.
+    """
+
+    hashes: dict[str, str | None]
+    sources: dict[str, Path]
+    rebuild: str
+
+
+class Run:
+    """The folder of one stage.
+
+    Attributes:
+        stage: the stage's name, `step` in config.json.
+        folder: where it is.
+        config: the content of config.json; None if the file is missing.
+        groups: the flag groups, settled: with `eval_only` they have the run's values.
+        flags: flag name -> value of these groups, or as recorded where the run is only read.
+        eval_only, overwrite: the flags of that name.
+        finished: whether training is complete. Evaluating an unfinished run does not finish it.
+        device, bf16: where and in what precision it computes; set by `choose_device`.
+        resume: whether an unfinished run is resumed; set by `prepare`.
+        source: the run of `--init_from`, whose best weights are this one's start; None without.
+    """
+
+    def __init__(
+        self, stage: str, folder: Path, config: dict[str, Any] | None, groups: Iterable[Group] = ()
+    ) -> None:
+        self.stage, self.folder, self.config, self.groups = stage, folder, config, [*groups]
+        adaptive = [name for group in self.groups for name in group.usual]
+        self.recorded = recorded_flags(config or {}, adaptive)
+        self.flags = dict(self.recorded)
+        if self.groups:
+            self.flags = {name: v for group in self.groups for name, v in group.values().items()}
+        self.eval_only = bool(self.groups) and self.flags["eval_only"]
+        self.overwrite = bool(self.groups) and self.flags["overwrite"]
+        self.finished = _is_finished(folder) and not self.overwrite
+        self.resume, self.source = False, None
+        self.device, self.bf16 = None, bool((config or {}).get("bf16"))
+        self.log = MetricsLog(folder, self.flags.get("tensorboard", False))
+        self._new_config: dict[str, Any] = {}
+
+    # -- looking ------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        stage: str,
+        folder: Path,
+        groups: Iterable[Group],
+        inputs: Inputs,
+        earlier: dict[str, list["Run"]] | None = None,
+    ) -> "Run":
+        """Look at `folder` for a command with these flags and files, before any work.
+
+        Args:
+            groups: all flag groups of the command.
+            earlier: stage -> the runs of that stage that this one reads, for every stage that it
+                can read.
+        Raises:
+            UsageError: the folder cannot be written, is locked, or holds another run; an earlier
+                run was made from other files. What differs is named.
+        """
+        files.check_writable(folder, "--output_dir")
+        if processes.is_first():
+            _refuse_locked(folder)
+        try:
+            there = (folder / "config.json").exists()
+            config = read_json(folder / "config.json", "run") if there else None
+        except UsageError as error:  # the folder may be someone else's
+            raise UsageError(
+                f"--output_dir: {error}; choose another folder, or remove this one"
+            ) from None
+        run = cls(stage, folder, config, groups)
+        run._refuse_foreign()
+        earlier = earlier or {}
+        for other in (other for runs in earlier.values() for other in runs):
+            other.check_same(inputs)
+            other.report_unfinished()
+        if run.eval_only:
+            run._take_recorded(inputs)
+            return run
+        if run.flags.get("init_from"):
+            run.source = cls._open_source(stage, Path(run.flags["init_from"]), folder)
+        hashes = inputs.hashes | {"init_sha256": run.source and run.source.weights_sha256()}
+        for name, runs in earlier.items():
+            known = [other.weights_sha256() for other in runs]
+            hashes[f"{name}_sha256"] = ",".join(map(str, known)) or None
+        run._new_config = hashes
+        if config is not None and (run.finished or run._has_checkpoint()) and not run.overwrite:
+            run._refuse_others(hashes)
+        return run
+
+    @classmethod
+    def _open_source(cls, stage: str, source: Path, folder: Path) -> "Run":
+        if source.resolve() == folder.resolve():
+            raise UsageError(f"--init_from={source} is this run's own folder; name --output_dir")
+        run = cls.read(stage, source, "--init_from")
+        if run.weights_sha256() is None or not (source / "best").is_dir():
+            raise UsageError(f"--init_from={source}: has no checkpoint best/")
+        return run
+
+    @classmethod
+    def read(cls, stage: str, folder: Path, flag: str, maker: str = "") -> "Run":
+        """The run of an earlier stage, in the folder that `flag` names.
+
+        Args:
+            maker: the command that makes such a run, for the message.
+        Raises:
+            UsageError: there is no config.json, it is damaged, or it is of another stage.
+        """
+        if not (folder / "config.json").is_file():
+            makes = f"; {maker} makes one" if maker else ""
+            raise UsageError(f"{flag}={folder}: no {stage} run there{makes}")
+        config = read_json(folder / "config.json", stage)
+        found = config.get("step")
+        if found != stage:
+            raise UsageError(f"{flag}={folder} holds a {found} run, expected a {stage} run")
+        return cls(stage, folder, config)
+
+    @property
+    def seed(self) -> int:
+        """The seed of this stage's draws: new weights, sample order, dropout. Stages may draw from
+        streams of their own, whatever `--seed`.
+        """
+        return (self.flags["seed"] + sum(group.stream for group in self.groups)) % 2**63
+
+    @property
+    def starts_from(self) -> "Run | None":
+        """`source` if its weights must still be loaded; None when resuming."""
+        return None if self.resume else self.source
+
+    def results(self) -> dict[str, Any]:
+        return read_json(self.folder / "results.json", "results")
+
+    def print_results(self) -> dict[str, Any]:
+        """Print what a finished run reached, and return it."""
+        print(f"{self.folder} holds this command's finished run", flush=True)
+        results = self.results()
+        print_results(results, self.folder)
+        return results
+
+    def weights_sha256(self) -> str | None:
+        """Hash of the best checkpoint's weights; from results.json where the checkpoint was taken
+        away.
+        """
+        found = checkpoint.weights_sha256(self.folder / "best")
+        if found or not (self.folder / "results.json").is_file():
+            return found
+        return self.results().get("weights_sha256")
+
+    def check_same(self, inputs: Inputs) -> None:
+        """Refuse other input files than this run was made from. Skipped: an entry that its stage
+        does not record, and a file that is not named now.
+        """
+        for name, value in inputs.hashes.items():
+            recorded = (self.config or {}).get(name, value)
+            if value is not None and recorded != value:
+                raise UsageError(
+                    f"{self.folder} was made from another file: its {name} is"
+                    f" {str(recorded)[:12]}..., {inputs.sources.get(name)} has"
+                    f" {str(value)[:12]}...; where the data has changed, {inputs.rebuild}"
+                )
+
+    def report_unfinished(self) -> None:
+        """Report that a later stage reads an unfinished run."""
+        if not self.finished:
+            print(
+                f"the {self.stage} run in {self.folder} is unfinished:"
+                " its best checkpoint so far is read",
+                flush=True,
+            )
+
+    def fix(self, group: G, values: dict[str, Any] | None = None) -> G:
+        """`group` with the values that this run fixed, which are printed where the flag was empty.
+
+        Args:
+            values: flag name -> value; the run's flags by default. Flags of the group that are not
+                in it stay.
+        Raises:
+            UsageError: a flag was given that contradicts the run; both values are named.
+        """
+        fixed = self.recorded if values is None else values
+        fixed = {name: fixed[name] for name in group.values() if name in fixed}
+        source = f"the {self.stage} run in {self.folder}"
+        problems = []
+        for name, value in fixed.items():
+            given = getattr(group, name)
+            if name in group.given and given not in (None, value):
+                problems.append(f"--{name}={given} contradicts {source}, which has {value}")
+        if problems:
+            raise UsageError("; ".join(problems))
+        inherited = [f"{n} {value}" for n, value in fixed.items() if getattr(group, n) is None]
+        if inherited:
+            print(f"inherited from {source}: {', '.join(inherited)}", flush=True)
+        return dataclasses.replace(group, **fixed)
+
+    def _take_recorded(self, inputs: Inputs) -> None:
+        """With `--eval_only`: model flags and files are the run's."""
+        if not (self.folder / "best").is_dir() and not (self.folder / ".old-best").is_dir():
+            raise UsageError(
+                f"--eval_only: no checkpoint {self.folder / 'best'}; train first, or name the run"
+                " with --output_dir"
+            )
+        if not isinstance((self.config or {}).get("flags"), dict):
+            path = self.folder / "config.json"
+            raise UsageError(f"{path}: has no flags; it was written by something else")
+        self.groups = [self.fix(g) if g.kind == "model" else g for g in self.groups]
+        for group in self.groups:
+            self.flags |= group.values()
+        self.check_same(inputs)
+
+    def _refuse_foreign(self) -> None:
+        if self.config is None:
+            present = [name for name in (*OWN_FILES, *OWN_FOLDERS) if (self.folder / name).exists()]
+            if present:
+                raise UsageError(
+                    f"--output_dir={self.folder} holds {', '.join(present)} but no run's"
+                    " config.json: not a run's folder, choose another"
+                )
+        elif self.config.get("step") != self.stage:
+            raise UsageError(
+                f"--output_dir={self.folder} holds a {self.config.get('step')} run,"
+                f" not a {self.stage} run; choose another folder"
+            )
+
+    def _refuse_others(self, content: dict[str, Any]) -> None:
+        """Refuse a folder whose run has other flags, or other entries of config.json.
+
+        Raises:
+            UsageError: what differs is named.
+        """
+        state = "a finished" if self.finished else "an unfinished"
+        mend = "choose another folder" if self.finished else "give its flags to resume it"
+        flags = self._other_flags()
+        if flags:
+            raise UsageError(
+                f"--output_dir={self.folder} holds {state} run with other flags: {flags};"
+                f" {mend}, or --overwrite starts from scratch"
+            )
+        other = []
+        for name, value in json.loads(json.dumps(content)).items():
+            recorded = self.config.get(name, value)  # it may have been added after the run
+            if recorded != value and name not in PATHS:
+                other.append(f"{name} is {_short(value)} (the run has {_short(recorded)})")
+        if other:
+            raise UsageError(
+                f"--output_dir={self.folder} holds {state} run from something else:"
+                f" {'; '.join(other)}; choose another folder, or --overwrite starts from scratch"
+            )
+
+    def _other_flags(self, kinds: tuple[str, ...] = ("model", "training")) -> str:
+        """The flags of these kinds that differ from the recorded ones; one that was added after the
+        run does not.
+        """
+        shown = []
+        for group in self.groups:
+            for name, value in group.values().items() if group.kind in kinds else ():
+                recorded = self.recorded.get(name, value)
+                if recorded != value:
+                    shown.append(f"--{name}={_named(value)} (the run has {_named(recorded)})")
+        return ", ".join(shown)
+
+    def _has_checkpoint(self) -> bool:
+        """A folder with config.json alone holds no work yet."""
+        return any((self.folder / name).exists() for name in CHECKPOINTS)
+
+    # -- computing ----------------------------------------------------------------------------
+
+    def choose_device(self) -> "torch.device":
+        """The device. Sets `bf16`, whether to compute in bfloat16: by the flag, on CUDA by default,
+        as recorded with `--eval_only`. The number of CPU threads is that of the run in the folder.
+
+        Raises:
+            UsageError: there is no such device, or the flag contradicts the run that is evaluated.
+        """
+        before = {} if self.overwrite else self.config or {}
+        device = processes.choose_device(self.flags["device"], before.get("threads"))
+        given, on_cuda = self.flags["bf16"], device.type == "cuda"
+        self.device, self.bf16 = device, on_cuda if given is None else given
+        if not self.eval_only:
+            if self.bf16 and not on_cuda:
+                cpu.report_slow_bfloat16()
+            return device
+        self.bf16 = self.config.get("bf16", on_cuda)
+        written = any("bf16" in group.given for group in self.groups)
+        if written and given not in (None, self.bf16):
+            raise UsageError(
+                f"--bf16={given} contradicts the run in {self.folder}, which has {self.bf16}"
+            )
+        return device
+
+    def prepare(self, **config: Any) -> None:
+        """Compare the model with that of the unfinished run in the folder, and set `resume`.
+
+        Args:
+            config: what config.json will say beside the stage, the flags and the hashes.
+        Raises:
+            UsageError: an unfinished run is of another model; what differs is named.
+        """
+        config["bf16"] = self.bf16
+        self._new_config = {"step": self.stage, "draws": 1} | config | self._new_config
+        self._new_config["flags"] = self.flags
+        self.resume = not self.overwrite and self.config is not None and self._has_checkpoint()
+        if self.resume:
+            self._refuse_others(config)
+        elif self.config is not None and not self.overwrite:
+            print(
+                f"{self.folder} holds an unfinished run without a checkpoint: starting from scratch"
+            )
+
+    def begin(self) -> None:
+        """Take the folder: lock it, remove what an earlier run left (its own files only), write
+        config.json.
+
+        A resumed run keeps everything but half-written checkpoints. The first process does it for
+        all.
+
+        Raises:
+            UsageError: another process works in the folder, or did since `open`.
+        """
+        processes.barrier()  # every process has looked at the folder before it changes
+        if processes.is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            for partial in self.folder.glob(".tmp-*"):
+                _remove(partial)
+            checkpoint.remove_replaced(self.folder)
+            if self.resume:
+                self._report_changes()
+            else:
+                for name in (*OWN_FILES, *OWN_FOLDERS):
+                    _remove(self.folder / name)
+                write_json(self.folder / "config.json", self._new_config | environment())
+        processes.barrier()
+        self.config = read_json(self.folder / "config.json", "run")
+
+    def _take_lock(self) -> None:
+        while not files.take_lock(self.folder):
+            _refuse_locked(self.folder)
+        finished = _is_finished(self.folder)
+        if not self.overwrite and (finished or self._has_checkpoint() != self.resume):
+            files.release_lock(self.folder)
+            raise UsageError(
+                f"--output_dir={self.folder}: another process changed it in the meantime;"
+                " run the command again"
+            )
+
+    def _report_changes(self) -> None:
+        """Say what differs between this command and the run that it resumes."""
+        changed = self._other_flags(("free",))
+        if changed:
+            changed = changed.replace("the run has", "was")
+            print(f"resuming with {changed}: speed and rounding may change", flush=True)
+        now = environment()
+        threads = self.config.get("threads", now["threads"])
+        if threads != now["threads"]:
+            print(f"resuming with {now['threads']} threads, not {threads}: not bit for bit")
+        before, versions = self.config.get("versions", {}), now["versions"]
+        newer = [name for name in versions if before.get(name) != versions[name]]
+        other = [f"{name} {before.get(name)} -> {versions[name]}" for name in newer]
+        if other:
+            print(
+                f"resuming with other library versions, so not bit for bit: {', '.join(other)}",
+                flush=True,
+            )
+
+    def complete(self, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Write results.json, and ranks.npz from `arrays`; print the test metrics. A run that was
+        trained is finished then.
+        """
+        if processes.is_first():
+            path = self.folder / "ranks.npz"
+            with files.replacing(path) as partial, open(partial, "wb") as file:
+                np.savez_compressed(file, **arrays)
+            write_json(self.folder / "results.json", results)
+            if results["steps"] is not None:
+                (self.folder / CLOCK).unlink(missing_ok=True)
+            files.release_lock(self.folder)
+        processes.barrier()  # no process leaves while another may still wait for its part
+        print_results(results, self.folder, "wrote")
+        return results
+
+
+def recorded_flags(config: dict[str, Any], adaptive: Iterable[str]) -> dict[str, Any]:
+    """The flags of a config.json. Before 2026-11-28 an empty flag that adapts had a number, and
+    `given` listed the others.
+    """
+    flags = dict(config.get("flags") or {})
+    if "given" in config:
+        flags |= dict.fromkeys(name for name in adaptive if name not in config["given"])
+    return flags
+
+
+def print_results(results: dict[str, Any], folder: Path, verb: str = "see") -> None:
+    """The test metrics of a run, a line per protocol."""
+    for protocol, metrics in results["test"].items():
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        print(f"test {protocol:8s} {shown}", flush=True)
+    print(f"{verb} {folder / 'results.json'}", flush=True)
+
+
+def environment() -> dict[str, Any]:
+    """Library versions, Python, platform, threads and the commit of the code."""
+    import torch
+
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        commit = done.stdout.strip()
+    except OSError:  # a container without git
+        commit = ""
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {
+        "versions": versions | {"python": platform.python_version()},
+        "platform": platform.platform(),
+        "commit": commit or None,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _is_finished(folder: Path) -> bool:
+    path = folder / "results.json"
+    return path.is_file() and read_json(path, "results").get("steps") is not None
+
+
+def _refuse_locked(folder: Path) -> None:
+    """Raise UsageError where another process holds the folder."""
+    owner = files.lock_owner(folder)
+    if owner is not None:
+        raise UsageError(
+            f"--output_dir={folder}: process {owner} is at work in it; wait,"
+            " or choose another folder"
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _named(value: Any) -> Any:
+    return "adapting" if value is None else value
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

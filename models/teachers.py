@@ -1,0 +1,178 @@
+"""Where a teacher's output comes from: none, a frozen model (from disk, or live), one that is
+trained beside the student, or SASRec.
+
+A teacher is a function of a batch: its output for the batch's samples, or None. EDIT for another
+kind.
+
+Legend: B batch, L item slots, N items, D item width, E block ends.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import tensor_cache
+from engine.errors import UsageError
+from engine.run import Run
+from models.llm4rec import LLM4Rec, spec_ends
+from models.losses import Output
+from models.sasrec import SASRec
+from utils.flags import Runtime
+
+Teacher = Callable[[Any], Output | None]
+
+
+def none(batch: Any) -> None:
+    """No teacher."""
+
+
+def online(teacher: LLM4Rec) -> Teacher:
+    """A teacher that is trained beside the student, on the same histories."""
+    return lambda batch: teacher(batch.history)
+
+
+def trained_with(student: LLM4Rec, teacher: LLM4Rec | None) -> nn.Module:
+    """What is trained: the student, and online its teacher."""
+    if teacher is None:
+        return student
+    return nn.ModuleDict({"student": student, "teacher": teacher})
+
+
+def exit_ends(spec: dict[str, Any]) -> list[int] | None:
+    """The block ends of a trained teacher's exits; None where it has none."""
+    return spec_ends(spec, len(spec["layers"])) if spec["exit_heads"] else None
+
+
+class Frozen:
+    """A frozen model's outputs: from disk where they were computed once, else in every step.
+
+    Args:
+        load_encoder: gives history [b, L] -> Output; called only where something must be computed.
+        samples: the training samples, with histories of the teacher's own length.
+        cache: the folder of the outputs; None runs the model in every step.
+        identity: all that the outputs depend on, as JSON.
+    Attributes:
+        seconds: that the run waited for the outputs on disk.
+    """
+
+    def __init__(
+        self,
+        load_encoder: Callable[[], Callable[[Tensor], Output]],
+        samples: Any,
+        cache: Path | None,
+        identity: dict[str, Any],
+        device: torch.device,
+        runtime: Runtime,
+    ) -> None:
+        self.samples, self.device, self.stored = samples, device, None
+        started = time.perf_counter()
+        if cache is None:
+            self.encode, self.seconds = load_encoder(), None
+            return
+        divided = getattr(runtime, "shard", False)
+        self.stored = tensor_cache.open_or_build(
+            cache, identity, load_encoder, samples, runtime.eval_batch_size, divided
+        )
+        self.seconds = round(time.perf_counter() - started, 3)
+
+    def __call__(self, batch: Any) -> Output:
+        if self.stored is not None:
+            return Output(*self.stored.rows(batch.indices, self.device))
+        with torch.autocast(self.device.type, enabled=False):  # its own precision, as on disk
+            return self.encode(self.samples.histories(batch.indices))
+
+
+def offline(
+    run: Run, ends: list[int], data: Any, cache: Path | None, student: Run, runtime: Runtime
+) -> Frozen:
+    """A trained LLM teacher.
+
+    Args:
+        run: of step 3.
+        ends: after how many of its layers its states are read.
+        data: the student's data (datasets.domain.RunData).
+        student: its run, for the device and the precision.
+    """
+
+    def load_encoder() -> Callable[[Tensor], Output]:
+        teacher = LLM4Rec.load(run, data.item_table, student.bf16)
+        teacher.return_states_at(ends)
+        return teacher.requires_grad_(False).place(student.device, runtime.shard).encoder()
+
+    identity = {
+        "weights_sha256": run.weights_sha256(),
+        "base_sha256": run.config.get("base_sha256"),
+        "bf16": student.bf16,
+        "model": run.config["model"],
+        "block_ends": ends,
+    }
+    identity |= _of_samples(data.samples, data, student)
+    return Frozen(load_encoder, data.samples, cache, identity, student.device, runtime)
+
+
+def sasrec(
+    runs: list[Run], data: Any, cache: Path | None, student: Run, runtime: Runtime
+) -> Teacher:
+    """SASRec over its own item table; of several, their sum of scores over the tables side by side.
+
+    Args:
+        runs: of step 1; none gives no teacher.
+    Raises:
+        UsageError: the item table is not made of their item embeddings.
+    """
+    if not runs:
+        return none
+    slots = max(run.flags["max_seq_length"] for run in runs)
+    samples = dataclasses.replace(data.samples, max_seq_length=slots)
+
+    def load_encoder() -> Callable[[Tensor], Output]:
+        models = [SASRec.load(run).to(student.device) for run in runs]
+        check_table([model.item_table.detach() for model in models], data.item_table, runs)
+        encoders = [model.user_encoder() for model in models]
+
+        @torch.no_grad()
+        def encode(history: Tensor) -> Output:
+            parts = []
+            for encoder, model in zip(encoders, models):
+                parts.append(encoder(history[:, -model.max_seq_length :]))
+            user = torch.cat(parts, dim=1)
+            return Output(user, user.new_empty(len(user), 0, 0), user[:, None, :][:, :0])
+
+        return encode
+
+    sha256 = [run.weights_sha256() for run in runs]
+    identity = {"sasrec_sha256": ",".join(sha256)} | _of_samples(samples, data, student)
+    return Frozen(load_encoder, samples, cache, identity, student.device, runtime)
+
+
+def check_table(tables: list[Tensor], item_table: Tensor, runs: list[Run]) -> None:
+    """Refuse an item table [N, sum of D_i] that is not made of these SASRecs' item embeddings
+    [N, D_i]: a single one as it is, of several each divided by a number.
+
+    Raises:
+        UsageError: the table is of other runs.
+    """
+    named = ",".join(str(run.folder) for run in runs)
+    widths = [table.shape[1] for table in tables]
+    same = sum(widths) == item_table.shape[1]
+    parts = item_table.split(widths, dim=1) if same else []
+    for table, part in zip(tables, parts):
+        scale = float(table.double().norm() / part.double().norm()) if tables[1:] else 1.0
+        near = 1e-6 * float(part.abs().max())
+        same = same and torch.allclose(table / scale, part, rtol=1e-5, atol=near)
+    if not same:
+        raise UsageError(
+            f"--sasrec={named}: their item embeddings are not the item table;"
+            " name the run or the runs that the table is from"
+        )
+
+
+def _of_samples(samples: Any, data: Any, student: Run) -> dict[str, Any]:
+    """What outputs depend on beside the model."""
+    targets, slots = student.flags["train_targets"], samples.max_seq_length
+    return data.hashes | {"train_targets": targets, "max_seq_length": slots}

@@ -1,0 +1,1 @@
+"""Top-k lists and folders for others, from finished runs."""

@@ -1,0 +1,138 @@
+"""Finished runs as models to serve: which run, and the files that it was made from."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from datasets.domain import STAGES, Domain, Inputs, canonical_domain
+from datasets.interactions import Interactions
+from engine.cli import flag
+from engine.errors import UsageError
+from engine.files import file_sha256, read_json
+from engine.run import Run
+from utils.flags import Data, ItemTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedFiles(ItemTable, Data):
+    """Files; by default those that the run was made from"""
+
+    model: str = flag(
+        "student",
+        "sasrec, teacher or student of the domain, or the folder of a run or an export; the scores "
+        "of several runs between commas are added, each divided by their standard deviation",
+    )
+
+
+class Served(NamedTuple):
+    """A finished run, and the files that it was made from.
+
+    table_path: the item table; None for SASRec, which has its own.
+    """
+
+    run: Run
+    data: Interactions
+    csv_path: Path
+    table_path: Path | None
+
+    def item_ids(self, unseen: bool = False) -> np.ndarray:
+        """The items to recommend from, ascending: those of the data, and with `unseen` the others
+        that the item table has vectors for.
+        """
+        from datasets.item_table import ids_with_vectors
+
+        if not unseen or self.table_path is None:
+            return self.data.item_ids
+        return np.union1d(self.data.item_ids, ids_with_vectors(self.table_path))
+
+    def popularity(self, item_ids: np.ndarray | None = None) -> "Tensor":
+        """How often each item occurs, by default of the data's; float32 [N]."""
+        import torch
+
+        counts = np.bincount(self.data.items, minlength=self.data.n_items).astype(np.float32)
+        if item_ids is not None:
+            known = np.zeros(len(item_ids), dtype=np.float32)
+            known[np.searchsorted(item_ids, self.data.item_ids)] = counts
+            counts = known
+        return torch.from_numpy(counts)
+
+    def item_table(self, item_ids: np.ndarray | None = None) -> "Tensor | None":
+        """The items' rows, by default the data's in catalogue order; float32 [N, D]."""
+        from datasets.item_table import read_table
+
+        item_ids = self.data.item_ids if item_ids is None else item_ids
+        return self.table_path and read_table(self.table_path, item_ids)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether serving.export wrote the folder."""
+    return (folder / "recommender.json").is_file()
+
+
+def read_all(files: ServedFiles) -> list[Served]:
+    """The runs of `--model`: one name, or several between commas. Imports no torch.
+
+    Raises:
+        UsageError: as `read`, or they are of different data.
+    """
+    names = files.model.split(",")
+    if names[1:] and files.item_table:
+        raise UsageError(
+            f"--item_table={files.item_table}: of several models each reads its own table"
+        )
+    found = [read(dataclasses.replace(files, model=name.strip())) for name in names]
+    for other in found[1:]:
+        if other.data.sha256 != found[0].data.sha256:
+            raise UsageError(
+                f"--model={files.model}: {found[0].run.folder} and {other.run.folder} are of"
+                " different data"
+            )
+    return found
+
+
+def read(files: ServedFiles) -> Served:
+    """Find a run, and the CSV and item table that it was made from.
+
+    Files that are not named are those that the run's own command read.
+
+    Raises:
+        UsageError: something is missing, or is not what the run was made from.
+    """
+    named = files.model in STAGES
+    folder = Domain.of(files).run_folder(files.model, None) if named else Path(files.model)
+    if not (folder / "config.json").is_file():
+        maker = STAGES.get(files.model, "one of the four scripts")
+        raise UsageError(f"--model={files.model}: no run in {folder}; {maker} makes it")
+    if is_export(folder):
+        raise UsageError(f"--model={files.model}: an export, not a run; name the run's folder")
+    stage = read_json(folder / "config.json", "run").get("step")
+    run = Run.read(stage if stage in STAGES else "trained", folder, "--model")
+    if not (folder / "best").is_dir() and not (folder / ".old-best").is_dir():
+        raise UsageError(f"--model={files.model}: {folder} has no checkpoint best/; train first")
+    own = run.config.get("domain", files.domain_type)
+    asked = "domain_type" in files.given or files.domain_type != Data().domain_type
+    if asked and canonical_domain(files.domain_type) != own:
+        raise UsageError(
+            f"--domain_type={files.domain_type}: the run in {folder} is of the domain {own};"
+            " leave --domain_type out, or name a run of that domain"
+        )
+    path = files.data_path or run.flags.get("data_path")
+    domain = Domain(own, path, files.ends_are_items).read_as_in(run.flags)
+    data, csv_path = domain.read()
+    hashes, sources = {"data_sha256": data.sha256}, {"data_sha256": csv_path}
+    table_path = None
+    if stage != "sasrec":
+        table_path = Path(files.item_table or run.flags.get("item_table") or domain.item_table)
+        if not table_path.is_file():
+            raise UsageError(f"item table not found: {table_path}; name it with --item_table")
+        hashes["table_sha256"] = file_sha256(table_path)
+        sources["table_sha256"] = table_path
+    run.check_same(Inputs(domain, data, csv_path, table_path, hashes, sources))
+    run.report_unfinished()
+    return Served(run, data, csv_path, table_path)
