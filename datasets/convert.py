@@ -1,172 +1,376 @@
-"""Any interaction log -> data/<domain>.csv and data/<domain>.items.csv.
+"""A log of interactions -> data/<domain>.csv and data/<domain>.items.csv.
 
     python -m datasets.convert --input ratings.csv --domain_type shop
-    python -m datasets.convert --input log.parquet --domain_type shop --user buyer --time bought_at
+    python -m datasets.convert --input log.parquet --domain_type shop \
+        --user buyer --item sku --time bought_at
+    python -m datasets.convert --input checkins.txt --domain_type city --user 1 --item 5 --time 2
     python -m datasets.convert --input ml-100k.inter --items ml-100k.item --domain_type ml \
         --min_rating 4 --min_user 5 --min_item 5
     python -m datasets.convert --input lists.csv --domain_type shop        # a list per user
 
-Reads (user, item, time[, rating][, title]) as CSV, with semicolons or tabs, parquet, JSON lines,
-RecBole's .inter, MovieLens, Amazon 2014 to 2023; a list of items per user; "user item item ..." and
-"user item" text. Plain, gzip or xz. The log is read as a stream: about 16 bytes per interaction and
-the names of users and items stay in memory. Each user's items are sorted by time. Users and items
-are sorted by their ids, so that the same log in another format gives the same files.
+These are read as they are: Amazon reviews (2014, 2018, 2023), MovieLens, RecBole, lists of items
+per user (`reviewerID,asin`), and a header of `user_id,item_id,timestamp[,rating][,title]`. Of any
+other table, parquet or JSON lines, `--user`, `--item` and `--time` name the columns. What is read
+is judged before anything is written. Each user's items are sorted by time; users and items by id.
 """
 
 import re
+import shlex
 from collections.abc import Callable, Iterable
-from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import pandas as pd
 
-from datasets import logs, process
-from datasets.columns import (
-    KNOWN,
-    LIST,
-    Columns,
-    canonical,
-    choose_columns,
-    common,
-    holds_lists,
-    named,
-    parse_list,
-    title_list,
-)
+from datasets import process
 from datasets.domain import canonical_domain
 from datasets.interactions import MINIMUM_LENGTH
 from datasets.items import listing_of
-from datasets.logs import Form
-from datasets.process import (
-    Reviews,
-    clean_title,
-    may_write,
-    occurring,
-    often,
-    print_counts,
-    print_ties,
-    tie_order,
-    write_domain,
-)
+from datasets.lists import parse_list, title_list
+from datasets.process import Reviews, clean_title, may_write, often, print_counts, print_ties
+from datasets.tables import Table, bare, open_table
 from engine import cli
 from engine.cli import NonNegativeInt, PositiveInt, flag
 from engine.errors import UsageError
 from engine.files import check_writable
 
+ROLES = ("user", "item", "time", "rating", "title")
+KNOWN = (  # published headers, as `bare` gives them: role -> column
+    {"user": "user_id", "item": "item_id", "time": "timestamp", "rating": "rating"},
+    {"user": "user_id", "item": "parent_asin", "time": "timestamp", "rating": "rating"},
+    {"user": "reviewerid", "item": "asin", "time": "unixreviewtime", "rating": "overall"},
+    {"user": "userid", "item": "movieid", "time": "timestamp", "rating": "rating"},
+)
+CONTRACT = {"user": "reviewerid", "item": "asin"}
+BARE = ("user", "item", "rating", "time")  # MovieLens without a header
+ITEM_LISTS = (  # of --items: item and title
+    ("asin", "title"),
+    ("parent_asin", "title"),
+    ("item_id", "title"),
+    ("item_id", "movie_title"),
+    ("movieid", "title"),
+)
+NAMES = {name for form in (*KNOWN, CONTRACT) for name in form.values()} - {"rating"}
+HINTS = {  # for the command that a refusal offers; nothing is read by them
+    "user": re.compile("user|customer|client|member|visitor|buyer|reviewer|session", re.I),
+    "item": re.compile("item|product|article|movie|book|song|track|sku|asin", re.I),
+}
+NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
+WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
+CUT = re.compile(r"-?\d(\.\d+)?[eE]\+?\d+")  # an id that went through a spreadsheet
+LIST = re.compile(r"\s*[\[(].*[\])]\s*", re.DOTALL)
+ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
+EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
+FEW_USERS, LARGE_SHARE = 20, 0.1
+
+
+class Columns(NamedTuple):
+    """The column of each role, by name; None where there is none. lists: items are lists."""
+
+    user: str
+    item: str
+    time: str | None
+    rating: str | None
+    title: str | None
+    lists: bool
+
+
+class Log(NamedTuple):
+    """A log as it was read: names, and codes in file order.
+
+    reviews: user and item codes, times. titles: item -> title. dated: whether there are times.
+    """
+
+    reviews: Reviews
+    titles: dict[str, str]
+    dated: bool
+
+
+def canonical(name: object) -> str:
+    """An id as it is written here: one line, no float of a whole number; "" where it is missing."""
+    text = " ".join(str(name).split()) if name is not None else ""
+    whole = WHOLE.fullmatch(text)
+    text = whole[1] if whole else text
+    return "" if text.lower() in NOTHING else text
+
+
+def choose_columns(table: Table, given: dict[str, str | None], lists: str, command: str) -> Columns:
+    """Which column is what: as the flags say, else by a published header.
+
+    Args:
+        given: role -> the column that a flag names.
+        command: the command that was given, for the message.
+    Raises:
+        UsageError: a named column is missing, or nothing says which ones to read.
+    """
+    for role, name in given.items():
+        if name is not None and name not in table.columns and (role, name) != ("time", "none"):
+            raise UsageError(
+                f"--{role}={name}: {table.path} has no such column; it has {table.shown()}"
+            )
+    known = _known(table, lists, needs_time=given["time"] is None)
+    chosen = {role: given[role] or known.get(role) for role in ROLES}
+    if lists == "yes" and not chosen["time"]:
+        chosen["time"] = "none"
+    missing = [role for role in ("user", "item", "time") if not chosen[role]]
+    if missing:
+        raise UsageError(
+            f"{table.path}: which column is the {', the '.join(missing)}? It has {table.shown()}."
+            f" Name them: {command} {_offer(table, chosen)}"
+        )
+    if chosen["user"] == chosen["item"]:
+        raise UsageError(f"{table.path}: column {chosen['user']} cannot be both user and item")
+    chosen["time"] = None if chosen["time"] == "none" else chosen["time"]
+    in_lists = lists == "yes" or (lists == "auto" and "lists" in known and not given["time"])
+    return Columns(**chosen, lists=in_lists)
+
+
+def _known(table: Table, lists: str, needs_time: bool) -> dict[str, str]:
+    """Role -> column of a published form, with "lists" for one of lists; empty for another."""
+    by_name = {bare(name): name for name in reversed(table.columns)}
+    for form in KNOWN:
+        needed = [form[role] for role in ("user", "item", "time") if role != "time" or needs_time]
+        if table.header and set(needed) <= by_name.keys():
+            found = {role: by_name[name] for role, name in form.items() if name in by_name}
+            if form is KNOWN[0] and "title" in by_name:
+                found["title"] = by_name["title"]
+            return found
+    if table.header and set(CONTRACT.values()) <= by_name.keys():
+        found = {role: by_name[name] for role, name in CONTRACT.items()}
+        cells = table.cells(found["item"])
+        if lists != "no" and any(len(parse_list(table.path, 2, cell)) > 1 for cell in cells):
+            titles = {"title": by_name["title"]} if "title" in by_name else {}
+            return found | titles | {"time": "none", "lists": "yes"}
+        return found
+    if not table.header and table.separator == " " and lists == "yes":
+        return {"user": "1", "item": "2"}
+    if not table.header and len(table.columns) == 4:
+        first, second, _, last = (table.cells(name) for name in table.columns)
+        epochs = all(re.fullmatch(r"\d{9,13}", cell) for cell in last)
+        items_first = all(map(re.compile(ASIN).fullmatch, first))
+        if epochs and items_first and all(map(re.compile(REVIEWER).fullmatch, second)):
+            return dict(zip(("item", "user", "rating", "time"), table.columns))  # Amazon 2018
+        users = all(re.fullmatch(rf"\d+|{REVIEWER}", cell) for cell in first)
+        return dict(zip(BARE, table.columns)) if epochs and users else {}
+    return {}
+
+
+def _offer(table: Table, chosen: dict[str, str | None]) -> str:
+    """Flags that the user may correct: columns whose names or cells look so, else COLUMN."""
+    dated = re.compile(r"\d{4}-\d\d-\d\d.*|\d{9,19}(\.\d+)?")
+    free = [name for name in table.columns if name not in chosen.values()]
+    times = [n for n in free if table.cells(n) and all(map(dated.fullmatch, table.cells(n)))]
+    offer = {"time": chosen["time"] or (times[0] if times else "none")}
+    for role, hint in HINTS.items():
+        near = sorted(filter(hint.search, free), key=lambda name: -int("id" in name.lower()))
+        offer[role] = chosen[role] or (near[0] if near else "COLUMN")
+    return " ".join(f"--{role} {shlex.quote(offer[role])}" for role in ("user", "item", "time"))
+
+
+def report_columns(table: Table, columns: Columns, min_rating: float | None) -> None:
+    """Print which columns are read as what, and which are not read."""
+    print(f"{table.path}: {table.describe()}{'; a list of items per row' if columns.lists else ''}")
+    read = {role: name for role, name in columns._asdict().items() if isinstance(name, str)}
+    if min_rating is None:
+        read.pop("rating", None)
+    for role, name in read.items():
+        print(f"  {role}: column {name}")
+    if columns.time is None:
+        print("  no time: items stay in file order")
+    unread = [name for name in table.columns if name not in read.values()]
+    if unread:
+        print(f"  not read: {', '.join(unread)}")
+    for name in unread:
+        cells = {canonical(cell) for cell in table.cells(name)}
+        if cells == {"0", "1"}:
+            print(
+                f"  {name} has 0 and 1: if 0 means that nothing happened, --rating {name}"
+                " --min_rating 1 leaves those rows out"
+            )
+        elif name == columns.rating:
+            print(f"  {name} looks like a rating: --min_rating leaves low ones out")
+
 
 class _Names:
-    """Codes of names, in the order in which they come."""
+    """Codes of names, in the order in which they come; -1 for a missing one."""
 
     def __init__(self) -> None:
         self.codes: dict[str, int] = {}
 
-    def encode(self, values: pa.Array) -> np.ndarray:
-        """int32 [n]; -1 where a value is empty."""
-        coded = values.dictionary_encode()
-        own = [self.code(name) for name in coded.dictionary.to_pylist()]
-        places = coded.indices.fill_null(len(own)).to_numpy()
-        return np.array([*own, -1], dtype=np.int32)[places]
-
-    def code(self, name: str) -> int:
-        name = canonical(name)
-        return self.codes.setdefault(name, len(self.codes)) if name else -1
+    def encode(self, cells: pd.Series) -> np.ndarray:
+        coded, distinct = pd.factorize(cells.astype(object), use_na_sentinel=False)
+        own = []
+        for name in map(canonical, distinct):
+            own.append(self.codes.setdefault(name, len(self.codes)) if name else -1)
+        return np.array(own, dtype=np.int32)[coded]
 
 
-class _Log:
-    """What is collected of a log, batch by batch."""
+def read_log(
+    table: Table, columns: Columns, min_rating: float | None = None, drop_missing: bool = False
+) -> Log:
+    """Read a log of interactions, or of lists, and judge what was read.
 
-    def __init__(self, path: Path, min_rating: float | None) -> None:
-        self.path, self.min_rating = path, min_rating
-        self.users, self.items = _Names(), _Names()
-        self.user, self.item, self.time = [], [], []
-        self.title_of: dict[int, str] = {}
-        self.dates: bool | None = None  # whether times are dates; the first one decides
-        self.low = self.n = 0
+    Raises:
+        UsageError: the file is damaged, a cell is wrong (its row is named), or what was read is no
+            log of several users and items.
+    """
+    users, items = _Names(), _Names()
+    parts: list[tuple[np.ndarray, ...]] = []
+    titles: dict[str, str] = {}
+    missing: dict[str, list[int]] = {"user": [], "item": []}  # rows
+    low, n_rows, dates = 0, 0, None
+    for row, frame in table.frames([n for n in columns[:5] if n is not None]):
+        rows = np.arange(row, row + len(frame))
+        if columns.lists:
+            frame, rows = _unrolled(table.path, frame, rows, columns)
+        n_rows += len(frame)
+        user, item = users.encode(frame[columns.user]), items.encode(frame[columns.item])
+        kept = np.ones(len(frame), dtype=bool)
+        for role, codes in (("user", user), ("item", item)):
+            missing[role] += rows[codes < 0].tolist()
+            kept &= codes >= 0
+        if min_rating is not None:
+            rating = _numbers(table.path, frame[columns.rating], rows, "rating")
+            low += int((kept & (rating < min_rating)).sum())
+            kept &= rating >= min_rating
+        time = np.arange(n_rows - len(frame), n_rows)
+        if columns.time is not None:
+            cells = frame[columns.time]
+            dates = _are_dates(cells) if dates is None else dates
+            time = _times(table.path, cells, rows, dates)
+        if columns.title is not None:
+            _take_titles(titles, [*items.codes], frame[columns.title], item)
+        parts.append((user[kept], item[kept], time[kept], rows[kept]))
+    if not n_rows:
+        raise UsageError(f"{table.path}: holds no interaction")
+    _judge_missing(table.path, missing, drop_missing, columns)
+    user, item, time, rows = (np.concatenate(column) for column in zip(*parts))
+    if min_rating is not None:
+        print(f"{low:,} interactions rated below {min_rating:g} left out")
+        cli.check((len(user) > 0, f"nothing is left of {n_rows:,} rows; lower --min_rating"))
+    _judge(table.path, [*users.codes], [*items.codes], user, item, columns)
+    if columns.time is not None and not dates:
+        _judge_times(table.path, time, rows)
+    names, user = _sorted_codes(users.codes, user)
+    ids, item = _sorted_codes(items.codes, item)
+    return Log(Reviews(names, ids, user, item, time), titles, columns.time is not None)
 
-    def add(self, rows: np.ndarray, batch: dict[str, pa.Array]) -> None:
-        """Take the columns of a batch, by role.
 
-        Args:
-            rows: the row of the file that each value is from, for messages.
-        """
-        user = self._codes(self.users, batch["user"], "user", rows)
-        item = self._codes(self.items, batch["item"], "item", rows)
-        if "time" in batch:
-            time = self._times(batch["time"], rows)
-        else:
-            time = np.arange(self.n, self.n + len(user))
-        self.n += len(user)
-        if "title" in batch:
-            self._titles(item, batch["title"])
-        if self.min_rating is not None:
-            kept = self._numbers(batch["rating"], "rating", rows) >= self.min_rating
-            self.low += int((~kept).sum())
-            user, item, time = user[kept], item[kept], time[kept]
-        self.user.append(user)
-        self.item.append(item)
-        self.time.append(time)
+def _unrolled(
+    path: Path, frame: pd.DataFrame, rows: np.ndarray, columns: Columns
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """A row per item of lists; the row of the file of each."""
+    lists = [parse_list(path, row, cell) for row, cell in zip(rows, frame[columns.item])]
+    lengths = np.array([len(items) for items in lists], dtype=np.int64)
+    owner = np.repeat(np.arange(len(frame)), lengths)
+    long = frame.iloc[owner].reset_index(drop=True)
+    long[columns.item] = [item for items in lists for item in items]
+    if columns.title is not None:
+        cells = zip(frame[columns.title], lengths)
+        long[columns.title] = [t for cell, n in cells for t in title_list(cell, n) or [""] * n]
+    return long, rows[owner]
 
-    def _codes(self, names: _Names, values: pa.Array, role: str, rows: np.ndarray) -> np.ndarray:
-        codes = names.encode(values)
-        empty = np.flatnonzero(codes < 0)
-        if len(empty):
-            raise UsageError(f"{self.path}: row {rows[empty[0]]}: the {role} is empty")
-        return codes
 
-    def refuse_lists(self) -> None:
-        """Refuse items that are lists, in a log that has none."""
-        found = [name for name in self.items.codes if name[0] in "[(" and LIST.fullmatch(name)]
-        if found:
+def _take_titles(
+    titles: dict[str, str], names: list[str], cells: pd.Series, item: np.ndarray
+) -> None:
+    """The first title of each item that has one."""
+    for code, cell in zip(item.tolist(), cells):
+        if code >= 0 and not titles.get(names[code]):
+            titles[names[code]] = clean_title(cell)
+
+
+def _numbers(path: Path, cells: pd.Series, rows: np.ndarray, role: str) -> np.ndarray:
+    numbers = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64)
+    _refuse(path, ~np.isfinite(numbers), cells, rows, role, "a number")
+    return numbers
+
+
+def _are_dates(cells: pd.Series) -> bool:
+    """Whether times are dates rather than numbers; what comes first decides."""
+    if pd.api.types.is_datetime64_any_dtype(cells):
+        return True
+    return bool(pd.to_numeric(cells[:1], errors="coerce").isna().all())
+
+
+def _times(path: Path, cells: pd.Series, rows: np.ndarray, dates: bool) -> np.ndarray:
+    """Times that sort: numbers as they are, dates in microseconds."""
+    if not dates:
+        numbers = _numbers(path, cells, rows, "time")
+        whole = pd.to_numeric(cells, errors="coerce")
+        return whole.to_numpy() if whole.dtype == np.int64 else numbers
+    found = pd.to_datetime(cells, format="ISO8601", utc=True, errors="coerce")
+    expected = "a number or a date such as 2024-04-25 08:00:00"
+    _refuse(path, found.isna().to_numpy(), cells, rows, "time", expected)
+    return found.to_numpy("datetime64[us]").astype(np.int64)
+
+
+def _refuse(
+    path: Path, wrong: np.ndarray, cells: pd.Series, rows: np.ndarray, role: str, expected: str
+) -> None:
+    if wrong.any():
+        place = int(wrong.argmax())
+        shown = str(cells.iloc[place])[:40]
+        raise UsageError(f"{path}: row {rows[place]}: the {role} is {shown!r}, expected {expected}")
+
+
+# -- judging what was read ----------------------------------------------------------------------
+
+
+def _judge_missing(path: Path, missing: dict, drop: bool, columns: Columns) -> None:
+    for role, rows in missing.items():
+        if rows and not drop:
             raise UsageError(
-                f"{self.path}: the item {found[0][:40]!r} looks like a list; --lists yes reads"
-                " lists, --lists no takes it as an id"
+                f"{path}: row {rows[0]}: the {role} is missing (column {getattr(columns, role)},"
+                f" {len(rows):,} rows; empty, NA, null, -1 and the like count as missing);"
+                " --drop_missing true leaves them out"
             )
+        if rows:
+            print(f"{len(rows):,} rows without {role} left out")
 
-    def _numbers(self, values: pa.Array, role: str, rows: np.ndarray) -> np.ndarray:
-        numbers = logs.numbers(values)
-        self._refuse(np.isnan(numbers), values, role, rows, "a number")
-        return numbers
 
-    def _times(self, values: pa.Array, rows: np.ndarray) -> np.ndarray:
-        if self.dates is None:
-            self.dates = logs.are_dates(values)
-        times, wrong = logs.times(values, self.dates)
-        self._refuse(wrong, values, "time", rows, "a number or a date such as 2024-04-25 08:00:00")
-        return times
-
-    def _refuse(
-        self, wrong: np.ndarray, values: pa.Array, role: str, rows: np.ndarray, expected: str
-    ) -> None:
-        places = np.flatnonzero(wrong)
-        if len(places):
-            value = values[int(places[0])].as_py()
+def _judge(
+    path: Path, users: list[str], items: list[str], user: np.ndarray, item: np.ndarray, c: Columns
+) -> None:
+    """Refuse what is no log of several users and items; say what is unusual."""
+    for role, names, codes in (("user", users, user), ("item", items, item)):
+        cut = next((name for name in names if CUT.fullmatch(name)), None)
+        if cut is not None:
             raise UsageError(
-                f"{self.path}: row {rows[places[0]]}: the {role} is {str(value)[:40]!r},"
-                f" expected {expected}"
+                f"{path}: the {role} {cut!r} was cut by a spreadsheet or a float; save the ids as"
+                " text, from their source"
             )
+        if len(np.unique(codes)) == 1:
+            raise UsageError(
+                f"{path}: one {role} in all, {names[codes[0]][:40]!r}: is column"
+                f" {getattr(c, role)} the {role}? --{role} names another"
+            )
+    lists = None if c.lists else next((name for name in items if LIST.fullmatch(name)), None)
+    if lists is not None:
+        raise UsageError(
+            f"{path}: the item {lists[:40]!r} looks like a list; --lists yes reads lists"
+        )
+    counts = np.bincount(user)
+    most = int(counts.argmax())
+    if len(users) >= FEW_USERS and counts[most] > LARGE_SHARE * len(user):
+        print(
+            f"the user {users[most]!r} has {counts[most]:,} of {len(user):,} interactions:"
+            " a shared account, or a word for a missing user?"
+        )
 
-    def _titles(self, item: np.ndarray, titles: pa.Array) -> None:
-        filled = np.flatnonzero(pc.utf8_length(titles.fill_null("")).to_numpy())
-        new, first = np.unique(item[filled], return_index=True)
-        for code, place in zip(new.tolist(), filled[first].tolist()):
-            if not self.title_of.get(code):
-                self.title_of[code] = clean_title(titles[place].as_py())
 
-    def reviews(self) -> Reviews:
-        """Everything, in file order; users and items are coded in the order of their ids."""
-        columns = (np.concatenate(parts) for parts in (self.user, self.item, self.time))
-        user, item, time = columns
-        users, user = _sorted_codes(self.users.codes, user)
-        items, item = _sorted_codes(self.items.codes, item)
-        return Reviews(users, items, user, item, time)
-
-    def titles(self) -> dict[str, str]:
-        """Item -> title."""
-        names = list(self.items.codes)
-        return {names[code]: title for code, title in self.title_of.items()}
+def _judge_times(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
+    """Refuse seconds and milliseconds in one column."""
+    late = time[time >= EPOCH]
+    if len(late) and late.max() > APART * late.min():
+        small, large = (
+            int(rows[int(np.flatnonzero(time == t)[0])]) for t in (late.min(), late.max())
+        )
+        raise UsageError(
+            f"{path}: times in rows {small} and {large} are a factor of"
+            f" {late.max() / late.min():,.0f} apart: seconds and milliseconds in one column?"
+        )
 
 
 def _sorted_codes(codes: dict[str, int], column: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -183,114 +387,35 @@ def _order(names: Iterable[str]) -> Callable[[str], tuple[int, str]] | None:
     return (lambda name: (int(name), name)) if numbers else None
 
 
-def report_columns(
-    form: Form, columns: Columns, given: dict[str, str | None], lists: bool
-) -> Columns:
-    """Print what was understood of a log, and give the columns that are read.
-
-    Args:
-        given: role -> the column that a flag names.
-        lists: whether lines are lists of items. Their times and ratings are not read.
-    Raises:
-        UsageError: a flag names the time or the rating of lists.
-    """
-    unread = [name for name in (columns.time, columns.rating) if lists and name]
-    refused = [f"--{role}={name}" for role, name in given.items() if name in unread]
-    cli.check(
-        (
-            not refused,
-            f"{', '.join(refused)}: lines of {form.path} are lists of items, which stay in their"
-            " order and have no ratings; --lists=no reads them as single items",
-        )
-    )
-    if lists:
-        columns = columns._replace(time=None, rating=None)
-    print(f"{form.path}: {form.describe()}{'; a list of items per line' if lists else ''}")
-    for role, name in columns.present().items():
-        print(f"  {role}: {form.where(name)}{logs.unit(form, name) if role == 'time' else ''}")
-    for name in unread:
-        print(f"  {name} is not read: lines are lists")
-    if columns.time is None:
-        print("  no time: items stay in file order")
-    return columns
+# -- titles and filters -------------------------------------------------------------------------
 
 
-def read_log(form: Form, columns: Columns, min_rating: float | None, lists: bool) -> _Log:
-    """Stream a log of interactions, or of lists.
-
-    Args:
-        lists: a line has a user's list.
-    Raises:
-        UsageError: the file is damaged, or a line is wrong; its row is named.
-    """
-    log = _Log(form.path, min_rating)
-    present = columns.present()
-    for row, batch in logs.batches(form, list(present.values())):
-        by_role = {role: batch[name] for role, name in present.items()}
-        rows = np.arange(row, row + len(by_role["user"]))
-        log.add(*(_unrolled(form.path, rows, by_role) if lists else (rows, by_role)))
-    if not log.n:
-        raise UsageError(f"{form.path}: holds no interaction")
-    return log
-
-
-def _unrolled(
-    path: Path, rows: np.ndarray, batch: dict[str, pa.Array]
-) -> tuple[np.ndarray, dict[str, pa.Array]]:
-    """The lists of all lines as one batch, an item per value, and the row of each."""
-    lists = [
-        parse_list(path, row, cell or "") for row, cell in zip(rows, batch["item"].to_pylist())
-    ]
-    lengths = [len(items) for items in lists]
-    owner = np.repeat(np.arange(len(lists)), lengths)
-    arrays = {
-        "user": batch["user"].take(pa.array(owner)),
-        "item": pa.array(chain.from_iterable(lists), pa.string()),
-    }
-    if "title" in batch:
-        cells = zip(batch["title"].to_pylist(), lengths)
-        titles = (title_list(cell, n) or [""] * n for cell, n in cells)
-        arrays["title"] = pa.array(chain.from_iterable(titles), pa.string())
-    return rows[owner], arrays
-
-
-def read_titles(form: Form, columns: tuple[str | None, str | None], wanted: set[str]) -> dict:
+def read_titles(path: Path, item: str | None, title: str | None, kept: set[str]) -> dict[str, str]:
     """Item -> title, of a list of items.
 
     Raises:
         UsageError: which columns are item and title is not known.
     """
-    if form.kind == "json" and not form.columns:  # Amazon's metadata of 2014: Python literals
-        return process.read_titles(form.path, wanted)[0]
-    by_name = named(form)
-    chosen = []
-    for role, name in zip(("item", "title"), columns):
-        if role == "item" and {"item_id", "asin", "title"} == set(by_name):  # our own items.csv
-            name = by_name["asin"]
-        place = None if form.header else next(iter(form.columns[len(chosen) :]), None)
-        own = name if name in form.columns else None
-        chosen.append(own or common(by_name, role) or place)
-    if None in chosen:
+    if path.read_bytes()[:2] == b"{'":  # Amazon's metadata of 2014: Python literals
+        return process.read_titles(path, kept)[0]
+    table = open_table(path, known={name for pair in ITEM_LISTS for name in pair})
+    by_name = {bare(name): name for name in reversed(table.columns)}
+    pair = [(item, title)] if item in table.columns and title in table.columns else []
+    pair += [(by_name[a], by_name[b]) for a, b in ITEM_LISTS if {a, b} <= by_name.keys()]
+    if not table.header and table.separator == "::":  # MovieLens' movies.dat
+        pair += [(table.columns[0], table.columns[1])]
+    if not pair:
         raise UsageError(
-            f"--items={form.path}: expected columns such as item_id and title,"
-            f" found {form.shown()}; name them with --item and --title"
+            f"--items={path}: expected columns such as item_id and title, it has {table.shown()};"
+            " name them with --item and --title"
         )
-    item, title = chosen
     titles: dict[str, str] = {}
-    for _, batch in logs.batches(form, [item, title]):
-        for name, text in zip(batch[item].to_pylist(), batch[title].to_pylist()):
-            name = canonical(name)
-            if name in wanted:
-                titles[name] = titles.get(name) or clean_title(text)
+    for _, frame in table.frames([*pair[0]]):
+        for cell, text in zip(frame[pair[0][0]], frame[pair[0][1]]):
+            name = canonical(cell)
+            if name in kept and not titles.get(name):
+                titles[name] = clean_title(text)
     return titles
-
-
-def look_at_items(path: Path) -> Form:
-    """The form of a list of items; without a common column name it has no header."""
-    form = logs.look(path, KNOWN)
-    if form.kind != "table" or KNOWN & named(form).keys():
-        return form
-    return logs.look(path, KNOWN, header=False)
 
 
 def filter_log(
@@ -308,18 +433,17 @@ def filter_log(
         ties: int64 [n], the order of a user's interactions of equal time; None is file order.
     """
     keys = (log.time, log.user) if ties is None else (ties, log.time, log.user)
-    order = np.lexsort(keys)  # stable
-    log = log._replace(user=log.user[order], item=log.item[order], time=log.time[order])
+    log = log.keep(np.lexsort(keys))  # stable
     if dedup:
         pairs = log.user.astype(np.int64) * len(log.items) + log.item
-        first = np.sort(np.unique(pairs, return_index=True)[1])
-        log = log.keep(first)
+        log = log.keep(np.sort(np.unique(pairs, return_index=True)[1]))
         print_counts("repeats of an item dropped", log)
     rules = [
         ("users", "user", min_user),
         ("items", "item", min_item),
         ("lists", "user", min_length),
     ]
+    flags = {"users": "min_user", "items": "min_item", "lists": "min_length"}
     changes = True
     while changes:
         changes = False
@@ -330,7 +454,6 @@ def filter_log(
             log, changes = log.keep(kept), True
             print_counts(f"{what} with >= {least} interactions", log)
             if not len(log.user):
-                flags = {"users": "min_user", "items": "min_item", "lists": "min_length"}
                 raise UsageError(
                     f"nothing is left after '{what} with >= {least}'; lower --{flags[what]}"
                 )
@@ -340,16 +463,16 @@ def filter_log(
 @cli.command
 def main(
     *,
-    input: str = flag(help="the log"),
+    input: str = flag(help="the log, or a folder of its parts"),
     domain_type: str = flag(help="name of the domain, and so of the files written"),
     items: str | None = flag(None, "a list of items with titles, where the log has none"),
     user: str | None = flag(None, "name of the user column; without a header its number, from 1"),
     item: str | None = flag(None, "the same of the item column"),
-    time: str | None = flag(None, "the same of the time column"),
+    time: str | None = flag(None, "the same of the time column; none keeps file order"),
     rating: str | None = flag(None, "the same of the rating column"),
     title: str | None = flag(None, "the same of the title column, of the log or of --items"),
-    header: Literal["auto", "yes", "no"] = flag("auto", "whether the first line names columns"),
-    lists: Literal["auto", "yes", "no"] = flag("auto", "whether a line has a user's list of items"),
+    lists: Literal["auto", "yes", "no"] = flag("auto", "whether a row has a user's list of items"),
+    drop_missing: bool = flag(False, "leave out rows without a user or an item"),
     min_rating: float | None = flag(None, "lowest rating kept; by default ratings are not read"),
     min_user: PositiveInt = flag(1, "fewest interactions of a user"),
     min_item: PositiveInt = flag(1, "fewest interactions of an item"),
@@ -362,60 +485,43 @@ def main(
     output_dir: str = flag("data", "where the files go"),
     overwrite: bool = flag(False, "replace the domain's files"),
 ) -> None:
-    """Turn any log of interactions into a domain's sequences."""
+    """Turn a log of interactions into a domain's sequences."""
     path = Path(output_dir) / f"{canonical_domain(domain_type)}.csv"
-    listing = listing_of(path)
+    listing, source = listing_of(path), Path(input)
     targets = {path.resolve(), listing.resolve()}
     check_writable(Path(output_dir), "--output_dir")
     cli.check(
-        (Path(input).is_file(), f"--input={input}: file not found"),
+        (source.exists(), f"--input={input}: file not found"),
         (items is None or Path(items).is_file(), f"--items={items}: file not found"),
         may_write(path, overwrite),
-        (Path(input).resolve() not in targets, f"--input={input} is the file to be written"),
+        (source.resolve() not in targets, f"--input={input} is the file to be written"),
         (not items or Path(items).resolve() not in targets, f"--items={items} would be replaced"),
         (not path.is_dir() and not listing.is_dir(), f"{path} or {listing} is a folder"),
     )
-    choices = {"yes": True, "no": False, "auto": None}
-    form = logs.look(Path(input), KNOWN, choices[header], choices[lists])
     given = {"user": user, "item": item, "time": time, "rating": rating, "title": title}
-    listed = None if items is None else look_at_items(Path(items))
-    if listed is not None and title not in form.columns:
+    command = f"python -m datasets.convert --input {input} --domain_type {domain_type}"
+    table = open_table(source, [n for n in given.values() if n], NAMES, lists == "yes")
+    if items is not None and title not in table.columns:
         given["title"] = None  # it is the list's
-        known = title is None or title in listed.columns
-        cli.check((known, f"--title={title}: neither {input} nor {items} has such a column"))
-    columns = choose_columns(form, given)
-    in_lists = choices[lists] if lists != "auto" else holds_lists(form, columns)
-    columns = report_columns(form, columns, given, in_lists)
-    cli.check(
-        (
-            min_rating is None or columns.rating is not None,
-            f"--min_rating={min_rating}: {input} has no rating; name it with --rating",
-        )
-    )
-    if min_rating is None:
-        columns = columns._replace(rating=None)
-    log = read_log(form, columns, min_rating, in_lists)
-    if not in_lists and lists == "auto":
-        log.refuse_lists()
-    whole = log.reviews()
-    if min_rating is not None:
-        print(f"{log.low:,} interactions rated below {min_rating:g} left out")
-    if not len(whole.user):
-        raise UsageError(f"nothing is left of {log.n:,} interactions; lower --min_rating")
-    print_counts("read", whole)
-    by_hash = tie_order(whole, tie_seed) if ties == "hash" else None
-    kept = filter_log(whole, by_hash, dedup, min_user, min_item, min_length)
-    if columns.time is not None:
+    columns = choose_columns(table, given, lists, command)
+    if min_rating is not None and columns.rating is None:
+        raise UsageError(f"--min_rating={min_rating}: {input} has no rating; name it with --rating")
+    report_columns(table, columns, min_rating)
+    log = read_log(table, columns, min_rating, drop_missing)
+    print_counts("read", log.reviews)
+    by_hash = process.tie_order(log.reviews, tie_seed) if ties == "hash" else None
+    kept = filter_log(log.reviews, by_hash, dedup, min_user, min_item, min_length)
+    if log.dated:
         print_ties(kept, "interactions", ties, tie_seed)
-    titles, wanted = log.titles(), occurring(kept)
-    if listed is not None:
-        titles |= read_titles(listed, (item, title), wanted)
-    write_domain(kept, titles, path, _order(kept.items))
+    titles, there = log.titles, process.occurring(kept)
+    if items is not None:
+        titles |= read_titles(Path(items), item, title, there)
+    process.write_domain(kept, titles, path, _order(kept.items))
     lengths = np.bincount(kept.user)
     short = int(((lengths > 0) & (lengths < MINIMUM_LENGTH)).sum())
     if short:
         print(f"{short:,} users have fewer than {MINIMUM_LENGTH} items: they are not evaluated")
-    print(f"titles: {sum(bool(titles.get(name)) for name in wanted):,} items have one")
+    print(f"titles: {sum(bool(titles.get(name)) for name in there):,} items have one")
     print(f"wrote {path} and {listing}")
 
 

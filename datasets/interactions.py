@@ -6,7 +6,6 @@ This is the one place that says what a valid file is. Everything after it works 
 and have gaps without changing any number.
 """
 
-import ast
 import codecs
 import csv
 import difflib
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.lists import parsed
 from engine.errors import UsageError
 from engine.files import Watched, replacing
 
@@ -202,18 +202,6 @@ def read_titles(path: Path) -> dict[int, str]:
                 if isinstance(title, str) and title and item not in titles:
                     titles[item] = title
     return titles
-
-
-def parsed(cell: str) -> object:
-    """A cell as JSON or as a Python literal; None where it is neither."""
-    try:
-        return json.loads(cell)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(cell)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return None
 
 
 def _rows(path: Path, digest) -> Iterator[tuple[int, str, list[int]]]:

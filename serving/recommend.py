@@ -146,8 +146,8 @@ def all_users(csv_path: Path, names: "Items") -> tuple[list[str], list[list[int]
 
 def read_users(users: Path, finder: "Finder") -> tuple[list[str], list[list[int]]]:
     """Names and histories (catalogue indices) of a file's users."""
-    from datasets.columns import parse_list
     from datasets.interactions import read_cells
+    from datasets.lists import parse_list
 
     rows: dict[str, int] = {}
     histories = []

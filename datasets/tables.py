@@ -1,0 +1,343 @@
+"""A table in a file, read as a stream of frames: text with separators, parquet, JSON lines, or a
+folder of such parts.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import lzma
+import re
+import zlib
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import orjson
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+from tqdm import tqdm
+
+from engine.errors import UsageError
+from engine.files import Watched
+
+SAMPLE_BYTES, SAMPLE_ROWS = 2**18, 50
+BATCH = 2**17  # rows of a frame
+SEPARATORS = ("::", "\t", ";", ",", "|", " ")
+MAGIC = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open}
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+NUMBER = re.compile(r"-?\d+(\.\d*)?([eE][+-]?\d+)?|\d{4}-\d\d-\d\d.*")
+DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, pa.ArrowException)
+SAVE_AS_UTF8 = "save it as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8)"
+
+
+def bare(name: str) -> str:
+    """A column's name without RecBole's type and without case."""
+    return name.split(":")[0].strip().lower()
+
+
+class Table(NamedTuple):
+    """What a file looks like.
+
+    kind: text, lines ("user item item ..."), json or parquet. parts: the files that are read.
+    skip: lines of text before the first row. quoted: whether quotes enclose cells of text.
+    columns: names; without a header their numbers from 1. sample: the first rows, as text by
+        column.
+    """
+
+    path: Path
+    parts: list[Path]
+    kind: str
+    separator: str
+    encoding: str
+    header: bool
+    skip: int
+    columns: list[str]
+    sample: list[dict[str, str]]
+    quoted: bool = True
+
+    def cells(self, column: str) -> list[str]:
+        """The first cells of a column that are not empty."""
+        return [row[column] for row in self.sample if row.get(column)]
+
+    def shown(self) -> str:
+        """The columns with two values each, for messages."""
+        texts = []
+        for name in self.columns[:8]:
+            values = ", ".join(repr(cell[:20]) for cell in self.cells(name)[:2])
+            texts.append(f"{name} ({values})")
+        return ", ".join(texts) + (f" and {len(self.columns) - 8} more" * (len(self.columns) > 8))
+
+    def describe(self) -> str:
+        words = {"\t": "tabs", " ": "spaces", ";": "semicolons", ",": "commas", "|": "bars"}
+        if self.kind == "text":
+            head = "with" if self.header else "without"
+            return f"{words.get(self.separator, self.separator)}, {head} a header"
+        return {"lines": "a user and items per line", "json": "JSON lines"}.get(
+            self.kind, "parquet"
+        )
+
+    def frames(self, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
+        """(row of the first line, the columns) of the file; the first row is 1, a header's.
+
+        Raises:
+            UsageError: the file is damaged or a row has another number of fields.
+        """
+        readers = {"text": _text, "lines": _lines, "json": _json, "parquet": _parquet}
+        for part in self.parts:
+            try:
+                yield from readers[self.kind](
+                    self._replace(path=part), list(dict.fromkeys(columns))
+                )
+            except DAMAGED as error:
+                raise UsageError(f"{part}: damaged ({str(error)[:100]})") from None
+            except UnicodeError:
+                raise UsageError(f"{part}: not UTF-8; {SAVE_AS_UTF8}") from None
+            except (pd.errors.ParserError, csv.Error) as error:
+                wrong = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
+                text = " ".join(str(error).split())[:120]
+                if wrong:
+                    expected, row, found = wrong.groups()
+                    text = f"row {row} has {found} fields, expected {expected}"
+                elif "EOF inside string" in text:
+                    text = f"a quote is opened and not closed ({text})"
+                raise UsageError(f"{part}: {text}") from None
+            except KeyError as error:
+                raise UsageError(f"{part}: lacks the column {error}") from None
+
+
+def open_table(
+    path: Path, named: Sequence[str] = (), known: Container[str] = (), lines: bool = False
+) -> Table:
+    """Tell a file's form from its first rows.
+
+    Args:
+        known: names of which one makes the first row a header.
+        named: columns that the user names; whole numbers mean that there is no header.
+        lines: whether text without a header is "user item item ...".
+    Raises:
+        UsageError: it is empty, damaged, or of a form that is not read here.
+    """
+    parts = [path]
+    if path.is_dir():
+        parts = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] not in "._")
+        if not parts:
+            raise UsageError(f"{path}: a folder without files")
+    first = parts[0]
+    try:
+        with open(first, "rb") as raw:
+            start = raw.read(4)
+        if start == b"PAR1":
+            return _look_at_parquet(path, parts)
+        with _opened(first) as file:
+            head = file.read(SAMPLE_BYTES)
+    except DAMAGED as error:
+        raise UsageError(f"{first}: damaged ({str(error)[:100]})") from None
+    except OSError as error:
+        raise UsageError(f"{first}: cannot be read ({error.strerror or error})") from None
+    if head[:4] == b"PK\x03\x04":
+        raise UsageError(f"{first}: looks like a zip or Excel file; save it as CSV")
+    encoding = "utf-16" if head[:2] in UTF16 else "utf-8-sig"
+    every = head.decode(encoding, "replace").splitlines()
+    every = every[:-1] if len(head) == SAMPLE_BYTES else every  # cut off
+    skip = 0
+    while skip < len(every) and (not every[skip].strip() or every[skip].startswith("#")):
+        if every[skip].strip():
+            print(f"{first}: skipped the comment {every[skip][:60]!r}")
+        skip += 1
+    rows = [line for line in every[skip:] if line.strip()][: SAMPLE_ROWS + 1]
+    if not rows:
+        raise UsageError(f"{first}: is empty")
+    if rows[0].lstrip().startswith("{"):
+        return _look_at_json(path, parts, encoding, rows)
+    if rows[0].lstrip().startswith("[") and not rows[0].lstrip().startswith("[["):
+        raise UsageError(f"{first}: looks like one JSON array; write a JSON object per line")
+    return _look_at_text(path, parts, encoding, rows, skip, named, known, lines)
+
+
+def _look_at_parquet(path: Path, parts: list[Path]) -> Table:
+    file = pa.parquet.ParquetFile(parts[0])
+    batch = next(file.iter_batches(batch_size=SAMPLE_ROWS), None)
+    columns = file.schema_arrow.names
+    _refuse_twice(parts[0], columns)
+    rows = [] if batch is None else batch.to_pylist()
+    return Table(path, parts, "parquet", "", "", True, 0, columns, [*map(_texts, rows)])
+
+
+def _look_at_json(path: Path, parts: list[Path], encoding: str, lines: list[str]) -> Table:
+    rows = []
+    for line in lines:
+        try:
+            row = orjson.loads(line)
+        except ValueError:
+            continue
+        rows += [row] if isinstance(row, dict) else []
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return Table(path, parts, "json", "", encoding, True, 0, columns, [*map(_texts, rows)])
+
+
+def _texts(row: dict[str, Any]) -> dict[str, str]:
+    return {name: "" if value is None else str(_cell(value)) for name, value in row.items()}
+
+
+def _cell(value: Any) -> Any:
+    """A JSON or parquet value; a list or an object as JSON text."""
+    if isinstance(value, list | dict):
+        return orjson.dumps(value).decode()
+    return value
+
+
+def _look_at_text(
+    path: Path,
+    parts: list[Path],
+    encoding: str,
+    lines: list[str],
+    skip: int,
+    named: Sequence[str],
+    known: Container[str],
+    in_lines: bool,
+) -> Table:
+    separator = _separator(path, lines)
+    # between tabs a quote may be a letter: it encloses a cell where every one that is opened ends
+    opened = [c for line in lines for c in line.split("\t") if c.startswith('"')]
+    quoted = separator != "\t" or (bool(opened) and all(c.rstrip().endswith('"') for c in opened))
+    rows = [_split(line, separator, quoted) for line in lines]
+    named = [name for name in named if name != "none"]
+    numbered = bool(named) and all(name.isdigit() for name in named)
+    first = [cell.strip() for cell in rows[0]]
+    header = not numbered
+    if not named:
+        texts = not any(map(NUMBER.fullmatch, first)) and separator not in (" ", "::")
+        header = texts or any(bare(name) in known for name in first)
+    if in_lines and not header:
+        sample = [dict(zip("12", _two_cells(line))) for line in lines]
+        return Table(path, parts, "lines", " ", encoding, False, skip, ["1", "2"], sample)
+    columns = [str(i + 1) for i in range(len(first))]
+    if header:
+        _refuse_twice(path, [name for name in first if name])
+        columns = [name or f"unnamed ({i})" for i, name in enumerate(first, start=1)]
+    inside = [row for row in rows[header:] if len(row) == len(columns)]
+    sample = [dict(zip(columns, (cell.strip() for cell in row))) for row in inside]
+    return Table(path, parts, "text", separator, encoding, header, skip, columns, sample, quoted)
+
+
+def _separator(path: Path, lines: list[str]) -> str:
+    """What splits the lines into equal numbers of cells, the first line too."""
+    for separator in SEPARATORS:
+        counts = [
+            len(_split(line, separator))
+            for line in lines
+            if '"' not in line or line.count('"') % 2 == 0
+        ]
+        if counts and min(counts) > 1 and counts[0] == max(set(counts), key=counts.count):
+            return separator
+        if len(counts) > 2 and counts[0] == 1 and min(counts[1:]) > 1:
+            raise UsageError(
+                f"{path}: its first line, {lines[0][:40]!r}, has one field, the next ones"
+                f" {counts[1]}: a title? remove it"
+            )
+    in_first = [s for s in SEPARATORS if s in lines[0]]
+    return in_first[0] if in_first else ","
+
+
+def _split(line: str, separator: str, quoted: bool = True) -> list[str]:
+    if separator == "::" or not quoted:
+        return line.split(separator)
+    return next(csv.reader([line], delimiter=separator), [""])
+
+
+def _two_cells(line: str) -> list[str]:
+    """The user and the rest of a line; a user without items has an empty rest."""
+    return [*line.split(None, 1), "", ""][:2]
+
+
+def _refuse_twice(path: Path, columns: list[str]) -> None:
+    twice = [name for name in columns if columns.count(name) > 1]
+    if twice:
+        raise UsageError(f"{path}: column {twice[0]} appears {columns.count(twice[0])} times")
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open for reading; the first bytes decide the compression, not the name."""
+    with open(path, "rb") as raw:
+        start = raw.read(6)
+    opener = next((opener for magic, opener in MAGIC.items() if start.startswith(magic)), open)
+    return opener(path, "rb")
+
+
+def _watched(path: Path) -> io.BufferedReader:
+    """The file, with a bar over its uncompressed bytes."""
+    options = {"unit": "B", "unit_scale": True, "mininterval": 1.0, "dynamic_ncols": True}
+    bar = tqdm(desc=path.name, **options)
+    return io.BufferedReader(Watched(_opened(path), lambda block: bar.update(len(block))), 2**20)
+
+
+def _text(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
+    text = io.TextIOWrapper(_watched(table.path), encoding=table.encoding, newline="")
+    for _ in range(table.skip):
+        text.readline()
+    source: Any = text
+    separator = table.separator
+    if separator == "::":  # the fast reader splits at one letter
+        source, separator = io.StringIO(text.read().replace("::", "\x1f")), "\x1f"
+    options = {"dtype": str, "keep_default_na": False, "chunksize": BATCH, "index_col": False}
+    options |= {"sep": separator, "quoting": csv.QUOTE_MINIMAL if table.quoted else csv.QUOTE_NONE}
+    names = table.columns
+    head = 0 if table.header else None
+    row = 1 + table.header
+    for frame in pd.read_csv(source, header=head, names=names, on_bad_lines="error", **options):
+        yield row, frame[columns]
+        row += len(frame)
+
+
+def _lines(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
+    text = io.TextIOWrapper(_watched(table.path), encoding=table.encoding)
+    for row, lines in _chunks(text):
+        cells = [_two_cells(line) for line in lines]
+        yield row, pd.DataFrame(cells, columns=["1", "2"])[columns]
+
+
+def _json(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
+    text = io.TextIOWrapper(_watched(table.path), encoding=table.encoding)
+    for first, lines in _chunks(text):
+        rows = []
+        for number, line in enumerate(lines, start=first):
+            try:
+                row = orjson.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise UsageError(f"{table.path}: row {number}: not a JSON object ({line[:40]!r})")
+            rows.append([_cell(row.get(name)) for name in columns])
+        yield first, pd.DataFrame(rows, columns=columns, dtype=object)
+
+
+def _chunks(text: io.TextIOBase) -> Iterator[tuple[int, list[str]]]:
+    """Lines that are not blank, many at a time; a blank line ends a chunk, so that rows count."""
+    chunk: list[str] = []
+    number = 0
+    for number, line in enumerate(text, start=1):
+        if line.strip():
+            chunk.append(line)
+        if chunk and (len(chunk) == BATCH or not line.strip()):
+            yield number - len(chunk) + bool(line.strip()), chunk
+            chunk = []
+    if chunk:
+        yield number - len(chunk) + 1, chunk
+
+
+def _parquet(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
+    file = pa.parquet.ParquetFile(table.path)
+    row = 1
+    with tqdm(total=file.metadata.num_rows, desc=table.path.name, unit="row", mininterval=1) as bar:
+        for batch in file.iter_batches(batch_size=BATCH, columns=columns):
+            frame = batch.to_pandas(integer_object_nulls=True)[columns]
+            for name in columns:
+                if frame[name].dtype == object:
+                    frame[name] = [
+                        _cell(v.tolist() if hasattr(v, "tolist") else v) for v in frame[name]
+                    ]
+            yield row, frame
+            row += len(frame)
+            bar.update(len(frame))
