@@ -100,16 +100,24 @@ class Finder:
 
     Where all original ids are numbers, `auto` takes a number for nothing else. Of equal names the
     first item counts. Titles are compared without case.
+
+    Args:
+        of_file: names come from a file: a number is an id in the run's own CSV only with `by` id,
+            or where the run's items have no original ids.
+        skip: leave out unknown items instead of refusing them.
+    Attributes:
+        unknown: names of the items that were left out.
     """
 
-    def __init__(self, items: Items, by: Name) -> None:
+    def __init__(self, items: Items, by: Name, of_file: bool = False, skip: bool = False) -> None:
         every: dict[str, dict] = {
             "asin": _first(items.asins),
             "id": {item: index for index, item in enumerate(items.ids.tolist())},
             "title": _first([title.casefold() for title in items.titles]),
         }
-        self.items = items
-        if every["asin"] and all(asin.isdigit() for asin in every["asin"]) and by == "auto":
+        self.items, self.skip, self.unknown = items, skip, []
+        numbers = all(asin.isdigit() for asin in every["asin"])
+        if every["asin"] and by == "auto" and (numbers or of_file):
             del every["id"]
         self.tables = every if by == "auto" else {by: every[by]}
 
@@ -121,18 +129,31 @@ class Finder:
         Raises:
             UsageError: there is no such item; a near one is offered.
         """
-        name = name.strip()
+        index = self._index(name.strip())
+        if index is None:
+            raise UsageError(f"{source}: {name.strip()[:60]!r} is no item{self._near(name)}")
+        return index
+
+    def find_all(self, names: list[str], source: str) -> list[int]:
+        """The indices of several items; unknown ones are left out where the finder skips."""
+        if not self.skip:
+            return [self.find(name, source) for name in names]
+        found = [(name, self._index(name.strip())) for name in names]
+        self.unknown += [name for name, index in found if index is None]
+        return [index for _, index in found if index is not None]
+
+    def _index(self, name: str) -> int | None:
         for kind, table in self.tables.items():
             key: object = name.casefold() if kind == "title" else name
             if kind == "id":
                 key = int(name) if name.isascii() and name.isdigit() else None
             if key in table:
                 return table[key]
-        raise UsageError(f"{source}: {name[:60]!r} is no item{self._near(name)}")
+        return None
 
     def _near(self, name: str) -> str:
         """A hint: an item with a name like this one, or what ids there are."""
-        items, folded = self.items, name.casefold()
+        items, folded = self.items, name.strip().casefold()
         names = {}
         for kind in self.tables.keys() - {"id"}:
             names |= {key.casefold(): index for key, index in self.tables[kind].items()}
@@ -172,7 +193,7 @@ def read_items(path: Path, finder: Finder, flag: str) -> list[int]:
     found = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            found.append(finder.find(line, f"{flag}={path}: line {number}"))
-    if not found:
+            found += finder.find_all([line], f"{flag}={path}: line {number}")
+    if not found and not finder.unknown:
         raise UsageError(f"{flag}={path}: names no item")
     return found

@@ -1,116 +1,83 @@
-"""Recommendation lists as a file: a row per user and place, as CSV, JSON lines or parquet."""
+"""Recommendation lists as a file: a row per user and rank, as CSV, JSON lines or parquet."""
 
-import csv
-import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.csv
+import pyarrow.parquet
 
 from datasets.items import Items
-from engine import processes
 from engine.errors import UsageError
 from engine.files import replacing
 
-COLUMNS = ("reviewerID", "rank", "item_id", "asin", "title", "score")
+SCHEMA = pa.schema(
+    [
+        ("reviewerID", pa.string()),
+        ("rank", pa.int32()),
+        ("item_id", pa.int64()),
+        ("asin", pa.string()),
+        ("title", pa.string()),
+        ("score", pa.float32()),
+    ]
+)
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
-class Rows(NamedTuple):
-    """Some users' lists, a row per place."""
-
-    users: list[str]
-    ranks: list[int]
-    ids: list[int]
-    asins: list[str]
-    titles: list[str]
-    scores: list[float]
+def check_suffix(path: Path) -> None:
+    """Raise UsageError where the suffix says no known form."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"--output={path}: must end in {', '.join(SUFFIXES)}")
 
 
-def rows(users: list[str], items: np.ndarray, scores: np.ndarray, names: Items) -> Rows:
-    """The lists of `users` as rows.
+def as_table(users: list[str], items: np.ndarray, scores: np.ndarray, names: Items) -> pa.Table:
+    """The lists of `users`, a row per rank.
 
     Args:
         items: catalogue indices [n, k], -1 where a list is shorter.
         scores: [n, k].
     """
-    user, place = np.nonzero(items >= 0)
-    index = items[user, place]
-    return Rows(
+    user, rank = np.nonzero(items >= 0)
+    index = items[user, rank]
+    columns = [
         [users[i] for i in user],
-        (place + 1).tolist(),
+        (rank + 1).tolist(),
         names.ids[index].tolist(),
         [names.asins[i] for i in index],
         [names.titles[i] for i in index],
-        [float(f"{score:.6g}") for score in scores[user, place].tolist()],
-    )
+        [float(f"{score:.6g}") for score in scores[user, rank].tolist()],
+    ]
+    return pa.table(columns, schema=SCHEMA)
 
 
 class Writer:
-    """Writes rows to a file that appears only when it is complete.
-
-    With several processes, each writes its own part, and the first one joins them in order.
-    """
+    """Writes tables to a file that appears only when it is complete."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.form = path, path.suffix
+        self.replacing = replacing(path)
         self.file: Any = None
-        self.parquet: Any = None
-
-    @staticmethod
-    def check(path: Path) -> None:
-        """Raise UsageError where the suffix says no known form."""
-        if path.suffix not in SUFFIXES:
-            raise UsageError(f"--output={path}: must end in {', '.join(SUFFIXES)}")
-
-    def part(self, rank: int) -> Path:
-        return self.path.with_name(f".tmp-{self.path.name}-part{rank}")
 
     def __enter__(self) -> "Writer":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.part(processes.rank())
-        if self.path.suffix == ".parquet":
-            kinds = pa.string(), pa.int32(), pa.int64(), pa.string(), pa.string(), pa.float32()
-            self.parquet = pq.ParquetWriter(part, pa.schema(list(zip(COLUMNS, kinds))))
-            return self
-        self.file = open(part, "w", encoding="utf-8", newline="")
-        if self.path.suffix == ".csv" and processes.is_first():
-            csv.writer(self.file, lineterminator="\n").writerow(COLUMNS)
+        partial = self.replacing.__enter__()
+        if self.form == ".parquet":
+            self.file = pa.parquet.ParquetWriter(partial, SCHEMA)
+        elif self.form == ".csv":
+            options = pa.csv.WriteOptions(quoting_style="needed")
+            self.file = pa.csv.CSVWriter(partial, SCHEMA, write_options=options)
+        else:
+            self.file = open(partial, "w", encoding="utf-8")
         return self
 
-    def add(self, found: Rows) -> None:
-        """Append rows."""
-        if self.parquet is not None:
-            self.parquet.write_table(pa.table(list(found), schema=self.parquet.schema))
-        elif self.path.suffix == ".csv":
-            csv.writer(self.file, lineterminator="\n").writerows(zip(*found))
+    def add(self, table: pa.Table) -> None:
+        if self.form == ".jsonl":
+            frame = table.to_pandas()
+            self.file.write(frame.to_json(orient="records", lines=True, force_ascii=False))
         else:
-            for row in zip(*found):
-                self.file.write(orjson.dumps(dict(zip(COLUMNS, row))).decode() + "\n")
+            self.file.write_table(table)
 
-    def __exit__(self, failed: type | None, *_) -> None:
-        (self.parquet or self.file).close()
-        if failed is None:
-            processes.barrier()
-            if processes.is_first():
-                self._join()
-            processes.barrier()
-        self.part(processes.rank()).unlink(missing_ok=True)
-
-    def _join(self) -> None:
-        parts = [self.part(rank) for rank in range(processes.world())]
-        with replacing(self.path) as partial:
-            if self.parquet is not None:
-                with pq.ParquetWriter(partial, self.parquet.schema) as whole:
-                    for part in parts:
-                        file = pq.ParquetFile(part)
-                        for group in range(file.num_row_groups):
-                            whole.write_table(file.read_row_group(group))
-                return
-            with open(partial, "wb") as whole:
-                for part in parts:
-                    with open(part, "rb") as file:
-                        shutil.copyfileobj(file, whole)
+    def __exit__(self, *failed) -> None:
+        self.file.close()
+        self.replacing.__exit__(*failed)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from datasets.items import listing_of
 from engine import cli
 from engine.cli import PositiveInt, flag
 from engine.files import check_writable
@@ -115,50 +116,34 @@ def _open_export(folder: Path, exit: int | None, device: str) -> tuple["Recommen
 
 
 def allowed_items(
-    names: "Items", finder: "Finder", allow: str | None, deny: str | None
+    names: "Items", by: str, allow: str | None, deny: str | None, skip: bool
 ) -> "torch.Tensor | None":
-    """bool [N], the items that may be recommended; None for all."""
+    """bool [N], the items that may be recommended; None for all. A denied item that is unknown is
+    not recommended anyway.
+    """
     import torch
 
-    from datasets.items import read_items
+    from datasets.items import Finder, read_items
 
     if allow is None and deny is None:
         return None
     allowed = torch.full((len(names.ids),), allow is None)
     if allow is not None:
+        finder = Finder(names, by, of_file=True, skip=skip)
         allowed[read_items(Path(allow), finder, "--allow")] = True
+        _report_unknown(finder, "--allow")
     if deny is not None:
+        finder = Finder(names, by, of_file=True, skip=True)
         allowed[read_items(Path(deny), finder, "--deny")] = False
+        _report_unknown(finder, "--deny")
     cli.check((bool(allowed.any()), "--allow and --deny leave no item to recommend"))
     return allowed
 
 
-def all_users(csv_path: Path, names: "Items") -> tuple[list[str], list[list[int]]]:
-    """Names and histories (catalogue indices) of the domain's users."""
-    from datasets.interactions import read_histories
-
-    who, histories = [], []
-    for user, ids in read_histories(csv_path):
-        who.append(user)
-        histories.append(np.searchsorted(names.ids, ids).tolist())
-    return who, histories
-
-
-def read_users(users: Path, finder: "Finder") -> tuple[list[str], list[list[int]]]:
-    """Names and histories (catalogue indices) of a file's users."""
-    from datasets.interactions import read_cells
-    from datasets.lists import parse_list
-
-    rows: dict[str, int] = {}
-    histories = []
-    for row, user, cell in read_cells(users):
-        if rows.setdefault(user, row) != row:
-            raise cli.UsageError(
-                f"--users={users}: reviewerID {user!r} appears in rows {rows[user]} and {row}"
-            )
-        items = parse_list(users, row, cell)
-        histories.append([finder.find(item, f"--users={users}: row {row}") for item in items])
-    return list(rows), histories
+def _report_unknown(finder: "Finder", source: str) -> None:
+    if finder.unknown:
+        shown = ", ".join(dict.fromkeys(finder.unknown[:3]))
+        print(f"{source}: {len(finder.unknown):,} unknown items skipped, such as {shown}")
 
 
 def show(history: list[int], items: list[int], scores: list[float], names: "Items") -> None:
@@ -178,7 +163,7 @@ def main(
     files: ServedFiles,
     history: list[str] = flag([], "items in time order, the last one most recent"),
     users: str | None = flag(
-        None, "all, or a CSV with reviewerID and asin (item lists); results go to --output"
+        None, "all, a log by original ids, or a CSV with reviewerID and asin (item lists)"
     ),
     k: PositiveInt = flag(10, "length of a list"),
     output: str | None = flag(None, "the file of --users: .parquet, .csv or .jsonl"),
@@ -190,42 +175,53 @@ def main(
     allow: str | None = flag(None, "a file of items, one per line: only these are recommended"),
     deny: str | None = flag(None, "a file of items that are never recommended"),
     unseen: bool = flag(False, "also items that the data lacks, where the table has vectors"),
+    unknown: Literal["refuse", "skip"] = flag(
+        "refuse", "items of --users and --allow that are not known: skip leaves them out"
+    ),
     exit: PositiveInt | None = flag(None, "read an LLM at this inner exit, from 1: faster"),
     batch_size: PositiveInt = flag(512, "users per forward pass"),
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available"),
+    overwrite: bool = flag(False, "replace the file of --output"),
 ) -> list[dict] | None:
     """Recommend for one history, on the screen, or for many, into a file."""
     from datasets.items import Finder
-    from serving.lists import Writer, rows
 
-    exported = is_export(Path(files.model))
+    exported, target = is_export(Path(files.model)), Path(output) if output else None
+    read = [Path(name).resolve() for name in (users, allow, deny, files.data_path) if name]
     cli.check(
         (not (history and users), "--history and --users: give one of them"),
         (users is None or output is not None, "--users needs --output, the file of the lists"),
         (output is None or users is not None, "--output is of --users; one history is shown"),
-        (users in (None, "all") or Path(users).is_file(), f"--users={users}: file not found"),
+        (users in (None, "all") or Path(users).exists(), f"--users={users}: file not found"),
         (
             users != "all" or not exported,
             f"--users=all: {files.model} is an export without users; name a file",
         ),
+        (not target or target.resolve() not in read, f"--output={output} is a file that is read"),
+        (not target or not target.is_dir(), f"--output={output} is a folder"),
         (
-            None in (users, output) or Path(users).resolve() != Path(output).resolve(),
-            f"--output={output} is the file of --users",
+            not target or overwrite or not target.exists(),
+            f"--output={output}: already exists; --overwrite true replaces it",
         ),
-        (output is None or not Path(output).is_dir(), f"--output={output} is a folder"),
         (not (unseen and exported), "--unseen: an export has the items that it was made with"),
     )
-    if output is not None:
-        check_writable(Path(output).parent, "--output")
-        Writer.check(Path(output))
+    if target is not None:
+        from serving.lists import check_suffix
+
+        check_writable(target.parent, "--output")
+        check_suffix(target)
+    runs = [] if exported else read_all(files)
+    for served in runs:
+        of_run = [served.csv_path, listing_of(served.csv_path), served.table_path]
+        taken = target and target.resolve() in [path.resolve() for path in of_run if path]
+        cli.check((not taken, f"--output={output} is a file that the run was made from"))
     if exported:
         recommender, names = _open_export(Path(files.model), exit, device)
     else:
-        runs = read_all(files)
         recommender, names = _open_runs(runs, exit, device, unseen)
-    finder = Finder(names, by)
-    allowed = allowed_items(names, finder, allow, deny)
+    allowed = allowed_items(names, by, allow, deny, unknown == "skip")
     if users is None:
+        finder = Finder(names, by)
         own = [finder.find(name, "--history") for name in history]
         items, scores = recommender.recommend([own], k, exclude, allowed)
         there = int((items[0] >= 0).sum())
@@ -236,23 +232,26 @@ def main(
 
     from tqdm import tqdm
 
-    from engine import processes
+    from serving import histories
+    from serving.lists import Writer, as_table
 
     if users == "all":
-        who, histories = all_users(runs[0].csv_path, names)
+        who, lists = histories.of_domain(runs[0].csv_path, names)
     else:
-        who, histories = read_users(Path(users), finder)
-    mine = np.array_split(np.arange(len(who)), processes.world())[processes.rank()]
-    with Writer(Path(output)) as writer, tqdm(total=len(mine), unit="user", mininterval=1) as bar:
-        for start in range(0, len(mine), batch_size):
-            part = mine[start : start + batch_size]
-            own = [histories[i] for i in part]
-            items, scores = recommender.recommend(own, k, exclude, allowed)
-            writer.add(rows([who[i] for i in part], items.numpy(), scores.numpy(), names))
-            bar.update(len(part))
-    empty = sum(not history for history in histories)
+        finder = Finder(names, by, of_file=True, skip=unknown == "skip")
+        who, lists = histories.of_file(Path(users), finder)
+        _report_unknown(finder, "--users")
+    with Writer(target) as writer, tqdm(total=len(who), unit="user", mininterval=1) as bar:
+        for start in range(0, len(who), batch_size):
+            part = slice(start, start + batch_size)
+            items, scores = recommender.recommend(lists[part], k, exclude, allowed)
+            writer.add(as_table(who[part], items.numpy(), scores.numpy(), names))
+            bar.update(len(who[part]))
+    empty = sum(not own for own in lists)
     if empty:
         print(f"{empty:,} users without history: by popularity")
+    if exclude == "seen":
+        print("items of a user's history are left out (--exclude none keeps them)")
     print(f"wrote {output}: up to {k} items for each of {len(who):,} users")
     return None
 

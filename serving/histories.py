@@ -1,0 +1,74 @@
+"""Histories of users from a file: a log by original ids, or lists per user."""
+
+from pathlib import Path
+
+import numpy as np
+
+from datasets import convert
+from datasets.interactions import read_histories
+from datasets.items import Finder, Items, listing_of
+from datasets.lists import parse_list
+from datasets.tables import open_table
+from engine.errors import UsageError
+
+Histories = tuple[list[str], list[list[int]]]  # users' names, and their catalogue indices
+
+
+def of_domain(csv_path: Path, names: Items) -> Histories:
+    """The domain's own users."""
+    users, histories = [], []
+    for user, ids in read_histories(csv_path):
+        users.append(user)
+        histories.append(np.searchsorted(names.ids, ids).tolist())
+    return users, histories
+
+
+def of_file(path: Path, finder: Finder) -> Histories:
+    """The users of a file. A log has original ids. A CSV of lists has them too, unless an items.csv
+    stands beside it: its numbers are mapped through that.
+
+    Raises:
+        UsageError: the file is damaged, a user comes twice, or an item is not known.
+    """
+    table = open_table(path, known=convert.NAMES)
+    given = dict.fromkeys(convert.ROLES)
+    if not {"reviewerid", "asin"} <= {name.lower() for name in table.columns}:
+        command = f"python -m datasets.convert --input {path} --domain_type NAME"
+        log = convert.read_log(table, convert.choose_columns(table, given, "auto", command))
+        reviews = log.reviews.keep(np.lexsort((log.reviews.time, log.reviews.user)))
+        ids = np.split(reviews.item, np.flatnonzero(np.diff(reviews.user)) + 1)
+        users = [reviews.users[code] for code in np.unique(reviews.user)]
+        found = [[reviews.items[code] for code in codes] for codes in ids]
+    else:
+        users, found = _lists(path, table)
+    source = f"--users={path}"
+    histories = [finder.find_all(names, f"{source}: {user}") for user, names in zip(users, found)]
+    return users, histories
+
+
+def _lists(path: Path, table) -> tuple[list[str], list[list[str]]]:
+    user_column, item_column = (
+        next(name for name in table.columns if name.lower() == bare)
+        for bare in ("reviewerid", "asin")
+    )
+    listing, asins = listing_of(path), {}
+    if listing.is_file():
+        items = Items.read(listing, np.array([], dtype=np.int64), others=True)
+        asins = dict(zip(map(str, items.ids.tolist()), items.asins))
+    rows: dict[str, int] = {}
+    lists = []
+    for first, frame in table.frames([user_column, item_column]):
+        cells = zip(frame[user_column].astype(str), frame[item_column])
+        for row, (user, cell) in enumerate(cells, start=first):
+            if rows.setdefault(user, row) != row:
+                raise UsageError(
+                    f"--users={path}: reviewerID {user!r} appears in rows {rows[user]} and {row}"
+                )
+            names = parse_list(path, row, cell)
+            foreign = [name for name in names if asins and not asins.get(name)]
+            if foreign:
+                raise UsageError(
+                    f"--users={path}: row {row}: {listing} names no item {foreign[0]!r}"
+                )
+            lists.append([asins.get(name, name) for name in names])
+    return list(rows), lists
