@@ -22,12 +22,12 @@ SPREAD_USERS = 512  # whose scores tell how loud a model is
 def main(*, files: flags.ExtractFiles) -> dict:
     """Write an item table: row i is the vector of item id i, ids that occur nowhere have zeros."""
     # 1. The request.
-    from datasets.domain import read_sequences
+    from datasets.domain import Domain, read_sequences
     from engine.files import check_writable
 
-    inputs = read_sequences(files)
+    runs = Domain.of(files).sasrecs(files.sasrec)
+    inputs = read_sequences(files, runs[0].flags)
     domain, data = inputs.domain, inputs.data
-    runs = domain.sasrecs(files.sasrec)
     path = Path(files.item_table or domain.item_table)
     cli.check((path.suffix == ".pkl", f"--item_table={path}: must end in .pkl"))
     check_writable(path.parent, "--item_table")

@@ -209,13 +209,15 @@ class Inputs(NamedTuple):
         return RunData(table, samples, splits, self.data.users, self.hashes)
 
 
-def read_sequences(files: Data) -> Inputs:
+def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:
     """Find and check the CSV, for SASRec and its item table. Imports no torch.
 
+    Args:
+        recorded: the flags of an earlier step, which say how list ends are read.
     Raises:
         UsageError: it is missing or wrong.
     """
-    domain = Domain.of(files)
+    domain = Domain.of(files).read_as_in(recorded or {})
     data, csv_path = domain.read()
     start = getattr(files, "init_table", None)
     hashes = {"data_sha256": data.sha256, "init_table_sha256": start and file_sha256(start)}

@@ -298,7 +298,7 @@ class Run:
             for name, value in group.values().items() if group.kind in kinds else ():
                 recorded = self.recorded.get(name, value)
                 if recorded != value:
-                    shown.append(f"--{name}={_named(value)} (the run has {_named(recorded)})")
+                    shown.append(_differs(name, value, recorded))
         return ", ".join(shown)
 
     def _has_checkpoint(self) -> bool:
@@ -390,7 +390,7 @@ class Run:
         """Say what differs between this command and the run that it resumes."""
         changed = self._other_flags(("free",))
         if changed:
-            changed = changed.replace("the run has", "was")
+            changed = changed.replace("the run has", "was").replace("not in the run", "was not given")
             print(f"resuming with {changed}: speed and rounding may change", flush=True)
         now = environment()
         threads = self.config.get("threads", now["threads"])
@@ -481,10 +481,14 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _named(value: Any) -> Any:
-    return "adapting" if value is None else value
+def _differs(name: str, value: Any, recorded: Any) -> str:
+    """How a flag differs from the recorded one; None is a flag that was not given."""
+    if value is None:
+        return f"no --{name} (the run has {recorded})"
+    return f"--{name}={value} ({'not in the run' if recorded is None else f'the run has {recorded}'})"
 
 
 def _short(value: Any) -> str:
+    """A hash, or a list of layers, in a few characters."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 60 else text[:12] + "..."

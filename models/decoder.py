@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
+from engine.errors import UsageError
 from models.catalogue import wide
 
 GROUPS = 4  # groups of users whose attention is computed together; the best of 1, 4, 8, 16 on CPU
@@ -176,7 +177,7 @@ class Decoder(nn.Module):
             layer.compiled = compiled
         self.n_layers = len(llama.layers)
         if block_ends != sorted(set(block_ends)) or block_ends[-1] != self.n_layers:
-            raise ValueError(f"block ends {block_ends} do not fit {self.n_layers} layers")
+            raise UsageError(f"block ends {block_ends} do not fit the model's {self.n_layers} layers")
         self.block_ends = block_ends
         self.gradient_checkpointing = gradient_checkpointing
         self.divided = False  # among processes

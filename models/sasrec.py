@@ -147,11 +147,14 @@ class SASRec(nn.Module):
         """The model of a run's best checkpoint.
 
         Raises:
-            UsageError: the checkpoint is missing or damaged.
+            UsageError: the checkpoint is missing, damaged or of another model.
         """
         shape = {field.name: run.flags[field.name] for field in SASRecModel.fields()}
         weights, _ = checkpoint.load(run.folder / "best")
-        n_items = len(weights["item_embedding.weight"]) - 1  # the last row is the padding
+        table = weights.get("item_embedding.weight")
+        if table is None:
+            raise UsageError(f"{run.folder}/best: no item_embedding.weight; not a SASRec run")
+        n_items = len(table) - 1  # the last row is the padding
         model = cls(n_items, run.flags["max_seq_length"], **shape)
         checkpoint.restore(model, weights, run.folder / "best")
         return model

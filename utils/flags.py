@@ -554,7 +554,8 @@ def inherit(
     start = "adapter" if mode == "offline" and not files.init_from else "base"
     n_teacher = llm.llama_decoder_nums_teacher or N_TEACHER
     if mode != "none" and n_teacher < llm.llama_decoder_nums_student:
-        print(f"the teacher has {n_teacher} layers, fewer than the student")
+        n_student = llm.llama_decoder_nums_student
+        print(f"the teacher has {n_teacher} layers, fewer than the student's {n_student}")
     settled = {"llama_decoder_nums_teacher": n_teacher, "student_init": llm.student_init or start}
     return prompt, dataclasses.replace(llm, **settled)
 

@@ -31,7 +31,7 @@ import models.llm4rec  # noqa: E402
 import models.lora  # noqa: E402
 import models.sasrec  # noqa: E402, F401
 import train_sr_trad  # noqa: E402, F401
-from datasets import prompts, teacher_states  # noqa: E402, F401
+import models.teachers  # noqa: E402, F401
 from engine import checkpoint, cli  # noqa: E402
 
 

@@ -259,13 +259,13 @@ CASES = [
         38,
         "E",
         flags(sasrec="nowhere"),
-        "SASRec checkpoint not found: nowhere/best; train_sr_trad.py writes it",
+        "--sasrec=nowhere: no sasrec run there; train_sr_trad.py makes one",
     ),
     (
         38,
         "D",
         flags(teacher="nowhere", teacher_cache="off"),
-        "teacher not found: nowhere/best; finetune.py writes it",
+        "--teacher=nowhere: no teacher run there; finetune.py makes one",
     ),
     (
         38,
@@ -313,7 +313,7 @@ CASES = [
         spoiled("output/demo/sasrec/best/weights.safetensors", lambda data: b"text"),
         "weights.safetensors does not match its sha256",
     ),
-    (43, "E", without_item_embedding, "no item_embedding.weight, found x; not a SASRec run"),
+    (43, "E", without_item_embedding, "no item_embedding.weight; not a SASRec run"),
     (
         44,
         "D",
@@ -324,13 +324,13 @@ CASES = [
         44,
         "F",
         flags(eval_only=True, output_dir="output/demo/teacher", lora_r=8),
-        "--lora_r=8 contradicts the run in output/demo/teacher, which has 16",
+        "--lora_r=8 contradicts the teacher run in output/demo/teacher, which has 16",
     ),
     (
         45,
         "D",
         edited_teacher(lambda c: c["model"].update(layers=[0, 1, 2, 3])),
-        "output/demo/teacher/best does not fit the model: has decoder.llama",
+        "block ends [8] do not fit the model's 4 layers",
     ),
     (
         47,
@@ -375,7 +375,7 @@ CASES = [
         51,
         "D",
         flags(base_model="small"),
-        "--base_model=small contradicts the teacher in output/demo/teacher, which has tiny",
+        "--base_model=small contradicts the teacher run in output/demo/teacher, which has tiny",
     ),
     (54, "FD", flags(base_model="./nowhere"), "--base_model=./nowhere: no such folder"),
     (
@@ -531,7 +531,7 @@ FLAGS = [
         71,
         ("F", "D"),
         "--layer_selection=trune",
-        "--layer_selection=trune: expected one of first, interval, last, influence, or numbers",
+        "--layer_selection=trune: expected one of first, interval, last, or numbers (0,2,4,6)",
     ),
     (
         71,
@@ -597,7 +597,7 @@ def test_rows_45_and_46_a_checkpoint_does_not_fit_other_depths(inside):
     path.write_text(json.dumps(config))
     with pytest.raises(
         cli.UsageError,
-        match=r"checkpoint four/best does not fit the model: lacks decoder.llama.layers.4",
+        match="block ends .4. do not fit the model's 6 layers",
     ):
         distill.main(
             **SHORT, teacher="four", llama_decoder_nums_student=2, distill_block=2, output_dir="s"
@@ -624,7 +624,7 @@ def test_rows_32_and_53_another_table_or_prompt_than_the_teachers(inside):
     with pytest.raises(
         cli.UsageError,
         match=(
-            "--prompt_template_name=other.json contradicts the teacher in narrow, which has alpaca"
+            "--prompt_template_name=other.json contradicts the teacher run in narrow, which has alpaca"
         ),
     ):
         distill.main(**SHORT, teacher="narrow", prompt_template_name="other.json", output_dir="s")

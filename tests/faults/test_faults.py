@@ -21,12 +21,12 @@ import finetune
 import models.losses
 import train_sr_trad
 from datasets.demo import write_demo
+from datasets.domain import read_sequences
 from engine import checkpoint, cli, files
 from engine.errors import RunError, UsageError
 from engine.run import Run
 from tests.conftest import ROOT, SHORT, hashes, stop_at_step, trained_lines
 from utils import evaluation
-from utils.flags import Runtime, Training
 
 pytestmark = pytest.mark.slow
 RUN = {
@@ -143,8 +143,8 @@ CHANGED = [
     ({"num_blocks": 1}, r"--num_blocks=1 \(the run has 2\)"),
     (
         {"data_path": "data/other.csv"},
-        "an unfinished run from something else: data_sha256 is .* \\(the run has .*; --overwrite "
-        "starts from scratch",
+        "an unfinished run from something else: data_sha256 is .* \\(the run has .*; choose "
+        "another folder, or --overwrite starts from scratch",
     ),
 ]
 
@@ -200,20 +200,16 @@ def test_row_68_and_f6_a_full_disk_keeps_the_checkpoint_and_says_what_is_needed(
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_f8_a_number_that_is_none_stops_the_run_and_is_never_logged(inside, monkeypatch, what):
-    plain, calls = models.losses.recommendation_loss, []
+    plain, calls = models.losses.next_item, []
 
-    def spoiled(output, *args, **kwargs):
-        parts = plain(output, *args, **kwargs)
+    def spoiled(users, *args):
+        value = plain(users, *args)
         calls.append(1)
-        if len(calls) == 8:
-            parts["total"] = (
-                parts["total"] * np.nan
-                if what == "loss"
-                else parts["total"] + (output.user.sum() * 0).sqrt()
-            )
-        return parts
+        if len(calls) != 8:
+            return value
+        return value * np.nan if what == "loss" else value + (users.sum() * 0).sqrt()
 
-    monkeypatch.setattr(models.losses, "recommendation_loss", spoiled)
+    monkeypatch.setattr(models.losses, "next_item", spoiled)
     with pytest.raises(RunError) as error:
         finetune.main(**RUN)
     line = str(error.value)
@@ -275,7 +271,7 @@ def test_f9_out_of_memory_is_one_line_with_the_flags_to_lower(fails, words, caps
 
 def test_f13_a_second_process_is_kept_out_and_a_dead_ones_lock_is_free(inside):
     Path("run").mkdir()
-    holder = "import sys, time; from pathlib import Path; from utils import files;"
+    holder = "import sys, time; from pathlib import Path; from engine import files;"
     holder += "files.take_lock(Path('run')); print(flush=True); time.sleep(60)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", holder]
@@ -419,7 +415,7 @@ def test_what_was_not_given_counts_when_a_run_is_resumed(inside, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RunError):
         stop_at_step(patch, 4)
         finetune.main(**RUN, bf16=True)
-    with pytest.raises(UsageError, match=r"bf16 is false \(the run has true\)"):
+    with pytest.raises(UsageError, match=r"no --bf16 \(the run has True\)"):
         finetune.main(**RUN)
 
 
@@ -449,7 +445,8 @@ def test_a_run_without_a_checkpoint_holds_nothing_back(inside, monkeypatch):
 
 def test_a_run_that_came_in_between_is_not_wiped(inside):
     """Another process finishes in the folder after this one looked at it and before it takes it."""
-    run = Run.open("sasrec", Path("run"), Training(), Runtime())
+    groups = [*cli._arguments(train_sr_trad.main, RUN).values()]
+    run = Run.open("sasrec", Path("run"), groups, read_sequences(groups[0]))
     run.prepare()
     train_sr_trad.main(**RUN)
     before = hashes(Path("run"))

@@ -29,10 +29,7 @@ CASES = {  # four optimizer steps per epoch of the shrunken demo
     "sasrec, sampled loss": ("train_sr_trad", [*RUN, "--loss=sampled", "--num_negatives=9"]),
     "teacher": ("finetune", [*RUN, *LORA, "--llama_decoder_nums=4", "--micro_batch_size=8"]),
     "student, cached": ("distill", [*RUN, *LORA]),
-    "student, live": (
-        "distill",
-        [*RUN, *LORA, "--teacher_cache=off", "--loss=sampled", "--num_negatives=9"],
-    ),
+    "student, live": ("distill", [*RUN, *LORA, "--teacher_cache=off"]),
     "student, online": (
         "distill",
         [*RUN, *LORA, "--distill_mode=online", "--llama_decoder_nums_teacher=4"],
