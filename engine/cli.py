@@ -251,6 +251,7 @@ def _report_unused(groups: list[Group], flags: dict[str, Any]) -> None:
         if not given or not field.metadata["needs"]:
             continue
         needs = [need.partition("=")[::2] for need in field.metadata["needs"].split("|")]
+        needs = [(name, value) for name, value in needs if name in flags]
         if not any(_holds(flags[name], value) for name, value in needs):
             shown = f"--{field.name}={flags[field.name]}"
             needed = " or ".join(

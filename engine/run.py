@@ -67,8 +67,8 @@ class Run:
         self, stage: str, folder: Path, config: dict[str, Any] | None, groups: Iterable[Group] = ()
     ) -> None:
         self.stage, self.folder, self.config, self.groups = stage, folder, config, [*groups]
-        adaptive = [name for group in self.groups for name in group.usual]
-        self.recorded = recorded_flags(config or {}, adaptive)
+        usual = {name: value for group in self.groups for name, value in group.usual.items()}
+        self.recorded = recorded_flags(config or {}, usual)
         self.flags = dict(self.recorded)
         if self.groups:
             self.flags = {name: v for group in self.groups for name, v in group.values().items()}
@@ -343,6 +343,11 @@ class Run:
         self._new_config["flags"] = self.flags
         self.resume = not self.overwrite and self.config is not None and self._has_checkpoint()
         if self.resume:
+            if self.config.get("draws") != 1:
+                raise UsageError(
+                    f"--output_dir={self.folder}: its unfinished run was begun by code from before"
+                    " 2026-11-25, which drew other numbers; --overwrite starts from scratch"
+                )
             self._refuse_others(config)
         elif self.config is not None and not self.overwrite:
             print(
@@ -390,7 +395,9 @@ class Run:
         """Say what differs between this command and the run that it resumes."""
         changed = self._other_flags(("free",))
         if changed:
-            changed = changed.replace("the run has", "was").replace("not in the run", "was not given")
+            changed = changed.replace("the run has", "was").replace(
+                "not in the run", "was not given"
+            )
             print(f"resuming with {changed}: speed and rounding may change", flush=True)
         now = environment()
         threads = self.config.get("threads", now["threads"])
@@ -422,13 +429,17 @@ class Run:
         return results
 
 
-def recorded_flags(config: dict[str, Any], adaptive: Iterable[str]) -> dict[str, Any]:
-    """The flags of a config.json. Before 2026-11-28 an empty flag that adapts had a number, and
-    `given` listed the others.
+def recorded_flags(config: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a config.json.
+
+    Before 2026-11-28 an empty flag that adapts had its usual value, and `given` listed the others;
+    before 2026-11-25, when `draws` came, nothing told them apart.
     """
     flags = dict(config.get("flags") or {})
     if "given" in config:
-        flags |= dict.fromkeys(name for name in adaptive if name not in config["given"])
+        return flags | dict.fromkeys(name for name in usual if name not in config["given"])
+    if "draws" not in config:
+        return flags | dict.fromkeys(n for n, value in usual.items() if flags.get(n) == value)
     return flags
 
 
@@ -485,7 +496,9 @@ def _differs(name: str, value: Any, recorded: Any) -> str:
     """How a flag differs from the recorded one; None is a flag that was not given."""
     if value is None:
         return f"no --{name} (the run has {recorded})"
-    return f"--{name}={value} ({'not in the run' if recorded is None else f'the run has {recorded}'})"
+    return (
+        f"--{name}={value} ({'not in the run' if recorded is None else f'the run has {recorded}'})"
+    )
 
 
 def _short(value: Any) -> str:

@@ -177,7 +177,9 @@ class Decoder(nn.Module):
             layer.compiled = compiled
         self.n_layers = len(llama.layers)
         if block_ends != sorted(set(block_ends)) or block_ends[-1] != self.n_layers:
-            raise UsageError(f"block ends {block_ends} do not fit the model's {self.n_layers} layers")
+            raise UsageError(
+                f"block ends {block_ends} do not fit the model's {self.n_layers} layers"
+            )
         self.block_ends = block_ends
         self.gradient_checkpointing = gradient_checkpointing
         self.divided = False  # among processes

@@ -212,6 +212,11 @@ class LLM4Rec(nn.Module):
             return self.restore(source)
         if how == "base":
             return self
+        if not (teacher.folder / "best").is_dir():
+            raise UsageError(
+                f"--teacher={teacher.folder}: its checkpoint best/ is gone;"
+                " the student starts from its weights, unless --student_init=base"
+            )
         tensors, _ = checkpoint.load(teacher.folder / "best")
         own = checkpoint.trained_tensors(self)
         if how == "teacher":

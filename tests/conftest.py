@@ -187,9 +187,10 @@ def assert_resumes(patch: pytest.MonkeyPatch, main: Callable, **flags) -> None:
 
 
 def script(name: str, *flags: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    """A script of ours, or `-m` and a module, as a command."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, ROOT / name, *flags],
+        [sys.executable, name if name == "-m" else ROOT / name, *flags],
         cwd=cwd,
         capture_output=True,
         text=True,

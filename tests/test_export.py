@@ -107,5 +107,5 @@ def test_requests_that_cannot_be(inside, monkeypatch):
     with pytest.raises(UsageError, match="--onnx needs onnxscript; pip install onnxscript"):
         export.main(output_dir="p", onnx=True)
     Path("o/recommender.safetensors").write_bytes(b"x")
-    with pytest.raises(UsageError, match="o: damaged, not a folder of export.py"):
+    with pytest.raises(UsageError, match="o: damaged, not a folder of serving.export"):
         recommend.main(model="o", history=["1"])

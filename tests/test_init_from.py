@@ -37,7 +37,7 @@ def test_an_online_students_weights_are_taken_and_a_run_resumes_bit_for_bit(insi
     assert_resumes(monkeypatch, distill.main, **flags)
     distill.main(**flags, output_dir="whole")  # finished: prints its results
     distill.main(**SHORT, seed=3, output_dir="online", overwrite=True)
-    with pytest.raises(UsageError, match="a finished run from another file: its init_sha256"):
+    with pytest.raises(UsageError, match="a finished run from something else: init_sha256"):
         distill.main(**flags, output_dir="whole")
 
 
@@ -46,7 +46,7 @@ def test_what_cannot_be_a_start_is_refused(inside):
     shutil.copytree("output/demo/student", "empty")
     shutil.rmtree("empty/best")
     for flags, message in (
-        ({"init_from": "none"}, "--init_from=none: no student run there; distill.py makes one"),
+        ({"init_from": "none"}, "--init_from=none: no student run there"),
         ({"init_from": "empty"}, "--init_from=empty: has no checkpoint best/"),
         ({"init_from": "output/demo/teacher"}, "holds a teacher run, expected a student run"),
         ({"init_from": "s"}, "--init_from=s is this run's own folder; name --output_dir"),

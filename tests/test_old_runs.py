@@ -58,7 +58,7 @@ def test_an_old_finished_run_is_known_as_such(old, capsys):
 
 
 def test_an_old_unfinished_run_is_refused_in_one_line(old):
-    with pytest.raises(UsageError, match="was begun by code from before 2026-11-25, which is not"):
+    with pytest.raises(UsageError, match="was begun by code from before 2026-11-25, which drew"):
         distill.main(**STUDENT, student_init="base", output_dir="output/demo/unfinished")
 
 

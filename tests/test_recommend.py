@@ -56,9 +56,10 @@ def test_lists_by_hand():
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["student", "teacher", "sasrec"])
 def test_a_targets_place_is_its_rank(inside, model):
-    data = served.read(ServedFiles(model=model)).data
+    found = served.read(ServedFiles(model=model))
+    data, slots = found.data, found.run.flags["max_seq_length"]
     recommender, names = recommend.open_model(ServedFiles(model=model), None, "cpu")
-    split = EvaluationSplit(data, TEST, served.run.flags["max_seq_length"], 0, 1)
+    split = EvaluationSplit(data, TEST, slots, 0, 1)
     ends = split.samples.end
     seen = [data.items[a:b].tolist() for a, b in zip(data.offsets[:-1], ends)]
     items, scores = recommender.recommend(seen, data.n_items)
@@ -129,20 +130,6 @@ def test_many_users_into_a_file_of_each_form(inside):
         "recs.jsonl",
         "recs.parquet",
     ]
-
-
-@pytest.mark.slow
-def test_two_processes_write_one_file(inside):
-    from tests.faults.test_processes import start
-
-    recommend.main(users="all", output="one.csv", k=3)
-    for suffix in ("csv", "parquet"):
-        start(2, "recommend.py", "--users=all", f"--output=two.{suffix}", "--k=3")
-    one, two = (list(csv.DictReader(open(f"{name}.csv"))) for name in ("one", "two"))
-    for row, other in zip(one, two, strict=True):  # other batches round otherwise
-        assert float(row.pop("score")) == pytest.approx(float(other.pop("score")), abs=1e-5)
-        assert row == other
-    assert pq.read_table("two.parquet").num_rows == 3 * 120
 
 
 @pytest.mark.slow
@@ -224,7 +211,7 @@ def test_what_is_missing_is_named(inside):
     ):
         with pytest.raises(UsageError, match=message):
             recommend.main(**flags)
-    done = script("serving/recommend.py", "--history=12,zzz", cwd=inside, status=2)
+    done = script("-m", "serving.recommend", "--history=12,zzz", cwd=inside, status=2)
     assert done.stderr.splitlines()[-1].startswith("error: --history: 'zzz' is no item")
 
 

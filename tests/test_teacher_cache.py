@@ -272,8 +272,8 @@ def test_a_second_run_needs_no_teacher_weights_and_says_so(inside, capsys):
     with pytest.raises(UsageError, match="starts from its weights, unless --student_init=base"):
         distill.main(**SHORT, output_dir="third")
     shutil.rmtree("output/demo/teacher_states")
-    with pytest.raises(UsageError, match="teacher not found: output/demo/teacher/best"):
-        distill.main(**SHORT, output_dir="third")
+    with pytest.raises(UsageError, match="checkpoint not found: output/demo/teacher/best"):
+        distill.main(**SHORT, output_dir="third", student_init="base")
 
 
 @pytest.mark.slow

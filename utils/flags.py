@@ -42,6 +42,7 @@ TARGETS = (
     "one target per user (last), or every position (SASRec) or prefix (LLM) of a history (all)"
 )
 NOT_FULL = "train_strategy=lora|train_strategy=auto"
+READS_TEACHER = "distill_lambda|norm_lambda|logit_lambda"
 N_TEACHER = 8  # M, without a trained teacher
 STUDENT_STREAM = 0x5EED_0F_57D  # between a student's draws and those of a teacher of equal --seed
 NUMBERS = r"[0-9]+( *, *[0-9]+)*"
@@ -105,8 +106,8 @@ class SASRecFiles(Output, Data):
 
     init_table: str | None = flag(
         None,
-        "an item table to start the item embeddings from, such as that of extract_emb.py "
-        "--source titles; scaled to init_std",
+        "an item table to start the item embeddings from, such as that of experiments.titles; "
+        "scaled to init_std",
     )
 
     def problems(self, flags: dict[str, Any]) -> list[str]:
@@ -135,6 +136,7 @@ class TeacherFiles(Output, ItemTable, Data):
         "where a frozen teacher's outputs on the training samples are kept, computed once and "
         "read by later runs;"
         " auto is teacher_states/ beside the teacher's folder, off runs the teacher in every step",
+        needs=f"{READS_TEACHER}|sasrec_lambda",
     )
 
 
@@ -145,7 +147,7 @@ class StudentFiles(TeacherFiles):
     teacher: str | None = flag(
         None,
         "the folder of the step-3 run; output/<domain>/teacher by default",
-        needs="distill_lambda|norm_lambda|logit_lambda|student_init",
+        needs=f"{READS_TEACHER}|student_init=adapter|student_init=teacher",
     )
 
     def problems(self, flags: dict[str, Any]) -> list[str]:
@@ -239,12 +241,12 @@ class StudentLLM(LLM):
 
     llama_decoder_nums_student: PositiveInt = flag(4, "N, decoder layers kept")
     llama_decoder_nums_teacher: PositiveInt | None = flag(
-        None, "M; the teacher's where there is one, else 8"
+        None, "M; the teacher's where there is one, else 8", needs=READS_TEACHER
     )
     distill_mode: Literal["offline", "online"] = flag(
         "offline",
         "offline: the teacher is frozen; online: both train together from the base",
-        needs="distill_lambda|norm_lambda|logit_lambda",
+        needs=READS_TEACHER,
     )
     student_init: Literal["base", "adapter", "teacher"] | None = flag(
         None,
@@ -279,7 +281,9 @@ class TeacherLoss(Group):
 
     kind: ClassVar[str] = "model"
     distill_block: PositiveInt = flag(
-        4, "B, the number of blocks; must divide the number of layers"
+        4,
+        "B, the number of blocks; must divide the number of layers",
+        needs=f"{READS_TEACHER}|cls_multiple_lambda",
     )
     cls_multiple_lambda: NonNegativeFloat = flag(
         0.0,

@@ -29,9 +29,9 @@ import distill  # noqa: E402, F401
 import finetune  # noqa: E402, F401
 import models.llm4rec  # noqa: E402
 import models.lora  # noqa: E402
-import models.sasrec  # noqa: E402, F401
-import train_sr_trad  # noqa: E402, F401
+import models.sasrec  # noqa: E402
 import models.teachers  # noqa: E402, F401
+import train_sr_trad  # noqa: E402, F401
 from engine import checkpoint, cli  # noqa: E402
 
 

@@ -595,10 +595,7 @@ def test_rows_45_and_46_a_checkpoint_does_not_fit_other_depths(inside):
     config = json.loads(path.read_text())
     config["model"]["layers"], config["flags"]["llama_decoder_nums"] = [0, 1, 2, 3, 4, 5], 6
     path.write_text(json.dumps(config))
-    with pytest.raises(
-        cli.UsageError,
-        match="block ends .4. do not fit the model's 6 layers",
-    ):
+    with pytest.raises(cli.UsageError, match="block ends .4. do not fit the model's 6 layers"):
         distill.main(
             **SHORT, teacher="four", llama_decoder_nums_student=2, distill_block=2, output_dir="s"
         )
