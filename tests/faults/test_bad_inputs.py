@@ -621,7 +621,8 @@ def test_rows_32_and_53_another_table_or_prompt_than_the_teachers(inside):
     with pytest.raises(
         cli.UsageError,
         match=(
-            "--prompt_template_name=other.json contradicts the teacher run in narrow, which has alpaca"
+            "--prompt_template_name=other.json contradicts the teacher run in narrow, which has "
+            "alpaca"
         ),
     ):
         distill.main(**SHORT, teacher="narrow", prompt_template_name="other.json", output_dir="s")
