@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main rows on amazon2014_beauty with the built-in random base `small`: docs/sasrec_teacher.md. SEEDS="0 1 2" for all of it.
+# The main rows on amazon2014_beauty with the built-in random base `small`: docs/results.md. SEEDS="0 1 2" for all of it.
 # docs/data.md says where the file is from. common.sh says what can be set from outside.
 DOMAIN=beauty DATA=${DATA:-data/amazon2014_beauty.csv.xz} BASE=${BASE:-small}
 . "$(dirname "$0")/common.sh"
@@ -27,6 +27,12 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $llm --output_dir $out/from_teachers_ends_sasrec_kl --teacher $out/teacher --student_init adapter $kl $budget
     run $LAUNCH distill.py $llm --output_dir $out/cos_sasrec_kl --teacher $out/teacher --student_init base \
         --norm_lambda 0 --cls_multiple_lambda 0 $kl $budget
+    # a chain of teachers: SASRec teaches eight layers, which teach four
+    run $LAUNCH finetune.py $llm --output_dir $out/teacher_kl --base_model "$BASE" --llama_decoder_nums 8 $kl $budget
+    chain="$llm --teacher $out/teacher_kl --student_init adapter $budget"
+    run $LAUNCH distill.py $chain --output_dir $out/chain_slmrec
+    run $LAUNCH distill.py $chain --output_dir $out/chain_logit_kl $alone --logit_lambda 3 --temperature 2
+    run $LAUNCH distill.py $chain --output_dir $out/chain_logit_and_sasrec_kl $alone --logit_lambda 3 --temperature 2 $kl
     run $LAUNCH distill.py $llm --output_dir $out/ce_2 --base_model "$BASE" --llama_decoder_nums_student 2 --distill_block 2 $alone $budget
     run $LAUNCH distill.py $llm --output_dir $out/slmrec_2 --teacher $out/teacher --student_init base \
         --llama_decoder_nums_student 2 --distill_block 2 $budget

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SmolLM2-135M and its random twin on amazon2014_beauty, after beauty.sh: docs/sasrec_teacher.md. `make smollm2` brings it.
+# SmolLM2-135M and its random twin on amazon2014_beauty, after beauty.sh: docs/results.md. `make smollm2` brings it.
 # docs/data.md says where the file is from. common.sh says what can be set from outside.
 DOMAIN=beauty DATA=${DATA:-data/amazon2014_beauty.csv.xz} BASE=${BASE:-smollm2}
 . "$(dirname "$0")/common.sh"

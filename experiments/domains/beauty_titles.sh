@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Item vectors that start from titles, on amazon2014_beauty, after beauty.sh: docs/sasrec_teacher.md. `make minilm` brings the encoder.
+# Item vectors that start from titles, on amazon2014_beauty, after beauty.sh: docs/results.md. `make minilm` brings the encoder.
 # docs/data.md says where the file is from. common.sh says what can be set from outside.
 DOMAIN=beauty DATA=${DATA:-data/amazon2014_beauty.csv.xz} BASE=${BASE:-small}
 . "$(dirname "$0")/common.sh"
@@ -17,7 +17,9 @@ for seed in $SEEDS; do
     last="--num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1"
     titles="--item_table $out/sasrec_titles_item.pkl"
     run $LAUNCH distill.py $common $titles $kl $last --sasrec $out/sasrec_titles --output_dir $out/titles_kl
-    run $LAUNCH distill.py $common $titles $kl $last --sasrec $out/sasrec,$out/sasrec_titles --output_dir $out/titles_both_kl
+    run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec,$out/sasrec_titles --item_table $out/both_item.pkl
+    run $LAUNCH distill.py $common --item_table $out/both_item.pkl $kl $last --sasrec $out/sasrec,$out/sasrec_titles \
+        --output_dir $out/titles_both_kl
     run $PYTHON -m experiments.together --model $out/sasrec_kl,$out/titles_kl --output $out/together_students.json
 done
 run $PYTHON -m experiments.report --runs "$ROOT"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main rows on amazon2018_games with the built-in random base `small`: docs/results.md, and docs/sasrec_teacher.md for SASRec's KL.
+# The main rows on amazon2018_games with the built-in random base `small`: docs/results.md.
 # Games has 2.3 times the users of Beauty: fewer epochs are more steps. SEEDS="0 1 2" for all of it.
 # docs/data.md says where the file is from. common.sh says what can be set from outside.
 DOMAIN=games DATA=${DATA:-data/amazon2018_games.csv.xz} BASE=${BASE:-small}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SASRec as a teacher on amazon2014_toys with the built-in random base `small`: docs/sasrec_teacher.md. SEEDS="0 1 2 3 4" for all of it.
+# SASRec as a teacher on amazon2014_toys with the built-in random base `small`: docs/results.md. SEEDS="0 1 2 3 4" for all of it.
 # docs/data.md says where the file is from. common.sh says what can be set from outside.
 DOMAIN=toys DATA=${DATA:-data/amazon2014_toys.csv.xz} BASE=${BASE:-small}
 . "$(dirname "$0")/common.sh"
