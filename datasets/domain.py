@@ -180,6 +180,10 @@ class Inputs(NamedTuple):
         return REBUILD
 
     @property
+    def weights_have_items(self) -> bool:
+        return self.table_path is None
+
+    @property
     def about(self) -> dict[str, str | None]:
         """What config.json says beside the hashes."""
         return {"domain": self.domain.name, "items_from": self.items_from}
@@ -220,6 +224,18 @@ def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:
     domain = Domain.of(files).read_as_in(recorded or {})
     data, csv_path = domain.read()
     start = getattr(files, "init_table", None)
+    notes = start and Path(start).with_suffix(".json")
+    made_from = (
+        read_json(notes, "item table notes").get("data_sha256")
+        if notes and notes.is_file()
+        else None
+    )
+    if made_from not in (None, data.sha256):
+        raise UsageError(
+            f"--init_table={start} was made for a CSV with sha256 {made_from[:12]}...,"
+            f" {csv_path} has {data.sha256[:12]}...: a number may be another item there;"
+            " make the table from this CSV"
+        )
     hashes = {"data_sha256": data.sha256, "init_table_sha256": start and file_sha256(start)}
     sources = {"data_sha256": csv_path, "init_table_sha256": start}
     return Inputs(domain, data, csv_path, None, hashes, sources)

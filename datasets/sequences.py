@@ -155,6 +155,17 @@ class EvaluationSplit:
         """How many candidates were asked for and the fewest that a user gets, for results.json."""
         return {"asked": self.n_candidates, "fewest": self.fewest_candidates()}
 
+    def repeated(self) -> np.ndarray:
+        """Whether the user had met the target before, bool [U]."""
+        samples, starts = self.samples, self.data.offsets[:-1]
+        owner = np.repeat(np.arange(len(samples)), samples.length)
+        position = np.arange(len(owner)) - np.repeat(
+            np.cumsum(samples.length) - samples.length, samples.length
+        )
+        met = self.data.items[starts[owner] + position]
+        again = met == self.data.items[samples.end][owner]
+        return np.bincount(owner[again], minlength=len(samples)) > 0
+
     def n_batches(self, batch_size: int, limit: int | None = None) -> int:
         """Of all users, at most `limit`."""
         every = -(-len(self.samples) // batch_size)

@@ -143,6 +143,40 @@ def save_whole(folder: Path, *parts: Any) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_replaceable(folder: Path, flag: str) -> Path:
+    """The real folder behind a name, one that can be moved aside.
+
+    Raises:
+        UsageError: it is a mount point, or the command runs in it.
+    """
+    real = folder.resolve()
+    if real.is_mount():
+        raise UsageError(f"{flag}={folder}: is a mount point; name a folder inside it")
+    if Path.cwd().is_relative_to(real):
+        raise UsageError(f"{flag}={folder}: the command runs in it; name a folder inside it")
+    check_writable(real.parent, flag)
+    return real
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Put a finished folder in the place of another one, which stands until then.
+
+    Raises:
+        OSError: it cannot be moved; the old one is back in its place.
+    """
+    old = folder.with_name(f".old-{folder.name}-{os.getpid()}")
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 _held: dict[Path, "FileLock"] = {}  # the locks of this process, by folder
 
 

@@ -40,11 +40,14 @@ class Inputs(Protocol):
     hashes: entry of config.json (such as data_sha256) -> the present file's hash.
     sources: entry -> where that file is.
     rebuild: what to do when a file has changed, for messages.
+    weights_have_items: whether row i of some weight is item i, so that the weights mean something
+        with the same data alone.
     """
 
     hashes: dict[str, str | None]
     sources: dict[str, Path]
     rebuild: str
+    weights_have_items: bool
 
 
 class Run:
@@ -122,6 +125,8 @@ class Run:
             return run
         if run.flags.get("init_from"):
             run.source = cls._open_source(stage, Path(run.flags["init_from"]), folder)
+            if inputs.weights_have_items:
+                run.source.check_same(inputs)
         hashes = inputs.hashes | {"init_sha256": run.source and run.source.weights_sha256()}
         for name, runs in earlier.items():
             known = [other.weights_sha256() for other in runs]

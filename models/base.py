@@ -21,7 +21,8 @@ from models.builtin import BUILT_IN, FOLDER, ensure_built_in
 
 MADE = {"smollm2": FOLDER / "smollm2"}  # by `make`
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+PROVEN = ("llama", "mistral", "qwen2", "qwen3")  # against the library's forward, by the tests
+FAMILIES = PROVEN  # EDIT for another one: (*PROVEN, "name"); the first load proves it
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints store it
 SAMPLES, SAMPLE = 64, 4096  # pieces of a shard that its fingerprint covers, and their bytes
@@ -283,6 +284,8 @@ def _shards(base: str) -> dict[str, str]:
     """Tensor name in the checkpoint -> the file that holds it."""
     index = _file(base, INDEX, optional=True)
     if index is not None:
+        if (Path(base) / SINGLE).is_file():
+            print(f"{base}: reading the shards of {INDEX}; not read: {SINGLE}", flush=True)
         return _weight_map(index)
     single = _file(base, SINGLE)
     if single is None:

@@ -19,12 +19,15 @@ from transformers import PreTrainedModel
 from engine import checkpoint, sharding
 from engine.errors import UsageError
 from engine.run import Run
-from models.base import Base, load_llama, longest, open_base
+from models.base import PROVEN, Base, load_llama, longest, open_base
 from models.builtin import BUILT_IN
 from models.decoder import Decoder, KeyValue, Packed
 from models.losses import Output
 from models.selection import equal_blocks, select_layers
 from utils.flags import LLM, LoRA, Prompt
+
+PROOF_ITEMS = 5
+PROOF, PROOF_BF16 = 1e-4, 5e-2  # largest relative difference from the library's forward
 
 
 class LLM4Rec(nn.Module):
@@ -166,7 +169,35 @@ class LLM4Rec(nn.Module):
         """
         dtype = torch.bfloat16 if bf16 and spec["strategy"] == "lora" else torch.float32
         llama = load_llama(base.location, base.config, spec["layers"], dtype)
-        return assemble(llama, item_table, spec, gradient_checkpointing, compiled, bf16)
+        model = assemble(llama, item_table, spec, gradient_checkpointing, compiled, bf16)
+        if base.config.model_type not in PROVEN:
+            model.prove(base.name)
+        return model
+
+    @torch.no_grad()
+    def prove(self, base: str) -> None:
+        """Compare the packed forward with the library's own on one short history: layers may do
+        more than LLaMA's (scale what they add, leave positions out).
+
+        Raises:
+            UsageError: the last states differ.
+        """
+        self.eval()
+        decoder, llama = self.decoder, self.decoder.llama
+        history = torch.arange(min(PROOF_ITEMS, len(self.item_table)))[None]
+        items = self.adapter(self.item_table[history[0]].to(self.adapter.weight.dtype))
+        parts = llama.embed_tokens(decoder.prompt_ids), llama.embed_tokens(decoder.response_ids)
+        plain = llama(inputs_embeds=torch.cat([parts[0], items.to(parts[0]), parts[1]])[None])
+        expected = plain.last_hidden_state[0, -1].float()
+        found = self(history).states[0, -1].float()
+        difference = float((found - expected).norm() / expected.norm())
+        allowed = PROOF if llama.dtype == torch.float32 else PROOF_BF16
+        if not difference <= allowed:
+            raise UsageError(
+                f"--base_model={base}: the layers of model_type {llama.config.model_type} compute"
+                f" something else than models/decoder.py (states differ by {difference:.2g},"
+                f" allowed {allowed:.2g}); add it there"
+            )
 
     @classmethod
     def load(cls, run: Run, item_table: Tensor, bf16: bool) -> "LLM4Rec":

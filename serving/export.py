@@ -15,14 +15,17 @@ nothing is written.
 import os
 import shutil
 import string
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 from engine import cli
 from engine.cli import PositiveInt, flag
+from engine.errors import RunError, UsageError
 from serving.served import ServedFiles, is_export, read
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+SHOWN = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
 HERE = Path(__file__).parent
 RANKED = {
     "sampled": "the target among {candidates} items that the user never met",
@@ -42,16 +45,14 @@ def model_card(served, code: str) -> str:
 
     run, data = served.run, served.data
     recorded, model = run.flags, run.config["model"]
-    lines = []
     results = run.folder / "results.json"
     measured = run.results() if results.is_file() else {"test": {}}
     asked = recorded["num_candidates"]
     fewest = measured.get("candidates", {}).get("fewest", asked)  # an older run does not record it
     candidates = asked if asked == fewest else f"at least {fewest}"  # a small catalogue has fewer
-    for protocol, metrics in measured["test"].items():
-        values = (f"{metrics[n]:.4f}" for n in ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR"))
-        ranked = RANKED[protocol].format(candidates=candidates)
-        lines.append(f"| {ranked} | {' | '.join(values)} |")
+    lines = metric_lines(f"this {run.stage}", measured["test"], candidates)
+    for name, metrics in compared(served).items():
+        lines += metric_lines(name, metrics, candidates)
     built_in = recorded["base_model"] in BUILT_IN
     text = (HERE / "model_card.md").read_text(encoding="utf-8")
     return string.Template(text).substitute(
@@ -68,8 +69,38 @@ def model_card(served, code: str) -> str:
         strategy=model["strategy"],
         seed=recorded["seed"],
         metrics="\n".join(lines) or "| not evaluated |",
+        trained_in="bfloat16" if run.bf16 else "float32",
+        versions=", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
         code=code.rstrip(),
     )
+
+
+def metric_lines(model: str, test: dict, candidates: int | str) -> list[str]:
+    """Rows of the card's table: a protocol each, of one model's test metrics."""
+    lines = []
+    for protocol, metrics in test.items():
+        values = " | ".join(f"{metrics[name]:.4f}" for name in SHOWN)
+        lines.append(f"| {RANKED[protocol].format(candidates=candidates)} | {model} | {values} |")
+    return lines
+
+
+def compared(served) -> dict[str, dict]:
+    """Test metrics of the domain's SASRec and of popularity, where that run is there, finished, of
+    the same data and ranked alike.
+    """
+    try:
+        sasrec = served.domain.sasrecs(served.run.flags.get("sasrec"))[0]
+    except UsageError:
+        return {}
+    own, other = served.run.flags, sasrec.flags
+    alike = all(own[name] == other.get(name) for name in ("num_candidates", "candidate_seed"))
+    if not (sasrec.finished and alike and sasrec.config["data_sha256"] == served.data.sha256):
+        return {}
+    results = sasrec.results()
+    found = {"SASRec": results["test"]}
+    if "popularity" in results:
+        found["popularity"] = results["popularity"]["test"]
+    return found
 
 
 @cli.command
@@ -82,24 +113,27 @@ def main(
     overwrite: bool = flag(False, "replace the folder, if it is an export"),
 ) -> Path:
     """Export a run."""
-    from engine.files import check_writable
+    from engine.files import check_replaceable, replace_folder
 
-    folder = Path(output_dir)
+    folder = check_replaceable(Path(output_dir), "--output_dir")
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     exported = is_export(folder)
     instead = "--overwrite replaces it" if exported else "not an export, choose another"
     lacking = [name for name in ONNX_PACKAGES if onnx and find_spec(name) is None]
     cli.check(
         (not lacking, f"--onnx needs {', '.join(lacking)}; pip install {' '.join(lacking)}"),
-        (empty or (overwrite and exported), f"--output_dir={folder}: already exists; {instead}"),
+        (
+            empty or (overwrite and exported),
+            f"--output_dir={output_dir}: already exists; {instead}",
+        ),
     )
-    check_writable(folder.parent, "--output_dir")
     served = read(files)
     run = served.run
     cli.check((run.stage != "sasrec", "--model: SASRec is no LLaMA; export a teacher or a student"))
 
     import numpy as np
     import torch  # imported late: bad flags fail at once
+    from safetensors import SafetensorError
     from tqdm import tqdm
 
     from datasets.items import Items
@@ -130,15 +164,17 @@ def main(
         if onnx:
             graph = exported.save_onnx(partial, model, slots)
             exported.verify(expected, exported.onnx_scores(graph, rows, slots), "the ONNX graph")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        replace_folder(partial, folder)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise RunError(f"--output_dir={output_dir}: {reason}; nothing was written") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     ways = "the card's code and the ONNX graph give" if onnx else "the card's code gives"
     print(f"{ways} the model's scores for {len(rows):,} test users")
     size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"wrote {folder}: {size / 2**20:.1f} MiB")
-    return folder
+    print(f"wrote {output_dir}: {size / 2**20:.1f} MiB")
+    return Path(output_dir)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from engine.errors import RunError, UsageError
 from engine.files import read_json, write_json
@@ -45,6 +45,7 @@ def save(
     merge_lora(decoder.llama)
     decoder.llama.config.architectures = [type(decoder.llama).__name__]
     decoder.llama.save_pretrained(folder)
+    spell_for_older(folder / "config.json")
     names = ("adapter.", "head.", "exit_heads.")
     tensors = {name: t for name, t in model.state_dict().items() if name.startswith(names)}
     tensors |= {"item_table": model.item_table, "item_ids": item_ids, "popularity": popularity}
@@ -60,6 +61,23 @@ def save(
     write_json(folder / SHAPE, shape)
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors are written for the owner alone
+
+
+def spell_for_older(path: Path) -> None:
+    """Add to a config.json of transformers 5 the names under which transformers 4 reads the rotary
+    positions; it would take its default for `rope_parameters`, without a word.
+
+    Raises:
+        RunError: the installed version does not read the same from both.
+    """
+    config = read_json(path, "config")
+    rope = config.get("rope_parameters") or {}
+    config["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {name: v for name, v in rope.items() if name != "rope_theta"}
+    write_json(path, config)
+    if AutoConfig.from_pretrained(path.parent).rope_parameters != rope:
+        raise RunError(f"{path}: transformers reads other rotary positions from it")
 
 
 def merge_lora(llama: PreTrainedModel) -> None:

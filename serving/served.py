@@ -37,6 +37,7 @@ class Served(NamedTuple):
     """
 
     run: Run
+    domain: Domain
     data: Interactions
     csv_path: Path
     table_path: Path | None
@@ -135,4 +136,4 @@ def read(files: ServedFiles) -> Served:
         sources["table_sha256"] = table_path
     run.check_same(Inputs(domain, data, csv_path, table_path, hashes, sources))
     run.report_unfinished()
-    return Served(run, data, csv_path, table_path)
+    return Served(run, domain, data, csv_path, table_path)

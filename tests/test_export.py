@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, LlamaConfig
 
 import distill
 import finetune
 from engine.errors import RunError, UsageError
 from serving import export, exported, recommend
-from tests.conftest import SHORT
+from tests.conftest import ROOT, SHORT, hashes
 
 
 @pytest.mark.slow
@@ -109,3 +110,70 @@ def test_requests_that_cannot_be(inside, monkeypatch):
     Path("o/recommender.safetensors").write_bytes(b"x")
     with pytest.raises(UsageError, match="o: damaged, not a folder of serving.export"):
         recommend.main(model="o", history=["1"])
+
+
+@pytest.mark.slow
+def test_the_old_export_stands_until_the_new_one_does(inside, monkeypatch):
+    """A link, the folder that the command runs in, a mount point and a full disk."""
+    export.main(output_dir="o", verify_users=3)
+    Path("link").symlink_to("o")
+    export.main(output_dir="link", overwrite=True, verify_users=3)
+    assert Path("link").is_symlink() and Path("o/config.json").is_file()
+    before = hashes(Path("o"))
+    with pytest.raises(UsageError, match="--output_dir=/proc: is a mount point; name a folder"):
+        export.main(output_dir="/proc", overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.chdir("o")
+        with pytest.raises(UsageError, match="--output_dir=.: the command runs in it; name a fol"):
+            export.main(output_dir=".", overwrite=True)
+    for error in (OSError(28, "No space left on device"), SafetensorError("No space left")):
+        with monkeypatch.context() as patch:
+            patch.setattr(exported, "save_file", lambda *_, **__: (_ for _ in ()).throw(error))
+            with pytest.raises(RunError, match="--output_dir=o: .*No space left.*; nothing was"):
+                export.main(output_dir="o", overwrite=True, verify_users=3)
+    rename = Path.rename
+
+    def fails(self, target):
+        if self.name.startswith(".tmp-"):
+            raise OSError(16, "Device or resource busy")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(RunError, match="Device or resource busy; nothing was written"):
+            export.main(output_dir="o", overwrite=True, verify_users=3)
+    assert hashes(Path("o")) == before
+    assert not [path for path in Path().iterdir() if path.name.startswith((".tmp-", ".old-"))]
+
+
+def test_config_is_spelled_as_transformers_4_reads_it(tmp_path):
+    """4.57 reads `rope_theta` and `rope_scaling`, and knows no `rope_parameters`."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    for given, scaling in (
+        (rope, {name: value for name, value in rope.items() if name != "rope_theta"}),
+        ({"rope_type": "default", "rope_theta": 5e5}, None),
+    ):
+        LlamaConfig(rope_parameters=given).save_pretrained(tmp_path)
+        exported.spell_for_older(tmp_path / "config.json")
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["rope_theta"] == 5e5 and config.get("rope_scaling") == scaling
+        assert config["rope_parameters"] == given
+        assert AutoConfig.from_pretrained(tmp_path).rope_parameters == given
+
+
+@pytest.mark.slow
+def test_the_card_compares_and_says_how_to_feed_the_graph(inside):
+    export.main(output_dir="o", onnx=True, verify_users=3)
+    card = Path("o/README.md").read_text()
+    sasrec = json.loads(Path("output/demo/sasrec/results.json").read_text())
+    for name, metrics in (("SASRec", sasrec["test"]), ("popularity", sasrec["popularity"]["test"])):
+        assert f"| the whole catalogue | {name} | {metrics['full_all']['HR@1']:.4f} |" in card
+    assert "seed 42, in float32; these files are float32" in card and "torch 2." in card
+    code = re.findall(r"```python\n(.*?)```", card, re.S)[1] + "print(found[0, :2].tolist())\n"
+    ran = subprocess.run([sys.executable, "-c", code], cwd="o", capture_output=True, text=True)
+    expected = exported.card_scores((ROOT / "serving/scores.py").read_text(), Path("o"))([0, 1, 2])
+    assert json.loads(ran.stdout) == pytest.approx(expected[:2].tolist(), abs=1e-5), ran.stderr
+    distill.main(**SHORT, seed=8, num_candidates=50, output_dir="other")
+    export.main(output_dir="p", model="other", verify_users=3)
+    assert "| SASRec |" not in Path("p/README.md").read_text()

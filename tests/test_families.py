@@ -13,7 +13,7 @@ import distill
 import finetune
 from benchmarks.plain import plain_twin
 from engine.errors import UsageError
-from models import base
+from models import base, llm4rec
 from models.builtin import ensure_built_in
 from models.llm4rec import assemble
 from serving import export, recommend
@@ -144,3 +144,31 @@ def test_what_is_not_supported_names_what_is(tmp_path, kind):
         UsageError, match=f"model_type {kind} unsupported, expected llama, mistral, qwen2 or qwen3"
     ):
         base.read_config(str(tmp_path))
+
+
+def test_an_added_family_is_proved_on_its_first_load(tmp_path, monkeypatch):
+    """One that is LLaMA's arithmetic loads; one that scales what its layers add is refused."""
+    from transformers import GraniteConfig
+
+    monkeypatch.setattr(base, "FAMILIES", ("mistral", "granite"))
+    monkeypatch.setattr(llm4rec, "PROVEN", ())
+    configs = {
+        "mistral": CONFIGS["mistral"],
+        "granite": GraniteConfig(**SHAPE, attention_multiplier=12**-0.5),
+        "scaled": GraniteConfig(**SHAPE, attention_multiplier=12**-0.5, residual_multiplier=0.5),
+    }
+    spec = {"layers": [0, 2], "prompt_ids": [1, 2, 3], "response_ids": [4], "n_blocks": 1}
+    spec |= {"exit_heads": False, "strategy": "full"}
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        decoder = base.new_decoder(config)
+        config.save_pretrained(tmp_path / name)
+        save_file(dict(decoder.state_dict()), tmp_path / name / "model.safetensors")
+        opened = base.open_base(str(tmp_path / name))
+        if name != "scaled":
+            assert (
+                llm4rec.LLM4Rec.build(opened, torch.randn(9, 4), spec, False).decoder.n_layers == 2
+            )
+            continue
+        with pytest.raises(UsageError, match="layers of model_type granite compute something else"):
+            llm4rec.LLM4Rec.build(opened, torch.randn(9, 4), spec, False)

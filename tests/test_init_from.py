@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import distill
+import extract_emb
 import finetune
 import train_sr_trad
+from datasets.demo import write_demo
 from engine import checkpoint
 from engine.errors import UsageError
 from tests.conftest import SHORT, assert_resumes
@@ -62,3 +64,18 @@ def test_what_cannot_be_a_start_is_refused(inside):
         with pytest.raises(UsageError, match=message):
             distill.main(**SHORT, **flags, output_dir="s")
     assert not Path("s/best").exists()
+
+
+def test_numbers_of_other_data_are_not_taken_for_items(inside):
+    """Row i of SASRec's weights, or of a table, is another item in another file."""
+    write_demo("data/next.csv", n_users=120, n_items=160, seed=1)
+    taken = SHORT | {"domain_type": "next", "init_from": "output/demo/sasrec"}
+    with pytest.raises(UsageError, match="output/demo/sasrec was made from another file: its data"):
+        train_sr_trad.main(**taken)
+    with pytest.raises(UsageError, match="sasrec_item.pkl was made for a CSV with sha256 .*"):
+        train_sr_trad.main(**SHORT, domain_type="next", init_table="output/demo/sasrec_item.pkl")
+    assert not Path("output/next").exists()
+    train_sr_trad.main(**SHORT, domain_type="next")
+    extract_emb.main(domain_type="next")
+    start = {"init_from": "output/demo/teacher", "output_dir": "t"}  # an LLM has no row per item
+    assert finetune.main(**SHORT, domain_type="next", **start)["steps"] == 3

@@ -4,6 +4,7 @@ import pytest
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, VALID, EvaluationSplit, popularity, training_samples
 from tests.conftest import write_sequences
+from utils.evaluation import Ranks
 
 PAD = 7  # the ids are 1 .. 7, so catalogue indices 0 .. 6 and the padding 7
 
@@ -66,3 +67,13 @@ def test_a_limit_gives_the_first_batches(data):
 def test_popularity_counts_training_items_only(data):
     # users 1-5 of the first, 4-3 of the second
     assert popularity(data).tolist() == [1, 1, 2, 2, 1, 0, 0]
+
+
+def test_repeated_targets_are_counted_and_the_others_ranked_apart(tmp_path):
+    lists = [[1, 2, 3, 1], [1, 2, 2, 3], [4, 4, 4, 4], [5, 6, 7, 8], [9, 6, 5, 7, 6]]
+    data = read_csv(write_sequences(tmp_path / "d.csv", lists))
+    test, valid = (EvaluationSplit(data, split, 5, 42, 2).repeated() for split in (TEST, VALID))
+    assert test.tolist() == [True, False, True, False, True]
+    assert valid.tolist() == [False, True, True, False, False]
+    ranks = Ranks(*[np.array([1, 4, 1, 2, 1])] * 3)
+    assert ranks.metrics(~test)["full"]["MRR"] == pytest.approx((1 / 4 + 1 / 2) / 2)

@@ -72,9 +72,11 @@ class Ranks(NamedTuple):
     full: np.ndarray
     full_all: np.ndarray
 
-    def metrics(self) -> Metrics:
+    def metrics(self, users: np.ndarray | slice = slice(None)) -> Metrics:
+        """Of all users, or of some."""
         return {
-            name: summarise(getattr(self, name), cutoffs) for name, cutoffs in PROTOCOLS.items()
+            name: summarise(getattr(self, name)[users], cutoffs)
+            for name, cutoffs in PROTOCOLS.items()
         }
 
 
@@ -137,6 +139,14 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
         "inference_seconds": round(inference, 3),
         "inference_users_per_second": round(len(test.sampled) / inference, 1),
     }
+    again = data.splits["test"].repeated()
+    results["repeated_targets"] = round(float(again.mean()), 6)
+    if 0 < again.mean() < 1:
+        results["test_first_time"] = test.metrics(~again)
+        print(
+            f"{again.mean():.1%} of the test users had met their target before: metrics of the"
+            " others are test_first_time; lists leave such items out, but for --exclude none"
+        )
     arrays = {"reviewerID": np.array(data.users)}
     for split, ranks in (("valid", valid), ("test", test)):
         for protocol, values in ranks._asdict().items():
