@@ -225,11 +225,8 @@ def _look_at_text(
 def _separator(path: Path, lines: list[str]) -> str:
     """What splits the lines into equal numbers of cells, the first line too."""
     for separator in SEPARATORS:
-        counts = [
-            len(_split(line, separator))
-            for line in lines
-            if '"' not in line or line.count('"') % 2 == 0
-        ]
+        whole = [line for line in lines if line.count('"') % 2 == 0]
+        counts = [len(_split(line, separator)) for line in whole]
         if counts and min(counts) > 1 and counts[0] == max(set(counts), key=counts.count):
             return separator
         if len(counts) > 2 and counts[0] == 1 and min(counts[1:]) > 1:

@@ -284,9 +284,13 @@ def _shards(base: str) -> dict[str, str]:
     """Tensor name in the checkpoint -> the file that holds it."""
     index = _file(base, INDEX, optional=True)
     if index is not None:
-        if (Path(base) / SINGLE).is_file():
-            print(f"{base}: reading the shards of {INDEX}; not read: {SINGLE}", flush=True)
-        return _weight_map(index)
+        weight_map = _weight_map(index)
+        if (Path(base) / SINGLE).is_file() and SINGLE not in weight_map.values():
+            raise UsageError(
+                f"--base_model={base}: has both {INDEX} and {SINGLE}, and they may be of different"
+                " weights; remove one of them"
+            )
+        return weight_map
     single = _file(base, SINGLE)
     if single is None:
         raise UsageError(

@@ -175,4 +175,5 @@ def check_table(tables: list[Tensor], item_table: Tensor, runs: list[Run]) -> No
 def _of_samples(samples: Any, data: Any, student: Run) -> dict[str, Any]:
     """What outputs depend on beside the model."""
     targets, slots = student.flags["train_targets"], samples.max_seq_length
-    return data.hashes | {"train_targets": targets, "max_seq_length": slots}
+    about = {"train_targets": targets, "max_seq_length": slots, "output": [*Output._fields]}
+    return data.hashes | about

@@ -338,3 +338,13 @@ def test_weights_of_the_run_are_named_in_its_results(inside):
     results = json.loads(Path("output/demo/teacher/results.json").read_text())
     manifest = json.loads(Path("output/demo/teacher/best/manifest.json").read_text())
     assert results["weights_sha256"] == manifest[checkpoint.WEIGHTS]
+
+
+@pytest.mark.slow
+def test_outputs_of_other_fields_are_not_read(inside, monkeypatch, capsys):
+    """Where somebody adds a field to `Output`, what is on disk has too few."""
+    distill.main(**SHORT, output_dir="a")
+    assert "teacher states: read from" in capsys.readouterr().out
+    monkeypatch.setattr(Output, "_fields", ("user", "states", "exits", "means"))
+    distill.main(**SHORT, output_dir="b")
+    assert "teacher states: read from" not in capsys.readouterr().out

@@ -417,6 +417,12 @@ CASES = [
         base(index={"weight_map": {"embed_tokens.weight": "../other/model.safetensors"}}),
         "damaged, expected JSON with a weight_map",
     ),
+    (
+        57,
+        "FD",
+        base(index={"weight_map": {"embed_tokens.weight": "model-00001-of-00002.safetensors"}}),
+        "has both model.safetensors.index.json and model.safetensors, and they may be",
+    ),
     (57, "FD", base(tokenizer=b"{oops"), "no usable tokenizer; expected tokenizer.json"),
     (62, "TFD", flags(batch_size=0), "--batch_size=0: expected a whole number >= 1"),
     (
