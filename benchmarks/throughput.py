@@ -330,7 +330,7 @@ def sasrec(bench: Bench, batch_size: int = 256) -> None:
 
         timed = bench.race(
             training_step(ours, lambda r: loss(r, ours, ours.states, catalogue_cross_entropy)),
-            training_step(theirs, lambda r: loss(r, theirs, theirs._padded_states, plain_ce)),
+            training_step(theirs, lambda r: loss(r, theirs, theirs.padded_states, plain_ce)),
             batches,
         )
         targets = float(np.mean([bench.samples.lengths()[rows].sum() for rows in batches]))

@@ -81,16 +81,17 @@ class SASRec(nn.Module):
         """
         device = self.item_embedding.weight.device
         if device.type != "cpu":
-            return self._padded_states(history.to(device, non_blocking=True))
+            return self.padded_states(history.to(device, non_blocking=True))
         length = (history != self.n_items).sum(1)
         order, parts = length.argsort(stable=True), []
         for rows in order.chunk(PARTS):
             longest = max(1, int(length[rows[-1]]))
-            states = self._padded_states(history[rows, -longest:])
+            states = self.padded_states(history[rows, -longest:])
             parts.append(F.pad(states, (0, 0, history.shape[1] - longest, 0)))
         return torch.cat(parts)[order.argsort()]
 
-    def _padded_states(self, history: Tensor) -> Tensor:
+    def padded_states(self, history: Tensor) -> Tensor:
+        """As `states`, of all positions, padding too."""
         length = history.shape[1]
         real = history != self.n_items  # [B, L]
         x = self.to_hidden(self.item_embedding(history)) * math.sqrt(

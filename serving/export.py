@@ -1,4 +1,4 @@
-"""Write a trained student, or teacher, as a folder that others can use.
+"""Write a trained student, a teacher or SASRec as a folder that others can use.
 
     python -m serving.export --output_dir export/demo                   # demo domain: half a minute
     python -m serving.export --domain_type cloth --output_dir export/cloth
@@ -7,9 +7,9 @@
     python -m serving.recommend --model export/cloth --history 12,99         # from the folder alone
 
 The folder has a plain Hugging Face LLaMA (`AutoModel.from_pretrained` loads it), the item table and
-heads, items.csv, and a model card with the code that computes the scores. That code is run on the
-histories of test users and must give the model's own scores, and so must the ONNX graph, else
-nothing is written.
+heads, items.csv, and a model card with the code that computes the scores. Of SASRec it has the
+weights, and the code needs torch alone. That code is run on the histories of test users and must
+give the model's own scores, and so must the ONNX graph, else nothing is written.
 """
 
 import os
@@ -39,12 +39,10 @@ def model_card(served, code: str) -> str:
 
     Args:
         served: the run and its data (serving.served.Served).
-        code: Python that computes the scores with transformers alone.
+        code: Python that computes the scores without ours.
     """
-    from models.builtin import BUILT_IN
-
     run, data = served.run, served.data
-    recorded, model = run.flags, run.config["model"]
+    recorded = run.flags
     results = run.folder / "results.json"
     measured = run.results() if results.is_file() else {"test": {}}
     asked = recorded["num_candidates"]
@@ -53,26 +51,39 @@ def model_card(served, code: str) -> str:
     lines = metric_lines(f"this {run.stage}", measured["test"], candidates)
     for name, metrics in compared(served).items():
         lines += metric_lines(name, metrics, candidates)
-    built_in = recorded["base_model"] in BUILT_IN
     text = (HERE / "model_card.md").read_text(encoding="utf-8")
     return string.Template(text).substitute(
-        n_layers=len(model["layers"]),
-        stage=run.stage,
+        **described(run),
         domain=run.config["domain"],
-        base=recorded["base_model"],
-        layers=", ".join(map(str, model["layers"])),
-        licence="none: it is random" if built_in else "see its own card",
         n_users=f"{data.n_users:,}",
         n_items=f"{data.n_items:,}",
         sha256=data.sha256,
         max_seq_length=recorded["max_seq_length"],
-        strategy=model["strategy"],
         seed=recorded["seed"],
         metrics="\n".join(lines) or "| not evaluated |",
         trained_in="bfloat16" if run.bf16 else "float32",
         versions=", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
         code=code.rstrip(),
     )
+
+
+def described(run) -> dict[str, str]:
+    """What the card says of the model itself."""
+    from models.builtin import BUILT_IN
+
+    if run.stage == "sasrec":
+        shape = f"{run.flags['num_blocks']} blocks of width {run.flags['hid_dim']}"
+        about = f"| model | SASRec (Kang and McAuley, 2018), {shape} |"
+        return {"title": "SASRec", "library": "pytorch", "about": about, "how": "in full"}
+    spec, base = run.config["model"], run.flags["base_model"]
+    licence = "none: it is random" if base in BUILT_IN else "see its own card"
+    layers = ", ".join(map(str, spec["layers"]))
+    return {
+        "title": f"{len(spec['layers'])} LLaMA layers ({run.stage})",
+        "library": "transformers",
+        "about": f"| base | `{base}`, layers {layers} |\n| licence of the base | {licence} |",
+        "how": spec["strategy"],
+    }
 
 
 def metric_lines(model: str, test: dict, candidates: int | str) -> list[str]:
@@ -129,7 +140,6 @@ def main(
     )
     served = read(files)
     run = served.run
-    cli.check((run.stage != "sasrec", "--model: SASRec is no LLaMA; export a teacher or a student"))
 
     import numpy as np
     import torch  # imported late: bad flags fail at once
@@ -139,10 +149,18 @@ def main(
     from datasets.items import Items
     from datasets.sequences import TEST, EvaluationSplit
     from models.llm4rec import LLM4Rec
+    from models.sasrec import SASRec
     from serving import exported
+    from utils.flags import SASRecModel
 
-    table, slots = served.item_table(), run.flags["max_seq_length"]
-    model = LLM4Rec.load(run, table, bf16=False)
+    slots, of_sasrec = run.flags["max_seq_length"], run.stage == "sasrec"
+    if of_sasrec:
+        model = SASRec.load(run)
+        table, graph = model.item_table.detach(), exported.SASRecGraph(model)
+    else:
+        table = served.item_table()
+        model = LLM4Rec.load(run, table, bf16=False)
+        graph = exported.Graph(model, slots)
     split = EvaluationSplit(served.data, TEST, slots, 0, 1)
     indices = np.arange(min(verify_users, served.data.n_users))
     histories = split.samples.histories(indices)
@@ -153,17 +171,22 @@ def main(
     partial.mkdir(parents=True)
     try:
         item_ids = torch.from_numpy(served.data.item_ids)
-        exported.save(partial, model, item_ids, served.popularity(), slots)
+        if of_sasrec:
+            shape = {field.name: run.flags[field.name] for field in SASRecModel.fields()}
+            exported.save_sasrec(partial, model, item_ids, served.popularity(), shape)
+        else:
+            exported.save(partial, model, item_ids, served.popularity(), slots)
         Items.of(served.csv_path, served.data.item_ids).write(partial / "items.csv")
-        code = (HERE / "scores.py").read_text(encoding="utf-8")
+        name = "scores_sasrec.py" if of_sasrec else "scores.py"
+        code = (HERE / name).read_text(encoding="utf-8")
         (partial / "README.md").write_text(model_card(served, code), encoding="utf-8")
         scores = exported.card_scores(code, partial)
         rows = [row[row != len(table)].tolist() for row in histories]
         found = [scores(row) for row in tqdm(rows, desc="the card's code", unit="user")]
         exported.verify(expected, torch.stack(found), "the card's code")
         if onnx:
-            graph = exported.save_onnx(partial, model, slots)
-            exported.verify(expected, exported.onnx_scores(graph, rows, slots), "the ONNX graph")
+            path = exported.save_onnx(partial, graph, slots)
+            exported.verify(expected, exported.onnx_scores(path, rows, slots), "the ONNX graph")
         replace_folder(partial, folder)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:160]

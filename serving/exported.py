@@ -1,8 +1,11 @@
-"""A recommender as a folder for others: a plain Hugging Face decoder, and what stands around it.
+"""A recommender as a folder for others: a plain Hugging Face decoder, and what stands around it;
+or SASRec.
 
 config.json and model.safetensors are the decoder (LoRA merged, layers renumbered);
 recommender.safetensors has adapter, heads, item table, item ids and popularity; recommender.json
-the prompt and the shape. serving/scores.py computes the scores with transformers alone.
+the prompt and the shape. serving/scores.py computes the scores with transformers alone. SASRec has
+no decoder: all its weights are in recommender.safetensors, and serving/scores_sasrec.py reads them
+with torch alone.
 """
 
 import json
@@ -21,6 +24,7 @@ from engine.errors import RunError, UsageError
 from engine.files import read_json, write_json
 from models.decoder import Decoder
 from models.llm4rec import LLM4Rec
+from models.sasrec import SASRec
 from serving.recommender import Recommender
 
 WEIGHTS, SHAPE = "recommender.safetensors", "recommender.json"
@@ -49,8 +53,6 @@ def save(
     names = ("adapter.", "head.", "exit_heads.")
     tensors = {name: t for name, t in model.state_dict().items() if name.startswith(names)}
     tensors |= {"item_table": model.item_table, "item_ids": item_ids, "popularity": popularity}
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     shape = {
         "prompt_ids": decoder.prompt_ids.tolist(),
         "response_ids": decoder.response_ids.tolist(),
@@ -58,6 +60,24 @@ def save(
         "block_ends": decoder.block_ends,
         "exit_norm": model.exit_norm,
     }
+    _write(folder, tensors, shape)
+
+
+def save_sasrec(
+    folder: Path, model: SASRec, item_ids: Tensor, popularity: Tensor, shape: dict[str, Any]
+) -> None:
+    """As `save`, of SASRec.
+
+    Args:
+        shape: the arguments of `SASRec` beside N and L.
+    """
+    tensors = model.state_dict() | {"item_ids": item_ids, "popularity": popularity}
+    _write(folder, tensors, {"sasrec": shape, "max_seq_length": model.max_seq_length})
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], shape: dict[str, Any]) -> None:
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / SHAPE, shape)
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors are written for the owner alone
@@ -100,6 +120,8 @@ def load(
     shape = read_json(folder / SHAPE, "exported recommender")
     try:
         tensors = load_file(folder / WEIGHTS)
+        if "sasrec" in shape:
+            return _load_sasrec(tensors, shape, device, exit)
         options = {"local_files_only": True, "output_loading_info": True}
         llama, about = AutoModel.from_pretrained(folder, dtype=torch.float32, **options)
         if about["missing_keys"]:
@@ -123,6 +145,20 @@ def load(
     slots = shape["max_seq_length"]
     recommender = Recommender(model.user_encoder(), model.item_table, popularity, slots)
     return recommender, item_ids.numpy()
+
+
+def _load_sasrec(
+    tensors: dict[str, Tensor], shape: dict[str, Any], device: torch.device, exit: int | None
+) -> tuple[Recommender, "torch.Tensor"]:
+    if exit is not None:
+        raise UsageError(f"--exit={exit}: SASRec has no exits")
+    item_ids, popularity = tensors.pop("item_ids"), tensors.pop("popularity")
+    slots = shape["max_seq_length"]
+    model = SASRec(len(item_ids), slots, **shape["sasrec"])
+    model.load_state_dict(tensors)
+    model = model.to(device)
+    encode = model.user_encoder()
+    return Recommender(encode, model.item_table, popularity, slots), item_ids.numpy()
 
 
 def card_scores(code: str, folder: Path) -> Callable[[list[int]], Tensor]:
@@ -196,13 +232,29 @@ class Graph(nn.Module):
         return model.head(out.last_hidden_state[:, -1]) @ model.item_table.T
 
 
-def save_onnx(folder: Path, model: LLM4Rec, max_seq_length: int) -> Path:
+class SASRecGraph(nn.Module):
+    """SASRec's scores as one graph: the same arguments as `Graph`'s."""
+
+    def __init__(self, model: SASRec) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """Scores [B, N]; histories are moved to the right, where SASRec reads them."""
+        slots, model = self.model.max_seq_length, self.model
+        source = torch.arange(slots, device=history.device) - (slots - lengths[:, None])  # [B, L]
+        moved = history.gather(1, source.clamp(min=0))
+        padded = torch.where(source >= 0, moved, model.n_items)
+        return model.padded_states(padded)[:, -1] @ model.item_table.T
+
+
+def save_onnx(folder: Path, graph: nn.Module, max_seq_length: int) -> Path:
     """Write recommender.onnx: history [B, L], lengths [B] -> scores [B, N], any B.
 
     Args:
-        model: with its LoRA merged, as `save` leaves it.
+        graph: of an LLM with its LoRA merged, as `save` leaves it, or of SASRec.
     """
-    graph = Graph(model, max_seq_length).eval()
+    graph = graph.eval()
     size = sum(tensor.numel() * 4 for tensor in graph.state_dict().values())
     history = torch.zeros(2, max_seq_length, dtype=torch.int64)
     lengths = torch.tensor([1, max_seq_length])

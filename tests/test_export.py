@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig
 
 import distill
 import finetune
+import train_sr_trad
 from engine.errors import RunError, UsageError
 from serving import export, exported, recommend
 from tests.conftest import ROOT, SHORT, hashes
@@ -80,10 +81,6 @@ def test_requests_that_cannot_be(inside, monkeypatch):
     for flags, message in (
         ({"output_dir": "mine"}, "--output_dir=mine: already exists; not an export"),
         ({"output_dir": "mine", "overwrite": True}, "not an export, choose another"),
-        (
-            {"output_dir": "o", "model": "sasrec"},
-            "SASRec is no LLaMA; export a teacher or a student",
-        ),
         ({"output_dir": "o", "model": "none"}, "--model=none: no run in none"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -177,3 +174,31 @@ def test_the_card_compares_and_says_how_to_feed_the_graph(inside):
     distill.main(**SHORT, seed=8, num_candidates=50, output_dir="other")
     export.main(output_dir="p", model="other", verify_users=3)
     assert "| SASRec |" not in Path("p/README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm, hid_dim", [("query", 32), ("pre", 128), ("post", 16)])
+def test_sasrec_is_exported_with_code_of_its_own(inside, norm, hid_dim):
+    shape = {"norm": norm, "hid_dim": hid_dim, "emb_dim": 128, "num_heads": 2, "max_seq_length": 9}
+    train_sr_trad.main(**SHORT | shape, learning_rate=0.01, output_dir="s")
+    expected = recommend.main(model="s", history=["12", "99"], k=5)
+    export.main(model="s", output_dir="o", onnx=True, verify_users=120)
+    names = {path.name for path in Path("o").iterdir()}
+    assert names == {
+        "README.md",
+        "recommender.safetensors",
+        "recommender.json",
+        "recommender.onnx",
+        "items.csv",
+    }
+    found = recommend.main(model="o", history=["12", "99"], k=5)
+    for row, other in zip(found, expected, strict=True):
+        assert row["item_id"] == other["item_id"]
+        assert row["score"] == pytest.approx(other["score"], abs=1e-5)
+    with pytest.raises(UsageError, match="--exit=1: SASRec has no exits"):
+        recommend.main(model="o", history=["12"], exit=1)
+    card = Path("o/README.md").read_text()
+    assert "# A sequential recommender: SASRec" in card and f"2 blocks of width {hid_dim}" in card
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1]
+    ran = subprocess.run([sys.executable, "-c", code], cwd="o", capture_output=True, text=True)
+    assert len(json.loads(ran.stdout)) == 10, ran.stderr

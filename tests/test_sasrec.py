@@ -126,7 +126,7 @@ def test_parts_of_like_length_change_nothing(monkeypatch):
     lengths = [1, 8, 3, 3, 5, 2, 8, 1, 4, 6, 7]
     batch, model = histories(lengths), made()
     parts = model.states(batch)
-    whole = model._padded_states(batch)
+    whole = model.padded_states(batch)
     for row, length in enumerate(lengths):
         torch.testing.assert_close(parts[row, -length:], whole[row, -length:], atol=1e-14, rtol=0)
     monkeypatch.setattr(models.sasrec, "PARTS", 1)
