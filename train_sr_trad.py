@@ -63,7 +63,7 @@ def main(
     model = SASRec(n_items, sequence.max_seq_length, **sasrec.values()).to(device)
     if run.eval_only:
         return finish(run, model.restore(run), data, runtime, popularity=beside)
-    run.prepare(domain=inputs.domain.name)
+    run.prepare(**inputs.about)
     if files.init_table:
         model.start(item_table.read_table(files.init_table, item_ids), sasrec.init_std)
     if run.starts_from:

@@ -62,6 +62,8 @@ CUT = re.compile(r"-?\d(\.\d+)?[eE]\+?\d+")  # an id that went through a spreads
 LIST = re.compile(r"\s*[\[(].*[\])]\s*", re.DOTALL)
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
+UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
+SECONDS, MICROSECONDS = 1e8, 1e14  # a number of either since 1970, from 1973 on
 FEW_USERS, LARGE_SHARE = 20, 0.1
 
 
@@ -207,9 +209,16 @@ class _Names:
 
 
 def read_log(
-    table: Table, columns: Columns, min_rating: float | None = None, drop_missing: bool = False
+    table: Table,
+    columns: Columns,
+    min_rating: float | None = None,
+    drop_missing: bool = False,
+    one_user: bool = False,
 ) -> Log:
     """Read a log of interactions, or of lists, and judge what was read.
+
+    Args:
+        one_user: a log of one user, or of one item, is fine.
 
     Raises:
         UsageError: the file is damaged, a cell is wrong (its row is named), or what was read is no
@@ -249,7 +258,9 @@ def read_log(
     if min_rating is not None:
         print(f"{low:,} interactions rated below {min_rating:g} left out")
         cli.check((len(user) > 0, f"nothing is left of {n_rows:,} rows; lower --min_rating"))
-    _judge(table.path, [*users.codes], [*items.codes], user, item, columns)
+    _judge(table.path, [*users.codes], [*items.codes], user, item, columns, one_user)
+    if columns.time is not None:
+        _judge_missing_times(table.path, time, rows, MICROSECONDS if dates else SECONDS)
     if columns.time is not None and not dates:
         _judge_times(table.path, time, rows)
     names, user = _sorted_codes(users.codes, user)
@@ -331,7 +342,13 @@ def _judge_missing(path: Path, missing: dict, drop: bool, columns: Columns) -> N
 
 
 def _judge(
-    path: Path, users: list[str], items: list[str], user: np.ndarray, item: np.ndarray, c: Columns
+    path: Path,
+    users: list[str],
+    items: list[str],
+    user: np.ndarray,
+    item: np.ndarray,
+    c: Columns,
+    one_user: bool,
 ) -> None:
     """Refuse what is no log of several users and items; say what is unusual."""
     for role, names, codes in (("user", users, user), ("item", items, item)):
@@ -341,7 +358,7 @@ def _judge(
                 f"{path}: the {role} {cut!r} was cut by a spreadsheet or a float; save the ids as"
                 " text, from their source"
             )
-        if len(np.unique(codes)) == 1:
+        if len(np.unique(codes)) == 1 and not one_user:
             raise UsageError(
                 f"{path}: one {role} in all, {names[codes[0]][:40]!r}: is column"
                 f" {getattr(c, role)} the {role}? --{role} names another"
@@ -360,8 +377,36 @@ def _judge(
         )
 
 
+def _judge_missing_times(path: Path, time: np.ndarray, rows: np.ndarray, since: float) -> None:
+    """Refuse a 0, a -1 or 1970 among dates: they would come first."""
+    unknown = np.isin(time, UNKNOWN_TIMES)
+    if unknown.any() and np.median(time[~unknown] if not unknown.all() else time) >= since:
+        first = int(unknown.argmax())
+        raise UsageError(
+            f"{path}: row {rows[first]}: the time is {time[first]:.0f}, the others are dates"
+            f" ({unknown.sum():,} such rows): missing? remove these rows, or mend their times"
+        )
+
+
 def _judge_times(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
-    """Refuse seconds and milliseconds in one column."""
+    """Refuse numbers that do not sort as times: two units or two forms in one column, a clock
+    without a date, days before years.
+    """
+    lengths = set((np.log10(np.maximum(np.abs(time), 1)).astype(np.int64) + 1).tolist())
+    if 8 in lengths and lengths & {12, 14} and lengths <= {8, 12, 14}:
+        raise UsageError(f"{path}: times of 8 and of more digits: days and minutes in one column?")
+    if len(np.unique(time)) > 60 and time.max() < 2400 and (time % 100 < 60).all():
+        raise UsageError(
+            f"{path}: times from {time.min():.0f} to {time.max():.0f} look like a clock (HHMM)"
+            " without a date; join the date and the time in one column"
+        )
+    years, months, days = time % 10_000, time // 10_000 % 100, time // 1_000_000
+    backwards = (years >= 1990) & (years <= 2100) & (months >= 1) & (days >= 1) & (days <= 31)
+    if lengths <= {7, 8} and (backwards & (months <= 31)).all():
+        raise UsageError(
+            f"{path}: times such as {time[0]:.0f} look like days before years and do not sort;"
+            " write 2024-04-25 or 20240425"
+        )
     late = time[time >= EPOCH]
     if len(late) and late.max() > APART * late.min():
         small, large = (
@@ -509,6 +554,11 @@ def main(
     report_columns(table, columns, min_rating)
     log = read_log(table, columns, min_rating, drop_missing)
     print_counts("read", log.reviews)
+    names = ("user", "item", "time")
+    triples = pd.DataFrame({name: getattr(log.reviews, name) for name in names})
+    twice = int(triples.duplicated().sum()) if log.dated else 0
+    if twice:
+        print(f"{twice:,} rows repeat user, item and time of another; --dedup true drops repeats")
     by_hash = process.tie_order(log.reviews, tie_seed) if ties == "hash" else None
     kept = filter_log(log.reviews, by_hash, dedup, min_user, min_item, min_length)
     if log.dated:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from datasets.demo import write_demo
 from datasets.interactions import Interactions, read_csv
+from datasets.items import Items, listing_of
 from engine.errors import UsageError
 from engine.files import file_sha256, read_json
 from engine.run import Run
@@ -186,7 +187,14 @@ class Inputs(NamedTuple):
     @property
     def about(self) -> dict[str, str | None]:
         """What config.json says beside the hashes."""
-        return {"domain": self.domain.name, "items_from": self.items_from}
+        names = {"domain": self.domain.name, "items_from": self.items_from}
+        return names | {"items_sha256": self.items_sha256()}
+
+    def items_sha256(self) -> str | None:
+        """Of items.csv beside the CSV; None without one."""
+        if not listing_of(self.csv_path).is_file():
+            return None
+        return Items.of(self.csv_path, self.data.item_ids).sha256()
 
     def load(
         self,

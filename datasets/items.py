@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import hashlib
 import io
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -64,6 +65,11 @@ class Items(NamedTuple):
             writer.writerow(COLUMNS)
             writer.writerows(zip(self.ids.tolist(), self.asins, self.titles))
 
+    def sha256(self) -> str:
+        """Of the ids and the original ids: what a number means. Titles may change."""
+        lines = [f"{item},{asin}" for item, asin in zip(self.ids.tolist(), self.asins)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
     def show(self, index: int) -> str:
         """An item for people: its title, else its original id, else its id."""
         return self.titles[index] or self.asins[index] or f"item {self.ids[index]}"
@@ -117,9 +123,29 @@ class Finder:
         }
         self.items, self.skip, self.unknown = items, skip, []
         numbers = all(asin.isdigit() for asin in every["asin"])
+        self.own = every["id"]
         if every["asin"] and by == "auto" and (numbers or of_file):
-            del every["id"]
+            every.pop("id")
         self.tables = every if by == "auto" else {by: every[by]}
+
+    def refuse_ambiguous(self, lists: list[list[str]], source: str) -> None:
+        """Refuse lists of numbers that are original ids, and as well ids of the run's own CSV, of
+        other items.
+
+        Raises:
+            UsageError: nothing says which of both is meant.
+        """
+        if "id" in self.tables or "asin" not in self.tables or "title" not in self.tables:
+            return
+        asins = self.tables["asin"]
+        names = {name.strip() for names in lists for name in names}
+        both = all(n.isdigit() and n in asins and int(n) in self.own for n in names)
+        other = next((n for n in sorted(names) if both and asins[n] != self.own[int(n)]), None)
+        if other is not None:
+            raise UsageError(
+                f"{source}: {other} is the original id of one item, and in the run's CSV the id of"
+                " another; say --by asin or --by id"
+            )
 
     def find(self, name: str, source: str) -> int:
         """The catalogue index of an item.

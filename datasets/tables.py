@@ -8,6 +8,7 @@ import gzip
 import io
 import lzma
 import re
+import warnings
 import zlib
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
@@ -103,6 +104,11 @@ class Table(NamedTuple):
                 elif "EOF inside string" in text:
                     text = f"a quote is opened and not closed ({text})"
                 raise UsageError(f"{part}: {text}") from None
+            except pd.errors.ParserWarning:
+                raise UsageError(
+                    f"{part}: rows have more fields than the {len(self.columns)} of the header:"
+                    " is the separator in a field, as in 4,5? quote such fields"
+                ) from None
             except KeyError as error:
                 raise UsageError(f"{part}: lacks the column {error}") from None
 
@@ -283,7 +289,13 @@ def _text(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]
     names = table.columns
     head = 0 if table.header else None
     row = 1 + table.header
-    for frame in pd.read_csv(source, header=head, names=names, on_bad_lines="error", **options):
+    reader = pd.read_csv(source, header=head, names=names, on_bad_lines="error", **options)
+    while True:
+        with warnings.catch_warnings():  # where every row is longer pandas cuts them, and warns
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = next(reader, None)
+        if frame is None:
+            return
         yield row, frame[columns]
         row += len(frame)
 

@@ -176,7 +176,9 @@ def main(
             exported.save_sasrec(partial, model, item_ids, served.popularity(), shape)
         else:
             exported.save(partial, model, item_ids, served.popularity(), slots)
-        Items.of(served.csv_path, served.data.item_ids).write(partial / "items.csv")
+        names = Items.of(served.csv_path, served.data.item_ids)
+        names.write(partial / "items.csv")
+        exported.note(partial, domain=run.config["domain"], items_sha256=names.sha256())
         name = "scores_sasrec.py" if of_sasrec else "scores.py"
         code = (HERE / name).read_text(encoding="utf-8")
         (partial / "README.md").write_text(model_card(served, code), encoding="utf-8")

@@ -83,6 +83,11 @@ def _write(folder: Path, tensors: dict[str, Tensor], shape: dict[str, Any]) -> N
         path.chmod(0o644)  # safetensors are written for the owner alone
 
 
+def note(folder: Path, **more: str) -> None:
+    """Add to recommender.json whose items these are."""
+    write_json(folder / SHAPE, read_json(folder / SHAPE, "export") | more)
+
+
 def spell_for_older(path: Path) -> None:
     """Add to a config.json of transformers 5 the names under which transformers 4 reads the rotary
     positions; it would take its default for `rope_parameters`, without a word.

@@ -34,13 +34,16 @@ def of_file(path: Path, finder: Finder) -> Histories:
     given = dict.fromkeys(convert.ROLES)
     if not {"reviewerid", "asin"} <= {name.lower() for name in table.columns}:
         command = f"python -m datasets.convert --input {path} --domain_type NAME"
-        log = convert.read_log(table, convert.choose_columns(table, given, "auto", command))
+        columns = convert.choose_columns(table, given, "auto", command)
+        log = convert.read_log(table, columns, one_user=True)
         reviews = log.reviews.keep(np.lexsort((log.reviews.time, log.reviews.user)))
         ids = np.split(reviews.item, np.flatnonzero(np.diff(reviews.user)) + 1)
         users = [reviews.users[code] for code in np.unique(reviews.user)]
         found = [[reviews.items[code] for code in codes] for codes in ids]
     else:
         users, found = _lists(path, table)
+        if not listing_of(path).is_file():
+            finder.refuse_ambiguous(found, f"--users={path}")
     source = f"--users={path}"
     histories = [finder.find_all(names, f"{source}: {user}") for user, names in zip(users, found)]
     return users, histories

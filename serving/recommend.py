@@ -28,7 +28,7 @@ from datasets.items import listing_of
 from engine import cli
 from engine.cli import PositiveInt, flag
 from engine.files import check_writable
-from serving.served import Served, ServedFiles, is_export, read_all
+from serving.served import Served, ServedFiles, is_export, read_all, refuse_other_domain
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def open_model(
 ) -> tuple["Recommender", "Items"]:
     """The recommender of runs or of an exported folder, and what its items are called."""
     if is_export(Path(files.model)):
-        return _open_export(Path(files.model), exit, device)
+        return _open_export(files, exit, device)
     return _open_runs(read_all(files), exit, device, unseen)
 
 
@@ -104,15 +104,23 @@ def _open_runs(
     return model, Items.of(runs[0].csv_path, item_ids)
 
 
-def _open_export(folder: Path, exit: int | None, device: str) -> tuple["Recommender", "Items"]:
+def _open_export(
+    files: ServedFiles, exit: int | None, device: str
+) -> tuple["Recommender", "Items"]:
     from datasets.items import Items
     from engine import processes
+    from engine.files import read_json
     from serving import exported
 
-    listing = folder / "items.csv"
+    folder = Path(files.model)
+    listing, about = folder / "items.csv", read_json(folder / exported.SHAPE, "export")
     cli.check((listing.is_file(), f"--model={folder}: lacks items.csv; export it again"))
+    refuse_other_domain(files, folder, about.get("domain", files.domain_type))
     recommender, item_ids = exported.load(folder, processes.choose_device(device), exit)
-    return recommender, Items.read(listing, item_ids)
+    names = Items.read(listing, item_ids)
+    same = about.get("items_sha256") in (None, names.sha256())
+    cli.check((same, f"{listing} is not the export's own: a number is another item there"))
+    return recommender, names
 
 
 def allowed_items(
@@ -216,7 +224,7 @@ def main(
         taken = target and target.resolve() in [path.resolve() for path in of_run if path]
         cli.check((not taken, f"--output={output} is a file that the run was made from"))
     if exported:
-        recommender, names = _open_export(Path(files.model), exit, device)
+        recommender, names = _open_export(files, exit, device)
     else:
         recommender, names = _open_runs(runs, exit, device, unseen)
     allowed = allowed_items(names, by, allow, deny, unknown == "skip")

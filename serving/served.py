@@ -9,6 +9,7 @@ import numpy as np
 
 from datasets.domain import STAGES, Domain, Inputs, canonical_domain
 from datasets.interactions import Interactions
+from datasets.items import listing_of
 from engine.cli import flag
 from engine.errors import UsageError
 from engine.files import file_sha256, read_json
@@ -76,6 +77,16 @@ def is_export(folder: Path) -> bool:
     return (folder / "recommender.json").is_file()
 
 
+def refuse_other_domain(files: ServedFiles, folder: Path, own: str) -> None:
+    """Refuse --domain_type where it is not the domain of the run or the export in `folder`."""
+    asked = "domain_type" in files.given or files.domain_type != Data().domain_type
+    if asked and canonical_domain(files.domain_type) != own:
+        raise UsageError(
+            f"--domain_type={files.domain_type}: what {folder} holds is of the domain {own};"
+            " leave --domain_type out, or name a model of that domain"
+        )
+
+
 def read_all(files: ServedFiles) -> list[Served]:
     """The runs of `--model`: one name, or several between commas. Imports no torch.
 
@@ -117,12 +128,7 @@ def read(files: ServedFiles) -> Served:
     if not (folder / "best").is_dir() and not (folder / ".old-best").is_dir():
         raise UsageError(f"--model={files.model}: {folder} has no checkpoint best/; train first")
     own = run.config.get("domain", files.domain_type)
-    asked = "domain_type" in files.given or files.domain_type != Data().domain_type
-    if asked and canonical_domain(files.domain_type) != own:
-        raise UsageError(
-            f"--domain_type={files.domain_type}: the run in {folder} is of the domain {own};"
-            " leave --domain_type out, or name a run of that domain"
-        )
+    refuse_other_domain(files, folder, own)
     path = files.data_path or run.flags.get("data_path")
     domain = Domain(own, path, files.ends_are_items).read_as_in(run.flags)
     data, csv_path = domain.read()
@@ -134,6 +140,13 @@ def read(files: ServedFiles) -> Served:
             raise UsageError(f"item table not found: {table_path}; name it with --item_table")
         hashes["table_sha256"] = file_sha256(table_path)
         sources["table_sha256"] = table_path
-    run.check_same(Inputs(domain, data, csv_path, table_path, hashes, sources))
+    inputs = Inputs(domain, data, csv_path, table_path, hashes, sources)
+    run.check_same(inputs)
+    recorded, found = run.config.get("items_sha256"), inputs.items_sha256()
+    if recorded and found and recorded != found:
+        raise UsageError(
+            f"{listing_of(csv_path)} is not the one that {run.folder} was trained beside: a number"
+            " is another item there; put the right one back"
+        )
     run.report_unfinished()
     return Served(run, domain, data, csv_path, table_path)

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import shlex
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -524,3 +525,51 @@ def test_one_kind_of_time_in_a_file():
     save_text("a.jsonl", "\n\n".join(map(json.dumps, entries)))
     with pytest.raises(UsageError, match="row 3: the time is '2001-01-01', expected a number"):
         convert.main(input="a.jsonl", domain_type="shop")
+
+
+def dated(form: str, count: int = 320) -> list[str]:
+    """So many times, a day and a half apart from 2020-09-13, in a form of strftime."""
+    times = [datetime.fromtimestamp(1.6e9 + 131_000 * i, UTC) for i in range(count)]
+    return [time.strftime(form) for time in times]
+
+
+TIMES = {
+    "a sixth is 0": (["0" if i % 6 == 0 else str(1_600_000_000 + i) for i in range(99)], "is 0, "),
+    "or -1": (["-1" if i % 6 == 0 else str(1_600_000_000 + i) for i in range(99)], "is -1, the o"),
+    "or the largest": ([["1600000000", "2147483647"][i % 6 == 3] for i in range(99)], "missing?"),
+    "or 1970": (["1970-01-01 00:00:00", *dated("%Y-%m-%d %H:%M:%S")], "time is 0, the others are"),
+    "a clock": (dated("%H%M"), "look like a clock .HHMM. without a date"),
+    "two forms": ([*dated("%Y%m%d"), *dated("%Y%m%d%H%M%S")], "of 8 and of more digits"),
+    "days first": (dated("%d%m%Y"), "look like days before years and do not sort"),
+    "months first": (dated("%m%d%Y"), "look like days before years and do not sort"),
+    "years first": (dated("%Y%m%d"), None),
+    "seconds": (dated("%s"), None),
+    "a count": ([str(i) for i in range(320)], None),
+    "from 0": ([str(i * 86_400) for i in range(320)], None),
+}
+
+
+@pytest.mark.parametrize("case", TIMES)
+def test_times_that_would_sort_wrongly_are_refused(case):
+    times, said = TIMES[case]
+    rows = [f"u{i % 9},i{i % 7},{time}" for i, time in enumerate(times)]
+    path = save_text("times.csv", "\n".join(["user_id,item_id,timestamp", *rows]) + "\n")
+    if said is None:
+        written(path)
+        return
+    with pytest.raises(UsageError, match=said):
+        written(path)
+    assert not Path("data").exists()
+
+
+def test_rows_that_are_longer_than_the_header_are_refused():
+    rows = [f"u{i % 9},i{i % 7},4,5,{1_600_000_000 + i}" for i in range(99)]
+    path = save_text("wide.csv", "\n".join(["user_id,item_id,rating,timestamp", *rows]) + "\n")
+    with pytest.raises(UsageError, match="more fields than the 4 of the header: is the separator"):
+        written(path)
+
+
+def test_rows_that_come_twice_are_counted(capsys):
+    rows = [f"u{i % 9},i{i % 7},{1_600_000_000 + i}" for i in range(50)] * 2
+    written(save_text("twice.csv", "\n".join(["user_id,item_id,timestamp", *rows]) + "\n"))
+    assert "50 rows repeat user, item and time of another; --dedup" in capsys.readouterr().out

@@ -127,11 +127,11 @@ def test_every_step_runs_on_it(inside, tmp_path, name):
 
 def test_a_window_shorter_than_the_sequence_is_refused(inside, tmp_path):
     save_base("mistral", Path("mine"), tmp_path)
-    config = json.loads(Path("mine/config.json").read_text()) | {"sliding_window": 64}
+    config = json.loads(Path("mine/config.json").read_text()) | {"sliding_window": 90}
     Path("mine/config.json").write_text(json.dumps(config))
     with pytest.raises(
         UsageError,
-        match="prompt, items and response are 99 tokens, the base has 64 tokens in its attention"
+        match="prompt, items and response are 99 tokens, the base has 90 tokens in its attention"
         " window; lower --max_seq_length",
     ):
         finetune.main(**SHORT, base_model="mine", llama_decoder_nums=2, output_dir="t")
@@ -172,3 +172,11 @@ def test_an_added_family_is_proved_on_its_first_load(tmp_path, monkeypatch):
             continue
         with pytest.raises(UsageError, match="layers of model_type granite compute something else"):
             llm4rec.LLM4Rec.build(opened, torch.randn(9, 4), spec, False)
+
+
+def test_a_prompt_that_alone_is_too_long_is_told(inside, tmp_path):
+    save_base("mistral", Path("mine"), tmp_path)
+    config = json.loads(Path("mine/config.json").read_text()) | {"max_position_embeddings": 40}
+    Path("mine/config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="prompt and response alone are 69 tokens, the base"):
+        finetune.main(**SHORT, base_model="mine", llama_decoder_nums=2, output_dir="t")

@@ -287,7 +287,7 @@ def test_files_that_cannot_be_are_one_line(inside):
         ({"users": "twice.csv", "output": "o.csv"}, "reviewerID 'a' appears in rows 2 and 3"),
         (
             {"users": "twice.csv", "output": "twice.csv"},
-            "--output=twice.csv is the file of --users",
+            "--output=twice.csv is a file that is read",
         ),
         ({"users": "all", "output": "folder.csv"}, "--output=folder.csv is a folder"),
         ({"users": "all", "output": "o.csv", "model": "out"}, "out is an export without users"),
@@ -302,3 +302,50 @@ def test_files_that_cannot_be_are_one_line(inside):
     Path("data/demo.items.csv").write_bytes(b"\xff")
     with pytest.raises(UsageError, match="demo.items.csv: row 0: expected item_id,asin,title"):
         recommend.main(history=["1"])
+
+
+@pytest.mark.slow
+def test_names_of_another_catalogue_are_refused(inside):
+    """items.csv says what a number means; the run and the export know theirs."""
+    rows = [f"{item},B{item:03d},Title {item}" for item in range(1, 161)]
+    listing = Path("data/demo.items.csv")
+    listing.write_text("\n".join(["item_id,asin,title", *rows]) + "\n")
+    train_sr_trad.main(**SHORT, output_dir="s")
+    first = recommend.main(model="s", history=["B012"], k=3)
+    listing.write_text(listing.read_text().replace("Title", "Name"))  # titles may change
+    again = recommend.main(model="s", history=["B012"], k=3)
+    assert [row["item_id"] for row in first] == [row["item_id"] for row in again]
+    export.main(model="s", output_dir="o", verify_users=3)
+    with pytest.raises(UsageError, match="--domain_type=x: what o holds is of the domain demo"):
+        recommend.main(model="o", domain_type="x", history=["B012"])
+    moved = listing.read_text().replace("B012", "B999")
+    for path, model, said in (
+        (listing, "s", "demo.items.csv is not the one that s was trained beside"),
+        (Path("o/items.csv"), "o", "items.csv is not the export's own"),
+    ):
+        path.write_text(moved)
+        with pytest.raises(UsageError, match=said):
+            recommend.main(model=model, history=["B011"])
+
+
+def test_numbers_that_may_be_two_things_are_refused():
+    """Lists of numbers that are original ids, and ids of the run's CSV, of other items."""
+    items = Items(np.array([0, 1, 2, 3]), ["3", "2", "1", "7"], [""] * 4)
+    finder = Finder(items, "auto", of_file=True)
+    with pytest.raises(UsageError, match="l.csv: 1 is the original id of one item, and in the run"):
+        finder.refuse_ambiguous([["1", "2"], ["3"]], "l.csv")
+    finder.refuse_ambiguous([["1", "7"]], "l.csv")  # 7 is an original id alone
+    finder.refuse_ambiguous([["S-1"]], "l.csv")
+    Finder(items, "id", of_file=True).refuse_ambiguous([["1", "2"]], "l.csv")
+    same = Items(np.array([1, 2]), ["1", "2"], [""] * 2)
+    Finder(same, "auto", of_file=True).refuse_ambiguous([["1", "2"]], "l.csv")
+
+
+@pytest.mark.slow
+def test_a_log_of_one_new_user_is_read(inside):
+    Path("new.csv").write_text("user_id,item_id,timestamp\nz,99,1500000000\nz,12,1400000000\n")
+    recommend.main(users="new.csv", output="lists.csv", k=2)
+    expected = recommend.main(history=["12", "99"], k=2)
+    with open("lists.csv", newline="") as file:
+        found = [row["item_id"] for row in csv.DictReader(file)]
+    assert found == [str(row["item_id"]) for row in expected]
