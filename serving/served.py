@@ -26,8 +26,9 @@ class ServedFiles(ItemTable, Data):
 
     model: str = flag(
         "student",
-        "sasrec, teacher or student of the domain, or the folder of a run or an export; the scores "
-        "of several runs between commas are added, each divided by their standard deviation",
+        "sasrec, teacher or student of the domain, best (of its runs, on validation), or the "
+        "folder of a run or an export; the scores of several runs between commas are added, each "
+        "divided by their standard deviation",
     )
 
 
@@ -87,6 +88,30 @@ def refuse_other_domain(files: ServedFiles, folder: Path, own: str) -> None:
         )
 
 
+def best_run(domain: Domain) -> Path:
+    """Of the domain's finished runs the one of the highest validation MRR, among those of the
+    newest one's data and candidates; it is printed.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = []
+    for path in sorted(domain.folder.glob("*/results.json")):
+        results = read_json(path, "results")
+        if results.get("steps") is not None and (path.parent / "best").is_dir():
+            found.append((path, results))
+    if not found:
+        raise UsageError(f"--model=best: no finished run in {domain.folder}/*; train one first")
+    newest = max(found, key=lambda pair: pair[0].stat().st_mtime)[1]
+    alike = [
+        p for p in found if all(p[1].get(n) == newest.get(n) for n in ("data_sha256", "candidates"))
+    ]
+    path, results = max(alike, key=lambda pair: pair[1]["valid"]["sampled"]["MRR"])
+    best = results["valid"]["sampled"]["MRR"]
+    print(f"best of {len(alike)} runs: {path.parent}, validation MRR {best:.4f}", flush=True)
+    return path.parent
+
+
 def read_all(files: ServedFiles) -> list[Served]:
     """The runs of `--model`: one name, or several between commas. Imports no torch.
 
@@ -116,6 +141,8 @@ def read(files: ServedFiles) -> Served:
     Raises:
         UsageError: something is missing, or is not what the run was made from.
     """
+    if files.model == "best":
+        files = dataclasses.replace(files, model=str(best_run(Domain.of(files))))
     named = files.model in STAGES
     folder = Domain.of(files).run_folder(files.model, None) if named else Path(files.model)
     if not (folder / "config.json").is_file():

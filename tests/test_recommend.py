@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -349,3 +350,22 @@ def test_a_log_of_one_new_user_is_read(inside):
     with open("lists.csv", newline="") as file:
         found = [row["item_id"] for row in csv.DictReader(file)]
     assert found == [str(row["item_id"]) for row in expected]
+
+
+@pytest.mark.slow
+def test_the_best_run_is_taken_and_a_worse_one_says_so(inside, capsys):
+    shutil.rmtree("output/demo/teacher_states")
+    for name, mrr in (("sasrec", 0.3), ("teacher", 0.1), ("student", 0.2)):
+        path = Path(f"output/demo/{name}/results.json")
+        results = json.loads(path.read_text())
+        results["valid"]["sampled"]["MRR"] = mrr
+        path.write_text(json.dumps(results))
+    best = recommend.main(model="best", history=["12", "99"], k=3)
+    assert "best of 3 runs: output/demo/sasrec, validation MRR 0.3000" in capsys.readouterr().out
+    assert best == recommend.main(model="sasrec", history=["12", "99"], k=3)
+    capsys.readouterr()
+    distill.main(eval_only=True)
+    printed = capsys.readouterr().out
+    assert re.search(r"behind SASRec on validation: MRR 0\.0\d+, SASRec has 0\.3000", printed)
+    with pytest.raises(UsageError, match="--model=best: no finished run in output/none/"):
+        recommend.main(model="best", domain_type="none", history=["12"])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine import checkpoint, processes
 from engine.errors import RunError
+from engine.files import read_json
 from engine.run import Run
 from utils.flags import LLMRuntime, Runtime
 from utils.metrics import summarise
@@ -152,9 +153,26 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
         for protocol, values in ranks._asdict().items():
             arrays[f"{split}_{protocol}"] = values.astype(np.int32)
     results = run.complete(results, arrays)
+    _report_behind(run, results)
     if results["test"]["sampled"]["HR@1"] == 1.0:
         print("every target ranks first: does the history give the target away?", flush=True)
     return results
+
+
+def _report_behind(run: Run, results: dict[str, Any]) -> None:
+    """Say where popularity, or SASRec's run beside this one, has the higher validation MRR."""
+    beside = run.folder.with_name("sasrec") / "results.json"
+    cheaper, known = {}, results
+    if run.stage != "sasrec" and beside.is_file():
+        known = read_json(beside, "results")
+        cheaper["SASRec"] = known.get("valid")
+    cheaper["popularity"] = known.get("popularity", {}).get("valid")
+    same = [known.get(name) == results[name] for name in ("data_sha256", "candidates")]
+    own = results["valid"]["sampled"]["MRR"]
+    for name, metrics in cheaper.items():
+        if metrics and all(same) and metrics["sampled"]["MRR"] > own:
+            other = metrics["sampled"]["MRR"]
+            print(f"behind {name} on validation: MRR {own:.4f}, {name} has {other:.4f}", flush=True)
 
 
 @torch.no_grad()
