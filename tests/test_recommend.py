@@ -20,7 +20,7 @@ from engine.errors import UsageError
 from serving import export, recommend, served
 from serving.recommender import Recommender, top_k
 from serving.served import ServedFiles
-from tests.conftest import SHORT, histories, script, small_model
+from tests.conftest import SHORT, hashes, histories, script, small_model
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 9])
@@ -369,3 +369,55 @@ def test_the_best_run_is_taken_and_a_worse_one_says_so(inside, capsys):
     assert re.search(r"behind SASRec on validation: MRR 0\.0\d+, SASRec has 0\.3000", printed)
     with pytest.raises(UsageError, match="--model=best: no finished run in output/none/"):
         recommend.main(model="best", domain_type="none", history=["12"])
+
+
+def named(inside) -> None:
+    """The demo's items get original ids; a log of two new users, and one unknown product."""
+    rows = [f"{item},B{item:03d}," for item in range(1, 161)]
+    Path("data/demo.items.csv").write_text("\n".join(["item_id,asin,title", *rows]) + "\n")
+    lines = ["user_id,item_id,timestamp", "z,B099,1500000000", "y,B007,5", "z,B012,1400000000"]
+    Path("new.csv").write_text("\n".join([*lines, "y,B999,6"]) + "\n")
+
+
+@pytest.mark.slow
+def test_a_log_of_new_users_by_original_ids_and_one_unknown_product(inside, capsys):
+    """Rows 3 and 24: read as it is; an unknown item refuses the file, or is counted."""
+    named(inside)
+    asked = {"users": "new.csv", "output": "lists.csv", "k": 2}
+    with pytest.raises(UsageError, match="--users=new.csv: y: 'B999' is no item"):
+        recommend.main(**asked)
+    assert not Path("lists.csv").exists()
+    recommend.main(**asked, unknown="skip")
+    assert "--users: 1 unknown items skipped" in capsys.readouterr().out
+    with open("lists.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    for user, history in (("z", ["B012", "B099"]), ("y", ["B007"])):
+        expected = [row["item_id"] for row in recommend.main(history=history, k=2)]
+        mine = [int(row["item_id"]) for row in found if row["reviewerID"] == user]
+        assert mine == expected
+    best = recommend.main(history=["B012"], k=1)[0]["item_id"]
+    Path("deny.txt").write_text(f"B999\nB{best:03d}\n")  # what is unknown is not recommended anyway
+    assert recommend.main(history=["B012"], k=1, deny="deny.txt")[0]["item_id"] != best
+
+
+@pytest.mark.slow
+def test_no_file_of_the_run_is_written_over(inside):
+    """Row 5: neither the sequences, nor items.csv, nor the log of --users, with or without
+    --overwrite.
+    """
+    named(inside)
+    Path("link.csv").symlink_to("data/demo.csv")
+    before = hashes(Path("."))
+    for users, output in (
+        ("all", "data/demo.csv"),
+        ("all", "link.csv"),
+        ("all", "data/demo.items.csv"),
+        ("new.csv", "new.csv"),
+    ):
+        with pytest.raises(UsageError, match=f"--output={output} is a file that"):
+            recommend.main(users=users, output=output, overwrite=True, unknown="skip")
+    Path("mine.csv").write_text("x")
+    with pytest.raises(UsageError, match="--output=mine.csv: already exists; --overwrite true"):
+        recommend.main(users="all", output="mine.csv")
+    Path("mine.csv").unlink()
+    assert hashes(Path(".")) == before

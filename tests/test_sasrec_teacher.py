@@ -67,10 +67,12 @@ def test_the_loaded_sasrec_scores_as_the_trained_one(inside):
 
 
 @pytest.mark.slow
-def test_its_answers_are_cached_and_no_llm_teacher_is_needed(inside, capsys):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_its_answers_are_cached_and_no_llm_teacher_is_needed(inside, capsys, bf16):
+    """In its own precision, from disk and live, whatever the student's."""
     shutil.rmtree("output/demo/teacher")
     shutil.rmtree("output/demo/teacher_states")
-    short = SHORT | ALONE | {"base_model": "tiny", "log_steps": 1}
+    short = SHORT | ALONE | {"base_model": "tiny", "log_steps": 1, "bf16": bf16}
     distill.main(**short, output_dir="first")
     said = capsys.readouterr().out
     assert "teacher states: 120 samples, 0.00 GiB" in said
