@@ -5,7 +5,8 @@ and start brings.
     python -m experiments.ablation --rows ce,cos,cos_norm,cos_ms,slmrec    # the paper's five alone
     python -m experiments.ablation --domain_type cloth --base_model meta-llama/Llama-2-7b-hf \
         --seeds 0,1,2 --teacher_flags "--num_epochs 3 --warmup_steps 100" \
-        --student_flags "--learning_rate 3e-3 --max_steps 1500"
+        --student_flags "--learning_rate 3e-3 --max_steps 1500 --warmup_steps 50 \
+        --eval_steps 50 --save_steps 50"      # as cloth.sh, whose runs it takes
 
 Below --output_dir (output/<domain>/paper by default) each seed has one SASRec, one item table, one
 teacher and the teacher's states, made once and shared by its rows. A finished run is read, not
