@@ -185,6 +185,12 @@ class Inputs(NamedTuple):
         return self.table_path is None
 
     @property
+    def kept(self) -> dict[str, Path]:
+        """A run keeps its items.csv, which says what its numbers mean."""
+        listing = listing_of(self.csv_path)
+        return {"items.csv": listing} if listing.is_file() else {}
+
+    @property
     def about(self) -> dict[str, str | None]:
         """What config.json says beside the hashes."""
         names = {"domain": self.domain.name, "items_from": self.items_from}

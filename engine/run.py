@@ -26,7 +26,7 @@ from engine.log import CLOCK, MetricsLog
 if TYPE_CHECKING:
     import torch
 
-OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", CLOCK)
+OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", "items.csv", CLOCK)
 CHECKPOINTS = ("best", "last", ".old-best", ".old-last")
 OWN_FOLDERS = (*CHECKPOINTS, "tensorboard")
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors", "fire")
@@ -40,6 +40,7 @@ class Inputs(Protocol):
     hashes: entry of config.json (such as data_sha256) -> the present file's hash.
     sources: entry -> where that file is.
     rebuild: what to do when a file has changed, for messages.
+    kept: name in the run's folder -> a file that is copied there.
     weights_have_items: whether row i of some weight is item i, so that the weights mean something
         with the same data alone.
     """
@@ -47,6 +48,7 @@ class Inputs(Protocol):
     hashes: dict[str, str | None]
     sources: dict[str, Path]
     rebuild: str
+    kept: dict[str, Path]
     weights_have_items: bool
 
 
@@ -82,6 +84,7 @@ class Run:
         self.device, self.bf16 = None, bool((config or {}).get("bf16"))
         self.log = MetricsLog(folder, self.flags.get("tensorboard", False))
         self._new_config: dict[str, Any] = {}
+        self._kept: dict[str, Path] = {}
 
     # -- looking ------------------------------------------------------------------------------
 
@@ -131,7 +134,7 @@ class Run:
         for name, runs in earlier.items():
             known = [other.weights_sha256() for other in runs]
             hashes[f"{name}_sha256"] = ",".join(map(str, known)) or None
-        run._new_config = hashes
+        run._new_config, run._kept = hashes, inputs.kept
         if config is not None and (run.finished or run._has_checkpoint()) and not run.overwrite:
             run._refuse_others(hashes)
         return run
@@ -381,6 +384,8 @@ class Run:
             else:
                 for name in (*OWN_FILES, *OWN_FOLDERS):
                     _remove(self.folder / name)
+                for name, source in self._kept.items():
+                    shutil.copyfile(source, self.folder / name)
                 write_json(self.folder / "config.json", self._new_config | environment())
         processes.barrier()
         self.config = read_json(self.folder / "config.json", "run")

@@ -173,7 +173,7 @@ def read(files: ServedFiles) -> Served:
     if recorded and found and recorded != found:
         raise UsageError(
             f"{listing_of(csv_path)} is not the one that {run.folder} was trained beside: a number"
-            " is another item there; put the right one back"
+            f" is another item there; {run.folder / 'items.csv'} is the right one"
         )
     run.report_unfinished()
     return Served(run, domain, data, csv_path, table_path)

@@ -312,6 +312,7 @@ def test_names_of_another_catalogue_are_refused(inside):
     listing = Path("data/demo.items.csv")
     listing.write_text("\n".join(["item_id,asin,title", *rows]) + "\n")
     train_sr_trad.main(**SHORT, output_dir="s")
+    assert Path("s/items.csv").read_text() == listing.read_text()
     first = recommend.main(model="s", history=["B012"], k=3)
     listing.write_text(listing.read_text().replace("Title", "Name"))  # titles may change
     again = recommend.main(model="s", history=["B012"], k=3)
@@ -327,6 +328,8 @@ def test_names_of_another_catalogue_are_refused(inside):
         path.write_text(moved)
         with pytest.raises(UsageError, match=said):
             recommend.main(model=model, history=["B011"])
+    shutil.copyfile("s/items.csv", listing)  # as the line says
+    assert recommend.main(model="s", history=["B012"], k=3)[0]["item_id"] == first[0]["item_id"]
 
 
 def test_numbers_that_may_be_two_things_are_refused():
