@@ -15,8 +15,6 @@ from pathlib import Path
 from engine import cli
 from utils import flags
 
-SPREAD_USERS = 512  # whose scores tell how loud a model is
-
 
 @cli.command
 def main(*, files: flags.ExtractFiles) -> dict:
@@ -41,17 +39,15 @@ def main(*, files: flags.ExtractFiles) -> dict:
     from datasets.item_table import check_size, write_table
     from datasets.sequences import training_samples
     from models.sasrec import SASRec
-    from utils.evaluation import score_spread
+    from utils.evaluation import score_spreads
 
     models = [SASRec.load(run) for run in runs]
     tables = [model.item_table.detach() for model in models]  # each [N, D]
     check_size(inputs.csv_path, data.item_ids, sum(table.shape[1] for table in tables))
     scales = [1.0]
     if runs[1:]:
-        slots = max(model.max_seq_length for model in models)
-        samples = training_samples(data, "last", slots)
-        histories = samples.histories(samples.evenly(SPREAD_USERS))
-        scales = [score_spread(model, histories) for model in models]
+        longest = max(model.max_seq_length for model in models)
+        scales = score_spreads(models, training_samples(data, "last", longest))
     rows = torch.cat([table / scale for table, scale in zip(tables, scales)], dim=1)
 
     # 3. The file.

@@ -62,8 +62,8 @@ CUT = re.compile(r"-?\d(\.\d+)?[eE]\+?\d+")  # an id that went through a spreads
 LIST = re.compile(r"\s*[\[(].*[\])]\s*", re.DOTALL)
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
+MICROSECONDS = 1e6 * EPOCH  # the same of dates
 UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
-SECONDS, MICROSECONDS = 1e8, 1e14  # a number of either since 1970, from 1973 on
 FEW_USERS, LARGE_SHARE = 20, 0.1
 
 
@@ -260,9 +260,9 @@ def read_log(
         cli.check((len(user) > 0, f"nothing is left of {n_rows:,} rows; lower --min_rating"))
     _judge(table.path, [*users.codes], [*items.codes], user, item, columns, one_user)
     if columns.time is not None:
-        _judge_missing_times(table.path, time, rows, MICROSECONDS if dates else SECONDS)
-    if columns.time is not None and not dates:
-        _judge_times(table.path, time, rows)
+        _judge_missing_times(table.path, time, rows, MICROSECONDS if dates else EPOCH)
+        if not dates:
+            _judge_times(table.path, time, rows)
     names, user = _sorted_codes(users.codes, user)
     ids, item = _sorted_codes(items.codes, item)
     return Log(Reviews(names, ids, user, item, time), titles, columns.time is not None)
@@ -395,17 +395,10 @@ def _judge_times(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
     lengths = set((np.log10(np.maximum(np.abs(time), 1)).astype(np.int64) + 1).tolist())
     if 8 in lengths and lengths & {12, 14} and lengths <= {8, 12, 14}:
         raise UsageError(f"{path}: times of 8 and of more digits: days and minutes in one column?")
-    if len(np.unique(time)) > 60 and time.max() < 2400 and (time % 100 < 60).all():
+    if time.max() < 2400 and (time % 100 < 60).all() and len(np.unique(time)) > 60:
         raise UsageError(
             f"{path}: times from {time.min():.0f} to {time.max():.0f} look like a clock (HHMM)"
             " without a date; join the date and the time in one column"
-        )
-    years, months, days = time % 10_000, time // 10_000 % 100, time // 1_000_000
-    backwards = (years >= 1990) & (years <= 2100) & (months >= 1) & (days >= 1) & (days <= 31)
-    if lengths <= {7, 8} and (backwards & (months <= 31)).all():
-        raise UsageError(
-            f"{path}: times such as {time[0]:.0f} look like days before years and do not sort;"
-            " write 2024-04-25 or 20240425"
         )
     late = time[time >= EPOCH]
     if len(late) and late.max() > APART * late.min():
@@ -415,6 +408,15 @@ def _judge_times(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
         raise UsageError(
             f"{path}: times in rows {small} and {large} are a factor of"
             f" {late.max() / late.min():,.0f} apart: seconds and milliseconds in one column?"
+        )
+    if not lengths <= {7, 8}:
+        return
+    years, months, days = time % 10_000, time // 10_000 % 100, time // 1_000_000
+    backwards = (years >= 1990) & (years <= 2100) & (months >= 1) & (days >= 1) & (days <= 31)
+    if (backwards & (months <= 31)).all():
+        raise UsageError(
+            f"{path}: times such as {time[0]:.0f} look like days before years and do not sort;"
+            " write 2024-04-25 or 20240425"
         )
 
 

@@ -227,6 +227,12 @@ class Inputs(NamedTuple):
         return RunData(table, samples, splits, self.data.users, self.hashes)
 
 
+def _notes(table_path: Path) -> dict:
+    """What the .json beside an item table says; empty without one."""
+    notes = table_path.with_suffix(".json")
+    return read_json(notes, "item table notes") if notes.is_file() else {}
+
+
 def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:
     """Find and check the CSV, for SASRec and its item table. Imports no torch.
 
@@ -238,12 +244,7 @@ def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:
     domain = Domain.of(files).read_as_in(recorded or {})
     data, csv_path = domain.read()
     start = getattr(files, "init_table", None)
-    notes = start and Path(start).with_suffix(".json")
-    made_from = (
-        read_json(notes, "item table notes").get("data_sha256")
-        if notes and notes.is_file()
-        else None
-    )
+    made_from = _notes(Path(start)).get("data_sha256") if start else None
     if made_from not in (None, data.sha256):
         raise UsageError(
             f"--init_table={start} was made for a CSV with sha256 {made_from[:12]}...,"
@@ -263,8 +264,7 @@ def read_inputs(files: TeacherFiles) -> Inputs:
     """
     domain = Domain.of(files)
     table_path = Path(files.item_table or domain.item_table)
-    notes = table_path.with_suffix(".json")
-    about = read_json(notes, "item table notes") if notes.is_file() else {}
+    about = _notes(table_path)
     domain = domain.read_as_in(about.get("sasrec_flags", about))
     data, csv_path = domain.read()
     if not table_path.is_file():
@@ -282,8 +282,8 @@ def read_inputs(files: TeacherFiles) -> Inputs:
             )
         if about.get("table_sha256", table_sha256) != table_sha256:
             raise UsageError(
-                f"{table_path} is not the table that {notes} describes; run extract_emb.py again,"
-                " or remove the .json if the table is your own"
+                f"{table_path} is not the table that {table_path.with_suffix('.json')} describes;"
+                " run extract_emb.py again, or remove the .json if the table is your own"
             )
     hashes = {"data_sha256": data.sha256, "table_sha256": table_sha256}
     sources = {"data_sha256": csv_path, "table_sha256": table_path}

@@ -7,7 +7,7 @@ Legend: B batch, L item slots, N items (also the padding index), D item width, W
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -143,6 +143,11 @@ class SASRec(nn.Module):
         checkpoint.restore(self, weights, run.folder / "best")
         return self
 
+    @staticmethod
+    def shape(run: Run) -> dict[str, Any]:
+        """The arguments of SASRec beside N and L, as a run's flags say."""
+        return {field.name: run.flags[field.name] for field in SASRecModel.fields()}
+
     @classmethod
     def load(cls, run: Run) -> "SASRec":
         """The model of a run's best checkpoint.
@@ -150,13 +155,12 @@ class SASRec(nn.Module):
         Raises:
             UsageError: the checkpoint is missing, damaged or of another model.
         """
-        shape = {field.name: run.flags[field.name] for field in SASRecModel.fields()}
         weights, _ = checkpoint.load(run.folder / "best")
         table = weights.get("item_embedding.weight")
         if table is None:
             raise UsageError(f"{run.folder}/best: no item_embedding.weight; not a SASRec run")
         n_items = len(table) - 1  # the last row is the padding
-        model = cls(n_items, run.flags["max_seq_length"], **shape)
+        model = cls(n_items, run.flags["max_seq_length"], **cls.shape(run))
         checkpoint.restore(model, weights, run.folder / "best")
         return model
 

@@ -151,7 +151,6 @@ def main(
     from models.llm4rec import LLM4Rec
     from models.sasrec import SASRec
     from serving import exported
-    from utils.flags import SASRecModel
 
     slots, of_sasrec = run.flags["max_seq_length"], run.stage == "sasrec"
     if of_sasrec:
@@ -171,14 +170,15 @@ def main(
     partial.mkdir(parents=True)
     try:
         item_ids = torch.from_numpy(served.data.item_ids)
-        if of_sasrec:
-            shape = {field.name: run.flags[field.name] for field in SASRecModel.fields()}
-            exported.save_sasrec(partial, model, item_ids, served.popularity(), shape)
-        else:
-            exported.save(partial, model, item_ids, served.popularity(), slots)
         names = Items.of(served.csv_path, served.data.item_ids)
+        about = {"domain": run.config["domain"], "items_sha256": names.sha256()}
+        about["max_seq_length"] = slots
+        if of_sasrec:
+            about["sasrec"] = SASRec.shape(run)
+            exported.save_sasrec(partial, model, item_ids, served.popularity(), about)
+        else:
+            exported.save(partial, model, item_ids, served.popularity(), about)
         names.write(partial / "items.csv")
-        exported.note(partial, domain=run.config["domain"], items_sha256=names.sha256())
         name = "scores_sasrec.py" if of_sasrec else "scores.py"
         code = (HERE / name).read_text(encoding="utf-8")
         (partial / "README.md").write_text(model_card(served, code), encoding="utf-8")

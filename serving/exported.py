@@ -35,7 +35,7 @@ LARGEST_ONNX = 2**30  # bytes of weights in one file; more are written beside it
 
 
 def save(
-    folder: Path, model: LLM4Rec, item_ids: Tensor, popularity: Tensor, max_seq_length: int
+    folder: Path, model: LLM4Rec, item_ids: Tensor, popularity: Tensor, about: dict[str, Any]
 ) -> None:
     """Write the model's files into an existing folder. LoRA of `model` is merged.
 
@@ -43,7 +43,7 @@ def save(
         model: in float32.
         item_ids: int64 [N], by catalogue index.
         popularity: float [N].
-        max_seq_length: L.
+        about: what else recommender.json says: L (max_seq_length), and whose items these are.
     """
     decoder = model.decoder
     merge_lora(decoder.llama)
@@ -56,23 +56,22 @@ def save(
     shape = {
         "prompt_ids": decoder.prompt_ids.tolist(),
         "response_ids": decoder.response_ids.tolist(),
-        "max_seq_length": max_seq_length,
         "block_ends": decoder.block_ends,
         "exit_norm": model.exit_norm,
     }
-    _write(folder, tensors, shape)
+    _write(folder, tensors, shape | about)
 
 
 def save_sasrec(
-    folder: Path, model: SASRec, item_ids: Tensor, popularity: Tensor, shape: dict[str, Any]
+    folder: Path, model: SASRec, item_ids: Tensor, popularity: Tensor, about: dict[str, Any]
 ) -> None:
     """As `save`, of SASRec.
 
     Args:
-        shape: the arguments of `SASRec` beside N and L.
+        about: also the arguments of `SASRec` beside N and L, under `sasrec`.
     """
     tensors = model.state_dict() | {"item_ids": item_ids, "popularity": popularity}
-    _write(folder, tensors, {"sasrec": shape, "max_seq_length": model.max_seq_length})
+    _write(folder, tensors, about)
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], shape: dict[str, Any]) -> None:
@@ -81,11 +80,6 @@ def _write(folder: Path, tensors: dict[str, Tensor], shape: dict[str, Any]) -> N
     write_json(folder / SHAPE, shape)
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors are written for the owner alone
-
-
-def note(folder: Path, **more: str) -> None:
-    """Add to recommender.json whose items these are."""
-    write_json(folder / SHAPE, read_json(folder / SHAPE, "export") | more)
 
 
 def spell_for_older(path: Path) -> None:

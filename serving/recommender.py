@@ -18,9 +18,7 @@ from engine.run import Run
 from models.llm4rec import LLM4Rec
 from models.sasrec import SASRec
 from serving.served import Served
-from utils.evaluation import score_spread, users_per_tile
-
-SPREAD_USERS = 512  # whose scores tell how loud a model is
+from utils.evaluation import score_spreads, users_per_tile
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,8 @@ def together(models: Sequence[Recommender], scales: Sequence[float]) -> Recommen
 
     Args:
         models: over the same items.
-        scales: the standard deviation of each model's scores (utils.evaluation.score_spread); a sum
-            of raw scores follows the louder model.
+        scales: the standard deviation of each model's scores (utils.evaluation.score_spreads); a
+            sum of raw scores follows the louder model.
     """
 
     def encode(history: Tensor) -> Tensor:
@@ -127,11 +125,9 @@ def open_runs(
         models.append(of_run(served.run, table, popularity, device, exit))
     if not models[1:]:
         return models[0]
-    slots = max(model.max_seq_length for model in models)
-    samples = training_samples(runs[0].data, "last", slots)
-    histories = samples.histories(samples.evenly(SPREAD_USERS))
-    scales = [score_spread(model, histories[:, -model.max_seq_length :]) for model in models]
-    return together(models, scales)
+    longest = max(model.max_seq_length for model in models)
+    samples = training_samples(runs[0].data, "last", longest)
+    return together(models, score_spreads(models, samples))
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -166,3 +166,14 @@ def test_flags_without_effect_are_named(inside, capsys):
     distill.main(**SHORT, sasrec_temperature=2.0, output_dir="s")
     said = "without effect: --sasrec_temperature=2.0 (needs --sasrec_lambda above 0)"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sasrecs_of_other_lengths_stand_side_by_side(inside):
+    """The shorter one reads the end of the histories that the longer one reads."""
+    train_sr_trad.main(**SHORT, max_seq_length=7, output_dir="short")
+    pair = "output/demo/sasrec,short"
+    about = extract_emb.main(sasrec=pair, item_table="wide.pkl")
+    assert about["dim"] == 256 and all(scale > 0 for scale in about["scales"])
+    more = SHORT | ALONE | {"base_model": "tiny", "sasrec": pair, "item_table": "wide.pkl"}
+    assert distill.main(**more, output_dir="taught")["steps"] == 3

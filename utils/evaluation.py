@@ -25,6 +25,7 @@ Encode = Callable[[Tensor], Tensor]  # history [B, L] -> user vectors [B, D]
 PROTOCOLS = {"sampled": (5, 10), "full": (5, 10, 20), "full_all": (5, 10, 20)}  # -> cut-offs
 NO_SCORE, NO_VECTOR = 0, -1  # in place of a rank
 CPU_TILE, TILE = 2**23, 2**26  # scores held at once; larger blocks are slow to allocate on CPU
+SPREAD_USERS = 512  # whose scores tell how loud a model is
 FEWEST_USERS = 8  # per tile, so that a pass over ten million items serves several users
 
 
@@ -196,12 +197,21 @@ def rank_all(encode: Encode, item_table: Tensor, batches: Iterable[Batch]) -> Ra
 
 
 @torch.no_grad()
-def score_spread(model: Model, histories: Tensor) -> float:
-    """How loud a model is: the standard deviation of a user's scores over the catalogue, mean over
-    the users of histories [n, L]. A sum of raw scores would follow the louder model.
+def score_spreads(models: list[Any], samples: Any) -> list[float]:
+    """How loud models are: the standard deviation of a user's scores over the catalogue, mean over
+    SPREAD_USERS users. A sum of raw scores would follow the louder model.
+
+    Args:
+        models: each with a `max_seq_length`, the part of a history that it reads.
+        samples: users' histories, as long as the longest that a model reads
+            (datasets.sequences.Samples).
     """
-    scores = model.user_encoder()(histories).float() @ model.item_table.detach().float().T
-    return float(scores.std(dim=1).mean())
+    histories = samples.histories(samples.evenly(SPREAD_USERS))
+    spreads = []
+    for model in models:
+        users = model.user_encoder()(histories[:, -model.max_seq_length :]).float()
+        spreads.append(float((users @ model.item_table.detach().float().T).std(dim=1).mean()))
+    return spreads
 
 
 def rank_users(users: Tensor, columns: Tensor, batch: Batch) -> Tensor:
