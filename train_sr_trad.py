@@ -71,17 +71,14 @@ def main(
 
     # 4. The method: the next item at every position, among all items or sampled ones.
     def loss_fn(batch):
-        if training.train_targets == "all":
-            states, target = model.states(batch.history), batch.target  # [B, L, D], [B, L]
-        else:
-            states, target = model(batch.history)[:, None], batch.target[:, None]  # [B, 1, D]
+        every = training.train_targets == "all"  # a target after every item, else after the last
+        states = model.states(batch.history) if every else model(batch.history)  # [S, D] or [B, D]
         if training.loss == "sampled":
             shape = len(batch.indices), training.num_negatives
-            negatives = torch.randint(n_items, shape, device=device)  # [B, K]
-            ce = losses.sampled_cross_entropy(states, model.item_table, target, negatives)
-        else:
-            real = target != n_items
-            ce = catalogue_cross_entropy(states[real], model.item_table, target[real])
+            drawn = torch.randint(n_items, shape, device=device)  # [B, K]
+            given = states, model.item_table, batch.target, drawn, batch.lengths
+            return {"total": losses.sampled_cross_entropy(*given)}
+        ce = catalogue_cross_entropy(states, model.item_table, batch.target)
         return {"total": ce}
 
     run.begin()

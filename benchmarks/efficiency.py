@@ -134,10 +134,10 @@ def sasrec_row(setting: Setting) -> Row:
     model = SASRec(samples.data.n_items, SLOTS, **SASRecModel(emb_dim=DIM).values()).to(device)
 
     def loss(rows):
-        targets = samples.shifted_targets(rows).to(device)
-        real = targets != samples.data.n_items
-        states = model.states(samples.histories(rows).to(device))
-        return catalogue_cross_entropy(states[real], model.item_table, targets[real])
+        targets = samples.shifted_targets(rows)
+        targets = targets[targets != samples.data.n_items].to(device)
+        states = model.states(samples.histories(rows))
+        return catalogue_cross_entropy(states, model.item_table, targets)
 
     def infer(rows):
         return model.user_encoder()(samples.histories(rows).to(device))

@@ -320,17 +320,23 @@ def sasrec(bench: Bench, batch_size: int = 256) -> None:
         )
 
         def loss(rows, model, states, cross_entropy):
-            history = bench.samples.histories(rows).to(bench.device)
-            targets = bench.samples.shifted_targets(rows).to(bench.device)
+            history, targets = bench.samples.histories(rows), bench.samples.shifted_targets(rows)
             real = targets != bench.data.n_items
-            return cross_entropy(states(history)[real], model.item_table, targets[real])
+            vectors = states(history, real)
+            return cross_entropy(vectors, model.item_table, targets[real].to(bench.device))
+
+        def our_states(history, _):
+            return ours.states(history)
+
+        def plain_states(history, real):
+            return theirs.padded_states(history.to(bench.device))[real.to(bench.device)]
 
         def plain_ce(users, table, target):
             return F.cross_entropy(users @ table.T, target)
 
         timed = bench.race(
-            training_step(ours, lambda r: loss(r, ours, ours.states, catalogue_cross_entropy)),
-            training_step(theirs, lambda r: loss(r, theirs, theirs.padded_states, plain_ce)),
+            training_step(ours, lambda r: loss(r, ours, our_states, catalogue_cross_entropy)),
+            training_step(theirs, lambda r: loss(r, theirs, plain_states, plain_ce)),
             batches,
         )
         targets = float(np.mean([bench.samples.lengths()[rows].sum() for rows in batches]))

@@ -1,7 +1,7 @@
 """Leave-one-out samples, batches without per-sample Python, and evaluation candidates.
 
 Legend: B batch, L item slots (max_seq_length), N items (also the padding index), K candidates, U
-    users, n samples.
+    users, n samples, S items of some samples.
 """
 
 from collections.abc import Iterator
@@ -22,12 +22,15 @@ VALID, TEST = 2, 1  # the target's place from the end of the user's items; also 
 
 class TrainBatch(NamedTuple):
     """Some samples: their indices, histories [B, L] on the CPU, where the model packs them, and
-    targets on the device: [B], or [B, L] with a target at every position, N where there is none.
+    targets on the device: [B], or [S] with a target after every item, row after row.
+
+    lengths: how many targets each sample has.
     """
 
     indices: np.ndarray
     history: Tensor
     target: Tensor
+    lengths: list[int]
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,11 @@ class Samples:
 
     def batch(self, indices: np.ndarray, device: torch.device) -> TrainBatch:
         """What a training step reads of these samples."""
-        target = self.shifted_targets(indices) if self.every_position else self.targets(indices)
-        return TrainBatch(indices, self.histories(indices), target.to(device))
+        target, lengths = self.targets(indices), [1] * len(indices)
+        if self.every_position:
+            padded = self.shifted_targets(indices)
+            target, lengths = padded[padded != self.data.n_items], self.counts()[indices].tolist()
+        return TrainBatch(indices, self.histories(indices), target.to(device), lengths)
 
     def histories(self, indices: np.ndarray) -> Tensor:
         """The last L items before the target, padded with N on the left; int64 [B, L]."""

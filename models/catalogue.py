@@ -4,6 +4,9 @@ gradients. LEAVE ALONE.
 Legend: B rows (users), N items, D item width.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -17,16 +20,35 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+@contextlib.contextmanager
+def in_float32(device_type: str) -> Iterator[None]:
+    """Compute in float32, outside autocast. Where autocast was on, products of float32 matrices may
+    round their factors to bfloat16 (CPU with units for it) or TF32 (CUDA); results are float32.
+    """
+    under_autocast = torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False), _precision(under_autocast):
+        yield
+
+
+@contextlib.contextmanager
+def _precision(medium: bool) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if medium else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def catalogue_cross_entropy(users: Tensor, item_table: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy of user vectors against the whole item table, a scalar.
 
-    Equals `F.cross_entropy(users @ item_table.T, target)`. Computed in float32 at least, outside
-    autocast.
+    Equals `F.cross_entropy(users @ item_table.T, target)`, in float32 at least.
 
     Args:
         users: [B, D]. item_table: [N, D]. target: int64 [B].
     """
-    with torch.autocast(users.device.type, enabled=False):
+    with in_float32(users.device.type):
         users = wide(users)
         item_table = item_table.to(users.dtype)
         whole = CPU_WHOLE if users.device.type == "cpu" else WHOLE
@@ -46,25 +68,22 @@ def cross_entropy(users: Tensor, item_table: Tensor, target: Tensor | None) -> T
 
 class _MeanCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy for a small trained table: tiles of whole rows, with gradients computed in
-    the forward pass.
-
-    Saves the second computation of the logits and their exponentials. Costs a copy of the table's
-    gradient.
+    the forward pass. Saves the second computation of the logits, and costs a copy of the table's
+    gradient. Two tiles are reused: fresh ones cost as much as a product, in page faults.
     """
 
     @staticmethod
     def forward(ctx, users: Tensor, item_table: Tensor, target: Tensor, rows: int) -> Tensor:
         user_grad, table_grad = torch.empty_like(users), torch.zeros_like(item_table)
         total = users.new_zeros(())
+        tiles = [users.new_empty(min(rows, len(users)), len(item_table)) for _ in range(2)]
         for i in range(0, len(users), rows):
             part, index = users[i : i + rows], target[i : i + rows, None]
-            logits = part @ item_table.T  # [b, N]
-            peak, own = logits.amax(1, keepdim=True), logits.gather(1, index)
-            weight = logits.sub_(peak).exp_()
-            mass = weight.sum(1, keepdim=True)
-            total += (peak + mass.log() - own).sum()
-            slope = weight.div_(mass * len(users))
-            slope.scatter_add_(1, index, torch.full_like(own, -1 / len(users)))
+            logits, slope = (tile[: len(part)] for tile in tiles)
+            torch.mm(part, item_table.T, out=logits)
+            torch.log_softmax(logits, 1, out=slope)
+            total -= slope.gather(1, index).sum()
+            slope.exp_().scatter_add_(1, index, slope.new_full(index.shape, -1.0))
             torch.mm(slope, item_table, out=user_grad[i : i + rows])
             table_grad.addmm_(slope.T, part)
         ctx.grads = user_grad, table_grad
@@ -73,8 +92,8 @@ class _MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor):
-        user_grad, table_grad = ctx.grads
-        return user_grad * upstream, table_grad * upstream, None, None
+        each = upstream / len(ctx.grads[0])
+        return *(grad * each for grad in ctx.grads), None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -90,6 +109,7 @@ class _CrossEntropy(torch.autograd.Function):
         frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         log_partition, mean = partition(users, item_table, want_mean=frozen)
         ctx.save_for_backward(users, item_table, target, log_partition, mean)
+        ctx.medium = torch.get_float32_matmul_precision() == "medium"
         if target is None:
             return log_partition
         return log_partition - (users * item_table[target]).sum(1)
@@ -100,7 +120,8 @@ class _CrossEntropy(torch.autograd.Function):
         users, item_table, target, log_partition, mean = ctx.saved_tensors
         upstream, table_grad = upstream[:, None], None
         if ctx.needs_input_grad[1]:
-            mean, table_grad = _table_gradient(users, item_table, log_partition, upstream)
+            with _precision(ctx.medium):
+                mean, table_grad = _table_gradient(users, item_table, log_partition, upstream)
             if target is not None:
                 table_grad.index_add_(0, target, users * -upstream)
         user_grad = None

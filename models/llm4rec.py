@@ -21,8 +21,9 @@ from engine.errors import UsageError
 from engine.run import Run
 from models.base import PROVEN, Base, load_llama, longest, open_base
 from models.builtin import BUILT_IN
-from models.decoder import Decoder, KeyValue, Packed
+from models.decoder import Decoder, KeyValue
 from models.losses import Output
+from models.packed import Packed
 from models.selection import equal_blocks, select_layers
 from utils.flags import LLM, LoRA, Prompt
 

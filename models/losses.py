@@ -8,7 +8,8 @@ distance D_norm, and the exits' cross-entropy L_ms. The two KL terms are ours.
 
 To add a term: a function here, its weight in utils/flags.py, a line in the script.
 
-Legend: B batch, E block ends, H LLM width, D item width, N items, L slots, K negatives.
+Legend: B batch, E block ends, H LLM width, D item width, N items, L slots, K negatives, S positions
+of all users.
 """
 
 from typing import Literal, NamedTuple
@@ -16,9 +17,10 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from models import catalogue
-from models.catalogue import wide
+from models.catalogue import in_float32, wide
 
 Reduction = Literal["sum", "mean"]
 Parts = dict[str, tuple[float, Tensor]]  # name -> weight, value
@@ -73,7 +75,7 @@ def exit_supervision(
     exits: Tensor, item_table: Tensor, target: Tensor, reduction: Reduction
 ) -> Tensor:
     """L_ms: `next_item` at the inner exits [B, E - 1, D], summed or averaged over exits."""
-    with torch.autocast(exits.device.type, enabled=False):
+    with in_float32(exits.device.type):
         users = wide(exits).flatten(0, 1)
         targets = target.repeat_interleave(exits.shape[1])
         losses = catalogue.cross_entropy(users, item_table.to(users.dtype), targets)
@@ -109,7 +111,7 @@ def user_kl(
         item_table: [N, D].
     """
     shape = teacher.shape[:-1] if teacher.dim() == 3 else (len(teacher), 1)
-    with torch.autocast(teacher.device.type, enabled=False):
+    with in_float32(teacher.device.type):
         fixed = wide(teacher.detach()).reshape(-1, teacher.shape[-1]) / temperature  # [B * E, D]
         users = wide(student).reshape(-1, student.shape[-1]) / temperature
         table = item_table.to(fixed.dtype)
@@ -138,7 +140,7 @@ def of_teacher(
 
 
 def sampled_cross_entropy(
-    states: Tensor, item_table: Tensor, target: Tensor, negatives: Tensor
+    states: Tensor, item_table: Tensor, target: Tensor, negatives: Tensor, lengths: list[int]
 ) -> Tensor:
     """Mean cross-entropy of each target against itself and sampled negatives, a scalar.
 
@@ -147,14 +149,16 @@ def sampled_cross_entropy(
     itself does not count.
 
     Args:
-        states: [B, L, D].
+        states: [S, D], user after user.
         item_table: [N, D].
-        target: int64 [B, L], N where there is none.
+        target: int64 [S].
         negatives: int64 [B, K].
+        lengths: how many of the S are each user's, [B].
     """
-    real = target != len(item_table)
-    target = target.clamp(max=len(item_table) - 1)
-    with torch.autocast(states.device.type, enabled=False):
+    states = pad_sequence(states.split(lengths), batch_first=True)  # [B, L, D]
+    target = pad_sequence(target.split(lengths), batch_first=True, padding_value=-1)
+    real, target = target >= 0, target.clamp(min=0)
+    with in_float32(states.device.type):
         states, item_table = wide(states), wide(item_table)
         own = (states * F.embedding(target, item_table)).sum(-1, keepdim=True)  # [B, L, 1]
         drawn = states @ F.embedding(negatives, item_table).transpose(1, 2)  # [B, L, K]

@@ -1,8 +1,9 @@
 """SASRec (Kang and McAuley, 2018) in the bottleneck form that the released SLMRec trains.
 
-[B, L] history -> item embeddings -> causal transformer -> [B, L, D]; the last one is the user.
+[B, L] history -> item embeddings -> causal transformer -> [S, D]; a row's last one is the user.
 
-Legend: B batch, L item slots, N items (also the padding index), D item width, W block width.
+Legend: B batch, L item slots, N items (also the padding index), S items of all histories, D item
+width, W block width, h heads, d head width.
 """
 
 import math
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from engine import checkpoint
 from engine.errors import UsageError
 from engine.run import Run
+from models.packed import Packed
 from utils.flags import SASRecModel
 
 Norm = Literal["query", "pre", "post"]
-PARTS = 8  # of similar length, on CPU
+Mix = Callable[[Tensor, float], Tensor]  # queries, keys and values of all heads, dropout's rate
 
 
 class SASRec(nn.Module):
@@ -73,42 +75,67 @@ class SASRec(nn.Module):
         return self.item_embedding.weight[: self.n_items]
 
     def states(self, history: Tensor) -> Tensor:
-        """Item-space state after every position of left-padded histories [B, L] -> [B, L, D];
-        padding's is unspecified.
+        """Item-space state after every item of left-padded histories [B, L]: [S, D], row after row.
 
-        On CPU users are processed in parts of similar length, so that little padding is computed.
-        On a GPU the launches of several parts cost more than their padding.
+        Padding is not computed: items are packed one after another, and read with one gather.
         """
-        device = self.item_embedding.weight.device
-        if device.type != "cpu":
-            return self.padded_states(history.to(device, non_blocking=True))
-        length = (history != self.n_items).sum(1)
-        order, parts = length.argsort(stable=True), []
-        for rows in order.chunk(PARTS):
-            longest = max(1, int(length[rows[-1]]))
-            states = self.padded_states(history[rows, -longest:])
-            parts.append(F.pad(states, (0, 0, history.shape[1] - longest, 0)))
-        return torch.cat(parts)[order.argsort()]
-
-    def padded_states(self, history: Tensor) -> Tensor:
-        """As `states`, of all positions, padding too."""
-        length = history.shape[1]
-        real = history != self.n_items  # [B, L]
-        x = self.to_hidden(self.item_embedding(history)) * math.sqrt(
-            self.item_embedding.embedding_dim
-        )
-        x = self.dropout(x + self.positions.weight[-length:])
-        causal = torch.ones(length, length, dtype=torch.bool, device=history.device).tril()
-        # Padding attends to itself: softmax over nothing is NaN.
-        itself = torch.eye(length, dtype=torch.bool, device=history.device)
-        mask = (causal & real[:, None, :]) | itself  # [B, L, L], True = may attend
-        for block in self.blocks:
-            x = block(x, mask[:, None])
-        return self.to_item(self.final_norm(x))
+        packed = Packed.of(history, self.n_items).to(self.item_embedding.weight.device)
+        x = self._packed_states(packed, history.shape[1])
+        return self.to_item(self.final_norm(x)).index_select(0, packed.items_back)
 
     def forward(self, history: Tensor) -> Tensor:
         """User vectors [B, D]: the state of the last position."""
-        return self.states(history)[:, -1]
+        packed = Packed.of(history, self.n_items).to(self.item_embedding.weight.device)
+        x = self._packed_states(packed, history.shape[1]).index_select(0, packed.layout.last)
+        return self.to_item(self.final_norm(x)).index_select(0, packed.back)
+
+    def _packed_states(self, packed: Packed, slots: int) -> Tensor:
+        """States of the blocks at every packed item, [S, W]."""
+        groups = packed.layout.groups
+        sizes = [group.n_tokens for group in groups]
+
+        def mix(heads: Tensor, rate: float) -> Tensor:  # [S, 3, h, d] -> [S, h, d]
+            mixed = []
+            for group, own in zip(groups, heads.split(sizes)):
+                grid = own.index_select(0, group.grid).unflatten(0, (group.n_users, -1))
+                q, k, v = grid.permute(2, 0, 3, 1, 4)  # each [b, h, width, d], left-aligned
+                grid = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=rate)
+                mixed.append(grid.transpose(1, 2).flatten(0, 1).index_select(0, group.packed))
+            return torch.cat(mixed)
+
+        x = self._embedded(packed.items, packed.layout.position, slots)
+        for block in self.blocks:
+            x = block(x, mix)
+        return x
+
+    def padded_states(self, history: Tensor) -> Tensor:
+        """As `states`, [B, L, D], computed with the padding: the plain form, and the ONNX graph's.
+        A padding's state is unspecified.
+        """
+        length = history.shape[1]
+        real = history != self.n_items  # [B, L]
+        causal = torch.ones(length, length, dtype=torch.bool, device=history.device).tril()
+        # Padding attends to itself: softmax over nothing is NaN.
+        itself = torch.eye(length, dtype=torch.bool, device=history.device)
+        mask = ((causal & real[:, None, :]) | itself)[:, None]  # [B, 1, L, L], True = may attend
+
+        def mix(heads: Tensor, rate: float) -> Tensor:  # [B, L, 3, h, d] -> [B, L, h, d]
+            q, k, v = heads.permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+            return mixed.transpose(1, 2)
+
+        position = torch.arange(length, device=history.device)
+        x = self._embedded(history, position, length)
+        for block in self.blocks:
+            x = block(x, mix)
+        return self.to_item(self.final_norm(x))
+
+    def _embedded(self, items: Tensor, position: Tensor, slots: int) -> Tensor:
+        """Items [...] at their positions among the last `slots`, [..., W]."""
+        x = self.to_hidden(self.item_embedding(items)) * math.sqrt(
+            self.item_embedding.embedding_dim
+        )
+        return self.dropout(x + self.positions.weight[-slots:][position])
 
     def user_encoder(self) -> Callable[[Tensor], Tensor]:
         """History [B, L] -> user vectors [B, D], in evaluation mode."""
@@ -182,23 +209,21 @@ class Block(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mix: Mix) -> Tensor:
         if self.norm == "post":
-            x = self.attention_norm(x + self.attend(x, x, mask))
+            x = self.attention_norm(x + self.attend(x, x, mix))
             return self.feed_norm(x + self.feed(x))
         normed = self.attention_norm(x)
         if self.norm == "query":
-            x = self.feed_norm(normed + self.attend(normed, x, mask))
+            x = self.feed_norm(normed + self.attend(normed, x, mix))
             return x + self.feed(x)
-        x = x + self.attend(normed, normed, mask)
+        x = x + self.attend(normed, normed, mix)
         return x + self.feed(self.feed_norm(x))
 
-    def attend(self, query: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-        """Multi-head attention, [B, L, W] x [B, L, W] -> [B, L, W]; mask [B, 1, L, L]."""
-        q, k, v = (
-            layer(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for layer, y in ((self.query, query), (self.key, source), (self.value, source))
-        )
-        rate = self.rate if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+    def attend(self, query: Tensor, source: Tensor, mix: Mix) -> Tensor:
+        """Multi-head attention, [..., W] x [..., W] -> [..., W]."""
+        weight = torch.cat([self.key.weight, self.value.weight])
+        key_value = F.linear(source, weight, torch.cat([self.key.bias, self.value.bias]))
+        heads = torch.cat([self.query(query), key_value], dim=-1)
+        heads = heads.unflatten(-1, (3, self.num_heads, -1))
+        return self.out(mix(heads, self.rate if self.training else 0.0).flatten(-2))

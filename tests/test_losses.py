@@ -134,28 +134,24 @@ def test_no_tile_of_logits_is_larger_than_said(monkeypatch):
 
 
 def test_sampled_cross_entropy_by_hand_and_against_a_loop():
-    states = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])  # one user, two positions
+    states = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # one user, two positions
     table = torch.eye(2)
     # first position: target 0 against negative 1; second: target 1, the negative is the target
     # itself and does not count
     assert float(
-        sampled_cross_entropy(states, table, torch.tensor([[0, 1]]), torch.tensor([[1]]))
+        sampled_cross_entropy(states, table, torch.tensor([0, 1]), torch.tensor([[1]]), [2])
     ) == pytest.approx(math.log(1 + math.exp(-1)) / 2)
     torch.manual_seed(0)
-    states = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    states = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
     table = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
-    target = torch.tensor([[9, 9, 1, 2], [9, 3, 3, 8], [0, 1, 2, 4]])
+    owner, target = [0, 0, 1, 1, 1, 2, 2, 2, 2], torch.tensor([1, 2, 3, 3, 8, 0, 1, 2, 4])
     negatives = torch.tensor([[1, 1, 7], [3, 5, 0], [8, 4, 4]])
     each = []
-    for user in range(3):
-        for place in range(4):
-            wanted = int(target[user, place])
-            if wanted < 9:
-                others = [int(item) for item in negatives[user] if item != wanted]
-                scores = table[[wanted, *others]] @ states[user, place]
-                each.append(-F.log_softmax(scores, dim=0)[0])
+    for user, wanted, state in zip(owner, target.tolist(), states):
+        others = [int(item) for item in negatives[user] if item != wanted]
+        each.append(-F.log_softmax(table[[wanted, *others]] @ state, dim=0)[0])
     plain = torch.stack(each).mean()
-    ours = sampled_cross_entropy(states, table, target, negatives)
+    ours = sampled_cross_entropy(states, table, target, negatives, [2, 3, 4])
     torch.testing.assert_close(ours, plain, atol=1e-14, rtol=1e-13)
     for given, wanted in zip(
         torch.autograd.grad(ours, [states, table]), torch.autograd.grad(plain, [states, table])

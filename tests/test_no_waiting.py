@@ -21,8 +21,8 @@ from datasets.interactions import read_csv
 from datasets.sequences import TEST, EvaluationSplit
 from engine.tensor_cache import TensorCache
 from models.catalogue import catalogue_cross_entropy
-from models.decoder import Packed
 from models.losses import Output
+from models.packed import Packed
 from models.sasrec import SASRec
 from tests.conftest import histories, loss_parts, small_model, write_sequences
 from utils.evaluation import Batch, rank_users
@@ -44,6 +44,7 @@ def without_autocast(monkeypatch):
         )
 
     monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
 
 
 def on_meta(model: torch.nn.Module) -> torch.nn.Module:
@@ -95,10 +96,10 @@ def sasrec() -> SASRec:
 
 def test_sasrecs_step():
     model = sasrec().train()
-    states = model.states(histories(LENGTHS))  # [B, L, D]
-    flat = states.flatten(0, 1)
-    target = empty(len(flat), dtype=torch.int64)
-    step(model, catalogue_cross_entropy(flat, model.item_table, target))
+    states = model.states(histories(LENGTHS))
+    assert states.shape == (sum(LENGTHS), 6)
+    target = empty(len(states), dtype=torch.int64)
+    step(model, catalogue_cross_entropy(states, model.item_table, target))
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_an_independent_numpy_forward_agrees(norm, hid_dim):
     assert ("to_item.weight" in model.state_dict()) == (hid_dim == 4)
     items = [4, 0, 22, 7, 4]
     padded = torch.tensor([[23, 23, 23, *items]])
-    states = model.states(padded)[0, 3:].detach().numpy()
+    states = model.states(padded).detach().numpy()
     np.testing.assert_allclose(states, numpy_states(model, items), atol=1e-12)
     np.testing.assert_allclose(model(padded)[0].detach().numpy(), states[-1], atol=0)
 
@@ -97,12 +97,12 @@ def test_an_independent_numpy_forward_agrees(norm, hid_dim):
 @pytest.mark.parametrize("norm", ["query", "pre", "post"])
 def test_a_later_item_changes_nothing_earlier(norm):
     model, batch = made(norm), histories([8, 5, 3])
-    before = model.states(batch)
+    before = model.states(batch).split([8, 5, 3])
     changed = batch.clone()
     changed[:, -2] = (changed[:, -2] + 1) % 23
-    after = model.states(changed)
-    assert torch.equal(before[:, :-2], after[:, :-2])
-    assert not torch.allclose(before[:, -2:], after[:, -2:])
+    for own, other in zip(before, model.states(changed).split([8, 5, 3])):
+        assert torch.equal(own[:-2], other[:-2])
+        assert not torch.allclose(own[-2:], other[-2:])
 
 
 def test_padding_length_and_neighbours_change_nothing():
@@ -115,21 +115,36 @@ def test_padding_length_and_neighbours_change_nothing():
 
 def test_padding_gets_no_gradient_and_is_no_class():
     model, batch = made().train(), histories([2, 8])
-    model.states(batch)[batch != 23].sum().backward()
+    model.states(batch).sum().backward()
     assert model.item_embedding.weight.grad[23].abs().sum() == 0
     assert model.item_table.shape == (23, 6)
 
 
-def test_parts_of_like_length_change_nothing(monkeypatch):
-    import models.sasrec
+@pytest.mark.parametrize("norm", ["query", "pre", "post"])
+def test_packed_states_and_gradients_equal_the_padded_ones(norm):
+    """More users than a group of attention has, in no order of length."""
+    lengths = [1, 8, 3, 3, 5, 2, 8, 1, 4, 6, 7] * 8
+    batch, model = histories(lengths), made(norm)
+    slope = torch.randn(sum(lengths), 6, dtype=torch.float64)
+    found = []
+    for states in (model.states(batch), model.padded_states(batch)[batch != 23]):
+        model.zero_grad()
+        (states * slope).sum().backward()
+        found.append([states.detach(), *(p.grad.clone() for p in model.parameters())])
+    for packed, padded in zip(*found):
+        torch.testing.assert_close(packed, padded, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(model(batch), model.padded_states(batch)[:, -1], atol=1e-13, rtol=0)
 
-    lengths = [1, 8, 3, 3, 5, 2, 8, 1, 4, 6, 7]
-    batch, model = histories(lengths), made()
-    parts = model.states(batch)
-    whole = model.padded_states(batch)
-    for row, length in enumerate(lengths):
-        torch.testing.assert_close(parts[row, -length:], whole[row, -length:], atol=1e-14, rtol=0)
-    monkeypatch.setattr(models.sasrec, "PARTS", 1)
-    torch.testing.assert_close(
-        model.states(batch)[batch != 23], parts[batch != 23], atol=1e-14, rtol=0
-    )
+
+def test_dropout_of_packed_attention_drops_weights_by_the_rate(monkeypatch):
+    """At rate 1 of attention nothing is mixed: every state is a function of its own item alone."""
+    model, batch = made(dropout=0.0).train(), histories([8, 5, 3])
+    for block in model.blocks:
+        monkeypatch.setattr(block, "rate", 1.0)
+    changed = batch.clone()
+    changed[:, -2] = (changed[:, -2] + 1) % 23
+    for own, other in zip(
+        model.states(batch).split([8, 5, 3]), model.states(changed).split([8, 5, 3])
+    ):
+        assert torch.equal(own[-1], other[-1])
+        assert not torch.allclose(own[-2], other[-2])

@@ -1,0 +1,125 @@
+"""A batch of histories without padding: which tokens are computed, and on which grids they attend.
+
+Legend: B batch, L item slots, R response tokens, P prompt tokens, S packed tokens (items and
+response of all users), W most tokens of a user in a group; b, s: B and S of one group.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+GROUPS = 4  # groups of users whose attention is computed together; the best of 1, 4, 8, 16 on CPU
+SMALLEST_GROUP = 32
+
+
+class Group(NamedTuple):
+    """Neighbouring users whose attention to their own tokens is computed together on a padded grid.
+
+    n_users, n_tokens: b and s.
+    grid: [b * W], index into their packed tokens, left-aligned; arbitrary where there is no token.
+    packed: [s], index of each of their tokens in the flattened grid.
+    later: [W, W], the positions that a grid position must not attend to.
+    absent: [b, 1, 1, W], the positions that a user's last token must not attend to.
+    """
+
+    n_users: int
+    n_tokens: int
+    grid: Tensor
+    packed: Tensor
+    later: Tensor
+    absent: Tensor
+
+
+class Layout(NamedTuple):
+    """Where the packed suffix tokens stand; made once per batch, on the CPU.
+
+    length: T of the padded layout, P + L + R.
+    source: [S], index into [item vectors | response vectors].
+    position: [S], position in the padded layout, counted from the prompt's start.
+    last: [B], packed index of each user's last token.
+    groups: users in order, a few at a time, so that a batch sorted by length pads little.
+    """
+
+    length: int
+    source: Tensor
+    position: Tensor
+    last: Tensor
+    groups: list[Group]
+
+    @classmethod
+    def of(cls, real: Tensor, n_prompt: int, n_response: int) -> "Layout":
+        """From real [B, L] (True = an item), left-padded."""
+        batch, slots = real.shape
+        tail = torch.ones(batch, n_response, dtype=torch.bool)
+        token = torch.cat([real, tail], dim=1)  # [B, L + R]
+        width = token.sum(1)
+        last = width.cumsum(0) - 1
+        widths = width.tolist()
+        n_items = sum(widths) - batch * n_response
+        items = (real.flatten().cumsum(0) - 1).view_as(real)
+        response = (n_items + torch.arange(n_response)).expand(batch, -1)
+        source = torch.cat([items, response], dim=1)[token]
+        slot = torch.arange(slots + n_response).expand(batch, -1)
+        position = n_prompt + slot[token]
+        groups = []
+        for part in width.split(max(SMALLEST_GROUP, -(-batch // GROUPS))):
+            groups.append(_group(part, widths[: len(part)]))
+            widths = widths[len(part) :]
+        return cls(n_prompt + slots + n_response, source, position, last, groups)
+
+
+class Packed(NamedTuple):
+    """A batch of histories without padding, users sorted by length.
+
+    Everything that depends on the data is worked out here, on the CPU. The forward only indexes: it
+    never waits for the device, and can be captured.
+
+    items: [sum of lengths], catalogue indices, user after user.
+    back: [B], where each user of the batch stands in the sorted one.
+    items_back: [sum of lengths], where each item of the batch, row after row, stands in `items`.
+    """
+
+    items: Tensor
+    back: Tensor
+    items_back: Tensor
+    layout: Layout
+
+    @classmethod
+    def of(cls, history: Tensor, n_items: int, n_prompt: int = 0, n_response: int = 0) -> "Packed":
+        """From left-padded catalogue indices [B, L]; n_items is the padding."""
+        history = history.cpu()
+        real = history != n_items
+        order = real.sum(1).argsort(stable=True)  # neighbours of similar length pad little
+        number = (real.flatten().cumsum(0) - 1).view_as(real)
+        history, real, number = history[order], real[order], number[order]
+        items_back = number[real].argsort()
+        layout = Layout.of(real, n_prompt, n_response)
+        return cls(history[real], order.argsort(), items_back, layout)
+
+    def to(self, device: torch.device) -> "Packed":
+        """On the device; to a GPU through pinned memory, so that the CPU does not wait."""
+        return _moved(self, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Every tensor in nested tuples and lists, on the device."""
+    if isinstance(value, Tensor):
+        pins = torch.accelerator.is_available() and device.type != "cpu"
+        return (value.pin_memory() if pins else value).to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [_moved(part, device) for part in value]
+    if isinstance(value, tuple):
+        return type(value)(*(_moved(part, device) for part in value))
+    return value
+
+
+def _group(width: Tensor, widths: list[int]) -> Group:
+    """The group of users with these numbers of tokens, as a tensor and as Python numbers."""
+    column = torch.arange(max(widths))
+    first = width.cumsum(0) - width
+    grid = (first[:, None] + column).clamp(max=sum(widths) - 1).flatten()
+    inside = column < width[:, None]  # [b, W]
+    packed = inside.flatten().nonzero().squeeze(1)
+    later = inside.new_ones(len(column), len(column)).triu(1)
+    return Group(len(widths), sum(widths), grid, packed, later, ~inside[:, None, None])
