@@ -7,11 +7,8 @@ Legend: B batch, P prompt tokens, R response tokens, H width, I width of the MLP
 
 import multiprocessing
 import platform
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,22 +64,6 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     run()
     _wait(device)
     return time.perf_counter() - started
-
-
-# Ends with its parent, however that ends.
-_AT_WORK = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
-
-
-@contextmanager
-def busy(n: int) -> Iterator[list[subprocess.Popen]]:
-    """A busy machine: `n` other processes, each at work on one core, while the block runs."""
-    others = [subprocess.Popen([sys.executable, "-c", _AT_WORK]) for _ in range(n)]
-    try:
-        yield others
-    finally:
-        for other in others:
-            other.kill()
-            other.wait()
 
 
 def _wait(device: torch.device) -> None:

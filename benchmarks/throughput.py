@@ -30,8 +30,8 @@ from datasets.candidates import draw
 from datasets.domain import Domain
 from datasets.interactions import Interactions
 from datasets.prompts import read_template, tokenise
-from engine import cli, cpu, processes, tensor_cache
-from engine.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
+from engine import cli, processes, tensor_cache
+from engine.cli import NonNegativeFloat, PositiveInt, flag
 from engine.files import check_writable
 from models import losses
 from models.base import open_base
@@ -429,7 +429,6 @@ def main(
     max_seq_length: PositiveInt = flag(30, "item slots of the padded layout"),
     repeats: PositiveInt = flag(7, "timed pairs per row, after one that warms up"),
     rest: NonNegativeFloat = flag(0.0, "seconds between pairs, where a shared machine needs it"),
-    busy: NonNegativeInt = flag(0, "other processes at work, a core each, while rows are timed"),
     rows: list[str] = flag(["all"], f"all, or some of {', '.join(ROWS)}"),
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available"),
     output_dir: str = flag("output/benchmarks", "where throughput.json and throughput.md go"),
@@ -458,22 +457,17 @@ def main(
         "base_model": base_model,
         "batch_size": len(bench.batches[0]),
         "repeats": repeats,
-        "busy": busy,
         "gflops": round(bench.rate / 1e9),
         "data": str(csv),
     }
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     print(f"{'':58s} {'ours':>12s} {'plain':>12s} {'':8s} {'ratio':>7s}", flush=True)
-    with measure.busy(busy):
-        if busy and device.type == "cpu":
-            cpu.choose_threads()  # as a run does that starts beside them; for both sides
-        about["threads"] = torch.get_num_threads()
-        for name in rows:
-            if name in PART_ROWS:
-                PART_ROWS[name](bench)
-                continue
-            blocks = (distill_block,) if name == "distill" else ()
-            LLM_ROWS[name](bench, teacher_layers, student_layers, *blocks)
+    for name in rows:
+        if name in PART_ROWS:
+            PART_ROWS[name](bench)
+            continue
+        blocks = (distill_block,) if name == "distill" else ()
+        LLM_ROWS[name](bench, teacher_layers, student_layers, *blocks)
     result = about | {"rows": bench.rows}
     measure.write_report(folder, "throughput", result, table(bench))
     return result

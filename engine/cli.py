@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from engine import processes
+from engine import cpu, processes
 from engine.errors import UsageError
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -281,6 +281,7 @@ def check(*rules: tuple[bool, str]) -> None:
 def run(main: Callable, argv: list[str] | None = None) -> None:
     """Bind the command line to `main`, run it, and end the process (engine.processes.call)."""
     argv = sys.argv[1:] if argv is None else argv
+    cpu.let_threads_sleep()
     processes.quiet_all_but_first()
     if any(word in ("-h", "--help") for word in argv):
         import fire

@@ -327,8 +327,8 @@ class Run:
         given, on_cuda = self.flags["bf16"], device.type == "cuda"
         self.device, self.bf16 = device, on_cuda if given is None else given
         if not self.eval_only:
-            if self.bf16 and not on_cuda:
-                cpu.report_slow_bfloat16()
+            if not on_cuda and given is not False:
+                cpu.report_bfloat16(self.bf16, "compile" in self.flags)
             return device
         self.bf16 = self.config.get("bf16", on_cuda)
         written = any("bf16" in group.given for group in self.groups)

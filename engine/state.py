@@ -75,13 +75,21 @@ class State:
             group["lr"] = rate
         return rate
 
-    def clip(self, max_norm: float) -> float:
-        """The gradients' norm before they are clipped to `max_norm`; 0 only measures it."""
+    def clip(self, max_norm: float) -> Tensor:
+        """The gradients' norm before they are clipped to `max_norm`, a scalar on the device; 0 only
+        measures it.
+        """
         limit = max_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True)
-        return float(sharding.whole(norm))
+        return sharding.whole(nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True))
 
-    def step(self) -> None:
+    def step(self, finite: Tensor) -> None:
+        """Take a step, but leave everything as it is where `finite`, a scalar on the device, is
+        False: the optimizer looks at it there, and the CPU does not wait.
+        """
+        if not any(map(sharding.is_divided, self.parameters)):
+            self.optimizer.found_inf = (~finite).float()
+        elif not finite:
+            return
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

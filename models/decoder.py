@@ -27,17 +27,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
 from engine.errors import UsageError
-from models.catalogue import wide
-from models.packed import Group, Layout
+from models.attention import KeyValue, attend, attend_last, attend_prompt, compilable
+from models.packed import Layout
 
-KeyValue = tuple[Tensor, Tensor]  # keys (rotated) and values of the prompt, each [P, h_kv, d]
 Rotation = tuple[Tensor, Tensor]  # rotary cosines and sines of the packed tokens, each [T, d]
 
 
@@ -149,25 +147,6 @@ class Decoder(nn.Module):
         return step(layer, *inputs)
 
 
-@functools.cache
-def _compiled(step: Callable) -> Callable:
-    return torch.compile(step, dynamic=True)
-
-
-def compilable(step: Callable) -> Callable:
-    """`step`, compiled by torch.compile where its layer's `compiled` is set and gradients are on.
-
-    The rest of a layer is not: compiling it took minutes and gained nothing.
-    """
-
-    @functools.wraps(step)
-    def call(layer: LlamaDecoderLayer, *inputs):
-        fused = getattr(layer, "compiled", False) and torch.is_grad_enabled()
-        return (_compiled(step) if fused else step)(layer, *inputs)
-
-    return call
-
-
 @compilable
 def queries_keys_values(
     layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, query_tokens: Tensor | None = None
@@ -202,26 +181,22 @@ def _prompt_layer(
     query, key, value = queries_keys_values(layer, x, rotation)
     if is_last:
         return x, key, value
-    return _feed(layer, x, _attend_prompt(layer, query, key, value)), key, value
+    return _feed(layer, x, attend_prompt(layer, query, (key, value))), key, value
 
 
 def _inner_layer(
     layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, layout: Layout, known: KeyValue | None
 ) -> Tensor:
     """One layer over all packed tokens [T, H]; T = P + S, or S where the prompt is known."""
-    n_prompt = len(x) - len(layout.source)
-    sizes = [n_prompt, *(group.n_tokens for group in layout.groups)]
+    n_own = len(layout.source)
     # split, not slices: a slice's gradient is a tensor of zeros around it, that of a split one cat
-    query, key, value = (t.split(sizes) for t in queries_keys_values(layer, x, rotation))
-    mixed, own, level = [], [], []
+    parts = [t.split([len(x) - n_own, n_own]) for t in queries_keys_values(layer, x, rotation)]
+    prompt, own = zip(*parts)
+    mixed = []
     if known is None:
-        known = key[0], value[0]
-        mixed.append(_attend_prompt(layer, query[0], *known))
-    for group, *tokens in zip(layout.groups, query[1:], key[1:], value[1:]):
-        grids = _attend(layer, *(_gridded(t, group) for t in tokens), group.later)
-        for parts, grid in zip((own, level), grids):  # [b, h, W, d] and [b, h, W, 1] -> [s, h, ...]
-            parts.append(grid.transpose(1, 2).flatten(0, 1).index_select(0, group.packed))
-    mixed.append(_joined(layer, torch.cat(query[1:]), known, torch.cat(own), torch.cat(level)))
+        known = prompt[1:]
+        mixed.append(attend_prompt(layer, prompt[0], known))
+    mixed.append(attend(layer, own[0], own[1:], known, layout.groups))
     return _feed(layer, x, torch.cat(mixed).flatten(1))
 
 
@@ -231,21 +206,13 @@ def _last_layer(
     """The last layer for the last token alone: packed [T, H] -> [B, H]; keys and values are of all
     tokens.
     """
-    n_prompt = len(x) - len(layout.source)
+    n_own = len(layout.source)
+    n_prompt = len(x) - n_own
     last = layout.last + n_prompt
-    sizes = [n_prompt, *(group.n_tokens for group in layout.groups)]
     query, *shared = queries_keys_values(layer, x, rotation, last)  # query [B, h, d]
-    key, value = (t.split(sizes) for t in shared)
-    known = (key[0], value[0]) if known is None else known
-    own, level = [], []
-    queries = query.split([group.n_users for group in layout.groups])
-    for group, asking, *tokens in zip(layout.groups, queries, key[1:], value[1:]):
-        grids = _attend(
-            layer, asking[:, :, None], *(_gridded(t, group) for t in tokens), group.absent
-        )
-        for parts, grid in zip((own, level), grids):
-            parts.append(grid.squeeze(2))  # [b, h, 1, d] -> [b, h, d]
-    mixed = _joined(layer, query, known, torch.cat(own), torch.cat(level))
+    prompt, own = zip(*(t.split([n_prompt, n_own]) for t in shared))
+    known = prompt if known is None else known
+    mixed = attend_last(layer, query, own, known, layout.groups)
     return _feed(layer, x.index_select(0, last), mixed.flatten(1))
 
 
@@ -262,67 +229,6 @@ def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
     once.
     """
     return apply_rotary_pos_emb(x, x[:, :0], *rotation)[0]
-
-
-def _attend_prompt(layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal self-attention of the prompt, [P, h, d] -> [P, h, d]."""
-    attention = layer.self_attn
-    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-    k, v = (t.repeat_interleave(attention.num_key_value_groups, dim=1) for t in (k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling)
-    return mixed[0].transpose(0, 1)
-
-
-@compilable
-def _joined(
-    layer: LlamaDecoderLayer, query: Tensor, known: KeyValue, own: Tensor, own_level: Tensor
-) -> Tensor:
-    """Attention over [prompt | own tokens] from its two parts: tokens [n, h, d] -> [n, h, d].
-
-    All tokens attend to the same prompt, so that part is one dense product of all of them with its
-    keys. Each part is weighted by its share of the softmax's mass, whose logarithms are the levels
-    (as flash attention joins its tiles).
-    """
-    key, value = (shared.to(query.dtype).transpose(0, 1) for shared in known)  # [h_kv, P, d]
-    grouped = query.unflatten(1, (len(key), -1)).transpose(0, 1)  # [h_kv, n, h / h_kv, d]
-    shape = grouped.shape[1:3]
-    parts = _attend(layer, grouped.flatten(1, 2), key, value)
-    mixed, level = (t.unflatten(1, shape).transpose(0, 1).flatten(1, 2) for t in parts)
-    return (own + torch.sigmoid(level - own_level) * (mixed - own)).to(query.dtype)
-
-
-def _gridded(own: Tensor, group: Group) -> Tensor:
-    """Packed [s, h, d] -> padded [b, h, W, d]. index_select: its backward is faster than
-    indexing's.
-    """
-    grid = own.index_select(0, group.grid)
-    return grid.view(len(group.absent), -1, *own.shape[1:]).transpose(1, 2)
-
-
-def _attend(
-    layer: LlamaDecoderLayer,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    barred: Tensor | None = None,
-) -> KeyValue:
-    """Softmax attention [..., n, d] and the logarithm of its mass [..., n, 1], in float32 at least.
-
-    Args:
-        barred: True where a query must not attend.
-    """
-    if query.dim() == 4 and (shared := layer.self_attn.num_key_value_groups) > 1:
-        key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
-    # scores rounded to half precision would shift the weights by percents
-    with torch.autocast(query.device.type, enabled=False):
-        query, key, value = wide(query), wide(key), wide(value)
-        scores = (query * layer.self_attn.scaling) @ key.transpose(-1, -2)
-        if barred is not None:
-            scores = scores.masked_fill(barred, -torch.inf)
-        peak = scores.detach().amax(-1, keepdim=True)  # a constant: it cancels in the result
-        weight = (scores - peak).exp()
-        mass = weight.sum(-1, keepdim=True)
-        return weight @ value / mass, peak + mass.log()
 
 
 @compilable

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from engine import checkpoint, sharding
 from engine.errors import UsageError
 from engine.run import Run
+from models.attention import KeyValue
 from models.base import PROVEN, Base, load_llama, longest, open_base
 from models.builtin import BUILT_IN
-from models.decoder import Decoder, KeyValue
+from models.decoder import Decoder
 from models.losses import Output
 from models.packed import Packed
 from models.selection import equal_blocks, select_layers

@@ -5,8 +5,6 @@ and the tables come out.
 import copy
 import json
 import os
-import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -164,22 +162,6 @@ def test_wrong_requests_are_refused_before_any_row_runs(tmp_path):
     for main in (efficiency.main, throughput.main):
         with pytest.raises(UsageError, match="is a file, not a folder"):
             main(output_dir=str(tmp_path / "file"))
-
-
-def _ticks(pid: int) -> int:
-    """Processor time of a process in clock ticks, user and system."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return int(fields[11]) + int(fields[12])
-
-
-def test_others_are_at_work_within_the_block_alone():
-    with pytest.raises(ValueError, match="a row failed"), measure.busy(2) as others:
-        assert len(others) == 2 and all(other.poll() is None for other in others)
-        time.sleep(1.0)
-        worked = [_ticks(other.pid) for other in others]
-        assert all(other.poll() is None for other in others) and min(worked) > 0
-        raise ValueError("a row failed")
-    assert all(other.poll() is not None for other in others)
 
 
 def test_the_operations_of_llama_2_7b_follow_from_its_weights():

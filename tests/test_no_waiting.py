@@ -11,14 +11,18 @@ of losses, ranks to numpy), random state, and autocast, which `meta` has not got
 """
 
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, EvaluationSplit
+from engine.run import Run
+from engine.state import Progress, State
 from engine.tensor_cache import TensorCache
 from models.catalogue import catalogue_cross_entropy
 from models.losses import Output
@@ -27,6 +31,7 @@ from models.sasrec import SASRec
 from tests.conftest import histories, loss_parts, small_model, write_sequences
 from utils.evaluation import Batch, rank_users
 from utils.flags import StudentLoss
+from utils.training import _Late
 
 META = torch.device("meta")
 LENGTHS = [3, 8, 1, 5] * 20
@@ -133,3 +138,48 @@ def test_the_students_forward_is_one_graph():
     with torch.no_grad():
         for ours, plain in zip(compiled(packed), model(histories(LENGTHS))):
             torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
+
+
+def test_the_optimizer_and_the_log_read_nothing_of_the_present_step(tmp_path):
+    """Every scalar that the CPU reads while a step runs is one of an earlier step's."""
+    reads = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (
+                torch.ops.aten._local_scalar_dense.default,
+                torch.ops.aten.nonzero.default,
+            ):
+                reads.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    module = torch.nn.Linear(3, 2)
+    run = Run("sasrec", tmp_path, {"flags": {}})
+    state = State(run, module, 1e-2, 0.0, None, {})
+    samples, progress = SimpleNamespace(users=list), Progress()
+    late = _Late(run, samples, progress, SimpleNamespace(received=0))
+    totals, before = [], module.weight.clone()
+    with Watch():
+        for step in (1, 2, 3):
+            total = module(torch.ones(1, 3)).square().sum() / step
+            total.backward()
+            values = {"total": total.detach(), "grad_norm": state.clip(1.0)}
+            late.add(step, np.arange(2), values)
+            state.step(torch.isfinite(values["total"] + values["grad_norm"]))
+            totals.append(values["total"])
+            late.read(everything=False)
+            assert len(progress.running.get("total", [])) == step - 1
+    assert not reads
+    late.read(everything=True)
+    assert progress.running["total"] == [float(total) for total in totals]
+    assert not torch.equal(before, module.weight)
+
+
+def test_a_step_that_is_not_finite_changes_no_weight(tmp_path):
+    module = torch.nn.Linear(3, 2)
+    state = State(Run("sasrec", tmp_path, {"flags": {}}), module, 1e-2, 0.0, None, {})
+    module(torch.ones(1, 3)).sum().backward()
+    before = [p.clone() for p in module.parameters()]
+    state.step(torch.tensor(False))
+    assert all(torch.equal(old, p) for old, p in zip(before, module.parameters()))
+    assert all(p.grad is None for p in module.parameters())

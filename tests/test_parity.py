@@ -2,11 +2,14 @@
 
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.plain import plain_twin
+from models.attention import attend, attend_on_grids
+from models.packed import Packed
 from tests.conftest import TARGETS, histories, loss_parts, small_config, small_model
 from utils.flags import StudentLoss
 
@@ -262,3 +265,42 @@ def test_bfloat16_with_full_training_is_as_near_as_the_plain_form(seed):
             ours, theirs = model(batch).states, plain(batch).states
     error, expected = ((x.double() - exact).norm() for x in (ours, theirs))
     assert error <= 1.1 * expected
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_attention_on_grids_equals_the_flash_kernels_and_a_plain_softmax(kv_heads):
+    """The form that other devices take, on users of three groups; outputs and gradients."""
+    lengths, n_prompt, width = [3, 8, 1, 5] * 20, 4, 6
+    packed = Packed.of(histories(lengths), 23)
+    layer = SimpleNamespace(
+        self_attn=SimpleNamespace(scaling=0.4, num_key_value_groups=4 // kv_heads)
+    )
+    torch.manual_seed(0)
+    shapes = (sum(lengths), 4), *[(sum(lengths), kv_heads)] * 2, *[(n_prompt, kv_heads)] * 2
+    given = [
+        torch.randn(*shape, width, dtype=torch.float64, requires_grad=True) for shape in shapes
+    ]
+    slope = torch.randn(sum(lengths), 4, width, dtype=torch.float64)
+
+    def plain(query, key, value, known_key, known_value):
+        outputs = []
+        users = sorted(lengths)
+        for q, k, v in zip(*(t.split(users) for t in (query, key, value))):
+            k, v = torch.cat([known_key, k]), torch.cat([known_value, v])
+            k, v = (t.repeat_interleave(4 // kv_heads, dim=1) for t in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q, k) * 0.4
+            later = torch.ones(len(q), len(k)).triu(n_prompt + 1).bool()
+            weight = scores.masked_fill(later, -torch.inf).softmax(-1)
+            outputs.append(torch.einsum("hqk,khd->qhd", weight, v))
+        return torch.cat(outputs)
+
+    def ours(form):
+        return lambda q, *t: form(layer, q, t[:2], t[2:], packed.layout.groups)
+
+    found = []
+    for form in (plain, ours(attend), ours(attend_on_grids)):
+        output = form(*given)
+        found.append([output, *torch.autograd.grad((output * slope).sum(), given)])
+    for expected, *others in zip(*found):
+        for other in others:
+            torch.testing.assert_close(other, expected, atol=1e-11, rtol=1e-11)

@@ -113,15 +113,15 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
     Returns:
         The content of results.json.
     """
-    valid = evaluate(model, data.splits["valid"], runtime)
+    trained = dict(fitted or {})
+    valid = trained.pop("valid", None) or evaluate(model, data.splits["valid"], runtime)
     started = time.perf_counter()
     test = evaluate(model, data.splits["test"], runtime)
     inference = time.perf_counter() - started
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     earlier = run.results() if run.eval_only and (run.folder / "results.json").exists() else {}
-    trained = fitted or {
-        name: earlier.get(name) for name in ("steps", "best_step", "train_seconds")
-    }
+    if fitted is None:
+        trained = {name: earlier.get(name) for name in ("steps", "best_step", "train_seconds")}
     results = {
         "step": run.stage,
         "domain": run.config["domain"],

@@ -19,13 +19,14 @@ from engine.errors import RunError, Stopped
 from engine.processes import Signals
 from engine.run import Run
 from engine.state import Progress, State, kept
-from utils.evaluation import Model, evaluate
+from utils.evaluation import Model, Ranks, evaluate
 from utils.flags import Runtime, Training
 
 LEAST_STEPS = 240  # minimum length of training unless num_epochs or max_steps is given: see Plan
 LEAST_EVALUATIONS, LEAST_INTERVAL = 5, 10
 PATIENCE_FROM = 500
 WARM = 3  # steps; by then kernels are compiled and memory is there
+SIGNAL = "signal"  # among a step's values
 RANK_STRIDE = 1_000_003  # the seeds of the processes' dropout are this far apart
 
 LossFn = Callable[[Any], dict[str, Tensor]]  # a batch -> the loss's parts, and "total"
@@ -118,7 +119,8 @@ def fit(
             evaluation costs seconds.
         data: samples and splits (datasets.domain.RunData).
     Returns:
-        steps, best_step and train_seconds, for results.json.
+        steps, best_step and train_seconds, for results.json; and "valid", the validation ranks of
+        best/, None where another process computed them.
     Raises:
         RunError: the loss, a gradient or a metric is not finite, or the disk is full.
         Stopped: a signal came.
@@ -135,6 +137,7 @@ def fit(
     autocast = half if run.bf16 else contextlib.nullcontext()
 
     trained.eval()
+    best_ranks = None  # of best/, on validation
     evaluate(model, valid, runtime, limit=2)
     source = state.resume() if run.resume else None  # with the plan that it began with
     plan, progress = state.plan, state.progress
@@ -152,6 +155,7 @@ def fit(
     options = {"unit": "step", "dynamic_ncols": True, "mininterval": 1.0}
     bar = tqdm(total=plan.total, initial=progress.step, **options)
     with bar, Signals() as signals:
+        late = _Late(run, samples, progress, signals)
         batches = _batches(len(counts), training.batch_size, plan.total, run.seed)
         for indices in itertools.islice(batches, progress.step, None):
             if plan.ends(progress):
@@ -162,36 +166,38 @@ def fit(
                 break
             step = progress.step + 1
             rate = state.set_rate(training.learning_rate * factor(step - 1))
-            parts, stopping = _accumulate(
+            values = _accumulate(
                 loss_fn, indices, samples, counts, micro_batch_size, autocast, state, signals
             )
-            norm = state.clip(training.max_grad_norm)
-            if not math.isfinite(parts["total"]) or not math.isfinite(norm):
-                users = samples.users(indices[:5])
-                raise RunError(_not_finite(step, parts, norm, indices, users, run))
-            state.step()
+            values["grad_norm"] = state.clip(training.max_grad_norm)
+            late.add(step, indices, values)
+            state.step(torch.isfinite(values["total"] + values["grad_norm"]))
             progress.step = step
-            for name, value in parts.items():
-                progress.running.setdefault(name, []).append(value)
+            logs = step == plan.total or step % runtime.log_steps == 0
+            late.read(logs or due(step, plan.eval_every) or due(step, plan.save_every))
             bar.update()
             if len(took) <= WARM:
                 took.append(time.perf_counter())
                 _report_slow_first_step(np.diff(took))
-            if step % runtime.log_steps == 0 or step == plan.total:
+            if logs:
                 means = {name: float(np.mean(values)) for name, values in progress.running.items()}
                 progress.running = {}
-                more = {"learning_rate": rate, "grad_norm": norm, "epoch": step / plan.per_epoch}
+                more = {"learning_rate": rate, "grad_norm": late.norm}
+                more["epoch"] = step / plan.per_epoch
                 run.log.add("train", step, means | more)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
             if due(step, plan.eval_every):
                 state.stop_clock()
                 trained.eval()
-                if _validate(model, valid, runtime, progress, run):
+                ranks = _validate(model, valid, runtime, progress, run)
+                if progress.best_step == step:
+                    best_ranks = ranks
                     state.save("best")
                 trained.train()
                 state.start_clock()
-            stopping = stopping or (signals.received if processes.world() == 1 else 0)
+            stopping = signals.received if processes.world() == 1 else late.signal
             if stopping or plan.ends(progress) or due(step, plan.save_every):
+                late.read(everything=True)
                 state.save("last")
             if stopping:
                 raise Stopped(
@@ -208,23 +214,23 @@ def fit(
             )
     processes.barrier()  # the last checkpoint is there for all
     state.stop_clock()
-    done = {"steps": progress.step, "best_step": progress.best_step}
+    done = {"steps": progress.step, "best_step": progress.best_step, "valid": best_ranks}
     return done | {"train_seconds": round(state.seconds, 3)}
 
 
-def _validate(model: Model, valid: Any, runtime: Runtime, progress: Progress, run: Run) -> bool:
-    """Validate, and return whether the result is the best so far. A tie is not better.
+def _validate(model: Model, valid: Any, runtime: Runtime, progress: Progress, run: Run) -> Ranks:
+    """Validate, and note in `progress` whether it is the best so far. A tie is not better.
 
     Raises:
         RunError: a score is not finite.
     """
     try:
-        metrics = evaluate(model, valid, runtime).metrics()
+        ranks = evaluate(model, valid, runtime)
     except RunError as error:
         raise RunError(
             f"step {progress.step}, validation: {error}; the checkpoints that were there are kept"
         ) from None
-    flat = {}
+    flat, metrics = {}, ranks.metrics()
     for protocol, values in metrics.items():
         flat |= {f"{protocol}/{name}": value for name, value in values.items()}
     run.log.add("valid", progress.step, flat)
@@ -237,7 +243,7 @@ def _validate(model: Model, valid: Any, runtime: Runtime, progress: Progress, ru
         f"step {progress.step}: valid MRR {mrr:.4f} HR@10 {hit_rate:.4f}"
         f" (best {progress.best_mrr:.4f} at step {progress.best_step})"
     )
-    return better
+    return ranks
 
 
 def _batches(n: int, batch_size: int, total: int, seed: int) -> Iterator[np.ndarray]:
@@ -265,12 +271,13 @@ def _accumulate(
     autocast: contextlib.AbstractContextManager,
     state: State,
     signals: Signals,
-) -> tuple[dict[str, float], int]:
+) -> dict[str, Tensor]:
     """Gradients of the mean loss over the global batch's targets, micro-batch by micro-batch,
     summed over processes.
 
     Returns:
-        The loss's parts, and the number of a signal that came to any process (0 for none).
+        The loss's parts, scalars on the device; of several processes also SIGNAL, how many of them
+        a signal reached.
     """
     targets = counts[indices].sum()
     shares = np.array_split(indices, processes.world())
@@ -286,19 +293,60 @@ def _accumulate(
         (losses["total"] * share).backward()
         for name, value in losses.items():
             parts[name] = parts.get(name, 0.0) + value.detach() * share
-    values = torch.stack([value.double() for value in parts.values()])
     if processes.world() == 1:
-        return dict(zip(parts, values.tolist())), signals.received
+        return parts
     for p in state.parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     # gradients of a sharded model were already summed in the backward pass
     processes.sum_in_place([p.grad for p in state.parameters if not sharding.is_divided(p.grad)])
-    signalled = values.new_tensor([float(signals.received > 0)])
-    values = torch.cat([values, signalled])
-    processes.sum_in_place([values])
-    *means, any_signal = values.tolist()
-    stopping = max(processes.gather(signals.received)) if any_signal else 0
-    return dict(zip(parts, means)), stopping
+    parts[SIGNAL] = torch.full_like(parts["total"], float(signals.received > 0))
+    summed = torch.stack([value.double() for value in parts.values()])
+    processes.sum_in_place([summed])
+    return dict(zip(parts, summed))
+
+
+class _Late:
+    """The steps' losses and gradient norms, read one step late: the CPU does not wait for a GPU.
+
+    Attributes:
+        norm: of the last step that was read.
+        signal: the number of a signal that came to any process; 0 for none, or for one process.
+    """
+
+    def __init__(self, run: Run, samples: Any, progress: Progress, signals: Signals) -> None:
+        self.run, self.samples, self.progress, self.signals = run, samples, progress, signals
+        self.norm, self.signal = 0.0, 0
+        self.unread: list[tuple] = []
+
+    def add(self, step: int, indices: np.ndarray, values: dict[str, Tensor]) -> None:
+        """Start the copy of a step's values to the CPU."""
+        found, copied = torch.stack([value.double() for value in values.values()]), None
+        if found.device.type == "cuda":
+            pinned = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+            found, copied = pinned.copy_(found, non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self.unread.append((step, indices, [*values], found, copied))
+
+    def read(self, everything: bool) -> None:
+        """Note all steps but the last one in `progress`, or all.
+
+        Raises:
+            RunError: a value is not finite. The optimizer has left that step out.
+        """
+        pending = self.unread if everything else self.unread[:-1]
+        self.unread = self.unread[len(pending) :]
+        for step, indices, names, values, copied in pending:
+            if copied is not None:
+                copied.synchronize()
+            parts = dict(zip(names, values.tolist()))
+            self.norm, signalled = parts.pop("grad_norm"), parts.pop(SIGNAL, 0.0)
+            if not math.isfinite(parts["total"]) or not math.isfinite(self.norm):
+                users = self.samples.users(indices[:5])
+                raise RunError(_not_finite(step, parts, self.norm, indices, users, self.run))
+            for name, value in parts.items():
+                self.progress.running.setdefault(name, []).append(value)
+            if signalled:
+                self.signal = max(processes.gather(self.signals.received))
 
 
 def _report_slow_first_step(seconds: np.ndarray) -> None:
