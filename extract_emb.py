@@ -27,7 +27,13 @@ def main(*, files: flags.ExtractFiles) -> dict:
     inputs = read_sequences(files, runs[0].flags)
     domain, data = inputs.domain, inputs.data
     path = Path(files.item_table or domain.item_table)
-    cli.check((path.suffix == ".pkl", f"--item_table={path}: must end in .pkl"))
+    cli.check(
+        (path.suffix == ".pkl", f"--item_table={path}: must end in .pkl"),
+        (
+            not path.exists() or path.with_suffix(".json").exists(),
+            f"--item_table={path}: is there, and not written by this command; name another file",
+        ),
+    )
     check_writable(path.parent, "--item_table")
     for run in runs:
         run.check_same(inputs)
@@ -66,6 +72,7 @@ def main(*, files: flags.ExtractFiles) -> dict:
         "rows": n_rows,
         "items": data.n_items,
         "data_sha256": data.sha256,
+        "items_sha256": inputs.items_sha256(),
     }
     write_table(path, table, about)
     print(f"from {about['sasrec']}")

@@ -58,8 +58,10 @@ HINTS = {  # for the command that a refusal offers; nothing is read by them
 }
 NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
 WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
-CUT = re.compile(r"-?\d(\.\d+)?[eE]\+?\d+")  # an id that went through a spreadsheet
+CUT = re.compile(r"-?\d(\.\d+)?[eE]\+\d+")  # a number that went through a spreadsheet
+OFFSET = r"(?:[zZ]|[+-]\d\d:?\d\d)\s*$"  # of a date's time zone
 LIST = re.compile(r"\s*[\[(].*[\])]\s*", re.DOTALL)
+OBJECT = re.compile(r"\{.*:.*\}", re.DOTALL)
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
 MICROSECONDS = 1e6 * EPOCH  # the same of dates
@@ -260,7 +262,7 @@ def read_log(
         cli.check((len(user) > 0, f"nothing is left of {n_rows:,} rows; lower --min_rating"))
     _judge(table.path, [*users.codes], [*items.codes], user, item, columns, one_user)
     if columns.time is not None:
-        _judge_missing_times(table.path, time, rows, MICROSECONDS if dates else EPOCH)
+        _judge_missing_times(table.path, time, rows, None if dates else EPOCH)
         if not dates:
             _judge_times(table.path, time, rows)
     names, user = _sorted_codes(users.codes, user)
@@ -307,10 +309,18 @@ def _are_dates(cells: pd.Series) -> bool:
 
 def _times(path: Path, cells: pd.Series, rows: np.ndarray, dates: bool) -> np.ndarray:
     """Times that sort: numbers as they are, dates in microseconds."""
+    texts = cells.dtype == object or pd.api.types.is_string_dtype(cells)
     if not dates:
         numbers = _numbers(path, cells, rows, "time")
+        if texts:
+            cut = cells.astype(str).str.contains("e+", case=False, regex=False).to_numpy()
+            _refuse(path, cut, cells, rows, "time", "all its digits: a spreadsheet cut them")
         whole = pd.to_numeric(cells, errors="coerce")
         return whole.to_numpy() if whole.dtype == np.int64 else numbers
+    if texts:
+        zoned = cells.astype(str).str.contains(OFFSET).to_numpy()
+        expected = "a time zone in every row or in none"
+        _refuse(path, zoned != zoned[0], cells, rows, "time", expected)
     found = pd.to_datetime(cells, format="ISO8601", utc=True, errors="coerce")
     expected = "a number or a date such as 2024-04-25 08:00:00"
     _refuse(path, found.isna().to_numpy(), cells, rows, "time", expected)
@@ -363,6 +373,11 @@ def _judge(
                 f"{path}: one {role} in all, {names[codes[0]][:40]!r}: is column"
                 f" {getattr(c, role)} the {role}? --{role} names another"
             )
+        object_ = next((name for name in names if OBJECT.fullmatch(name)), None)
+        if object_ is not None:
+            raise UsageError(
+                f"{path}: the {role} {object_[:40]!r} is an object; write its id alone as text"
+            )
     lists = None if c.lists else next((name for name in items if LIST.fullmatch(name)), None)
     if lists is not None:
         raise UsageError(
@@ -377,14 +392,24 @@ def _judge(
         )
 
 
-def _judge_missing_times(path: Path, time: np.ndarray, rows: np.ndarray, since: float) -> None:
-    """Refuse a 0, a -1 or 1970 among dates: they would come first."""
+def _judge_missing_times(
+    path: Path, time: np.ndarray, rows: np.ndarray, since: float | None
+) -> None:
+    """Refuse a 0, a -1, 1970, or a number that was cut, among dates: they would come first.
+
+    Args:
+        since: what times of dates are at least, where they are numbers; else None.
+    """
     unknown = np.isin(time, UNKNOWN_TIMES)
-    if unknown.any() and np.median(time[~unknown] if not unknown.all() else time) >= since:
+    if since is not None and np.median(time) >= since:
+        unknown |= time < since
+    others = time[~unknown] if not unknown.all() else time
+    if unknown.any() and np.median(others) >= (MICROSECONDS if since is None else since):
         first = int(unknown.argmax())
         raise UsageError(
             f"{path}: row {rows[first]}: the time is {time[first]:.0f}, the others are dates"
-            f" ({unknown.sum():,} such rows): missing? remove these rows, or mend their times"
+            f" ({unknown.sum():,} such rows): missing, or cut? remove these rows, or mend their"
+            " times"
         )
 
 
@@ -437,24 +462,26 @@ def _order(names: Iterable[str]) -> Callable[[str], tuple[int, str]] | None:
 # -- titles and filters -------------------------------------------------------------------------
 
 
-def read_titles(path: Path, item: str | None, title: str | None, kept: set[str]) -> dict[str, str]:
+def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
     """Item -> title, of a list of items.
 
+    Args:
+        named: its columns of items and titles; empty where they have known names.
     Raises:
         UsageError: which columns are item and title is not known.
     """
     if path.read_bytes()[:2] == b"{'":  # Amazon's metadata of 2014: Python literals
         return process.read_titles(path, kept)[0]
-    table = open_table(path, known={name for pair in ITEM_LISTS for name in pair})
+    table = open_table(path, named, {name for pair in ITEM_LISTS for name in pair})
     by_name = {bare(name): name for name in reversed(table.columns)}
-    pair = [(item, title)] if item in table.columns and title in table.columns else []
-    pair += [(by_name[a], by_name[b]) for a, b in ITEM_LISTS if {a, b} <= by_name.keys()]
+    pair = [(by_name[a], by_name[b]) for a, b in ITEM_LISTS if {a, b} <= by_name.keys()]
     if not table.header and table.separator == "::":  # MovieLens' movies.dat
         pair += [(table.columns[0], table.columns[1])]
-    if not pair:
+    pair = [tuple(named)] if named else pair
+    if not pair or not set(pair[0]) <= set(table.columns):
         raise UsageError(
             f"--items={path}: expected columns such as item_id and title, it has {table.shown()};"
-            " name them with --item and --title"
+            " --items_columns ITEM,TITLE names them"
         )
     titles: dict[str, str] = {}
     for _, frame in table.frames([*pair[0]]):
@@ -513,11 +540,12 @@ def main(
     input: str = flag(help="the log, or a folder of its parts"),
     domain_type: str = flag(help="name of the domain, and so of the files written"),
     items: str | None = flag(None, "a list of items with titles, where the log has none"),
+    items_columns: list[str] = flag([], "its columns of items and titles, as sku,name or 1,2"),
     user: str | None = flag(None, "name of the user column; without a header its number, from 1"),
     item: str | None = flag(None, "the same of the item column"),
     time: str | None = flag(None, "the same of the time column; none keeps file order"),
     rating: str | None = flag(None, "the same of the rating column"),
-    title: str | None = flag(None, "the same of the title column, of the log or of --items"),
+    title: str | None = flag(None, "the same of the title column"),
     lists: Literal["auto", "yes", "no"] = flag("auto", "whether a row has a user's list of items"),
     drop_missing: bool = flag(False, "leave out rows without a user or an item"),
     min_rating: float | None = flag(None, "lowest rating kept; by default ratings are not read"),
@@ -544,12 +572,19 @@ def main(
         (source.resolve() not in targets, f"--input={input} is the file to be written"),
         (not items or Path(items).resolve() not in targets, f"--items={items} would be replaced"),
         (not path.is_dir() and not listing.is_dir(), f"{path} or {listing} is a folder"),
+        (
+            source.resolve() != path.parent.resolve() or not source.is_dir(),
+            f"--output_dir={output_dir} is the folder that is read; name another",
+        ),
+        (
+            len(items_columns) in (0, 2) and bool(items or not items_columns),
+            f"--items_columns={','.join(items_columns)}: two columns of --items, item and title",
+        ),
     )
     given = {"user": user, "item": item, "time": time, "rating": rating, "title": title}
-    command = f"python -m datasets.convert --input {input} --domain_type {domain_type}"
+    words = shlex.join(["--input", input, "--domain_type", domain_type])
+    command = f"python -m datasets.convert {words}"
     table = open_table(source, [n for n in given.values() if n], NAMES, lists == "yes")
-    if items is not None and title not in table.columns:
-        given["title"] = None  # it is the list's
     columns = choose_columns(table, given, lists, command)
     if min_rating is not None and columns.rating is None:
         raise UsageError(f"--min_rating={min_rating}: {input} has no rating; name it with --rating")
@@ -567,7 +602,7 @@ def main(
         print_ties(kept, "interactions", ties, tie_seed)
     titles, there = log.titles, process.occurring(kept)
     if items is not None:
-        titles |= read_titles(Path(items), item, title, there)
+        titles |= read_titles(Path(items), items_columns, there)
     process.write_domain(kept, titles, path, _order(kept.items))
     lengths = np.bincount(kept.user)
     short = int(((lengths > 0) & (lengths < MINIMUM_LENGTH)).sum())

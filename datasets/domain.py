@@ -193,14 +193,33 @@ class Inputs(NamedTuple):
     @property
     def about(self) -> dict[str, str | None]:
         """What config.json says beside the hashes."""
-        names = {"domain": self.domain.name, "items_from": self.items_from}
-        return names | {"items_sha256": self.items_sha256()}
+        return {"domain": self.domain.name, "items_from": self.items_from}
 
     def items_sha256(self) -> str | None:
         """Of items.csv beside the CSV; None without one."""
         if not listing_of(self.csv_path).is_file():
             return None
         return Items.of(self.csv_path, self.data.item_ids).sha256()
+
+    def with_items(self, notes: dict) -> "Inputs":
+        """With the hash of items.csv among the hashes.
+
+        Args:
+            notes: of the table that is read, which say what its numbers meant.
+        Raises:
+            UsageError: they meant other items.
+        """
+        found, recorded = self.items_sha256(), notes.get("items_sha256")
+        listing = listing_of(self.csv_path)
+        if found and recorded and found != recorded:
+            raise UsageError(
+                f"{self.table_path or 'the table at the start'} was made beside another items.csv"
+                f" than {listing}: a number is another item there; put the right one back, or make"
+                " the table again"
+            )
+        name = "items_sha256"
+        hashes, sources = self.hashes | {name: found}, self.sources | {name: listing}
+        return self._replace(hashes=hashes, sources=sources)
 
     def load(
         self,
@@ -218,7 +237,12 @@ class Inputs(NamedTuple):
         if self.table_path is None:  # SASRec: one sample per user, with all its targets
             every_position = training.train_targets == "all"
         else:
-            table = item_table.read_table(self.table_path, self.data.item_ids).to(device)
+            ids, largest = self.data.item_ids, None
+            if not _notes(self.table_path):  # someone's own: its numbering is checked
+                listing = listing_of(self.csv_path)
+                named = Items.read(listing, ids, others=True).ids if listing.is_file() else ids
+                largest = int(named[-1])
+            table = item_table.read_table(self.table_path, ids, largest).to(device)
         targets = "last" if every_position else training.train_targets
         slots = sequence.max_seq_length
         samples = sequences.training_samples(self.data, targets, slots, every_position)
@@ -244,7 +268,8 @@ def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:
     domain = Domain.of(files).read_as_in(recorded or {})
     data, csv_path = domain.read()
     start = getattr(files, "init_table", None)
-    made_from = _notes(Path(start)).get("data_sha256") if start else None
+    notes = _notes(Path(start)) if start else {}
+    made_from = notes.get("data_sha256")
     if made_from not in (None, data.sha256):
         raise UsageError(
             f"--init_table={start} was made for a CSV with sha256 {made_from[:12]}...,"
@@ -253,7 +278,7 @@ def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:
         )
     hashes = {"data_sha256": data.sha256, "init_table_sha256": start and file_sha256(start)}
     sources = {"data_sha256": csv_path, "init_table_sha256": start}
-    return Inputs(domain, data, csv_path, None, hashes, sources)
+    return Inputs(domain, data, csv_path, None, hashes, sources).with_items(notes if start else {})
 
 
 def read_inputs(files: TeacherFiles) -> Inputs:
@@ -287,7 +312,9 @@ def read_inputs(files: TeacherFiles) -> Inputs:
             )
     hashes = {"data_sha256": data.sha256, "table_sha256": table_sha256}
     sources = {"data_sha256": csv_path, "table_sha256": table_path}
-    return Inputs(domain, data, csv_path, table_path, hashes, sources, about.get("items_from"))
+    made_from = about.get("items_from")
+    inputs = Inputs(domain, data, csv_path, table_path, hashes, sources, made_from)
+    return inputs.with_items(about)
 
 
 def cache_folder(given: str, teacher: Path) -> Path | None:

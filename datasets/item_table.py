@@ -123,9 +123,11 @@ def check_size(path: Path, item_ids: np.ndarray, dim: int) -> None:
         )
 
 
-def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
+def read_table(path: str | Path, item_ids: np.ndarray, largest: int | None = None) -> Tensor:
     """The rows of `item_ids` (int64 [N], ascending) of a pickled table, float32 [N, dim].
 
+    Args:
+        largest: the largest id that anything names; a table with more rows is numbered otherwise.
     Raises:
         UsageError: no such file, a pickle that holds anything but tensors, a wrong key, shape or
             dtype, too few rows, or rows of occurring items that are all zero or not finite.
@@ -144,6 +146,11 @@ def read_table(path: str | Path, item_ids: np.ndarray) -> Tensor:
         raise UsageError(
             f"{path}: max id {item_ids[-1]} but the item table has {len(table)} rows"
             " (the table of another domain?)"
+        )
+    if largest is not None and len(table) > largest + 1:
+        raise UsageError(
+            f"{path}: {len(table)} rows of width {table.shape[1]}, but no id is above {largest}:"
+            " row i must be item id i; cut rows of padding off, or transpose it"
         )
     rows = torch.empty(len(item_ids), table.shape[1])
     finite, empty = [], 0

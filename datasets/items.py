@@ -128,6 +128,12 @@ class Finder:
             every.pop("id")
         self.tables = every if by == "auto" else {by: every[by]}
 
+    def by_asin(self) -> "Finder":
+        """A finder by original ids alone that shares `unknown`."""
+        finder = Finder(self.items, "asin", skip=self.skip)
+        finder.unknown = self.unknown
+        return finder
+
     def refuse_ambiguous(self, lists: list[list[str]], source: str) -> None:
         """Refuse lists of numbers that are original ids, and as well ids of the run's own CSV, of
         other items.
@@ -168,6 +174,13 @@ class Finder:
         self.unknown += [name for name, index in found if index is None]
         return [index for _, index in found if index is not None]
 
+    def all_called(self, index: int, name: str) -> list[int]:
+        """The items that share the title `name` with item `index`; it alone for an id."""
+        title = name.strip().casefold()
+        if self.items.titles[index].casefold() != title or self.items.asins[index] == name.strip():
+            return [index]
+        return [i for i, other in enumerate(self.items.titles) if other.casefold() == title]
+
     def _index(self, name: str) -> int | None:
         for kind, table in self.tables.items():
             key: object = name.casefold() if kind == "title" else name
@@ -205,7 +218,7 @@ def _first(names: list[str]) -> dict[str, int]:
 
 
 def read_items(path: Path, finder: Finder, flag: str) -> list[int]:
-    """Catalogue indices of a file with one item per line.
+    """Catalogue indices of a file with one item per line; a title names all items that have it.
 
     Raises:
         UsageError: the file is missing or empty, or a line names no item.
@@ -219,7 +232,8 @@ def read_items(path: Path, finder: Finder, flag: str) -> list[int]:
     found = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            found += finder.find_all([line], f"{flag}={path}: line {number}")
+            for index in finder.find_all([line], f"{flag}={path}: line {number}"):
+                found += finder.all_called(index, line)
     if not found and not finder.unknown:
         raise UsageError(f"{flag}={path}: names no item")
     return found

@@ -28,9 +28,18 @@ BATCH = 2**17  # rows of a frame
 SEPARATORS = ("::", "\t", ";", ",", "|", " ")
 MAGIC = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open}
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+COMMENT = re.compile(r"#|sep=.$")  # the second is Excel's
 NUMBER = re.compile(r"-?\d+(\.\d*)?([eE][+-]?\d+)?|\d{4}-\d\d-\d\d.*")
 DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, pa.ArrowException)
+UNREAD = {  # what a file starts with -> what it is, and what to do
+    b"PK\x03\x04": "a zip or Excel file; save it as CSV",
+    b"\x28\xb5\x2f\xfd": "zstd; unpack it first (zstd -d)",
+    b"SQLite format 3": "an SQLite database; export the table as CSV",
+}
 SAVE_AS_UTF8 = "save it as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8)"
+
+
+csv.field_size_limit(2**31 - 1)  # a cell may hold an image
 
 
 def bare(name: str) -> str:
@@ -86,6 +95,7 @@ class Table(NamedTuple):
             UsageError: the file is damaged or a row has another number of fields.
         """
         readers = {"text": _text, "lines": _lines, "json": _json, "parquet": _parquet}
+        self._check_headers()
         for part in self.parts:
             try:
                 yield from readers[self.kind](
@@ -112,6 +122,22 @@ class Table(NamedTuple):
             except KeyError as error:
                 raise UsageError(f"{part}: lacks the column {error}") from None
 
+    def _check_headers(self) -> None:
+        """Refuse parts of text whose header is not the first one's."""
+        if self.kind != "text" or not self.header:
+            return
+        headers = []
+        for part in self.parts:
+            with _opened(part) as file:
+                lines = file.read(SAMPLE_BYTES).decode(self.encoding, "replace").splitlines()
+            headers.append(_split(lines[self.skip], self.separator) if lines[self.skip :] else [])
+            if headers[-1] not in (headers[0], []):
+                raise UsageError(
+                    f"{part}: starts with {','.join(headers[-1])[:60]!r}, {self.parts[0]} with"
+                    f" {','.join(headers[0])[:60]!r}; give every part the same header, or join"
+                    " them in one file"
+                )
+
 
 def open_table(
     path: Path, named: Sequence[str] = (), known: Container[str] = (), lines: bool = False
@@ -127,9 +153,13 @@ def open_table(
     """
     parts = [path]
     if path.is_dir():
-        parts = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] not in "._")
-        if not parts:
-            raise UsageError(f"{path}: a folder without files")
+        parts = sorted(p for p in path.iterdir() if p.name[0] not in "._")
+        inner = next((part for part in parts if part.is_dir()), None)
+        if inner is not None or not parts:
+            found = f"holds the folder {inner.name}" if inner else "a folder without files"
+            raise UsageError(f"{path}: {found}; put all parts into one folder")
+    if not parts[0].is_file():
+        raise UsageError(f"{parts[0]}: is no file on disk; save it as one")
     first = parts[0]
     try:
         with open(first, "rb") as raw:
@@ -142,13 +172,14 @@ def open_table(
         raise UsageError(f"{first}: damaged ({str(error)[:100]})") from None
     except OSError as error:
         raise UsageError(f"{first}: cannot be read ({error.strerror or error})") from None
-    if head[:4] == b"PK\x03\x04":
-        raise UsageError(f"{first}: looks like a zip or Excel file; save it as CSV")
+    for magic, what in UNREAD.items():
+        if head.startswith(magic):
+            raise UsageError(f"{first}: looks like {what}")
     encoding = "utf-16" if head[:2] in UTF16 else "utf-8-sig"
     every = head.decode(encoding, "replace").splitlines()
     every = every[:-1] if len(head) == SAMPLE_BYTES else every  # cut off
     skip = 0
-    while skip < len(every) and (not every[skip].strip() or every[skip].startswith("#")):
+    while skip < len(every) and (not every[skip].strip() or COMMENT.match(every[skip])):
         if every[skip].strip():
             print(f"{first}: skipped the comment {every[skip][:60]!r}")
         skip += 1
@@ -188,7 +219,9 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _cell(value: Any) -> Any:
-    """A JSON or parquet value; a list or an object as JSON text."""
+    """A JSON or parquet value; a list or an object as JSON text, bytes as UTF-8."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
     if isinstance(value, list | dict):
         return orjson.dumps(value).decode()
     return value
@@ -212,6 +245,11 @@ def _look_at_text(
     named = [name for name in named if name != "none"]
     numbered = bool(named) and all(name.isdigit() for name in named)
     first = [cell.strip() for cell in rows[0]]
+    if first == ["", *map(str, range(len(first) - 1))]:
+        raise UsageError(
+            f"{path}: its first row, {lines[0][:40]!r}, numbers the columns; write their names"
+            " (of pandas: to_csv(index=False), with column names)"
+        )
     header = not numbered
     if not named:
         texts = not any(map(NUMBER.fullmatch, first)) and separator not in (" ", "::")
@@ -230,11 +268,12 @@ def _look_at_text(
 
 def _separator(path: Path, lines: list[str]) -> str:
     """What splits the lines into equal numbers of cells, the first line too."""
-    for separator in SEPARATORS:
-        whole = [line for line in lines if line.count('"') % 2 == 0]
-        counts = [len(_split(line, separator)) for line in whole]
+    whole = [line for line in lines if line.count('"') % 2 == 0]
+    by_separator = {s: [len(_split(line, s)) for line in whole] for s in SEPARATORS}
+    for separator, counts in by_separator.items():
         if counts and min(counts) > 1 and counts[0] == max(set(counts), key=counts.count):
             return separator
+    for counts in by_separator.values():
         if len(counts) > 2 and counts[0] == 1 and min(counts[1:]) > 1:
             raise UsageError(
                 f"{path}: its first line, {lines[0][:40]!r}, has one field, the next ones"
@@ -341,7 +380,8 @@ def _parquet(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFra
     row = 1
     with tqdm(total=file.metadata.num_rows, desc=table.path.name, unit="row", mininterval=1) as bar:
         for batch in file.iter_batches(batch_size=BATCH, columns=columns):
-            frame = batch.to_pandas(integer_object_nulls=True)[columns]
+            options = {"integer_object_nulls": True, "ignore_metadata": True}
+            frame = batch.to_pandas(**options)[columns]  # an index is a column like others
             for name in columns:
                 if frame[name].dtype == object:
                     frame[name] = [

@@ -282,6 +282,7 @@ def run(main: Callable, argv: list[str] | None = None) -> None:
     """Bind the command line to `main`, run it, and end the process (engine.processes.call)."""
     argv = sys.argv[1:] if argv is None else argv
     cpu.let_threads_sleep()
+    sys.stdout.reconfigure(errors="backslashreplace")  # titles that the terminal cannot show
     processes.quiet_all_but_first()
     if any(word in ("-h", "--help") for word in argv):
         import fire
@@ -430,7 +431,8 @@ def describe(hint: Any) -> str:
 def _convert(name: str, text: str, hint: Any) -> Any:
     kind, _ = _plain(hint)
     wrong = UsageError(f"--{name}={text}: expected {describe(hint)}")
-    if text.lower() in ("none", "null") and type(None) in _options(hint):
+    words = ("None",) if kind is str else ("None", "none", "null")  # a text may be "none"
+    if text in words and type(None) in _options(hint):
         return None
     value: Any = text
     if kind is bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from engine import checkpoint, cpu, files, processes
 from engine.cli import Group
-from engine.errors import UsageError
+from engine.errors import RunError, UsageError
 from engine.files import read_json, write_json
 from engine.log import CLOCK, MetricsLog
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", "items.csv", CLOCK)
 CHECKPOINTS = ("best", "last", ".old-best", ".old-last")
 OWN_FOLDERS = (*CHECKPOINTS, "tensorboard")
+REPLACED = ".replaced"  # what --overwrite replaces, until the new run has a checkpoint
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors", "fire")
 PATHS = ("base", "teacher")  # entries of config.json that may differ when a run resumes
 G = TypeVar("G", bound=Group)
@@ -202,8 +203,8 @@ class Run:
         does not record, and a file that is not named now.
         """
         for name, value in inputs.hashes.items():
-            recorded = (self.config or {}).get(name, value)
-            if value is not None and recorded != value:
+            recorded = (self.config or {}).get(name)
+            if None not in (value, recorded) and recorded != value:
                 raise UsageError(
                     f"{self.folder} was made from another file: its {name} is"
                     f" {str(recorded)[:12]}..., {inputs.sources.get(name)} has"
@@ -289,7 +290,8 @@ class Run:
         other = []
         for name, value in json.loads(json.dumps(content)).items():
             recorded = self.config.get(name, value)  # it may have been added after the run
-            if recorded != value and name not in PATHS:
+            unknown = name == "items_sha256" and None in (recorded, value)
+            if recorded != value and name not in PATHS and not unknown:
                 other.append(f"{name} is {_short(value)} (the run has {_short(recorded)})")
         if other:
             raise UsageError(
@@ -382,13 +384,43 @@ class Run:
             if self.resume:
                 self._report_changes()
             else:
-                for name in (*OWN_FILES, *OWN_FOLDERS):
-                    _remove(self.folder / name)
+                self._set_aside()
                 for name, source in self._kept.items():
                     shutil.copyfile(source, self.folder / name)
                 write_json(self.folder / "config.json", self._new_config | environment())
         processes.barrier()
         self.config = read_json(self.folder / "config.json", "run")
+
+    def _set_aside(self) -> None:
+        """Make room for a new run; the old one stays in REPLACED while nothing replaces it."""
+        aside, kept = self.folder / REPLACED, self._has_checkpoint()
+        if kept:
+            _remove(aside)
+            aside.mkdir()
+        for name in (*OWN_FILES, *OWN_FOLDERS):
+            path = self.folder / name
+            if kept and path.exists():
+                path.rename(aside / name)
+            _remove(path)
+
+    def drop_replaced(self) -> None:
+        """A checkpoint is there: what it replaces can go."""
+        _remove(self.folder / REPLACED)
+
+    def failed(self, message: str) -> RunError:
+        """The error of a run that failed. A run that it was to replace is put back first, unless
+        this one has a checkpoint.
+        """
+        aside = self.folder / REPLACED
+        if processes.is_first() and aside.is_dir() and not self._has_checkpoint():
+            for name in (*OWN_FILES, *OWN_FOLDERS):
+                if (aside / name).exists():
+                    _remove(self.folder / name)
+                    (aside / name).rename(self.folder / name)
+            _remove(aside)
+            files.release_lock(self.folder)
+            message += "; the run that was there is back"
+        return RunError(message)
 
     def _take_lock(self) -> None:
         while not files.take_lock(self.folder):

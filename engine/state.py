@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import checkpoint, processes, sharding
-from engine.errors import RunError, UsageError
+from engine.errors import UsageError
 from engine.run import Run
 
 FROM_FLAGS = ("save_every", "patience")  # of the plan: taken from the command, not the checkpoint
@@ -102,7 +102,7 @@ class State:
         weights = self._gathered(checkpoint.trained_tensors(self.module))
         broken = [key for key, weight in weights.items() if not torch.isfinite(weight).all()]
         if broken:
-            raise RunError(
+            raise self.run.failed(
                 f"step {self.progress.step}: the weights {', '.join(broken[:3])} are not finite"
                 f" any more; {kept(self.run)}; lower --learning_rate"
             )
@@ -121,6 +121,7 @@ class State:
         meta["progress"] = vars(progress)
         meta["plan"] = self.plan._asdict()
         checkpoint.save(self.run.folder / name, weights, meta, state)
+        self.run.drop_replaced()
         running = time.perf_counter() - self._started if self._started is not None else 0.0
         self.run.log.write_seconds(self.seconds + running)
 

@@ -127,6 +127,7 @@ def main(
         "rows": n_rows,
         "items": len(items.ids),
         "data_sha256": sequences.sha256,
+        "items_sha256": inputs.items_sha256(),
     }
     write_table(path, rows, about)
     print(f"wrote {path}: {n_rows:,} rows x {dim}, {len(items.ids):,} of them items")

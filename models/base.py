@@ -26,6 +26,7 @@ FAMILIES = PROVEN  # EDIT for another one: (*PROVEN, "name"); the first load pro
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints store it
 SAMPLES, SAMPLE = 64, 4096  # pieces of a shard that its fingerprint covers, and their bytes
+FINGERPRINT = "2-"  # with pieces of every tensor; before 2026-11-28 it had none of some
 
 
 class Base(NamedTuple):
@@ -64,7 +65,7 @@ class Base(NamedTuple):
         recorded = config.get("base_sha256")
         if config["model"]["strategy"] == "full" or recorded is None:
             return
-        found = fingerprint(self.location)
+        found = fingerprint(self.location, every_tensor=recorded.startswith(FINGERPRINT))
         if found != recorded:
             raise UsageError(
                 f"--base_model={self.name}: {self.location} is another base than the one"
@@ -103,27 +104,44 @@ def open_base(name: str) -> Base:
     return Base(name, location, read_config(location))
 
 
-def fingerprint(base: str) -> str:
+def fingerprint(base: str, every_tensor: bool = True) -> str:
     """sha256 over config.json, and the names, sizes, headers and samples of the weight files.
 
     Cheap for any size. A hub's snapshot is known by its commit.
+
+    Args:
+        every_tensor: sample each tensor; False is the fingerprint of runs before 2026-11-28.
     """
     if not Path(base).is_dir():
         commit = Path(_file(base, "config.json")).parent.name
-        return hashlib.sha256(json.dumps([base, commit]).encode()).hexdigest()
+        found = hashlib.sha256(json.dumps([base, commit]).encode()).hexdigest()
+        return FINGERPRINT * every_tensor + found
     digest = hashlib.sha256((Path(base) / "config.json").read_bytes())
     for path in sorted(Path(base).glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
             header = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(min(header, size)))
-            for i in range(SAMPLES):
-                file.seek(size * i // SAMPLES)
+            about = file.read(min(header, size))
+            digest.update(about)
+            starts = [size * i // SAMPLES for i in range(SAMPLES)]
+            if every_tensor:
+                starts += [header + 8 + start for start in _tensor_starts(about)]
+            for start in starts:
+                file.seek(start)
                 digest.update(file.read(SAMPLE))
             file.seek(max(0, size - SAMPLE))
             digest.update(file.read(SAMPLE))
-    return digest.hexdigest()
+    return FINGERPRINT * every_tensor + digest.hexdigest()
+
+
+def _tensor_starts(header: bytes) -> list[int]:
+    """Where the tensors of a safetensors file start after its header; none if it is damaged."""
+    try:
+        tensors = json.loads(header)
+        return sorted(t["data_offsets"][0] for n, t in tensors.items() if n != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def read_config(base: str) -> PreTrainedConfig:

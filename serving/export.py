@@ -146,7 +146,6 @@ def main(
     from safetensors import SafetensorError
     from tqdm import tqdm
 
-    from datasets.items import Items
     from datasets.sequences import TEST, EvaluationSplit
     from models.llm4rec import LLM4Rec
     from models.sasrec import SASRec
@@ -170,7 +169,7 @@ def main(
     partial.mkdir(parents=True)
     try:
         item_ids = torch.from_numpy(served.data.item_ids)
-        names = Items.of(served.csv_path, served.data.item_ids)
+        names = served.names()
         about = {"domain": run.config["domain"], "items_sha256": names.sha256()}
         about["max_seq_length"] = slots
         if of_sasrec:

@@ -44,6 +44,8 @@ def of_file(path: Path, finder: Finder) -> Histories:
         users, found = _lists(path, table)
         if not listing_of(path).is_file():
             finder.refuse_ambiguous(found, f"--users={path}")
+        else:  # its numbers were mapped to original ids
+            finder = finder.by_asin()
     source = f"--users={path}"
     histories = [finder.find_all(names, f"{source}: {user}") for user, names in zip(users, found)]
     return users, histories

@@ -85,8 +85,6 @@ def open_model(
 def _open_runs(
     runs: list[Served], exit: int | None, device: str, unseen: bool
 ) -> tuple["Recommender", "Items"]:
-    from datasets.items import Items
-
     item_ids = reduce(np.intersect1d, [served.item_ids(unseen) for served in runs])
     cli.check(
         (not runs[1:] or exit is None, f"--exit={exit}: is of one model, not of several"),
@@ -101,7 +99,7 @@ def _open_runs(
     from serving.recommender import open_runs
 
     model = open_runs(runs, item_ids, processes.choose_device(device), exit)
-    return model, Items.of(runs[0].csv_path, item_ids)
+    return model, runs[0].names(item_ids)
 
 
 def _open_export(
@@ -194,8 +192,12 @@ def main(
     """Recommend for one history, on the screen, or for many, into a file."""
     from datasets.items import Finder
 
-    exported, target = is_export(Path(files.model)), Path(output) if output else None
+    exported = is_export(Path(files.model))
+    target = Path(output).resolve() if output else None  # a link stays one
     read = [Path(name).resolve() for name in (users, allow, deny, files.data_path) if name]
+    runs_folder = target and any(
+        (target.parent / name).is_file() for name in ("recommender.json", "config.json")
+    )
     cli.check(
         (not (history and users), "--history and --users: give one of them"),
         (users is None or output is not None, "--users needs --output, the file of the lists"),
@@ -205,7 +207,11 @@ def main(
             users != "all" or not exported,
             f"--users=all: {files.model} is an export without users; name a file",
         ),
-        (not target or target.resolve() not in read, f"--output={output} is a file that is read"),
+        (
+            not target or not {target, target.parent} & set(read),
+            f"--output={output} is a file, or in a folder, that is read",
+        ),
+        (not runs_folder, f"--output={output} is in the folder of a run or an export"),
         (not target or not target.is_dir(), f"--output={output} is a folder"),
         (
             not target or overwrite or not target.exists(),
@@ -221,7 +227,7 @@ def main(
     runs = [] if exported else read_all(files)
     for served in runs:
         of_run = [served.csv_path, listing_of(served.csv_path), served.table_path]
-        taken = target and target.resolve() in [path.resolve() for path in of_run if path]
+        taken = target and target in [path.resolve() for path in of_run if path]
         cli.check((not taken, f"--output={output} is a file that the run was made from"))
     if exported:
         recommender, names = _open_export(files, exit, device)

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 FOLDER = "."
-llama = AutoModel.from_pretrained(FOLDER, dtype=torch.float32).eval()
+llama = AutoModel.from_pretrained(FOLDER).float().eval()
 parts = load_file(f"{FOLDER}/recommender.safetensors")
 with open(f"{FOLDER}/recommender.json", encoding="utf-8") as file:
     about = json.load(file)
@@ -14,6 +14,8 @@ prompt, response = (torch.tensor(about[name]) for name in ("prompt_ids", "respon
 
 @torch.no_grad()
 def scores(history):  # lines of items.csv, from 0, oldest first -> a score for every line
+    if not len(history):
+        return parts["popularity"]
     items = parts["item_table"][history[-about["max_seq_length"] :]]
     items = items @ parts["adapter.weight"].T + parts["adapter.bias"]
     embed = llama.get_input_embeddings()

@@ -49,6 +49,8 @@ def layer(block, x):
 
 @torch.no_grad()
 def scores(history):  # lines of items.csv, from 0, oldest first -> a score for every line
+    if not len(history):
+        return parts["popularity"]
     x = table[history[-about["max_seq_length"] :]]
     x = linear("to_hidden", x) * table.shape[1] ** 0.5 + parts["positions.weight"][-len(x) :]
     for i in range(about["sasrec"]["num_blocks"]):

@@ -9,7 +9,7 @@ import numpy as np
 
 from datasets.domain import STAGES, Domain, Inputs, canonical_domain
 from datasets.interactions import Interactions
-from datasets.items import listing_of
+from datasets.items import Items, listing_of
 from engine.cli import flag
 from engine.errors import UsageError
 from engine.files import file_sha256, read_json
@@ -64,6 +64,14 @@ class Served(NamedTuple):
             known[np.searchsorted(item_ids, self.data.item_ids)] = counts
             counts = known
         return torch.from_numpy(counts)
+
+    def names(self, item_ids: np.ndarray | None = None) -> Items:
+        """What items are called: as items.csv beside the CSV says, else as the run's own does."""
+        item_ids = self.data.item_ids if item_ids is None else item_ids
+        own = self.run.folder / "items.csv"
+        if own.is_file() and not listing_of(self.csv_path).is_file():
+            return Items.read(own, item_ids)
+        return Items.of(self.csv_path, item_ids)
 
     def item_table(self, item_ids: np.ndarray | None = None) -> "Tensor | None":
         """The items' rows, by default the data's in catalogue order; float32 [N, D]."""
@@ -125,10 +133,12 @@ def read_all(files: ServedFiles) -> list[Served]:
         )
     found = [read(dataclasses.replace(files, model=name.strip())) for name in names]
     for other in found[1:]:
-        if other.data.sha256 != found[0].data.sha256:
+        runs = found[0].run, other.run
+        items = {run.config.get("items_sha256") for run in runs} - {None}
+        if other.data.sha256 != found[0].data.sha256 or len(items) > 1:
             raise UsageError(
-                f"--model={files.model}: {found[0].run.folder} and {other.run.folder} are of"
-                " different data"
+                f"--model={files.model}: {runs[0].folder} and {runs[1].folder} are of different"
+                f" {'items.csv' if len(items) > 1 else 'data'}"
             )
     return found
 

@@ -227,7 +227,7 @@ def _validate(model: Model, valid: Any, runtime: Runtime, progress: Progress, ru
     try:
         ranks = evaluate(model, valid, runtime)
     except RunError as error:
-        raise RunError(
+        raise run.failed(
             f"step {progress.step}, validation: {error}; the checkpoints that were there are kept"
         ) from None
     flat, metrics = {}, ranks.metrics()
@@ -342,7 +342,7 @@ class _Late:
             self.norm, signalled = parts.pop("grad_norm"), parts.pop(SIGNAL, 0.0)
             if not math.isfinite(parts["total"]) or not math.isfinite(self.norm):
                 users = self.samples.users(indices[:5])
-                raise RunError(_not_finite(step, parts, self.norm, indices, users, self.run))
+                raise self.run.failed(_not_finite(step, parts, self.norm, indices, users, self.run))
             for name, value in parts.items():
                 self.progress.running.setdefault(name, []).append(value)
             if signalled:
