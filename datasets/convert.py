@@ -59,7 +59,7 @@ HINTS = {  # for the command that a refusal offers; nothing is read by them
 NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
 WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
 CUT = re.compile(r"-?\d(\.\d+)?[eE]\+\d+")  # a number that went through a spreadsheet
-OFFSET = r"(?:[zZ]|[+-]\d\d:?\d\d)\s*$"  # of a date's time zone
+ZONE, AWAY = r"(?:[zZ]|[+-]\d\d:?\d\d)\s*$", r"[+-](?!00:?00)\d\d:?\d\d\s*$"  # any; not UTC
 LIST = re.compile(r"\s*[\[(].*[\])]\s*", re.DOTALL)
 OBJECT = re.compile(r"\{.*:.*\}", re.DOTALL)
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
@@ -262,9 +262,9 @@ def read_log(
         cli.check((len(user) > 0, f"nothing is left of {n_rows:,} rows; lower --min_rating"))
     _judge(table.path, [*users.codes], [*items.codes], user, item, columns, one_user)
     if columns.time is not None:
-        _judge_missing_times(table.path, time, rows, None if dates else EPOCH)
         if not dates:
             _judge_times(table.path, time, rows)
+        _judge_missing_times(table.path, time, rows, None if dates else EPOCH)
     names, user = _sorted_codes(users.codes, user)
     ids, item = _sorted_codes(items.codes, item)
     return Log(Reviews(names, ids, user, item, time), titles, columns.time is not None)
@@ -317,10 +317,9 @@ def _times(path: Path, cells: pd.Series, rows: np.ndarray, dates: bool) -> np.nd
             _refuse(path, cut, cells, rows, "time", "all its digits: a spreadsheet cut them")
         whole = pd.to_numeric(cells, errors="coerce")
         return whole.to_numpy() if whole.dtype == np.int64 else numbers
-    if texts:
-        zoned = cells.astype(str).str.contains(OFFSET).to_numpy()
-        expected = "a time zone in every row or in none"
-        _refuse(path, zoned != zoned[0], cells, rows, "time", expected)
+    if texts and cells.astype(str).str.contains(AWAY).any():
+        bare_times = ~cells.astype(str).str.contains(ZONE).to_numpy()
+        _refuse(path, bare_times, cells, rows, "time", "a time zone, as in other rows")
     found = pd.to_datetime(cells, format="ISO8601", utc=True, errors="coerce")
     expected = "a number or a date such as 2024-04-25 08:00:00"
     _refuse(path, found.isna().to_numpy(), cells, rows, "time", expected)

@@ -207,10 +207,8 @@ def main(
             users != "all" or not exported,
             f"--users=all: {files.model} is an export without users; name a file",
         ),
-        (
-            not target or not {target, target.parent} & set(read),
-            f"--output={output} is a file, or in a folder, that is read",
-        ),
+        (not target or target not in read, f"--output={output} is a file that is read"),
+        (not target or target.parent not in read, f"--output={output} is in a folder that is read"),
         (not runs_folder, f"--output={output} is in the folder of a run or an export"),
         (not target or not target.is_dir(), f"--output={output} is a folder"),
         (
@@ -223,7 +221,7 @@ def main(
         from serving.lists import check_suffix
 
         check_writable(target.parent, "--output")
-        check_suffix(target)
+        check_suffix(Path(output))
     runs = [] if exported else read_all(files)
     for served in runs:
         of_run = [served.csv_path, listing_of(served.csv_path), served.table_path]

@@ -185,7 +185,7 @@ def test_the_throughput_table_comes_out(tmp_path, monkeypatch):
     write_demo("data/demo.csv", n_users=120, n_items=160)
     monkeypatch.setattr(throughput, "LARGE", 3000)
     monkeypatch.setattr(throughput, "write_reviews", lambda path, n: write_few(path, 3000))
-    monkeypatch.setattr("models.decoder._compiled", lambda step: step)  # takes a minute
+    monkeypatch.setattr("models.attention._compiled", lambda step: step)  # takes a minute
     monkeypatch.setattr(measure, "peak_memory", lambda *_, **__: 2**20)  # tested apart
     result = throughput.main(
         repeats=1, batch_size=16, teacher_layers=2, student_layers=1, distill_block=1

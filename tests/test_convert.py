@@ -242,9 +242,10 @@ def test_titles_from_the_log_or_from_a_list_of_items():
     lines = written(log, **NO_TIME, items=str(plain))[1].splitlines()
     assert lines[1] == "0,2,Heat (1995)"
     own = save_text("own.csv", "sku,label\n2,Heat\n10,Toys\n")
-    flags = NO_TIME | {"items": str(own), "title": "label"}
     with pytest.raises(UsageError, match="--items=own.csv: expected columns such as item_id and"):
-        convert.main(input=str(log), domain_type="x", **flags)
+        convert.main(input=str(log), domain_type="x", **NO_TIME, items=str(own))
+    lines = written(log, **NO_TIME, items=str(own), items_columns=["sku", "label"])[1].splitlines()
+    assert lines[1] == "0,2,Heat"
 
 
 def test_the_first_title_that_is_there_counts_and_quotes_may_be_letters():

@@ -378,8 +378,9 @@ def named(inside) -> None:
     """The demo's items get original ids; a log of two new users, and one unknown product."""
     rows = [f"{item},B{item:03d}," for item in range(1, 161)]
     Path("data/demo.items.csv").write_text("\n".join(["item_id,asin,title", *rows]) + "\n")
-    lines = ["user_id,item_id,timestamp", "z,B099,1500000000", "y,B007,5", "z,B012,1400000000"]
-    Path("new.csv").write_text("\n".join([*lines, "y,B999,6"]) + "\n")
+    lines = ["user_id,item_id,timestamp", "z,B099,1500000000", "y,B007,1300000005"]
+    lines.append("z,B012,1400000000")
+    Path("new.csv").write_text("\n".join([*lines, "y,B999,1300000006"]) + "\n")
 
 
 @pytest.mark.slow

@@ -375,8 +375,8 @@ def test_f19_base_and_teacher_are_never_written_to(inside, flags):
 
 
 def test_f20_five_steps_give_the_losses_that_they_gave(inside):
-    """Stored on 2026-11-24, torch 2.13 CPU: a change of these is a change of the method or of its
-    draws, and must be meant.
+    """Stored on 2026-11-28, torch 2.13 CPU, after SASRec's dropout was drawn for packed items: a
+    change of these is a change of the method or of its draws, and must be meant.
     """
     five = SHORT | {"max_steps": 5, "log_steps": 1, "warmup_steps": 0}
     train_sr_trad.main(**five, output_dir="sasrec")
