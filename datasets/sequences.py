@@ -17,6 +17,7 @@ from datasets.interactions import MINIMUM_LENGTH, Interactions
 from utils.flags import Evaluation
 
 TrainTargets = Literal["last", "all"]
+CUT_SHARE, TRAINING_SHARE = 0.2, 0.2  # of users and of interactions: reported from there
 VALID, TEST = 2, 1  # the target's place from the end of the user's items; also a key of candidates
 
 
@@ -161,6 +162,14 @@ class EvaluationSplit:
         """How many candidates were asked for and the fewest that a user gets, for results.json."""
         return {"asked": self.n_candidates, "fewest": self.fewest_candidates()}
 
+    def targets(self) -> np.ndarray:
+        """Catalogue index of every user's target, int64 [U]."""
+        return self.samples.targets(np.arange(len(self.samples))).numpy()
+
+    def popularity(self) -> np.ndarray:
+        """How often each item occurs before the users' validation targets, int64 [N]."""
+        return popularity(self.data).numpy().astype(np.int64)
+
     def repeated(self) -> np.ndarray:
         """Whether the user had met the target before, bool [U]."""
         samples, starts = self.samples, self.data.offsets[:-1]
@@ -248,6 +257,19 @@ def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationS
         f"{data.n_users:,} users, {data.n_items:,} items, {data.offsets[-1]:,} interactions;"
         f" {len(samples):,} training samples"
     ]
+    known = np.diff(data.offsets) - 1  # before the test target
+    slots = samples.max_seq_length
+    if (known > slots).mean() > CUT_SHARE:
+        lines.append(
+            f"histories of {(known > slots).mean():.0%} of the users are cut: the median has"
+            f" {np.median(known):.0f} items, {slots} are read (--max_seq_length)"
+        )
+    share = samples.counts().sum() / max(1, data.offsets[-1] - 2 * data.n_users)
+    if share < TRAINING_SHARE and not samples.every_position:
+        lines.append(
+            f"{share:.0%} of the interactions are training targets; --train_targets all takes"
+            " every one"
+        )
     if data.n_short:
         used = "popularity and training use" if samples.every_position else "popularity uses"
         lines.append(

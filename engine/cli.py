@@ -24,6 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from engine import cpu, processes
 from engine.errors import UsageError
+from engine.files import read_json
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 REQUIRED = inspect.Parameter.empty
@@ -295,7 +296,7 @@ def run(main: Callable, argv: list[str] | None = None) -> None:
 
 def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
     """Parse `--name=value`, `--name value`, `--name` and `--noname` (booleans) by the flags of
-    `main`.
+    `main`. `--config RUN/config.json` gives the flags of that run; others come before them.
 
     Returns:
         The values given, by flag name. Flags that are not given are absent.
@@ -305,6 +306,7 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
     flags = flags_of(main)
     values: dict[str, Any] = {}
     problems: list[str] = []
+    config = ""
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -312,6 +314,9 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
             problems.append(f"unexpected word {word!r}: flags are written --name=value")
             continue
         name, text = _split_word(word, flags)
+        if name == "config" and name not in flags:
+            config = text or (words.pop(0) if words else "")
+            continue
         if name not in flags:
             problems.append(_unknown(name, flags))
             if text is None and words and not _is_flag(words[0]):
@@ -330,7 +335,21 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
         except UsageError as problem:
             problems.append(str(problem))
     _raise_all(problems)
-    return values
+    return _recorded(config, flags) | values if config else values
+
+
+def _recorded(path: str, flags: dict[str, Flag]) -> dict[str, Any]:
+    """The flags of a run's config.json that differ from the defaults; its folder is not among them.
+
+    Raises:
+        UsageError: there is no such file, or it is of another command.
+    """
+    recorded = read_json(path, "--config").get("flags")
+    foreign = [name for name in recorded or {"flags": None} if name not in flags]
+    if foreign:
+        raise UsageError(f"--config={path}: not of this command, which has no --{foreign[0]}")
+    own = {"output_dir", "eval_only", "overwrite"}
+    return {n: v for n, v in recorded.items() if n not in own and v != flags[n].default}
 
 
 def _split_word(word: str, flags: dict[str, Flag]) -> tuple[str, str | None]:

@@ -1,7 +1,9 @@
 """The top items for a history, from any finished run.
 
-    python -m serving.recommend --history 12,99,1033      # demo domain, the student: a few seconds
+    python -m serving.recommend --history 12,99,1033   # demo domain, its best run: a few seconds
     python -m serving.recommend --history '["Warm lamp 21"]' --k 5                       # by title
+    python -m serving.recommend --user U00012                                 # one of its users
+    python -m serving.recommend --similar 99                                  # items like this one
     python -m serving.recommend --domain_type cloth --model sasrec --history 12,99
     python -m serving.recommend --domain_type cloth --users all --output recs.parquet
     python -m serving.recommend --model runs/a --users histories.csv --output recs.csv --k 20
@@ -17,6 +19,7 @@ items are ranked by popularity. As a function:
     items, scores = recommend([[12, 99], [1033]], k=10, domain_type="cloth")
 """
 
+import difflib
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -146,6 +149,21 @@ def allowed_items(
     return allowed
 
 
+def history_of(user: str, served: Served, names: "Items") -> list[int]:
+    """The catalogue indices of a user of the domain.
+
+    Raises:
+        UsageError: there is no such user.
+    """
+    from serving.histories import of_domain
+
+    who, lists = of_domain(served.csv_path, names)
+    near = difflib.get_close_matches(user, who, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    cli.check((user in who, f"--user={user}: {served.csv_path} has no such user or file{hint}"))
+    return lists[who.index(user)]
+
+
 def _report_unknown(finder: "Finder", source: str) -> None:
     if finder.unknown:
         shown = ", ".join(dict.fromkeys(finder.unknown[:3]))
@@ -168,6 +186,8 @@ def main(
     *,
     files: ServedFiles,
     history: list[str] = flag([], "items in time order, the last one most recent"),
+    user: str | None = flag(None, "a user of the domain, by reviewerID"),
+    similar: str | None = flag(None, "an item: the items whose vectors are nearest to its own"),
     users: str | None = flag(
         None, "all, a log by original ids, or a CSV with reviewerID and asin (item lists)"
     ),
@@ -198,8 +218,13 @@ def main(
     runs_folder = target and any(
         (target.parent / name).is_file() for name in ("recommender.json", "config.json")
     )
+    one_user = users not in (None, "all") and not Path(users).exists() and not output
+    user, users = (users, None) if one_user else (user, users)  # --users 196 is the user 196
+    sources = {"history": history, "user": user, "users": users, "similar": similar}
+    given = [name for name, value in sources.items() if value]
     cli.check(
-        (not (history and users), "--history and --users: give one of them"),
+        (len(given) < 2, f"--{' and --'.join(given)}: give one of them"),
+        (user is None or not exported, f"--user={user}: an export has no users; give --history"),
         (users is None or output is not None, "--users needs --output, the file of the lists"),
         (output is None or users is not None, "--output is of --users; one history is shown"),
         (users in (None, "all") or Path(users).exists(), f"--users={users}: file not found"),
@@ -234,8 +259,14 @@ def main(
     allowed = allowed_items(names, by, allow, deny, unknown == "skip")
     if users is None:
         finder = Finder(names, by)
-        own = [finder.find(name, "--history") for name in history]
-        items, scores = recommender.recommend([own], k, exclude, allowed)
+        if similar is not None:
+            own = [finder.find(similar, "--similar")]
+            items, scores = recommender.similar(own[0], k, allowed)
+        else:
+            own = [finder.find(name, "--history") for name in history]
+            if user is not None:
+                own = history_of(user, runs[0], names)
+            items, scores = recommender.recommend([own], k, exclude, allowed)
         there = int((items[0] >= 0).sum())
         best, values = items[0, :there].tolist(), scores[0, :there].tolist()
         show(own, best, values, names)

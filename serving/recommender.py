@@ -77,6 +77,22 @@ class Recommender:
             scores.append(best[1].cpu())
         return torch.cat(items), torch.cat(scores)
 
+    @torch.no_grad()
+    def similar(self, item: int, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The k items nearest to an item: by the cosine of item vectors without their mean, which
+        holds what all items share, popularity above all.
+
+        Returns:
+            items int64 [1, k] and cosines float32 [1, k]; -1 and -inf where no item is left.
+        """
+        vectors = self.item_table.float()
+        vectors = F.normalize(vectors - vectors.mean(0), dim=1)
+        cosine = (vectors[item] @ vectors.T)[None]
+        cosine[0, item] = -torch.inf
+        if allowed is not None:
+            cosine[:, ~allowed] = -torch.inf
+        return tuple(found.cpu() for found in top_k(cosine, k))
+
     def _padded(self, histories: Sequence[Sequence[int]]) -> Tensor:
         """The last L items of each, int64 [n, L]; an empty one reads item 0 and is not used."""
         padded = torch.full((len(histories), self.max_seq_length), len(self.item_table))

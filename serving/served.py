@@ -25,10 +25,10 @@ class ServedFiles(ItemTable, Data):
     """Files; by default those that the run was made from"""
 
     model: str = flag(
-        "student",
-        "sasrec, teacher or student of the domain, best (of its runs, on validation), or the "
-        "folder of a run or an export; the scores of several runs between commas are added, each "
-        "divided by their standard deviation",
+        "best",
+        "best (of the domain's runs, on validation), sasrec, teacher or student, or the folder of "
+        "a run or an export; the scores of several runs between commas are added, each divided by "
+        "their standard deviation",
     )
 
 

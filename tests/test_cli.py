@@ -1,5 +1,6 @@
 import ast
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from datasets import process
 from engine import cli
 from engine.cli import UsageError, bind
 from models.sasrec import SASRec
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHORT
 from utils import flags
 
 SCRIPTS = {
@@ -287,3 +288,18 @@ def test_bad_requests(script, line, message, tmp_path, monkeypatch, capsys):
         and printed.err.count("\n") == 1
     )
     assert not Path("output").exists()
+
+
+@pytest.mark.slow
+def test_a_runs_config_repeats_it_and_flags_beside_it_come_first(inside):
+    train_sr_trad.main(**SHORT, hid_dim=16, norm="pre", output_dir="one")
+    words = ["--config", "one/config.json", "--output_dir", "two"]
+    train_sr_trad.main(**cli.bind(train_sr_trad.main, words))
+    one, two = (json.loads(Path(name, "results.json").read_text()) for name in ("one", "two"))
+    assert one["weights_sha256"] == two["weights_sha256"]
+    given = cli.bind(train_sr_trad.main, ["--config=one/config.json", "--seed=7"])
+    assert given["seed"] == 7 and given["hid_dim"] == 16 and "output_dir" not in given
+    with pytest.raises(UsageError, match="--config=one/config.json: not of this command"):
+        cli.bind(distill.main, ["--config", "one/config.json"])
+    with pytest.raises(UsageError, match="--config not found: none.json"):
+        cli.bind(distill.main, ["--config", "none.json"])

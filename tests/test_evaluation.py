@@ -86,3 +86,21 @@ def test_batch_size_changes_no_rank(data):
         rank_all(encode, table, view.batches(100)),
     )
     assert all(np.array_equal(a, b) for a, b in zip(one, all_at_once))
+
+
+@pytest.mark.parametrize("tile", [1, 2**24])
+def test_how_often_an_item_is_in_a_list_equals_a_sorted_loop(data, tile, monkeypatch):
+    """Lists leave the history out, but not the target."""
+    monkeypatch.setattr(evaluation, "CPU_TILE", tile)
+    split = EvaluationSplit(data, TEST, 8, 0, 5)
+    table = torch.randn(data.n_items, data.n_users, generator=torch.Generator().manual_seed(1))
+    shown = torch.zeros(data.n_items, dtype=torch.int64)
+    users = iter(torch.eye(data.n_users).split(7))
+    rank_all(lambda history: next(users), table, split.batches(7), shown)
+    expected = np.zeros(data.n_items, dtype=np.int64)
+    for user in range(data.n_users):
+        *history, target = data.items[data.offsets[user] : data.offsets[user + 1]].tolist()
+        left = [item for item in range(data.n_items) if item not in history or item == target]
+        left.sort(key=lambda item: -float(table[item, user]))
+        expected[left[:10]] += 1
+    assert shown.tolist() == expected.tolist() and shown.sum() == 10 * data.n_users

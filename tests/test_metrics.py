@@ -1,9 +1,10 @@
+import math
 from math import log2
 
 import numpy as np
 import pytest
 
-from utils.metrics import summarise
+from utils.metrics import beyond_accuracy, summarise
 
 
 def test_metrics_are_the_fractions_worked_out_by_hand():
@@ -25,3 +26,24 @@ def test_cut_off_is_inclusive():
     assert summarise(np.array([10]))["HR@10"] == 1.0
     assert summarise(np.array([11]))["HR@10"] == 0.0
     assert summarise(np.array([11]))["NDCG@10"] == 0.0
+
+
+def test_what_lists_hold_beside_the_targets_by_hand():
+    """Five items with 6, 2, 2, 1, 1 interactions: the first third is item 0 and item 1 begins the
+    second; two lists of two places.
+    """
+    counts = np.array([2, 6, 2, 1, 1])
+    shown = np.array([1, 2, 0, 1, 0])
+    found = beyond_accuracy(shown, counts, np.array([1, 11, 3]), np.array([1, 0, 4]))
+    bits = [-math.log2(2 / 12), -math.log2(6 / 12), -math.log2(1 / 12)]
+    assert found == pytest.approx(
+        {
+            "coverage@10": 3 / 5,
+            "novelty@10": (bits[0] + 2 * bits[1] + bits[2]) / 4,
+            "long_tail@10": 2 / 4,  # item 1 alone is the most popular fifth
+            "head HR@10": 1.0,  # item 1, found at 1
+            "middle HR@10": 0.0,  # item 0, found at 11
+            "tail HR@10": 1.0,  # item 4, found at 3
+        },
+        abs=1e-6,
+    )

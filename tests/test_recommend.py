@@ -14,6 +14,7 @@ import torch
 
 import distill
 import train_sr_trad
+from datasets.interactions import read_histories
 from datasets.items import Finder, Items
 from datasets.sequences import TEST, EvaluationSplit
 from engine.errors import UsageError
@@ -135,14 +136,14 @@ def test_many_users_into_a_file_of_each_form(inside):
 
 @pytest.mark.slow
 def test_an_inner_exit_is_the_models_own(inside):
-    recommender, names = recommend.open_model(ServedFiles(), 2, "cpu")
-    whole, _ = recommend.open_model(ServedFiles(), None, "cpu")
+    recommender, names = recommend.open_model(ServedFiles(model="student"), 2, "cpu")
+    whole, _ = recommend.open_model(ServedFiles(model="student"), None, "cpu")
     assert not np.array_equal(
         recommender.recommend([[1, 2]], 9)[1], whole.recommend([[1, 2]], 9)[1]
     )
     for exit, said in ((9, "--exit=9: no such inner exit; the model has exits 1 to 3"),):
         with pytest.raises(UsageError, match=said):
-            recommend.main(history=["1"], exit=exit)
+            recommend.main(history=["1"], exit=exit, model="student")
     with pytest.raises(UsageError, match="--exit=1: SASRec has no exits"):
         recommend.main(history=["1"], exit=1, model="sasrec")
     with pytest.raises(UsageError, match="--exit=1: no such inner exit; the model has none; train"):
@@ -200,7 +201,11 @@ def test_a_run_elsewhere_knows_its_own_files(inside):
 def test_what_is_missing_is_named(inside):
     for flags, message in (
         ({"model": "none"}, "--model=none: no run in none; one of the four scripts makes it"),
-        ({"domain_type": "x"}, "--model=student: no run in output/x/student; distill.py makes it"),
+        ({"domain_type": "x"}, "--model=best: no finished run in output/x/.; train one first"),
+        (
+            {"domain_type": "x", "model": "student"},
+            "--model=student: no run in output/x/student; distill.py makes it",
+        ),
         ({"item_table": "no.pkl"}, "item table not found: no.pkl; name it with --item_table"),
         ({"users": "all"}, "--users needs --output"),
         ({"users": "no.csv", "output": "a.csv"}, "--users=no.csv: file not found"),
@@ -263,7 +268,7 @@ def test_the_notebook_shows_lists(inside, monkeypatch):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [output for cell in code for output in cell.outputs]
     text = [output.get("text", "") or output["data"]["text/plain"] for output in outputs]
-    expected = recommend.recommend([[12, 99, 103]], 5)[0][0]
+    expected = recommend.recommend([[12, 99, 103]], 5, model="student")[0][0]
     assert str(expected[0]) in text[-3] and len(text[-2].splitlines()) == 5
     assert "no." in text[-1]
 
@@ -363,13 +368,18 @@ def test_the_best_run_is_taken_and_a_worse_one_says_so(inside, capsys):
         results = json.loads(path.read_text())
         results["valid"]["sampled"]["MRR"] = mrr
         path.write_text(json.dumps(results))
-    best = recommend.main(model="best", history=["12", "99"], k=3)
+    best = recommend.main(history=["12", "99"], k=3)
     assert "best of 3 runs: output/demo/sasrec, validation MRR 0.3000" in capsys.readouterr().out
     assert best == recommend.main(model="sasrec", history=["12", "99"], k=3)
     capsys.readouterr()
     distill.main(eval_only=True)
     printed = capsys.readouterr().out
     assert re.search(r"behind SASRec on validation: MRR 0\.0\d+, SASRec has 0\.3000", printed)
+    table = printed[printed.index("valid MRR") :].splitlines()
+    assert [line[:14].strip() for line in table[1:4]] == ["popularity", "SASRec", "this student"]
+    results = json.loads(Path("output/demo/sasrec/results.json").read_text())
+    own = results["test"]["full"]["NDCG@10"]
+    assert table[2].split()[1:] == ["0.3000", *table[2].split()[2:5], f"{own:.4f}"]
     with pytest.raises(UsageError, match="--model=best: no finished run in output/none/"):
         recommend.main(model="best", domain_type="none", history=["12"])
 
@@ -425,3 +435,36 @@ def test_no_file_of_the_run_is_written_over(inside):
         recommend.main(users="all", output="mine.csv")
     Path("mine.csv").unlink()
     assert hashes(Path(".")) == before
+
+
+@pytest.mark.slow
+def test_a_user_of_the_domain_by_name(inside, capsys):
+    """`--users NAME` and `--user NAME`: that user's history, on the screen."""
+    users = dict(read_histories(Path("data/demo.csv")))
+    history = [str(item) for item in users["U00012"]]
+    expected = recommend.main(history=history, k=3, by="id")
+    assert recommend.main(user="U00012", k=3) == expected
+    assert recommend.main(users="U00012", k=3) == expected
+    assert f"history, {len(history)} items" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--user=U0012: data/demo.csv has no such user or file"):
+        recommend.main(users="U0012")
+    with pytest.raises(UsageError, match="--history and --user: give one of them"):
+        recommend.main(user="U00012", history=["1"])
+
+
+def test_similar_items_by_hand():
+    """Mean (1, 1): the vectors left are (2, 0), (1, 0), (0, 2), (-3, -2)."""
+    table = torch.tensor([[3.0, 1.0], [2.0, 1.0], [1.0, 3.0], [-2.0, -1.0]])
+    model = Recommender(None, table, torch.ones(4), 3)
+    items, cosines = model.similar(0, 3)
+    assert items.tolist() == [[1, 2, 3]]
+    assert cosines[0].tolist() == pytest.approx([1.0, 0.0, -3 / 13**0.5], abs=1e-6)
+    allowed = torch.tensor([True, False, True, False])
+    assert model.similar(0, 3, allowed)[0].tolist() == [[2, -1, -1]]
+
+
+@pytest.mark.slow
+def test_similar_items_on_the_screen(inside, capsys):
+    found = recommend.main(similar="99", k=4)
+    assert len(found) == 4 and 99 not in [row["item_id"] for row in found]
+    assert "top 4" in capsys.readouterr().out

@@ -17,13 +17,20 @@ from engine.errors import RunError
 from engine.files import read_json
 from engine.run import Run
 from utils.flags import LLMRuntime, Runtime
-from utils.metrics import summarise
+from utils.metrics import TOP, beyond_accuracy, summarise
 
 Metrics = dict[str, dict[str, float]]
 Encode = Callable[[Tensor], Tensor]  # history [B, L] -> user vectors [B, D]
 
 PROTOCOLS = {"sampled": (5, 10), "full": (5, 10, 20), "full_all": (5, 10, 20)}  # -> cut-offs
 NO_SCORE, NO_VECTOR = 0, -1  # in place of a rank
+SHOWN = (  # of the table at a run's end: split, protocol and metric
+    ("valid", "sampled", "MRR"),
+    ("test", "sampled", "MRR"),
+    ("test", "sampled", "HR@10"),
+    ("test full", "full", "HR@10"),
+    ("test full", "full", "NDCG@10"),
+)
 CPU_TILE, TILE = 2**23, 2**26  # scores held at once; larger blocks are slow to allocate on CPU
 SPREAD_USERS = 512  # whose scores tell how loud a model is
 FEWEST_USERS = 8  # per tile, so that a pass over ten million items serves several users
@@ -82,12 +89,19 @@ class Ranks(NamedTuple):
         }
 
 
-def evaluate(model: Model, split: Any, runtime: Runtime, limit: int | None = None) -> Ranks:
+def evaluate(
+    model: Model,
+    split: Any,
+    runtime: Runtime,
+    limit: int | None = None,
+    shown: Tensor | None = None,
+) -> Ranks:
     """Rank the targets of a split's users by a model.
 
     Args:
         split: datasets.sequences.EvaluationSplit.
         limit: at most so many batches.
+        shown: int64 [N] on the model's device; counts in how many lists of TOP items each item is.
     Raises:
         RunError: a score is not finite.
     """
@@ -98,7 +112,10 @@ def evaluate(model: Model, split: Any, runtime: Runtime, limit: int | None = Non
         rounds = -(-split.n_batches(batch_size, limit) // processes.world())
         spare = next(split.batches(1, table.device, 1)).history
         batches = _in_step(batches, rounds, encode, spare)
-    return rank_all(encode, table, batches)
+    ranks = rank_all(encode, table, batches, shown)
+    if shown is not None:
+        processes.sum_in_place([shown])
+    return ranks
 
 
 def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | None = None, **extra):
@@ -116,7 +133,8 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
     trained = dict(fitted or {})
     valid = trained.pop("valid", None) or evaluate(model, data.splits["valid"], runtime)
     started = time.perf_counter()
-    test = evaluate(model, data.splits["test"], runtime)
+    shown = torch.zeros(len(model.item_table), dtype=torch.int64, device=model.item_table.device)
+    test = evaluate(model, data.splits["test"], runtime, shown=shown)
     inference = time.perf_counter() - started
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     earlier = run.results() if run.eval_only and (run.folder / "results.json").exists() else {}
@@ -141,6 +159,8 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
         "inference_seconds": round(inference, 3),
         "inference_users_per_second": round(len(test.sampled) / inference, 1),
     }
+    counts, target = data.splits["test"].popularity(), data.splits["test"].targets()
+    results["lists"] = beyond_accuracy(shown.cpu().numpy(), counts, test.full, target)
     again = data.splits["test"].repeated()
     results["repeated_targets"] = round(float(again.mean()), 6)
     if 0 < again.mean() < 1:
@@ -154,30 +174,39 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
         for protocol, values in ranks._asdict().items():
             arrays[f"{split}_{protocol}"] = values.astype(np.int32)
     results = run.complete(results, arrays)
-    _report_behind(run, results)
+    _print_beside(run, results)
     if results["test"]["sampled"]["HR@1"] == 1.0:
         print("every target ranks first: does the history give the target away?", flush=True)
     return results
 
 
-def _report_behind(run: Run, results: dict[str, Any]) -> None:
-    """Say where popularity, or SASRec's run beside this one, has the higher validation MRR."""
-    beside = run.folder.with_name("sasrec") / "results.json"
-    cheaper, known = {}, results
+def _print_beside(run: Run, results: dict[str, Any]) -> None:
+    """This run beside popularity and SASRec's run, where that is beside it and ranked alike, as a
+    table; and a line for each of them that is ahead on validation.
+    """
+    beside, known, rows = run.folder.with_name("sasrec") / "results.json", results, {}
     if run.stage != "sasrec" and beside.is_file():
         known = read_json(beside, "results")
-        cheaper["SASRec"] = known.get("valid")
-    cheaper["popularity"] = known.get("popularity", {}).get("valid")
-    same = [known.get(name) == results[name] for name in ("data_sha256", "candidates")]
+    same = all(known.get(name) == results[name] for name in ("data_sha256", "candidates"))
+    if same and "popularity" in known:
+        rows["popularity"] = known["popularity"]
+    if same and known is not results:
+        rows["SASRec"] = known
     own = results["valid"]["sampled"]["MRR"]
-    for name, metrics in cheaper.items():
-        if metrics and all(same) and metrics["sampled"]["MRR"] > own:
-            other = metrics["sampled"]["MRR"]
+    print("\n" + " " * 14 + "".join(f"{split + ' ' + name:>13s}" for split, _, name in SHOWN))
+    for name, found in (rows | {f"this {run.stage}": results}).items():
+        values = [found[split.split()[0]][protocol][metric] for split, protocol, metric in SHOWN]
+        print(f"{name:14s}" + "".join(f"{value:13.4f}" for value in values))
+    for name, found in rows.items():
+        other = found["valid"]["sampled"]["MRR"]
+        if other > own:
             print(f"behind {name} on validation: MRR {own:.4f}, {name} has {other:.4f}", flush=True)
 
 
 @torch.no_grad()
-def rank_all(encode: Encode, item_table: Tensor, batches: Iterable[Batch]) -> Ranks:
+def rank_all(
+    encode: Encode, item_table: Tensor, batches: Iterable[Batch], shown: Tensor | None = None
+) -> Ranks:
     """Rank every user's target: sampled (its candidates), full (history excluded), full_all
     (nothing excluded).
 
@@ -188,11 +217,12 @@ def rank_all(encode: Encode, item_table: Tensor, batches: Iterable[Batch]) -> Ra
     Args:
         item_table: [N, D], row = catalogue index.
         batches: user batches, in user order.
+        shown: see `evaluate`.
     Raises:
         RunError: a score is not finite.
     """
     columns = item_table.float().T
-    found = [rank_users(encode(batch.history), columns, batch) for batch in batches]
+    found = [rank_users(encode(batch.history), columns, batch, shown) for batch in batches]
     return collect(found, item_table.device)
 
 
@@ -214,7 +244,7 @@ def score_spreads(models: list[Any], samples: Any) -> list[float]:
     return spreads
 
 
-def rank_users(users: Tensor, columns: Tensor, batch: Batch) -> Tensor:
+def rank_users(users: Tensor, columns: Tensor, batch: Batch, shown: Tensor | None = None) -> Tensor:
     """Ranks [3, B] (sampled, full, full_all) of one batch; `collect` checks them.
 
     Nothing here waits for the device: where the user's vector is not finite the ranks are
@@ -223,6 +253,7 @@ def rank_users(users: Tensor, columns: Tensor, batch: Batch) -> Tensor:
     Args:
         users: user vectors [B, D].
         columns: the item table's transpose, float32 [D, N].
+        shown: see `evaluate`.
     """
     rows = users_per_tile(columns)
     tiles = []
@@ -232,6 +263,9 @@ def rank_users(users: Tensor, columns: Tensor, batch: Batch) -> Tensor:
         tiles.append(
             rank_tile(scores, batch.target[part], batch.seen[part], batch.candidates[part])
         )
+        if shown is not None:  # `scores` are those of the full protocol now
+            best = scores.topk(min(TOP, scores.shape[1])).indices.flatten()
+            shown.scatter_add_(0, best, torch.ones_like(best))
     vector = torch.isfinite(users).all(1)
     return torch.cat(tiles, dim=1).masked_fill(~vector, NO_VECTOR)
 
@@ -289,7 +323,9 @@ def _in_step(
 
 
 def rank_tile(scores: Tensor, target: Tensor, seen: Tensor, candidates: Tensor) -> Tensor:
-    """Ranks [3, b] (sampled, full, full_all) from scores [b, N]; overwrites `scores`."""
+    """Ranks [3, b] (sampled, full, full_all) from scores [b, N]. `scores` are left without the
+    history's, as `full` ranks them.
+    """
     own = scores.gather(1, target[:, None])  # [b, 1]
     finite = torch.isfinite(scores.sum(1))  # a sum shows it 20 times sooner than all terms
     drawn = scores.gather(1, candidates.clamp(min=0))
