@@ -10,7 +10,8 @@ Runs that differ in their seed alone (their teachers too) are one row: mean and 
 over seeds. Two rows are compared by a paired bootstrap over users of the reciprocal rank, averaged
 over the seeds both have. A row of the paper's tables that was not run is marked where the paper
 has figures for it, and named below the table otherwise.
-Writes report.md and, for each domain, metrics and curves as PNG.
+Writes report.md and, for each domain, metrics and curves as PNG and PDF, and the rows as CSV and
+LaTeX.
 """
 
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from engine import cli
 from engine.cli import PositiveInt, flag
@@ -137,12 +139,18 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     order = [by_label[text] for text in every if text in by_label]
     parts.append("### Significance\n\n" + _significance(order, resamples, notes))
     parts.append("### Cost\n\n" + _cost(order))
+    listed = _lists(order)
+    parts += [f"### Lists of ten\n\n{listed}"] if listed else []
     slug = domain.replace(" (", "_").rstrip(")")
-    metrics = figures.metrics(order, folder / f"report_{slug}_metrics.png")
+    write_main_table(folder / f"report_{slug}", order)
+    title = f"{domain}, test set, {rows[0].first.results['users']:,} users"
+    smoke = any("smoke" in part for part in folder.parts)
+    path = folder / f"report_{slug}_metrics.png"
+    metrics = figures.metrics(order, path, title, _popularity(rows), smoke)
     parts.append(f"![metrics]({metrics.name})")
     # a curve for everything is a curve for nothing
     drawn = [row for row in order if row.label not in others] or order
-    curves = figures.curves(drawn, folder / f"report_{slug}_curves.png")
+    curves = figures.curves(drawn, folder / f"report_{slug}_curves.png", title, smoke)
     parts.append(f"![curves]({curves.name})")
     return "\n\n".join(parts)
 
@@ -246,6 +254,49 @@ def _cost(rows: list[Row]) -> str:
         valid = [result["valid"]["sampled"]["MRR"] for result in of_row]
         lines.append([*cells, spread(valid)])
     return markdown(COST, lines)
+
+
+def _lists(rows: list[Row]) -> str:
+    """What the rows' lists of ten hold, of those that record it (utils.metrics.beyond_accuracy)."""
+    lines, names = [], []
+    for row in rows:
+        found = [run.results["lists"] for run in row.runs.values() if "lists" in run.results]
+        if found:
+            names = list(found[0])
+            cells = [spread([each[name] for each in found], 3) for name in names]
+            lines.append([row.label, *cells])
+    return markdown(["row", *names], lines) if lines else ""
+
+
+def write_main_table(stem: Path, rows: list[Row]) -> None:
+    """The rows' test metrics as CSV, and as LaTeX for the package booktabs."""
+    head = ["row", "seeds", *(f"sampled {n}" for n in SAMPLED), *(f"full {n}" for n in FULL)]
+    lines = []
+    for row in rows:
+        tests = [run.results["test"] for run in row.runs.values()]
+        cells = [row.label, str(len(tests))]
+        for protocol, names in (("sampled", SAMPLED), ("full", FULL)):
+            cells += [spread([test[protocol][name] for test in tests]) for name in names]
+        lines.append(cells)
+    frame = pd.DataFrame(lines, columns=head)
+    frame.to_csv(stem.with_suffix(".csv"), index=False)
+    latex = [
+        f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+        "\\toprule",
+        " & ".join(head) + " \\\\",
+        "\\midrule",
+        *(" & ".join(map(_latex, cells)) + " \\\\" for cells in lines),
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    stem.with_suffix(".tex").write_text("\n".join(latex) + "\n", encoding="utf-8")
+
+
+def _latex(cell: str) -> str:
+    names = {"<-": r"$\leftarrow$", "±": r"$\pm$", "_": r"\_", "%": r"\%", "&": r"\&"}
+    for text, command in names.items():
+        cell = cell.replace(text, command)
+    return cell
 
 
 def spread(values: list[float], digits: int = 4) -> str:

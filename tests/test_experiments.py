@@ -312,9 +312,16 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
     # -.55, mean -.45625
     assert "| SLMRec 4 <- 8 | E4SRec-like, 8 layers | -0.456" in text
     assert "| E4SRec-like, 4 layers | E4SRec-like, 8 layers |" in text
-    assert (tmp_path / "report_cloth_metrics.png").stat().st_size > 5000 and (
-        tmp_path / "report_cloth_curves.png"
-    ).stat().st_size > 5000
+    for name in ("metrics", "curves"):
+        for suffix in ("png", "pdf"):
+            assert (tmp_path / f"report_cloth_{name}.{suffix}").stat().st_size > 5000
+    with open(tmp_path / "report_cloth.csv", newline="") as file:
+        table = {row["row"]: row for row in csv.DictReader(file)}
+    assert table["SLMRec 4 <- 8"]["sampled MRR"] == "0.5437 ± 0.1326"
+    latex = (tmp_path / "report_cloth.tex").read_text().splitlines()
+    own = [line for line in latex if line.startswith("SLMRec 4 $\\leftarrow$ 8 & 2 & ")]
+    assert len(own) == 1 and "0.5437 $\\pm$ 0.1326" in own[0] and own[0].endswith("\\\\")
+    assert latex[0].startswith("\\begin{tabular}{lrr") and latex[1] == "\\toprule"
 
 
 def test_an_ablation_that_was_not_begun_takes_no_table_unless_it_is_the_papers(tmp_path):

@@ -137,12 +137,14 @@ def test_several_teach_by_the_sum_of_their_scores_over_tables_side_by_side(insid
     sasrecs = [SASRec.load(run) for run in runs]
     samples = training_samples(data, "last", 40)
     every = samples.histories(np.arange(len(samples)))
-    parts = []
-    for sasrec, scale in zip(sasrecs, about["scales"]):
+    scores = []
+    for sasrec in sasrecs:
         history = every[:, -sasrec.max_seq_length :]
-        scores = sasrec.user_encoder()(history) @ sasrec.item_table.detach().T
-        assert scale == pytest.approx(float(scores.std(dim=1).mean()), rel=1e-5)
-        parts.append(scores / scale)
+        scores.append(sasrec.user_encoder()(history) @ sasrec.item_table.detach().T)
+    loud = [float(each.std(dim=1).mean()) for each in scores]
+    # the mean of both, each at their mean standard deviation
+    parts = [each / own * (sum(loud) / 2) / 2 for each, own in zip(scores, loud)]
+    assert about["scales"] == pytest.approx([2 * own / (sum(loud) / 2) for own in loud], rel=1e-5)
     rows = [s.item_table.detach() / scale for s, scale in zip(sasrecs, about["scales"])]
     torch.testing.assert_close(table, torch.cat(rows, dim=1))
     short = SHORT | ALONE | {"base_model": "tiny", "log_steps": 1, "learning_rate": 1e-12}
