@@ -1,6 +1,7 @@
 """The report's and the motivational experiment's figures."""
 
 import math
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ PARTS = {
     "align_norm": "distance, as added over blocks",
     "exits": "cross-entropy, as added over exits",
     "logit_kl": "logit KL",
+    "sasrec_kl": "SASRec's KL",
     "teacher_ce": "teacher's cross-entropy",
     "total": "total (SASRec: cross-entropy)",
 }
@@ -40,7 +42,7 @@ def metrics(
     An axis spans the rows near the best one, so that they can be distinguished, and says where it
     begins. A row further below stands at its left edge with its value, popularity too.
     """
-    size = (12, 1.6 + 0.34 * (len(rows) + 1))
+    size = (16, 1.6 + 0.45 * (len(rows) + 1))
     fig, axes = plt.subplots(1, len(PANELS), figsize=size, sharey=True, layout="constrained")
     tests = [[run.results["test"] for run in row.runs.values()] for row in rows]
     tests += [[popularity]] if popularity else []
@@ -53,7 +55,7 @@ def metrics(
         ax.grid(axis="x", alpha=0.3)
         ax.locator_params(axis="x", nbins=4)
     labels = [row.label for row in rows] + ["popularity"] * bool(popularity)
-    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].set_yticks(range(len(labels)), [textwrap.fill(label, 60) for label in labels])
     axes[0].set_ylim(len(labels) - 0.5, -0.5)
     fig.suptitle(title + ("; whiskers: standard deviation over seeds" if _several(rows) else ""))
     return _save(fig, path, smoke)

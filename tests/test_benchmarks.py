@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import efficiency, measure, plain, throughput
+from benchmarks import efficiency, first_gpu, measure, plain, throughput
 from datasets import process, sequences
 from datasets.demo import write_demo
 from engine.errors import UsageError
 from models.catalogue import catalogue_cross_entropy
-from tests.conftest import histories, small_config, small_model
+from tests.conftest import ROOT, histories, small_config, small_model
 from utils.evaluation import rank_all
 
 
@@ -219,3 +219,14 @@ def test_the_efficiency_table_comes_out(tmp_path, monkeypatch):
     assert efficiency.ratios(times)["plain / ours, all"] == [2.5, 2.5]  # medians of 2 and 3
     page = (tmp_path / "output/benchmarks/efficiency.md").read_text()
     assert "| E4SRec, 4 layers, plain |" in page and "| 1 | 0.90 / 0.083 / 0.003 / 0.944 |" in page
+
+
+@pytest.mark.slow
+def test_the_first_run_on_a_gpu_runs_dry(tmp_path, monkeypatch):
+    """Every part as a command of its own; the page says that its figures mean nothing."""
+    monkeypatch.chdir(ROOT)
+    page = first_gpu.main(dry=True, output=str(tmp_path / "gpu.md"))
+    text = page.read_text()
+    assert text.startswith("# First run on a GPU (dry run on CPU: figures mean nothing)")
+    assert text.count("\n## ") == 8 and "FAILED" not in text
+    assert "student train step" in text and "SASRec, ours" in text and "aten::mm" in text

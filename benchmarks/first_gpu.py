@@ -1,0 +1,133 @@
+"""The first nine minutes on a GPU: CUDA's tests, all four steps, speed, memory and a profile.
+
+    python -m benchmarks.first_gpu                # writes docs/benchmarks/first_gpu.md, to commit
+    python -m benchmarks.first_gpu --dry true --output output/first_gpu.md     # CPU, two minutes
+
+Every part is a command of its own with a time limit. One that fails or takes too long is reported,
+and the others go on.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import measure
+from engine import cli, processes
+from engine.cli import flag
+from engine.errors import RunError
+from engine.files import check_writable
+
+TAIL = 60  # lines of a part's output that are kept
+
+
+def parts(device: str, dry: bool, folder: str) -> list[tuple[str, int, list[str]]]:
+    """Title, seconds allowed, and command of every part.
+
+    Args:
+        folder: where the runs go.
+    """
+    base, shape = ("tiny", "tiny") if dry else ("small", "llama-2-7b")
+    short = ["--max_steps", "6" if dry else "200", "--device", device]
+    table = ["--item_table", f"{folder}/item.pkl"]
+    llm = ["--base_model", base, *table, *short]
+    rows = "steps,sasrec" if dry else "steps,precision,distill,inference,catalogue,sasrec"
+    sizes = "SASRec" if dry else "E4SRec, 8 layers, ours;E4SRec, 4 layers, ours;SLMRec"
+    speed = ["--device", device, "--output_dir", folder, "--repeats", "1" if dry else "5"]
+    return [
+        ("Tests of CUDA", 90, ["-m", "pytest", "-q", "tests/test_cuda.py"]),
+        ("Step 1", 60, ["train_sr_trad.py", "--output_dir", f"{folder}/sasrec", *short]),
+        ("Step 2", 30, ["extract_emb.py", "--sasrec", f"{folder}/sasrec", *table]),
+        ("Step 3", 60, ["finetune.py", "--output_dir", f"{folder}/teacher", *llm]),
+        (
+            "Step 4",
+            60,
+            ["distill.py", "--teacher", f"{folder}/teacher", "--output_dir", f"{folder}/student"]
+            + [*table, *short],
+        ),
+        (
+            "Speed beside the plain form",
+            120,
+            ["-m", "benchmarks.throughput", "--base_model", base, "--rows", rows, *speed],
+        ),
+        (
+            f"Memory and time at the shape {shape}",
+            100,
+            ["-m", "benchmarks.efficiency", "--shape", shape, *speed]
+            + ["--rows", str(sizes.split(";")).replace("'", '"')],
+        ),
+        ("Profile of a student's step", 40, ["-c", PROFILE.format(device=device, base=base)]),
+    ]
+
+
+PROFILE = """
+import torch
+from torch.profiler import ProfilerActivity, profile
+from benchmarks import measure
+from datasets import sequences
+from datasets.domain import Domain
+from datasets.prompts import read_template, tokenise
+from models.base import open_base
+from models.losses import next_item
+from utils.flags import Data
+data, _ = Domain.of(Data()).read()
+base = open_base("{base}")
+table = torch.randn(data.n_items, measure.DIM, device="{device}").mul_(0.1)
+shape = measure.Shape(base.config, *tokenise(read_template("alpaca"), base.location), table, 30)
+model, samples = shape.model(4, "full"), sequences.training_samples(data, "last", 30)
+def loss(rows):
+    target = samples.targets(rows).to("{device}")
+    return next_item(model(samples.histories(rows)).user, table, target)
+step, rows = measure.training_step(model, loss), samples.evenly(256)
+step(rows)
+kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * ("{device}" == "cuda")
+with profile(activities=kinds) as found:
+    step(rows)
+order = "self_cuda_time_total" if "{device}" == "cuda" else "self_cpu_time_total"
+print(found.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
+"""
+
+
+@cli.command
+def main(
+    *,
+    dry: bool = flag(False, "on CPU, with tiny shapes: whether every part runs"),
+    output: str = flag("docs/benchmarks/first_gpu.md", "where the page goes"),
+) -> Path:
+    """Run every part and write one page."""
+    page = Path(output)
+    check_writable(page.parent, "--output")
+    device = processes.choose_device("cpu" if dry else "cuda")
+    sections, failed = [], []
+    about = measure.machine(device)
+    sections.append("\n".join(f"- {name}: {value}" for name, value in about.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        for title, limit, words in parts(device.type, dry, folder):
+            started = time.perf_counter()
+            print(f"== {title}", flush=True)
+            try:
+                command = [sys.executable, *words]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+                text, status = done.stdout or done.stderr, done.returncode
+                text += done.stderr[-2000:] * (status != 0)
+            except subprocess.TimeoutExpired as error:
+                text, status = (error.stdout or b"").decode(errors="replace"), "timed out"
+            spent = time.perf_counter() - started
+            verdict = f"{spent:.0f} s" if status == 0 else f"{spent:.0f} s, FAILED ({status})"
+            failed += [title] if status != 0 else []
+            shown = "\n".join(text.splitlines()[-TAIL:])
+            said = " ".join(words) if words[0] != "-c" else "-c ..."
+            sections.append(f"## {title}: {verdict}\n\n`python {said}`\n\n```\n{shown}\n```")
+            print(f"{verdict}", flush=True)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    title = "# First run on a GPU" + " (dry run on CPU: figures mean nothing)" * dry
+    page.write_text(title + "\n\n" + "\n\n".join(sections) + "\n", encoding="utf-8")
+    print(f"wrote {page}")
+    if failed:
+        raise RunError(f"failed: {', '.join(failed)}; {page} says why")
+    return page
+
+
+if __name__ == "__main__":
+    cli.run(main)
