@@ -6,9 +6,8 @@
     python extract_emb.py --domain_type cloth --sasrec runs/a,runs/b --item_table runs/both.pkl
 
 Reads data/<domain>.csv and output/<domain>/sasrec/best/; writes output/<domain>/sasrec_item.pkl and
-sasrec_item.json. Of several SASRecs the tables stand side by side, scaled so that the sum of their
-scores is the mean of the models' scores, each at their mean standard deviation.
-experiments/titles.py makes a table from titles.
+sasrec_item.json. Of several SASRecs the tables stand side by side, each scaled so that its model's
+scores have the models' mean standard deviation. experiments/titles.py makes a table from titles.
 """
 
 from pathlib import Path
@@ -56,7 +55,7 @@ def main(*, files: flags.ExtractFiles) -> dict:
         longest = max(model.max_seq_length for model in models)
         spreads = score_spreads(models, training_samples(data, "last", longest))
         mean = sum(spreads) / len(spreads)
-        scales = [len(spreads) * spread / mean for spread in spreads]
+        scales = [spread / mean for spread in spreads]
     rows = torch.cat([table / scale for table, scale in zip(tables, scales)], dim=1)
 
     # 3. The file.

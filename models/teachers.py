@@ -118,7 +118,8 @@ def offline(
 def sasrec(
     runs: list[Run], data: Any, cache: Path | None, student: Run, runtime: Runtime
 ) -> Teacher:
-    """SASRec over its own item table; of several, their sum of scores over the tables side by side.
+    """SASRec over its own item table; of several, the mean of their scores over the tables side by
+    side.
 
     Args:
         runs: of step 1; none gives no teacher.
@@ -140,13 +141,14 @@ def sasrec(
             parts = []
             for encoder, model in zip(encoders, models):
                 parts.append(encoder(history[:, -model.max_seq_length :]))
-            user = torch.cat(parts, dim=1)
+            user = torch.cat(parts, dim=1) / len(parts)
             return Output(user, user.new_empty(len(user), 0, 0), user[:, None, :][:, :0])
 
         return encode
 
     sha256 = [run.weights_sha256() for run in runs]
     identity = {"sasrec_sha256": ",".join(sha256)} | _of_samples(samples, data, student)
+    identity |= {"scores": "mean"} if runs[1:] else {}
     return Frozen(load_encoder, samples, cache, identity, student.device, runtime)
 
 
