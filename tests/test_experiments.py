@@ -669,10 +669,11 @@ def commands(script, **environment):
 
 
 @pytest.mark.parametrize("smoke", ["", "1"])
+@pytest.mark.parametrize("conditions", ["", "1"])
 @pytest.mark.parametrize("domain", PAPERS)
-def test_a_reproductions_flags_bind_and_its_paths_agree(domain, smoke):
+def test_a_reproductions_flags_bind_and_its_paths_agree(domain, smoke, conditions):
     """Every file that a command reads is one that an earlier command wrote, and the student gets
-    the paper's settings.
+    the paper's settings; with PAPER=1 also from SASRec as released and by the text's loss.
     """
     mains = {
         "train_sr_trad.py": train_sr_trad.main,
@@ -684,7 +685,7 @@ def test_a_reproductions_flags_bind_and_its_paths_agree(domain, smoke):
     }
     written, bound = set(), []
     for words in commands(
-        ROOT / f"experiments/domains/{domain}.sh", SEEDS="0 1", **({"SMOKE": "1"} if smoke else {})
+        ROOT / f"experiments/domains/{domain}.sh", SEEDS="0 1", SMOKE=smoke, PAPER=conditions
     ):
         name, *rest = words[1:] if words[0] == "-m" else words
         flags = cli.bind(mains[name], rest)
@@ -700,6 +701,14 @@ def test_a_reproductions_flags_bind_and_its_paths_agree(domain, smoke):
         bound.append((name, flags))
     assert [name for name, _ in bound][-1] == "experiments.report"
     student = [flags for name, flags in bound if name == "distill.py"][-1]
+    if conditions:
+        assert student["block_reduction"] == "mean" and student["norm_form"] == "squared_l2"
+        assert student["item_table"].endswith(
+            "seed42/released_item.pkl" if smoke else "seed1/released_item.pkl"
+        )
+        assert student["teacher"].endswith("released_teacher")
+    else:
+        assert "block_reduction" not in student
     if smoke:
         assert student["domain_type"] == "demo"
     else:

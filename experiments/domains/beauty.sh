@@ -9,7 +9,7 @@ for seed in $SEEDS; do
     common="$WHERE --seed $seed"
     llm="$common --item_table $out/sasrec_item.pkl"
     budget="--num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1"
-    alone="--distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0" # cross-entropy, without a teacher
+    alone=$OFF # cross-entropy, without a teacher
     kl="--sasrec $out/sasrec --sasrec_lambda 3 --sasrec_temperature 2"
     run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_released \
         --train_targets last --init_std 1 --learning_rate 1e-4 --batch_size 1024 \
@@ -45,5 +45,6 @@ for seed in $SEEDS; do
     run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_last --train_targets last \
         --hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 \
         --lr_scheduler cosine --batch_size 128 --num_epochs 28 --patience 0
+    paper_rows "$budget" "$budget" ""
 done
 run $PYTHON -m experiments.report --runs "$ROOT"

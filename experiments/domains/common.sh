@@ -1,13 +1,14 @@
 # Read by the scripts beside it: the variables that they share, and `run`.
 #
 # From outside, all optional: SMOKE=1 (two minutes on the demo domain), DRY=1 (only print the commands), SEEDS="0 1 2",
-# BASE (base model), RAW (folder of the raw reviews), PYTHON, LAUNCH="torchrun --nproc_per_node=8" (for steps 3 and 4).
+# PAPER=1 (also rows under the paper's own conditions), BASE (base model), RAW (folder of the raw reviews), PYTHON, LAUNCH="torchrun --nproc_per_node=8" (for steps 3 and 4).
 # A finished run is read, not repeated, and an interrupted one resumes: start an interrupted reproduction again as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 : "${BASE:=meta-llama/Llama-2-7b-hf}" "${SEEDS:=42}" "${RAW:=raw}" "${PYTHON:=python}" "${LAUNCH:=$PYTHON}"
 ROOT=output/$DOMAIN/paper
+OFF="--distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0"
 WHERE="--domain_type $DOMAIN${DATA:+ --data_path $DATA}"
 if [ -n "${SMOKE:-}" ]; then
     ROOT=output/demo/smoke_$DOMAIN WHERE="--domain_type demo" BASE=tiny SEEDS=42
@@ -26,6 +27,15 @@ run() { # print a command and run it; SMOKE cuts its training short
     done
     echo "+ ${words[*]} $short"
     [ -n "${DRY:-}" ] || "${words[@]}" $short
+}
+
+paper_rows() { # TEACHER STUDENT WEIGHTS: from the table of SASRec as released, by the loss of the paper's text
+    [ -n "${PAPER:-}" ] || return 0
+    local llm="$common --item_table $out/released_item.pkl" text="--block_reduction mean --norm_form squared_l2"
+    run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec_released --item_table $out/released_item.pkl
+    run $LAUNCH finetune.py $llm --output_dir $out/released_teacher --base_model "$BASE" --llama_decoder_nums 8 $1
+    run $LAUNCH distill.py $llm --output_dir $out/released_ce --base_model "$BASE" $OFF $2
+    run $LAUNCH distill.py $llm --output_dir $out/released_slmrec --teacher $out/released_teacher --student_init base $text $3 $2
 }
 
 prepare() { # sequences from the raw reviews of a category, where the domain has none yet

@@ -14,13 +14,12 @@ for seed in $SEEDS; do
         --num_epochs 50 --eval_steps 110 --patience 0
     run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec
     run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec --item_table $out/sasrec_item.pkl
-    run $LAUNCH finetune.py $llm --output_dir $out/teacher --base_model "$BASE" \
-        --llama_decoder_nums 8 --learning_rate 1e-3 --num_epochs 3 --warmup_steps 100
-    run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" \
-        --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 \
-        --learning_rate 2e-3 --max_steps 800 --warmup_steps 100 --eval_steps 100 --save_steps 100
-    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base \
-        --distill_lambda 1 --norm_lambda 0.1 --cls_multiple_lambda 0.01 \
-        --learning_rate 2e-3 --max_steps 800 --warmup_steps 100 --eval_steps 100 --save_steps 100
+    teacher="--learning_rate 1e-3 --num_epochs 3 --warmup_steps 100"
+    student="--learning_rate 2e-3 --max_steps 800 --warmup_steps 100 --eval_steps 100 --save_steps 100"
+    weights="--distill_lambda 1 --norm_lambda 0.1 --cls_multiple_lambda 0.01"
+    run $LAUNCH finetune.py $llm --output_dir $out/teacher --base_model "$BASE" --llama_decoder_nums 8 $teacher
+    run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" $OFF $student
+    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base $weights $student
+    paper_rows "$teacher" "$student" "$weights"
 done
 run $PYTHON -m experiments.report --runs "$ROOT"
