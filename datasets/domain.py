@@ -21,6 +21,7 @@ SUFFIXES = (".csv", ".csv.gz", ".csv.xz")
 FOLDERS = ("data", "dataset/sequential")
 DEMO = Path("data/demo.csv")
 STAGES = {"sasrec": "train_sr_trad.py", "teacher": "finetune.py", "student": "distill.py"}
+FEW_BATCHES = 2  # fewer users than these train on every prefix
 REBUILD = (  # what to do after the data has changed
     "run every step again in order: train_sr_trad.py --overwrite, extract_emb.py, then the others"
     " with --overwrite"
@@ -151,6 +152,7 @@ class RunData(NamedTuple):
     """What a run trains and is evaluated on.
 
     item_table: [N, D] on the device, row = catalogue index; None for SASRec, which makes it.
+    targets: last, or all prefixes.
     """
 
     item_table: "torch.Tensor | None"
@@ -158,6 +160,7 @@ class RunData(NamedTuple):
     splits: "dict[str, EvaluationSplit]"
     users: list[str]
     hashes: dict[str, str | None]
+    targets: str
 
 
 class Inputs(NamedTuple):
@@ -234,8 +237,10 @@ class Inputs(NamedTuple):
         from datasets import item_table, sequences
 
         table, every_position = None, False
+        few = self.data.n_users < FEW_BATCHES * training.batch_size
+        targets = training.train_targets or ("all" if few else "last")
         if self.table_path is None:  # SASRec: one sample per user, with all its targets
-            every_position = training.train_targets == "all"
+            every_position = targets == "all"
         else:
             ids, largest = self.data.item_ids, None
             if not _notes(self.table_path):  # someone's own: its numbering is checked
@@ -243,12 +248,12 @@ class Inputs(NamedTuple):
                 named = Items.read(listing, ids, others=True).ids if listing.is_file() else ids
                 largest = int(named[-1])
             table = item_table.read_table(self.table_path, ids, largest).to(device)
-        targets = "last" if every_position else training.train_targets
+        targets = "last" if every_position else targets
         slots = sequence.max_seq_length
         samples = sequences.training_samples(self.data, targets, slots, every_position)
         splits = sequences.evaluation_splits(self.data, slots, evaluation)
         print(sequences.describe(self.data, samples, splits), flush=True)
-        return RunData(table, samples, splits, self.data.users, self.hashes)
+        return RunData(table, samples, splits, self.data.users, self.hashes, targets)
 
 
 def _notes(table_path: Path) -> dict:

@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
+import torch
 
+from datasets.domain import read_inputs
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, VALID, EvaluationSplit, popularity, training_samples
 from tests.conftest import write_sequences
 from utils.evaluation import Ranks
+from utils.flags import Evaluation, Prompt, TeacherFiles, Training
 
 PAD = 7  # the ids are 1 .. 7, so catalogue indices 0 .. 6 and the padding 7
 
@@ -77,3 +80,18 @@ def test_repeated_targets_are_counted_and_the_others_ranked_apart(tmp_path):
     assert valid.tolist() == [False, True, True, False, False]
     ranks = Ranks(*[np.array([1, 4, 1, 2, 1])] * 3)
     assert ranks.metrics(~test)["full"]["MRR"] == pytest.approx((1 / 4 + 1 / 2) / 2)
+
+
+@pytest.mark.parametrize("batch_size, targets, n", [(16, "last", 32), (17, "all", 96)])
+def test_fewer_users_than_two_batches_train_on_every_prefix(tmp_path, batch_size, targets, n):
+    """32 users of six items: one target each, or the three prefixes before validation."""
+    sequences = [[(3 * user + 2 * place) % 23 for place in range(6)] for user in range(32)]
+    write_sequences(tmp_path / "shop.csv", sequences)
+    torch.save({"item_embedding": torch.rand(23, 4)}, tmp_path / "t.pkl")
+    names = {"data_path": str(tmp_path / "shop.csv"), "item_table": str(tmp_path / "t.pkl")}
+    inputs = read_inputs(TeacherFiles(domain_type="shop", **names))
+    given = Prompt(), Training(batch_size=batch_size), Evaluation(), "cpu"
+    data = inputs.load(*given)
+    assert (data.targets, len(data.samples)) == (targets, n)
+    asked = Training(batch_size=batch_size, train_targets="last")
+    assert len(inputs.load(Prompt(), asked, Evaluation(), "cpu").samples) == 32

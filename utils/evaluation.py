@@ -24,12 +24,12 @@ Encode = Callable[[Tensor], Tensor]  # history [B, L] -> user vectors [B, D]
 
 PROTOCOLS = {"sampled": (5, 10), "full": (5, 10, 20), "full_all": (5, 10, 20)}  # -> cut-offs
 NO_SCORE, NO_VECTOR = 0, -1  # in place of a rank
-SHOWN = (  # of the table at a run's end: split, protocol and metric
+SHOWN = (  # of the table at a run's end: its word for the split, protocol and metric
     ("valid", "sampled", "MRR"),
     ("test", "sampled", "MRR"),
     ("test", "sampled", "HR@10"),
-    ("test full", "full", "HR@10"),
-    ("test full", "full", "NDCG@10"),
+    ("full", "full", "HR@10"),
+    ("full", "full", "NDCG@10"),
 )
 CPU_TILE, TILE = 2**23, 2**26  # scores held at once; larger blocks are slow to allocate on CPU
 SPREAD_USERS = 512  # whose scores tell how loud a model is
@@ -195,7 +195,9 @@ def _print_beside(run: Run, results: dict[str, Any]) -> None:
     own = results["valid"]["sampled"]["MRR"]
     print("\n" + " " * 14 + "".join(f"{split + ' ' + name:>13s}" for split, _, name in SHOWN))
     for name, found in (rows | {f"this {run.stage}": results}).items():
-        values = [found[split.split()[0]][protocol][metric] for split, protocol, metric in SHOWN]
+        values = []
+        for split, protocol, metric in SHOWN:
+            values.append(found["valid" if split == "valid" else "test"][protocol][metric])
         print(f"{name:14s}" + "".join(f"{value:13.4f}" for value in values))
     for name, found in rows.items():
         other = found["valid"]["sampled"]["MRR"]

@@ -39,7 +39,8 @@ SASREC = (
     " for an item table of several side by side"
 )
 TARGETS = (
-    "one target per user (last), or every position (SASRec) or prefix (LLM) of a history (all)"
+    "one target per user (last), or every position (SASRec) or prefix (LLM) of a history (all); "
+    "by default SASRec takes all, an LLM last unless the users are fewer than two batches"
 )
 NOT_FULL = "train_strategy=lora|train_strategy=auto"
 READS_TEACHER = "distill_lambda|norm_lambda|logit_lambda"
@@ -391,8 +392,9 @@ class Training(Group):
         "warmup_steps": 50,
         "patience": 0,
         "eval_steps": 100,
+        "train_targets": "last",
     }
-    train_targets: Literal["last", "all"] = flag("last", TARGETS)
+    train_targets: Literal["last", "all"] | None = flag(None, TARGETS)
     batch_size: PositiveInt = flag(256, "users per optimizer step")
     num_epochs: PositiveInt | None = flag(
         None, "passes over the training samples; by default 20 (SASRec 200), at least 240 steps"
@@ -431,7 +433,7 @@ class SASRecTraining(Training):
         "patience": 10,
         "eval_steps": -1,
     }
-    train_targets: Literal["last", "all"] = flag("all", TARGETS)
+    train_targets: Literal["last", "all"] | None = flag("all", TARGETS)
     lr_scheduler: Literal["cosine", "linear", "constant"] = flag(
         "constant", "learning rate after the warm-up"
     )

@@ -228,9 +228,9 @@ def test_f8_a_number_that_is_none_stops_the_run_and_is_never_logged(inside, monk
 def test_f8_a_metric_that_is_no_number_stops_the_run(inside, monkeypatch):
     plain, looks = evaluation.rank_users, []
 
-    def spoiled(users, columns, batch):
+    def spoiled(users, columns, batch, shown=None):
         looks.extend([1] * (users.shape[1] > 1))  # popularity's are of width one
-        return plain(users * np.nan if len(looks) > 4 else users, columns, batch)
+        return plain(users * np.nan if len(looks) > 4 else users, columns, batch, shown)
 
     monkeypatch.setattr(evaluation, "rank_users", spoiled)
     with pytest.raises(
