@@ -27,9 +27,9 @@ SETTINGS = {
 N = 20
 
 
-def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, micro=None, **changes):
+def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, micro=None, full=None, **changes):
     """Fit a linear model on fixed data; `mrrs` are the validation MRRs in order (the last one
-    repeats).
+    repeats), `full` those of the whole catalogue where they are others.
     """
     torch.manual_seed(0)
     inputs, wanted = torch.randn(N, 3, dtype=torch.float64), torch.randn(N, dtype=torch.float64)
@@ -49,11 +49,14 @@ def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, micro=None, **changes):
     def evaluate(model, split, runtime, limit=None):
         limits.append(limit)
         modes.append(model.training)
-        rank = 1 / mrrs[min(len(limits) - 2, len(mrrs) - 1)] if len(limits) > 1 else 1
-        return Ranks(*(np.array([rank]),) * 3)
+        found = []
+        for each in (mrrs, full or mrrs, full or mrrs):
+            rank = 1 / each[min(len(limits) - 2, len(each) - 1)] if len(limits) > 1 else 1
+            found.append(np.array([rank]))
+        return Ranks(*found)
 
     folder = tmp_path / "run"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     settings = Training(**SETTINGS | changes)
     runtime = Runtime(micro_batch_size=micro, save_steps=-1, log_steps=1)
     samples = SimpleNamespace(
@@ -185,3 +188,10 @@ def test_patience_counts_from_where_there_is_something_to_judge(tmp_path):
     assert not found.ends(waited) and found.ends(dataclasses.replace(waited, step=500))
     fitted = run(tmp_path, mrrs=(0.5, 0.1), num_epochs=12, patience=2)[1]
     assert fitted["steps"] == 9  # given: the first evaluation is the best, two more end it
+
+
+def test_the_best_checkpoint_is_chosen_by_the_named_metric(tmp_path):
+    """Sampled MRR falls after the first evaluation, NDCG@10 in the whole catalogue rises."""
+    given = {"mrrs": (0.5, 0.25), "full": (0.2, 0.5)}
+    assert run(tmp_path / "a", **given)[1]["best_step"] == 3
+    assert run(tmp_path / "b", **given, select="full_ndcg10")[1]["best_step"] == 6

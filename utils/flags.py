@@ -395,6 +395,9 @@ class Training(Group):
         "train_targets": "last",
     }
     train_targets: Literal["last", "all"] | None = flag(None, TARGETS)
+    select: Literal["sampled_mrr", "full_ndcg10"] = flag(
+        "sampled_mrr", "the validation metric that chooses best/ and ends patience"
+    )
     batch_size: PositiveInt = flag(256, "users per optimizer step")
     num_epochs: PositiveInt | None = flag(
         None, "passes over the training samples; by default 20 (SASRec 200), at least 240 steps"
@@ -411,8 +414,8 @@ class Training(Group):
     max_grad_norm: NonNegativeFloat = flag(1.0, "clip gradients to this norm; 0 disables clipping")
     patience: NonNegativeInt | None = flag(
         None,
-        "stop after so many evaluations without a better validation MRR; 0 disables it, which is "
-        "the default (SASRec: 10 from step 500 on)",
+        "stop after so many evaluations without a better one; 0 disables it, which is the default "
+        "(SASRec: 10 from step 500 on)",
     )
     eval_steps: Interval | None = flag(
         None,

@@ -26,6 +26,7 @@ LEAST_STEPS = 240  # minimum length of training unless num_epochs or max_steps i
 LEAST_EVALUATIONS, LEAST_INTERVAL = 5, 10
 PATIENCE_FROM = 500
 WARM = 3  # steps; by then kernels are compiled and memory is there
+SELECTED = {"sampled_mrr": "MRR", "full_ndcg10": "full NDCG@10"}
 SIGNAL = "signal"  # among a step's values
 RANK_STRIDE = 1_000_003  # the seeds of the processes' dropout are this far apart
 
@@ -108,8 +109,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train what in `trained` requires a gradient.
 
-    Leaves best/ (highest validation MRR) and last/ in the run's folder. A resumed run continues
-    from its newest checkpoint as if it had not been interrupted. SIGTERM or SIGINT let the
+    Leaves best/ (by the validation metric of --select) and last/ in the run's folder. A resumed run
+    continues from its newest checkpoint as if it had not been interrupted. SIGTERM or SIGINT let the
     optimizer step finish, save last/ and end the run.
 
     Args:
@@ -161,7 +162,7 @@ def fit(
             if plan.ends(progress):
                 tqdm.write(
                     f"stopped at step {progress.step}: {plan.patience} evaluations"
-                    " without a better validation MRR"
+                    f" without a better validation {SELECTED[training.select]}"
                 )
                 break
             step = progress.step + 1
@@ -189,7 +190,7 @@ def fit(
             if due(step, plan.eval_every):
                 state.stop_clock()
                 trained.eval()
-                ranks = _validate(model, valid, runtime, progress, run)
+                ranks = _validate(model, valid, runtime, training.select, progress, run)
                 if progress.best_step == step:
                     best_ranks = ranks
                     state.save("best")
@@ -218,7 +219,9 @@ def fit(
     return done | {"train_seconds": round(state.seconds, 3)}
 
 
-def _validate(model: Model, valid: Any, runtime: Runtime, progress: Progress, run: Run) -> Ranks:
+def _validate(
+    model: Model, valid: Any, runtime: Runtime, select: str, progress: Progress, run: Run
+) -> Ranks:
     """Validate, and note in `progress` whether it is the best so far. A tie is not better.
 
     Raises:
@@ -235,13 +238,15 @@ def _validate(model: Model, valid: Any, runtime: Runtime, progress: Progress, ru
         flat |= {f"{protocol}/{name}": value for name, value in values.items()}
     run.log.add("valid", progress.step, flat)
     mrr, hit_rate = metrics["sampled"]["MRR"], metrics["sampled"]["HR@10"]
-    better = mrr > progress.best_mrr
+    score = mrr if select == "sampled_mrr" else metrics["full"]["NDCG@10"]
+    better = score > progress.best
     if better:
-        progress.best_step, progress.best_mrr = progress.step, mrr
+        progress.best_step, progress.best = progress.step, score
     progress.waited = 0 if better else progress.waited + 1
     tqdm.write(
         f"step {progress.step}: valid MRR {mrr:.4f} HR@10 {hit_rate:.4f}"
-        f" (best {progress.best_mrr:.4f} at step {progress.best_step})"
+        + f" full NDCG@10 {score:.4f}" * (select != "sampled_mrr")
+        + f" (best {progress.best:.4f} at step {progress.best_step})"
     )
     return ranks
 
