@@ -42,7 +42,7 @@ def main(
     # 2. Data.
     import torch
 
-    from datasets import item_table, sequences
+    from datasets import candidates, item_table, sequences
     from models import losses
     from models.catalogue import catalogue_cross_entropy
     from models.sasrec import SASRec
@@ -74,8 +74,9 @@ def main(
         every = training.train_targets == "all"  # a target after every item, else after the last
         states = model.states(batch.history) if every else model(batch.history)  # [S, D] or [B, D]
         if training.loss == "sampled":
-            shape = len(batch.indices), training.num_negatives
-            drawn = torch.randint(n_items, shape, device=device)  # [B, K]
+            key, k = (run.seed, batch.step), training.num_negatives
+            drawn = candidates.uniform(key, batch.indices, n_items, k)  # [B, K]
+            drawn = torch.from_numpy(drawn).to(device)
             given = states, model.item_table, batch.target, drawn, batch.lengths
             return {"total": losses.sampled_cross_entropy(*given)}
         ce = catalogue_cross_entropy(states, model.item_table, batch.target)

@@ -53,6 +53,19 @@ def draw(
     return chosen
 
 
+def uniform(key: tuple[int, ...], rows: np.ndarray, n_items: int, n: int) -> np.ndarray:
+    """Independent uniform items, a function of (key, row) alone: the same in any batch and on any
+    process.
+
+    Returns:
+        int64 [len(rows), n].
+    """
+    state = _row_states(key, rows)
+    with np.errstate(over="ignore"):
+        counter = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return (_mix(state[:, None] + counter) % np.uint64(n_items)).astype(np.int64)
+
+
 def _fill(
     chosen: np.ndarray,
     keys: np.ndarray,
@@ -112,13 +125,19 @@ def _keys(key: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
     """uint32 [b, 2 * ROUNDS] from SplitMix64 (Steele et al., 2014) over the key, the row and a
     counter.
     """
+    state = _row_states(key, rows)
+    with np.errstate(over="ignore"):
+        counter = np.arange(1, 2 * ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return (_mix(state[:, None] + counter) >> np.uint64(32)).astype(np.uint32)
+
+
+def _row_states(key: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
+    """uint64 [b], each row's own state."""
     state = np.uint64(0)
     with np.errstate(over="ignore"):
         for part in key:
             state = _mix(state + np.uint64(part % 2**64))
-        state = _mix(state + rows.astype(np.uint64))  # [b]
-        counter = np.arange(1, 2 * ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        return (_mix(state[:, None] + counter) >> np.uint64(32)).astype(np.uint32)
+        return _mix(state + rows.astype(np.uint64))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -25,13 +25,14 @@ class TrainBatch(NamedTuple):
     """Some samples: their indices, histories [B, L] on the CPU, where the model packs them, and
     targets on the device: [B], or [S] with a target after every item, row after row.
 
-    lengths: how many targets each sample has.
+    lengths: how many targets each sample has. step: the optimizer step, from 1.
     """
 
     indices: np.ndarray
     history: Tensor
     target: Tensor
     lengths: list[int]
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ class Samples:
     def __len__(self) -> int:
         return len(self.end)
 
-    def batch(self, indices: np.ndarray, device: torch.device) -> TrainBatch:
+    def batch(self, indices: np.ndarray, device: torch.device, step: int = 0) -> TrainBatch:
         """What a training step reads of these samples."""
         target, lengths = self.targets(indices), [1] * len(indices)
         if self.every_position:
             padded = self.shifted_targets(indices)
             target, lengths = padded[padded != self.data.n_items], self.counts()[indices].tolist()
-        return TrainBatch(indices, self.histories(indices), target.to(device), lengths)
+        return TrainBatch(indices, self.histories(indices), target.to(device), lengths, step)
 
     def histories(self, indices: np.ndarray) -> Tensor:
         """The last L items before the target, padded with N on the left; int64 [B, L]."""

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from datasets.candidates import draw
+from datasets.candidates import draw, uniform
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, VALID, EvaluationSplit
 from tests.conftest import write_sequences
@@ -124,3 +124,14 @@ def test_the_draw_equals_a_plain_walk_over_the_order():
     for row in range(5):
         walk = [int(item) for item in order[row] if item < 700 and item not in met[row]][:250]
         assert given[row].tolist() == walk + [-1] * (250 - len(walk))
+
+
+def test_uniform_draws_are_a_function_of_key_and_row_alone():
+    """In any batch; another step draws others; every item is as likely."""
+    rows = np.array([5, 0, 9])
+    drawn = uniform((7, 3), rows, 11, 4000)
+    assert drawn.shape == (3, 4000) and drawn.min() == 0 and drawn.max() == 10
+    assert np.array_equal(uniform((7, 3), rows[[2, 0]], 11, 4000), drawn[[2, 0]])
+    assert not np.array_equal(uniform((7, 4), rows, 11, 4000), drawn)
+    counts = np.bincount(drawn.ravel(), minlength=11)
+    assert ((counts - 12000 / 11) ** 2 / (12000 / 11)).sum() < 29.6  # chi-square, 10 freedoms, .001

@@ -62,7 +62,7 @@ def run(tmp_path, mrrs=(0.5,), counts=None, spoil=None, micro=None, full=None, *
     samples = SimpleNamespace(
         counts=lambda: counts,
         users=lambda rows: [f"u{row}" for row in rows],
-        batch=lambda rows, device: rows,
+        batch=lambda rows, device, step: rows,
     )
     data = SimpleNamespace(samples=samples, splits={"valid": None})
     run = Run("test", folder, {}, (settings, runtime))

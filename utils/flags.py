@@ -448,9 +448,7 @@ class SASRecTraining(Training):
         "(sampled), for catalogues of millions",
     )
     num_negatives: PositiveInt = flag(
-        256,
-        "negatives per user; its positions share them, each process draws its own",
-        needs="loss=sampled",
+        256, "negatives per user; its positions share them", needs="loss=sampled"
     )
 
 

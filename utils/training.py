@@ -110,8 +110,8 @@ def fit(
     """Train what in `trained` requires a gradient.
 
     Leaves best/ (by the validation metric of --select) and last/ in the run's folder. A resumed run
-    continues from its newest checkpoint as if it had not been interrupted. SIGTERM or SIGINT let the
-    optimizer step finish, save last/ and end the run.
+    continues from its newest checkpoint as if it had not been interrupted. SIGTERM or SIGINT let
+    the optimizer step finish, save last/ and end the run.
 
     Args:
         loss_fn: a batch of samples -> parts of the mean loss over the batch's targets, their
@@ -168,7 +168,7 @@ def fit(
             step = progress.step + 1
             rate = state.set_rate(training.learning_rate * factor(step - 1))
             values = _accumulate(
-                loss_fn, indices, samples, counts, micro_batch_size, autocast, state, signals
+                loss_fn, step, indices, samples, counts, micro_batch_size, autocast, state, signals
             )
             values["grad_norm"] = state.clip(training.max_grad_norm)
             late.add(step, indices, values)
@@ -269,6 +269,7 @@ def _batches(n: int, batch_size: int, total: int, seed: int) -> Iterator[np.ndar
 
 def _accumulate(
     loss_fn: LossFn,
+    step: int,
     indices: np.ndarray,
     samples: Any,
     counts: np.ndarray,
@@ -294,7 +295,7 @@ def _accumulate(
         if not len(micro):  # a sharded model needs every process: run one sample with weight 0
             micro = indices[:1]
         with autocast:
-            losses = loss_fn(samples.batch(micro, state.device))
+            losses = loss_fn(samples.batch(micro, state.device, step))
         (losses["total"] * share).backward()
         for name, value in losses.items():
             parts[name] = parts.get(name, 0.0) + value.detach() * share

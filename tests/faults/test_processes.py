@@ -147,7 +147,11 @@ def test_sharding_needs_processes(inside):
 
 @pytest.mark.parametrize(
     "script, flags",
-    [("finetune.py", ["--llama_decoder_nums=2"]), ("distill.py", ["--logit_lambda=0.1"])],
+    [
+        ("finetune.py", ["--llama_decoder_nums=2"]),
+        ("distill.py", ["--logit_lambda=0.1"]),
+        ("train_sr_trad.py", ["--loss=sampled", "--num_negatives=9", "--dropout=0"]),
+    ],
 )
 def test_fifty_losses_and_all_ranks_are_those_of_one_process(inside, script, flags):
     if script == "distill.py":

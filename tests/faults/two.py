@@ -53,7 +53,9 @@ def float64(folder: str, strategy: str, shard: str = "", ends_in: str = "0") -> 
     runtime = Runtime(micro_batch_size=2, save_steps=10, log_steps=1)
     run = open_run(folder, settings, runtime)
     samples = SimpleNamespace(
-        counts=lambda: np.ones(21, int), users=lambda rows: [], batch=lambda rows, device: rows
+        counts=lambda: np.ones(21, int),
+        users=lambda rows: [],
+        batch=lambda rows, device, step: rows,
     )
     data = SimpleNamespace(samples=samples, splits={"valid": None})
     ranks = Ranks(*(np.array([2]),) * 3)
