@@ -1,4 +1,4 @@
-# make demo: install, run the four steps on the demo domain, print one table.  make test: install, lint, test.
+# make demo: install, run the four steps on the demo domain and a student without a teacher, report.  make test: install, lint, test.
 # PYTHON=... chooses the interpreter, VENV=... the environment; FAST=1 make test leaves out the slow tests.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,12 @@ BIN := $(VENV)/bin
 # make minilm: all-MiniLM-L6-v2 likewise, for experiments.titles --text_model output/base/minilm.
 .PHONY: demo test install smollm2 minilm
 demo: $(VENV)/.installed
-	$(BIN)/python -m experiments.demo
+	$(BIN)/python train_sr_trad.py
+	$(BIN)/python extract_emb.py
+	$(BIN)/python finetune.py
+	$(BIN)/python distill.py
+	$(BIN)/python distill.py --output_dir output/demo/student_ce --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0
+	$(BIN)/python -m experiments.report --runs output/demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

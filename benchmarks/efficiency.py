@@ -1,5 +1,4 @@
-"""The paper's efficiency table: E4SRec with 32, 8 and 4 layers and SLMRec, plain and ours, time,
-parameters and memory.
+"""The paper's efficiency table, plain and ours: time, parameters and memory.
 
     python -m benchmarks.efficiency                    # CPU: shape small, the same layer counts
     python -m benchmarks.efficiency --shape llama-2-7b --batch_size 256 --eval_batch_size 512
@@ -146,18 +145,22 @@ def sasrec_row(setting: Setting) -> Row:
     return Row(training_step(model, loss), infer, size, size)
 
 
-ROWS: dict[str, Callable[[Setting], Row]] = {}
-for _which in ("plain", "ours"):
-    for _n in (32, 8, 4):
-        _row = functools.partial(llm_row, which=_which, n_layers=_n, distilled=False)
-        ROWS[f"E4SRec, {_n} layers, {_which}"] = _row
-ROWS["SLMRec 4 <- 8, ours"] = functools.partial(llm_row, which="ours", n_layers=4, distilled=True)
-ROWS["SASRec, ours"] = sasrec_row
+def build(name: str, setting: Setting) -> Row:
+    """The row of a name in ROWS."""
+    if name.startswith("SASRec"):
+        return sasrec_row(setting)
+    which = name.rpartition(", ")[2]
+    layers = 4 if name.startswith("SLMRec") else int(name.split()[1])
+    return llm_row(setting, which, layers, name.startswith("SLMRec"))
+
+
+ROWS = [f"E4SRec, {n} layers, {which}" for which in ("plain", "ours") for n in (32, 8, 4)]
+ROWS += ["SLMRec 4 <- 8, ours", "SASRec, ours"]
 
 
 def prepare_training(name: str, setting: Setting, micro: int) -> Callable[[], None]:
     """For measure.peak_memory: two training steps, so that the optimizer's state is there."""
-    row = ROWS[name](setting)
+    row = build(name, setting)
 
     def run() -> None:
         for rows in batches_of(setting, 2, setting.batch_size):
@@ -172,7 +175,7 @@ def _micro_batches(rows: np.ndarray, micro: int) -> list[np.ndarray]:
 
 def timed_round(name: str, setting: Setting, micro: int, number: int) -> tuple[float, float, Row]:
     """Seconds of a training step and of an inference batch, each after one that warms up."""
-    row, device = ROWS[name](setting), torch.device(setting.device)
+    row, device = build(name, setting), torch.device(setting.device)
     for rows in batches_of(setting, number + 2, setting.batch_size)[number:]:
         step = seconds(lambda: row.train(*_micro_batches(rows, micro)), device)
     largest = max(micro, setting.batch_size)

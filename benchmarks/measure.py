@@ -1,5 +1,4 @@
-"""What both benchmarks share: timing side by side, peak memory of a fresh process, models of a
-shape, and the floor.
+"""What both benchmarks share: timing side by side, peak memory, models of a shape, the floor.
 
 Legend: B batch, P prompt tokens, R response tokens, H width, I width of the MLP, D item dim, N
     items.
@@ -32,9 +31,7 @@ RANK = 16
 
 
 class Race(NamedTuple):
-    """Median seconds of ours and of the plain form, and the median of the pairwise ratios plain /
-    ours.
-    """
+    """Median seconds of both, and the median of the pairwise ratios plain / ours."""
 
     ours: float
     plain: float
@@ -81,8 +78,7 @@ def peak_memory(
     was in use before the call.
 
     Args:
-        prepare: a function of a module (it is sent to the process by name) that returns what is to
-            be measured.
+        prepare: a function of a module, sent by name, that returns what is to be measured.
         with_preparation: count what `prepare` itself takes, such as weights, too.
     Returns:
         None where the process died, or ran out of memory.
@@ -215,8 +211,7 @@ class Shape(NamedTuple):
     def operations(
         self, lengths: np.ndarray, n_layers: int, strategy: str, training: bool = True
     ) -> float:
-        """Floating-point operations of a training step over a batch (cross-entropy too), or of its
-        inference.
+        """Operations of a training step over a batch (cross-entropy too), or of its inference.
 
         A product counts 2 operations per multiply-add. Backward: a frozen matrix costs its input's
         gradient alone (as much as the forward), a trained one as much again; attention twice its
@@ -263,9 +258,7 @@ def slmrec_loss(
 def training_step(
     model: nn.Module, loss_of: Callable[[Any], Tensor], bf16: bool = False
 ) -> Callable[..., None]:
-    """Loss + backward of every micro-batch given, then clip + AdamW of what is trained in `model`,
-    once.
-    """
+    """Loss + backward of every micro-batch, then clip + AdamW of what is trained, once."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     device = parameters[0].device

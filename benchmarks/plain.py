@@ -6,7 +6,6 @@ benchmarks race it; no script imports it. Legend as in models/llm4rec.py.
 """
 
 import json
-import random
 from pathlib import Path
 
 import pandas as pd
@@ -85,8 +84,7 @@ class PlainLLM4Rec(nn.Module):
 def plain_twin(
     model: LLM4Rec, lora: tuple[int, int, list[str]] | None
 ) -> tuple[PlainLLM4Rec, dict[str, str]]:
-    """A plain model with the weights of `model` copied, and the map from its parameter names to the
-    plain one's.
+    """A plain model with `model`'s weights, and the map from its parameter names to those.
 
     Args:
         lora: (r, alpha, targets) of the model's LoRA, None for a model without.
@@ -151,11 +149,6 @@ def plain_loss(
     for k in range(student.exits.shape[1]):
         loss = loss + cross_entropy(student.exits[:, k])
     return loss
-
-
-def plain_candidates(pool: set[int], history: list[int], n_candidates: int) -> list[int]:
-    """The released dataset class's way: the pool without the user's items, then a sample of it."""
-    return random.sample(list(pool - set(history)), n_candidates)
 
 
 def plain_ranks(users: Tensor, item_table: Tensor, target: Tensor, seen: list[list[int]]) -> Tensor:

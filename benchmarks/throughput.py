@@ -4,15 +4,14 @@
     python -m benchmarks.throughput --data_path data/amazon2014_beauty.csv.xz --base_model small
 
 Every pair has the same weights and the same batches. The plain form is benchmarks/plain.py: the
-padded Hugging Face forward with peft, full logits, candidates by set difference, ranks by sorting,
-reviews in pandas. A training step is loss + backward + clip + AdamW. The floor is what must be
-computed (benchmarks/measure.py) over this machine's measured rate of large matrix products. In a
-row "A against B" both are of this code. Writes throughput.json and throughput.md.
+padded Hugging Face forward with peft, and full logits. A training step is loss + backward + clip +
+AdamW. The floor is what must be computed (benchmarks/measure.py) over this machine's measured rate
+of large matrix products. In a row "A against B" both are of this code. Writes throughput.json and
+throughput.md.
 """
 
 import dataclasses
 import functools
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,22 +24,19 @@ from torch import Tensor, nn
 
 from benchmarks import measure, plain
 from benchmarks.measure import DIM, Race, race, slmrec_loss, training_step
-from datasets import process, sequences
-from datasets.candidates import draw
+from datasets import sequences
 from datasets.domain import Domain
 from datasets.interactions import Interactions
 from datasets.prompts import read_template, tokenise
 from engine import cli, processes, tensor_cache
 from engine.cli import NonNegativeFloat, PositiveInt, flag
 from engine.files import check_writable
-from models import losses
 from models.base import open_base
 from models.catalogue import catalogue_cross_entropy
 from models.llm4rec import LLM4Rec
 from models.losses import Output
 from models.sasrec import SASRec
 from models.selection import block_map
-from utils.evaluation import rank_all
 from utils.flags import Data, SASRecModel
 
 LARGE = 376_858  # items of the paper's largest domain
@@ -143,23 +139,6 @@ def precision(bench: Bench, _: int, n_student: int) -> None:
         bench.add(row, "ms", timed, 1e3, first_step_seconds=spent)
 
 
-def sasrec_kl(bench: Bench, _: int, n_student: int) -> None:
-    """What SASRec's KL adds to a student's step."""
-    model = bench.shape.model(n_student, "lora")
-    size, table = (len(bench.batches[0]), DIM), model.item_table
-    users = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(bench.device)
-
-    def loss(rows, weight):
-        history, target = bench.batch(rows)
-        user = model(history).user
-        total = losses.next_item(user, table, target)
-        return total + weight * losses.user_kl(users, user, table, 2.0) if weight else total
-
-    step = functools.partial(training_step, model)
-    timed = bench.race(step(lambda rows: loss(rows, 3.0)), step(lambda rows: loss(rows, 0.0)))
-    bench.add("student train step, with SASRec's KL against without", "ms", timed, 1e3)
-
-
 def distillation(bench: Bench, n_teacher: int, n_student: int, n_blocks: int) -> None:
     """A student's step with every part of the loss: the teacher cached, then live, against a plain
     live teacher and student.
@@ -232,9 +211,7 @@ def inference(bench: Bench, _: int, n_student: int) -> None:
 
 
 def catalogue(bench: Bench, n_rows: int = 256) -> None:
-    """Cross-entropy over the catalogue, forward and backward, time and peak memory beyond its
-    inputs.
-    """
+    """Cross-entropy over the catalogue, both ways: time, and peak memory beyond its inputs."""
     sizes = bench.data.n_items, LARGE
     for n_items, trained in [(n, trained) for trained in (False, True) for n in sizes]:
         given = (n_rows, n_items, trained, bench.device.type)
@@ -268,44 +245,6 @@ def cross_entropy_peak(which: str, *given: Any) -> Callable[[], None]:
     if which == "plain":
         return lambda: F.cross_entropy(users @ table.T, target).backward()
     return lambda: catalogue_cross_entropy(users, table, target).backward()
-
-
-def candidates(bench: Bench, n_users: int = 512, n_plain: int = 16) -> None:
-    rng = np.random.default_rng(0)
-    lengths = np.resize(np.diff(bench.data.offsets), n_users)
-    owner = np.repeat(np.arange(n_users), lengths)
-    for n_items in (bench.data.n_items, LARGE):
-        met = rng.integers(0, n_items, len(owner))
-        pool = set(range(n_items))
-        histories = [met[owner == user].tolist() for user in range(n_plain)]
-        k = min(999, n_items - int(lengths.max()))
-        timed = bench.race(
-            lambda _: draw((0, 1), np.arange(n_users), owner, met, n_items, k),
-            lambda _: [plain.plain_candidates(pool, history, k) for history in histories],
-            range(len(bench.batches)),
-        )
-        ours, theirs = timed.ours / n_users, timed.plain / n_plain
-        per_user = Race(ours, theirs, timed.ratio * n_users / n_plain)
-        bench.add(f"{k} candidates per user of {n_items:,} items", "users/s", per_user)
-
-
-def ranking(bench: Bench, n_users: int = 128) -> None:
-    """Sampled and full ranks by counting in tiles, against one score matrix that is sorted for the
-    full rank alone.
-    """
-    for n_items in (bench.data.n_items, LARGE):
-        inputs = cross_entropy_inputs(n_users, n_items, False, bench.device)
-        users, table, target = (t.detach() for t in inputs)
-        seen = target[:, None].repeat(1, 6)
-        negatives = torch.randint(n_items, (n_users, 999), device=bench.device)
-        batch = sequences.EvaluationBatch(users, target, seen, negatives)
-        history = [[int(t)] for t in target]
-        timed = bench.race(
-            lambda _: rank_all(lambda vectors: vectors, table, [batch]),
-            lambda _: plain.plain_ranks(users, table, target, history),
-            range(len(bench.batches)),
-        )
-        bench.add(f"ranks among {n_items:,} items", "users/s", timed, n_users)
 
 
 def sasrec(bench: Bench, batch_size: int = 256) -> None:
@@ -346,56 +285,8 @@ def sasrec(bench: Bench, batch_size: int = 256) -> None:
         bench.add(name, "s", timed, per_epoch, operations=product)
 
 
-def reviews(bench: Bench, n_rows: int = 200_000) -> None:
-    """Raw reviews to sequences: streamed, against pandas over the whole file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "reviews.json"
-        write_reviews(path, n_rows)
-
-        def ours(_):
-            raw, _ = process.read_reviews(path, 3)
-            kept = process.filter_reviews(raw, 5, 20, 5, None, lambda *_: None)
-            process.write_domain(kept, {}, Path(folder) / "ours.csv")
-
-        def theirs(_):
-            plain.plain_process(path, 3, 5, 20, 5).to_csv(Path(folder) / "plain.csv", index=False)
-
-        timed = bench.race(ours, theirs, range(3))
-    bench.add("datasets.process, reviews to sequences", "rows/s", timed, n_rows)
-
-
-def write_reviews(path: Path, n_rows: int) -> None:
-    """Made-up reviews with the fields and about the length of the real ones."""
-    rng = np.random.default_rng(0)
-    user = rng.integers(0, n_rows // 12, n_rows)
-    item = (rng.pareto(1.2, n_rows) * 50).astype(int) % (n_rows // 40)
-    text = "It does what it says and arrived in time; I would buy it again for a friend. " * 3
-    with open(path, "w", encoding="utf-8") as file:
-        for i in range(n_rows):
-            row = {
-                "overall": float(rng.integers(1, 6)),
-                "reviewerID": f"A{user[i]:012d}",
-                "asin": f"B{item[i]:09d}",
-                "reviewText": text,
-                "unixReviewTime": 1441324800 + i,
-            }
-            file.write(json.dumps(row) + "\n")
-
-
-LLM_ROWS = {
-    "steps": steps,
-    "precision": precision,
-    "sasrec_kl": sasrec_kl,
-    "distill": distillation,
-    "inference": inference,
-}
-PART_ROWS = {
-    "catalogue": catalogue,
-    "candidates": candidates,
-    "ranking": ranking,
-    "sasrec": sasrec,
-    "process": reviews,
-}
+LLM_ROWS = {"steps": steps, "precision": precision, "distill": distillation, "inference": inference}
+PART_ROWS = {"catalogue": catalogue, "sasrec": sasrec}
 ROWS = (*LLM_ROWS, *PART_ROWS)
 
 

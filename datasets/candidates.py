@@ -1,5 +1,4 @@
-"""Evaluation negatives: distinct, uniform, never met by the user, and a pure function of (key,
-row).
+"""Evaluation negatives: distinct, uniform, never met, and a pure function of (key, row).
 
 Each row gets its own bijection of 0 .. 2^k - 1 (2^k >= N): rounds of multiply by a keyed odd
 number, add a key, and xor-shift, all modulo 2^k. Reading it at 0, 1, 2, ... yields every index
@@ -122,9 +121,7 @@ def _positions(keys: np.ndarray, values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _keys(key: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
-    """uint32 [b, 2 * ROUNDS] from SplitMix64 (Steele et al., 2014) over the key, the row and a
-    counter.
-    """
+    """uint32 [b, 2 * ROUNDS] from SplitMix64 (Steele et al., 2014) over key, row and counter."""
     state = _row_states(key, rows)
     with np.errstate(over="ignore"):
         counter = np.arange(1, 2 * ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

@@ -1,6 +1,4 @@
-"""The demo domain: 3,000 users and 2,000 items with sequential structure, made on first use, always
-the same.
-"""
+"""The demo domain: 3,000 users, 2,000 items, sequential structure; always the same."""
 
 from pathlib import Path
 

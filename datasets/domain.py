@@ -231,9 +231,7 @@ class Inputs(NamedTuple):
         evaluation: Evaluation,
         device: "torch.device | str",
     ) -> RunData:
-        """The item table in memory, the training samples and the evaluation splits. Prints their
-        sizes.
-        """
+        """The item table, the training samples and the evaluation splits. Prints their sizes."""
         from datasets import item_table, sequences
 
         table, every_position = None, False

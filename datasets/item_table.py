@@ -44,9 +44,7 @@ def _plain_dtype(code: str, align: bool = False, copy: bool = False) -> np.dtype
 
 
 def _storage(data: bytes) -> object:
-    """torch's own reducer for storages is a nested pickle; the weights-only reader opens it
-    instead.
-    """
+    """torch's reducer for storages is a nested pickle: the weights-only reader opens it."""
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 
@@ -75,9 +73,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 class _SameBytes(pickle.Pickler):
-    """Gives the same bytes for the same table. torch's own reducer of storages writes a memory
-    address.
-    """
+    """The same bytes for the same table: torch's reducer of storages writes an address."""
 
     def reducer_override(self, value):
         if not isinstance(value, torch.storage.TypedStorage):
@@ -88,8 +84,7 @@ class _SameBytes(pickle.Pickler):
 
 
 def write_table(path: str | Path, table: Tensor, about: dict) -> None:
-    """Write the table and, beside it as .json, what it is (`about` and the file's sha256);
-    atomically.
+    """Write the table and, beside it as .json, what it is (`about`, sha256); atomically.
 
     Args:
         table: float32 [max_id + 1, dim], row = item id, zeros where the id does not occur.

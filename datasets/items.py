@@ -135,8 +135,7 @@ class Finder:
         return finder
 
     def refuse_ambiguous(self, lists: list[list[str]], source: str) -> None:
-        """Refuse lists of numbers that are original ids, and as well ids of the run's own CSV, of
-        other items.
+        """Refuse numbers that are original ids, and ids of other items in the run's own CSV.
 
         Raises:
             UsageError: nothing says which of both is meant.

@@ -46,9 +46,7 @@ Order = Literal["time", "file"]
 
 
 class Reviews(NamedTuple):
-    """Reviews as codes: user, item int32 [n] into `users` and `items`; time int64 [n], seconds;
-    file order.
-    """
+    """Reviews in file order: codes user, item int32 [n] into names; time int64 [n], seconds."""
 
     users: list[str]
     items: list[str]
@@ -140,9 +138,7 @@ def filter_reviews(
 
 
 def tie_order(reviews: Reviews, seed: int) -> np.ndarray:
-    """An order of reviews that says nothing about item or file: a hash of (seed, user, item); int64
-    [n].
-    """
+    """An order that says nothing about item or file, int64 [n]: a hash of (seed, user, item)."""
     users = np.array([_hashed(f"{seed} {name}") for name in reviews.users], dtype=np.uint64)
     items = np.array([_hashed(f"{seed} {name}") for name in reviews.items], dtype=np.uint64)
     with np.errstate(over="ignore"):
@@ -188,8 +184,7 @@ def _duplicates(reviews: Reviews) -> np.ndarray:
 
 
 def read_titles(path: str | Path, wanted: set[str]) -> tuple[dict[str, str], int]:
-    """Clean titles of the wanted items; of several records of one item the first with a title
-    counts.
+    """Clean titles of the wanted items; of an item's records the first with a title counts.
 
     Returns:
         asin -> title, and how many repeated records there were.
@@ -204,9 +199,7 @@ def read_titles(path: str | Path, wanted: set[str]) -> tuple[dict[str, str], int
 
 
 def clean_title(title: object) -> str:
-    """Entities resolved, HTML tags and page code removed, white space collapsed; "" where nothing
-    is left.
-    """
+    """Entities resolved, HTML tags, page code and surplus white space removed; maybe ""."""
     if not isinstance(title, str) or SCRIPT.search(title):
         return ""
     text = html.unescape(TAG.sub(" ", html.unescape(title)))
@@ -316,9 +309,7 @@ def _parse(text: bytes, fields: tuple[str, ...]) -> dict | None:
 
 
 def _parse_leniently(text: bytes) -> object:
-    """What orjson, which is strict, refuses: NaN, lone surrogates, huge numbers, Python literals;
-    else None.
-    """
+    """What strict orjson refuses: NaN, lone surrogates, huge numbers, Python literals."""
     try:
         return json.loads(text)
     except RecursionError:

@@ -58,8 +58,7 @@ def prompt_ids(taught: dict | None, template: Template, base: str) -> tuple[list
 
 
 def tokenise(texts: Template, base: str) -> tuple[list[int], list[int]]:
-    """Token ids of the two texts, each by itself and without special tokens, by the tokenizer of
-    `base`.
+    """Token ids of the two texts, each alone and without special tokens, by `base`'s tokenizer.
 
     Args:
         base: a local folder or a Hugging Face id.

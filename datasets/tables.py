@@ -1,6 +1,4 @@
-"""A table in a file, read as a stream of frames: text with separators, parquet, JSON lines, or a
-folder of such parts.
-"""
+"""A table in a file or a folder of parts, as a stream of frames: text, parquet, JSON lines."""
 
 import bz2
 import csv

@@ -190,9 +190,7 @@ class Run:
         return results
 
     def weights_sha256(self) -> str | None:
-        """Hash of the best checkpoint's weights; from results.json where the checkpoint was taken
-        away.
-        """
+        """Hash of the best checkpoint's weights; from results.json where that was taken away."""
         found = checkpoint.weights_sha256(self.folder / "best")
         if found or not (self.folder / "results.json").is_file():
             return found
@@ -300,9 +298,7 @@ class Run:
             )
 
     def _other_flags(self, kinds: tuple[str, ...] = ("model", "training")) -> str:
-        """The flags of these kinds that differ from the recorded ones; one that was added after the
-        run does not.
-        """
+        """The flags of these kinds that differ from the recorded ones; not later additions."""
         shown = []
         for group in self.groups:
             for name, value in group.values().items() if group.kind in kinds else ():

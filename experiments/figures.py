@@ -85,8 +85,8 @@ def _dots(ax: Any, values: list[list[float]]) -> float:
 
 
 def curves(rows: "list[Row]", path: Path, title: str, smoke: bool) -> Path:
-    """Every part of the loss and the validation MRR against optimizer steps, of each row's first
-    seed. The first COLOURED rows have colours, the others are grey.
+    """Loss parts and validation MRR against optimizer steps, of each row's first seed. The
+    first COLOURED rows have colours, the others are grey.
     """
     series = _series(rows)
     order = dict.fromkeys(["valid MRR", *PARTS, *series])

@@ -81,8 +81,7 @@ def main(
 def score_every_layer(
     folder: Path, suite: Suite, seed: int, device_name: str, batch_size: int
 ) -> dict[str, list[dict[str, float]]]:
-    """Test metrics (1 + 999) from the state after each layer of a finished run, raw and through its
-    final norm.
+    """Test metrics (1 + 999) from the state after each layer of a run, raw and normed.
 
     One pass over the users.
     """

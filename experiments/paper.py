@@ -1,6 +1,4 @@
-"""The rows of the paper's tables: which runs they are, what they are called, and the paper's own
-figures.
-"""
+"""The rows of the paper's tables: their runs, their names, and the paper's own figures."""
 
 from typing import Any
 

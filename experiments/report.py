@@ -1,5 +1,4 @@
-"""One page over all runs below a folder: the paper's rows beside ours, significance, cost, and the
-losses' curves.
+"""One page over all runs below a folder: the paper's rows beside ours, significance, cost, curves.
 
     python -m experiments.report                         # every results.json below output/
     python -m experiments.report --runs output/cloth/paper
@@ -300,9 +299,7 @@ def _latex(cell: str) -> str:
 
 
 def spread(values: list[float], digits: int = 4) -> str:
-    """`mean ± standard deviation` (of a sample), the value alone where there is one, `-` where
-    there is none.
-    """
+    """`mean ± standard deviation` (of a sample); one value alone; `-` for none."""
     if not values:
         return "-"
     mean = f"{np.mean(values):,.{digits}f}"

@@ -129,12 +129,10 @@ class Row(NamedTuple):
 
 
 def read_runs(root: Path, unpacked: Path | None = None) -> tuple[list[Run], list[str]]:
-    """Every finished run below `root`, finetune.py's before distill.py's, and a note on each
-    skipped folder.
+    """Every finished run below `root`, teachers before students, and a note on each skipped one.
 
     Args:
-        unpacked: an empty folder for what the archives below `root` hold; without one they are left
-            out.
+        unpacked: an empty folder for what archives below `root` hold; None leaves them out.
     """
     found, notes = _read_folder(root)
     if unpacked is not None:
@@ -237,9 +235,7 @@ def _difference(run: Run, plain: Run) -> str:
 
 
 def keep(rows: list[Row], archive: Path) -> None:
-    """Write what the report reads of these runs into `archive`, and their metrics into a table of
-    the same name.
-    """
+    """Write what the report reads of these runs into `archive`, and a table of their metrics."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     runs = sorted((run for row in rows for run in row.runs.values()), key=lambda run: run.name)
     with replacing(archive) as partial, zipfile.ZipFile(partial, "w") as file:

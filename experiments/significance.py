@@ -1,6 +1,4 @@
-"""Whether two rows differ: a bootstrap over users and seeds, a t-test over seeds, and Holm's
-correction.
-"""
+"""Whether two rows differ: a bootstrap over users and seeds, a t-test over seeds, Holm."""
 
 from typing import NamedTuple
 
@@ -152,9 +150,7 @@ def bootstrap(differences: list[np.ndarray], resamples: int, seed: int = 0) -> l
 
 
 def _resampled(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Means of rows [n, U] over users drawn with replacement, the same for all rows; [resamples,
-    n].
-    """
+    """Means of rows [n, U] over users drawn with replacement, alike for all; [resamples, n]."""
     rng = np.random.default_rng(seed)
     users = rows.shape[1]
     chunk = max(1, CHUNK // users)

@@ -122,9 +122,7 @@ def _by_tokens(by_keys: Tensor, n: int, shared: int) -> Tensor:
 
 
 def _gridded(own: Tensor, group: Group) -> Tensor:
-    """Packed [s, h, d] -> padded [b, h, W, d]. index_select: its backward is faster than
-    indexing's.
-    """
+    """Packed [s, h, d] -> padded [b, h, W, d]; index_select has the faster backward."""
     grid = own.index_select(0, group.grid)
     return grid.unflatten(0, (group.n_users, -1)).transpose(1, 2)
 

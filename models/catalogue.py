@@ -133,8 +133,7 @@ class _CrossEntropy(torch.autograd.Function):
 def partition(
     users: Tensor, item_table: Tensor, want_mean: bool = True, values: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """logsumexp of users @ item_table.T, [B], and the softmax's mean item vector, [B, V]; no
-    gradient.
+    """logsumexp of users @ item_table.T, [B], and the softmax's mean value, [B, V]; no gradient.
 
     Args:
         values: [N, V], what the mean is taken of; by default the item table.

@@ -203,9 +203,7 @@ def _inner_layer(
 def _last_layer(
     layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, layout: Layout, known: KeyValue | None
 ) -> Tensor:
-    """The last layer for the last token alone: packed [T, H] -> [B, H]; keys and values are of all
-    tokens.
-    """
+    """The last layer for the last token alone, [T, H] -> [B, H]; keys and values of all tokens."""
     n_own = len(layout.source)
     n_prompt = len(x) - n_own
     last = layout.last + n_prompt
@@ -225,9 +223,7 @@ def _heads(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
-    """Queries or keys [T, h, d] rotated by their positions; the library's function takes both at
-    once.
-    """
+    """Queries or keys [T, h, d] rotated by their positions; the library takes both at once."""
     return apply_rotary_pos_emb(x, x[:, :0], *rotation)[0]
 
 

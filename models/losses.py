@@ -40,9 +40,7 @@ class Output(NamedTuple):
 
 
 def weighted_sum(parts: Parts) -> dict[str, Tensor]:
-    """Every part, unweighted, and their weighted sum under `total`. A part of weight 0 is only
-    logged.
-    """
+    """Every part, unweighted, and their weighted sum, `total`; a part of weight 0 is logged."""
     total = sum(weight * value for weight, value in parts.values() if weight)
     return {name: value for name, (_, value) in parts.items()} | {"total": total}
 
@@ -53,9 +51,7 @@ def next_item(users: Tensor, item_table: Tensor, target: Tensor) -> Tensor:
 
 
 def block_cosine(teacher: Tensor, student: Tensor, reduction: Reduction) -> Tensor:
-    """D_cos: 1 - cos(teacher, student) of states [B, E, H]: mean over users, sum or mean over
-    blocks.
-    """
+    """D_cos: 1 - cos(teacher, student) of states [B, E, H]; mean over users, then over blocks."""
     cosine = F.cosine_similarity(wide(teacher), wide(student), dim=-1)  # [B, E]
     return _over_blocks(1.0 - cosine, reduction)
 

@@ -25,8 +25,7 @@ Mix = Callable[[Tensor, float], Tensor]  # queries, keys and values of all heads
 
 
 class SASRec(nn.Module):
-    """Item embedding -> narrow causal transformer -> item space; score = user vector . item
-    embedding.
+    """Item embedding -> narrow causal transformer -> item space; score = user . item embedding.
 
     Args:
         n_items: N; index N is the padding.
@@ -144,8 +143,7 @@ class SASRec(nn.Module):
 
     @torch.no_grad()
     def start(self, item_table: Tensor, init_std: float) -> None:
-        """Start the item embeddings from a table [N, D], scaled to the mean length that drawn ones
-        of `init_std` have.
+        """Start the items from a table [N, D], scaled to the mean length of drawn ones.
 
         Raises:
             UsageError: the table has another width.

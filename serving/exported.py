@@ -1,5 +1,4 @@
-"""A recommender as a folder for others: a plain Hugging Face decoder, and what stands around it;
-or SASRec.
+"""A recommender as a folder for others: a plain Hugging Face decoder and its ends, or SASRec.
 
 config.json and model.safetensors are the decoder (LoRA merged, layers renumbered);
 recommender.safetensors has adapter, heads, item table, item ids and popularity; recommender.json

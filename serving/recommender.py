@@ -103,8 +103,7 @@ class Recommender:
 
 
 def together(models: Sequence[Recommender], scales: Sequence[float]) -> Recommender:
-    """The sum of several models' scores, each over its scale, as one: user vectors and item vectors
-    one after another.
+    """The sum of several models' scores, each over its scale: vectors one after another.
 
     Args:
         models: over the same items.
@@ -147,8 +146,7 @@ def open_runs(
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of scores [B, N], equal ones in column order; -1 where they are
-    -inf.
+    """The k largest of each row of scores [B, N], equal ones in column order; -1 for -inf.
 
     Returns:
         columns int64 [B, k] and values [B, k].

@@ -128,7 +128,7 @@ def test_a_tilde_is_the_home_folder_in_every_part_of_a_list(monkeypatch):
     assert main(model="~/a,b,~/c~d") == "/home/me/a,b,/home/me/c~d"
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "-m datasets.process", "-m experiments.demo"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "-m datasets.process", "-m experiments.report"])
 @pytest.mark.parametrize("flag", ["--bogus=7", "--seed=x stray"])
 def test_a_wrong_request_is_answered_at_once_with_status_2_and_one_line(script, flag, tmp_path):
     words = script.split(" ")

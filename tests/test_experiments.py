@@ -32,7 +32,6 @@ from experiments import (
     significance,
     suite,
     titles,
-    together,
 )
 from tests.conftest import ROOT, write_sequences
 
@@ -732,19 +731,14 @@ def test_our_own_domains_commands_bind(domain):
     bound = commands(ROOT / f"experiments/domains/{domain}.sh", SEEDS="0")
     mains = {"train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main}
     mains |= {"finetune.py": finetune.main, "distill.py": distill.main}
-    mains |= {"experiments.together": together.main}
     names = [words[0] for words in bound]
     start = ["train_sr_trad.py", "extract_emb.py", "finetune.py"]
     assert names[: len(start) + (domain != "toys")] == start[: domain != "toys"] + start
-    written = "\n".join(" ".join(words) for words in bound)
     assert names.count("distill.py") == {"beauty": 13, "games": 5, "toys": 5}[domain]
     for words in bound[:-1]:
         name, *rest = words[1:] if words[0] == "-m" else words
         flags = cli.bind(mains[name], rest)
-        if name == "experiments.together":
-            assert f"--output_dir {flags['model']} " in written
-        else:
-            assert flags["data_path"].startswith("data/amazon")
+        assert flags["data_path"].startswith("data/amazon")
 
 
 def test_experiments_pass_on_what_was_said_of_the_ends(tmp_path):
@@ -763,7 +757,7 @@ def test_commands_after_beautys_bind_and_read_what_stands_there(after):
     )
     mains = {"train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main}
     mains |= {"distill.py": distill.main, "finetune.py": finetune.main}
-    mains |= {"experiments.together": together.main, "experiments.report": report.main}
+    mains |= {"experiments.report": report.main}
     mains |= {"experiments.bases": bases.main, "experiments.titles": titles.main}
     written = set()
     for words in drawn + own:

@@ -15,7 +15,7 @@ from datasets.item_table import ids_with_vectors, read_table
 from datasets.sequences import training_samples
 from engine import checkpoint
 from engine.errors import UsageError
-from experiments import titles, together
+from experiments import titles
 from experiments.titles import principal_parts
 from models.sasrec import SASRec
 from serving import recommend, served
@@ -192,7 +192,7 @@ def spread(name: str) -> float:
 
 
 @pytest.mark.slow
-def test_runs_are_recommended_from_and_evaluated_together(inside):
+def test_runs_are_recommended_from_together(inside):
     pair = "student,sasrec"
     history = {"history": ["3", "8"], "exclude": "none", "k": 160}
     parts = [recommend.main(**history, model=name) for name in pair.split(",")]
@@ -203,41 +203,10 @@ def test_runs_are_recommended_from_and_evaluated_together(inside):
     for row in recommend.main(**history, model=pair):
         expected = sum(scores[row["item_id"]] for scores in alone)
         assert row["score"] == pytest.approx(expected, abs=1e-4)
-    metrics = together.main(model=pair, output="t.json")
-    for name in ("student", "sasrec"):
-        recorded = served.read(ServedFiles(model=name)).run.results()["test"]
-        found = metrics[f"output/demo/{name}"]["test"]
-        for protocol, values in recorded.items():
-            assert found[protocol] == pytest.approx(values, abs=2e-3)
-    assert metrics["together"]["test"]["full"]["MRR"] > 0
     with pytest.raises(UsageError, match="--exit=1: is of one model, not of several"):
         recommend.main(history=["3"], model=pair, exit=1)
     with pytest.raises(UsageError, match="of several models each reads its own table"):
         recommend.main(history=["3"], model=pair, item_table="output/demo/sasrec_item.pkl")
-    with pytest.raises(UsageError, match="--model=student: name two runs, or --exit"):
-        together.main(model="student")
-    with pytest.raises(UsageError, match="--exit=1,0: numbers from 1"):
-        together.main(model="student", exit=["1", "0"])
-    with pytest.raises(UsageError, match="--model=student,output/demo/student: names a run twice"):
-        together.main(model="student,output/demo/student")
-    with pytest.raises(
-        UsageError, match="--exit=9: no such inner exit; the model has exits 1 to 3"
-    ):
-        together.main(model="student", exit=["9"])
-
-
-@pytest.mark.slow
-def test_a_run_is_evaluated_at_its_exits(inside):
-    metrics = together.main(model="student", exit=["2"], output="t.json")
-    whole, at_exit = metrics["output/demo/student"], metrics["output/demo/student, exit 2"]
-    assert whole["test"]["full"] != at_exit["test"]["full"]
-    recommender, _ = recommend.open_model(ServedFiles(), 2, "cpu")
-    data = served.read(ServedFiles()).data
-    rows = [data.items[a:b].tolist() for a, b in zip(data.offsets, data.offsets[1:])]
-    rows = [row for row in rows if len(row) >= 4]
-    firsts = recommender.recommend([row[:-1] for row in rows], 5, exclude="none")[0]
-    hits = np.mean([row[-1] in first for row, first in zip(rows, firsts.tolist())])
-    assert at_exit["test"]["full_all"]["HR@5"] == pytest.approx(hits, abs=1e-9)
 
 
 @pytest.mark.slow

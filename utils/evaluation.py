@@ -1,5 +1,4 @@
-"""From user vectors to ranks and metrics: sampled and full-catalogue protocols in one pass over the
-users.
+"""From user vectors to ranks and metrics: all protocols in one pass over the users.
 
 Legend: B users of a batch, U all users, N items, D item width, S items met, K candidates.
 """
@@ -119,8 +118,7 @@ def evaluate(
 
 
 def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | None = None, **extra):
-    """Evaluate the model of best/ on valid and test; write results.json and ranks.npz, print the
-    test metrics.
+    """Evaluate best/ on valid and test; write results.json and ranks.npz, print the test metrics.
 
     Args:
         data: the data of the run (datasets.domain.RunData).
@@ -197,7 +195,8 @@ def _print_beside(run: Run, results: dict[str, Any]) -> None:
     for name, found in (rows | {f"this {run.stage}": results}).items():
         values = []
         for split, protocol, metric in SHOWN:
-            values.append(found["valid" if split == "valid" else "test"][protocol][metric])
+            of_split = found["valid"] if split == "valid" else found["test"]
+            values.append(of_split[protocol][metric])
         print(f"{name:14s}" + "".join(f"{value:13.4f}" for value in values))
     for name, found in rows.items():
         other = found["valid"]["sampled"]["MRR"]
@@ -209,8 +208,7 @@ def _print_beside(run: Run, results: dict[str, Any]) -> None:
 def rank_all(
     encode: Encode, item_table: Tensor, batches: Iterable[Batch], shown: Tensor | None = None
 ) -> Ranks:
-    """Rank every user's target: sampled (its candidates), full (history excluded), full_all
-    (nothing excluded).
+    """Rank every target: sampled (its candidates), full (history excluded), full_all (nothing).
 
     rank = 1 + number of other ranked items whose score is >= the target's. The target's score is
     read from the same product, so ties count against the model and a constant model scores zero.

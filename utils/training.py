@@ -1,6 +1,4 @@
-"""One fit loop for every stage: accumulation, warm-up, clipping, evaluation, best checkpoint,
-patience, logs.
-"""
+"""One fit loop for every stage: accumulation, clipping, evaluation, best checkpoint, patience."""
 
 import contextlib
 import itertools

@@ -38,7 +38,6 @@ for seed in $SEEDS; do
         --llama_decoder_nums_student 2 --distill_block 2 $budget
     run $LAUNCH distill.py $llm --output_dir $out/ce_exit --base_model "$BASE" --distill_block 2 --exit_norm \
         --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 1 $budget
-    run $PYTHON -m experiments.together --model $out/ce_exit --exit 1 --output $out/ce_exit.json
     run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_released_later \
         --train_targets last --init_std 1 --learning_rate 1e-3 --batch_size 256 \
         --max_seq_length 50 --num_epochs 50 --patience 0

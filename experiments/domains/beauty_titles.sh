@@ -12,7 +12,6 @@ for seed in $SEEDS; do
         --hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 \
         --lr_scheduler cosine --batch_size 128 --num_epochs 28 --patience 0
     run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec_titles --item_table $out/sasrec_titles_item.pkl
-    run $PYTHON -m experiments.together --model $out/sasrec,$out/sasrec_titles --output $out/together.json
     kl="--base_model $BASE --distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0 --sasrec_lambda 3 --sasrec_temperature 2"
     last="--num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1"
     titles="--item_table $out/sasrec_titles_item.pkl"
@@ -20,6 +19,5 @@ for seed in $SEEDS; do
     run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec,$out/sasrec_titles --item_table $out/both_item.pkl
     run $LAUNCH distill.py $common --item_table $out/both_item.pkl $kl $last --sasrec $out/sasrec,$out/sasrec_titles \
         --output_dir $out/titles_both_kl
-    run $PYTHON -m experiments.together --model $out/sasrec_kl,$out/titles_kl --output $out/together_students.json
 done
 run $PYTHON -m experiments.report --runs "$ROOT"
