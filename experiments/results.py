@@ -149,6 +149,8 @@ def _read_folder(root: Path) -> tuple[list[Run], list[str]]:
     for path in sorted(root.rglob("config.json")):
         folder = path.parent
         name = folder.relative_to(root).as_posix()
+        if "/." in f"/{name}":  # what a run replaces, until it has a checkpoint
+            continue
         try:
             config = read_json(path, "run")
             if config.get("step") not in list(SCRIPTS):
