@@ -15,7 +15,6 @@ from torch import Tensor
 from datasets.sequences import training_samples
 from engine.errors import UsageError
 from engine.run import Run
-from models.llm4rec import LLM4Rec
 from models.sasrec import SASRec
 from serving.served import Served
 from utils.evaluation import score_spreads, users_per_tile
@@ -189,6 +188,8 @@ def of_run(
             raise UsageError(f"--exit={exit}: SASRec has no exits")
         sasrec = SASRec.load(run).to(device)
         return Recommender(sasrec.user_encoder(), sasrec.item_table, popularity, slots)
+    from models.llm4rec import LLM4Rec  # transformers takes longer than a list of SASRec's
+
     table = item_table.to(device)
     model = LLM4Rec.load(run, table, run.bf16).to(device)
     if exit is not None:

@@ -97,3 +97,10 @@ def test_models_name_no_device_read_no_flag_and_print_nothing():
         calls = {node.func.id for node in nodes if isinstance(node.func, ast.Name)}
         assert "print" not in calls, path
         assert "sys.argv" not in path.read_text() and "cuda" not in path.read_text(), path
+
+
+def test_a_list_of_sasrec_does_without_transformers():
+    code = "import sys, serving.recommender; print('transformers' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
