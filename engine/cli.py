@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from engine import cpu, processes
+from engine import processes
 from engine.errors import UsageError
 from engine.files import read_json
 
@@ -282,7 +282,6 @@ def check(*rules: tuple[bool, str]) -> None:
 def run(main: Callable, argv: list[str] | None = None) -> None:
     """Bind the command line to `main`, run it, and end the process (engine.processes.call)."""
     argv = sys.argv[1:] if argv is None else argv
-    cpu.let_threads_sleep()
     sys.stdout.reconfigure(errors="backslashreplace")  # titles that the terminal cannot show
     processes.quiet_all_but_first()
     if any(word in ("-h", "--help") for word in argv):

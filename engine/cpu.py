@@ -1,35 +1,70 @@
-"""How a run computes on CPU: how its threads wait, and with which library's products."""
+"""How a run computes on CPU: with how many threads, and with which library's products."""
 
 import functools
 import os
+import statistics
 import time
 
+PROBE_NUMBERS, PROBE_SECONDS, PROBES = 2**17, 0.02, 6  # see choose_threads
+SLOW, STUCK = 0.65, 0.25  # .9 on a quiet machine, .4 and .003 beside a busy process
 SLOW_BFLOAT16, FAST_BFLOAT16 = 3, 1 / 4  # times float32; .15 with units for it, 35 without any
 LARGEST_PRODUCT_ERROR = 1e-5  # float32 is at 1e-6, bfloat16 at 1e-3
 
 
-def let_threads_sleep() -> None:
-    """Let a thread that waits for another sleep, unless the user says otherwise. To be called
-    before torch is loaded.
+def choose_threads(recorded: int | None = None) -> None:
+    """Set the number of CPU threads: `recorded`, or as many as have a free core each.
 
-    By default it spins. Beside another busy process it then keeps the core from the thread that it
-    waits for, and a step takes many times as long.
-    """
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "0"
-
-
-def choose_threads(recorded: int | None) -> None:
-    """Compute with as many threads as an earlier part of the run did, if any, unless
-    OMP_NUM_THREADS is set.
+    A parallel region waits for its slowest thread. Beside another busy process that thread may be
+    off its core for milliseconds, and fewer threads are many times faster. So parallel regions with
+    equal work per thread are timed here. The number is halved while the regions are slower than
+    with half the threads: in the median, or by far in at least two trials. A thread count set by
+    OMP_NUM_THREADS is not changed.
     """
     import torch
 
-    before = torch.get_num_threads()
-    if recorded in (None, before) or "OMP_NUM_THREADS" in os.environ:
+    if "OMP_NUM_THREADS" in os.environ:
         return
-    torch.set_num_threads(recorded)
-    print(f"{recorded} of {before} threads: as this run began; OMP_NUM_THREADS sets it", flush=True)
+    all_threads = threads = _default_threads()
+    if recorded is not None:
+        threads = recorded
+    else:
+        while threads > 1 and _waits(_rates(threads), _rates(threads // 2)):
+            threads //= 2
+    torch.set_num_threads(threads)
+    if threads < all_threads:
+        reason = "as this run began" if recorded else "other processes are at work here"
+        print(f"{threads} of {all_threads} threads: {reason}; OMP_NUM_THREADS sets it", flush=True)
+
+
+@functools.cache
+def _default_threads() -> int:
+    """The number before any choice in this process."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _waits(rates: list[float], half: list[float]) -> bool:
+    """Whether parallel regions are slow, compared with regions of half the threads."""
+    expected = statistics.median(half)
+    slow = statistics.median(rates) < SLOW * expected
+    return slow or sorted(rates)[1] < STUCK * expected
+
+
+def _rates(threads: int) -> list[float]:
+    """Parallel regions per second with equal work per thread, measured PROBES times."""
+    import torch
+
+    torch.set_num_threads(threads)
+    numbers, rates = torch.zeros(PROBE_NUMBERS * threads), []
+    for _ in range(PROBES):
+        numbers.add_(1)
+        started, done = time.perf_counter(), 0
+        while time.perf_counter() - started < PROBE_SECONDS:
+            numbers.add_(1)
+            done += 1
+        rates.append(done / (time.perf_counter() - started))
+    return rates
 
 
 def choose_products() -> None:

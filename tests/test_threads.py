@@ -1,12 +1,9 @@
-"""How a run computes on CPU: with as many threads as it began, which sleep while they wait; with
-which library's products.
+"""How a run computes on CPU: with as many threads as find a free core, or as it began; with which
+library's products.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,42 +15,58 @@ from tests.conftest import SHORT
 
 
 @pytest.fixture
-def threads():
-    """The number is put back."""
+def four(monkeypatch):
+    """Four threads by default, none set by the user; the number is put back."""
     before = torch.get_num_threads()
-    yield before
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(cpu, "_default_threads", lambda: 4)
+    yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "9"}])
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(given):
-    code = "import os; from engine import cpu; cpu.let_threads_sleep()"
-    code += "; print(os.environ.get('GOMP_SPINCOUNT'))"
-    env = {n: v for n, v in os.environ.items() if n not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env | given, capture_output=True, text=True, check=True)
-    expected = given.get("GOMP_SPINCOUNT", "None" if given else "0")
-    assert done.stdout.strip() == expected
+@pytest.mark.parametrize(
+    "rates, expected",
+    [
+        ({4: [9, 9, 8], 2: [10, 10, 10], 1: [11, 11, 11]}, 4),  # a quiet machine
+        ({4: [9, 9, 1], 2: [10, 10, 10], 1: [11, 11, 11]}, 4),  # one hiccup
+        ({4: [9, 9, 1, 1], 2: [10, 10, 10], 1: [11, 11, 11]}, 2),  # stuck now and then
+        ({4: [6, 6, 6], 2: [10, 10, 10], 1: [11, 11, 11]}, 2),  # slow in the median
+        ({4: [7, 7, 6], 2: [10, 10, 10], 1: [11, 11, 11]}, 4),
+        ({4: [1, 1, 1], 2: [2, 2, 9], 1: [11, 10, 10]}, 1),
+    ],
+)
+def test_the_number_is_halved_while_regions_wait(four, monkeypatch, capsys, rates, expected):
+    monkeypatch.setattr(cpu, "_rates", lambda threads: rates[threads])
+    cpu.choose_threads()
+    assert torch.get_num_threads() == expected
+    said = capsys.readouterr().out
+    line = f"{expected} of 4 threads: other processes are at work here; OMP_NUM_THREADS sets it\n"
+    assert said == ("" if expected == 4 else line)
 
 
-def test_a_number_that_the_user_set_is_left_alone(threads, monkeypatch):
+def test_a_number_that_the_user_set_is_left_alone(four, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    cpu.choose_threads(threads + 1)
-    assert torch.get_num_threads() == threads
+    monkeypatch.setattr(cpu, "_rates", lambda threads: pytest.fail("measured"))
+    before = torch.get_num_threads()
+    cpu.choose_threads(2)
+    assert torch.get_num_threads() == before
+
+
+def test_rates_are_measured_with_that_many_threads(four):
+    assert len(cpu._rates(1)) == cpu.PROBES
+    assert min(cpu._rates(1)) > 0 and torch.get_num_threads() == 1
 
 
 @pytest.mark.slow
-def test_a_resumed_run_computes_with_the_threads_that_it_began_with(
-    inside, threads, monkeypatch, capsys
-):
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    torch.set_num_threads(2)
+def test_a_resumed_run_computes_with_the_threads_that_it_began_with(inside, four, monkeypatch):
+    monkeypatch.setattr(cpu, "_rates", lambda threads: [1.0] * 3 if threads == 4 else [9.0] * 3)
     distill.main(**SHORT, output_dir="s")
-    assert json.loads(Path("s/config.json").read_text())["threads"] == 2
+    config = Path("s/config.json")
+    assert json.loads(config.read_text())["threads"] == 2
+    monkeypatch.setattr(cpu, "_rates", lambda threads: pytest.fail("measured"))
     torch.set_num_threads(1)
     distill.main(eval_only=True, output_dir="s")
     assert torch.get_num_threads() == 2
-    assert "2 of 1 threads: as this run began" in capsys.readouterr().out
     torch.set_num_threads(1)
     Path("s/results.json").unlink()
     distill.main(**SHORT, output_dir="s")
