@@ -163,6 +163,11 @@ class RunData(NamedTuple):
     targets: str
 
 
+def usual_targets(n_users: int, batch_size: int) -> str:
+    """`--train_targets` of an LLM step that does not name it."""
+    return "all" if n_users < FEW_BATCHES * batch_size else "last"
+
+
 class Inputs(NamedTuple):
     """The files that a run is made from, checked against each other.
 
@@ -235,8 +240,8 @@ class Inputs(NamedTuple):
         from datasets import item_table, sequences
 
         table, every_position = None, False
-        few = self.data.n_users < FEW_BATCHES * training.batch_size
-        targets = training.train_targets or ("all" if few else "last")
+        usual = usual_targets(self.data.n_users, training.batch_size)
+        targets = training.train_targets or usual
         if self.table_path is None:  # SASRec: one sample per user, with all its targets
             every_position = targets == "all"
         else:

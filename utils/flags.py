@@ -392,7 +392,6 @@ class Training(Group):
         "warmup_steps": 50,
         "patience": 0,
         "eval_steps": 100,
-        "train_targets": "last",
     }
     train_targets: Literal["last", "all"] | None = flag(None, TARGETS)
     select: Literal["sampled_mrr", "full_ndcg10"] = flag(
