@@ -797,6 +797,13 @@ CHAIN = {
         "4 <- 8: SASRec KL + logit KL, from the teacher's adapter and head"
     ),
 }
+TWO = {
+    "SASRec": "SASRec",
+    "SASRec, items from titles at the start": "SASRec, items from a table at the start",
+    "2 layers over both tables and both SASRecs' KL": (
+        "2 layers: CE + SASRec KL, of 2 SASRecs, items from SASRec started from a table"
+    ),
+}
 COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
 
 
@@ -807,6 +814,7 @@ COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
         ("## Toys (", "toys", ROWS, "01234"),
         ("## Games (", "games", ROWS, "01234"),
         ("### A chain of teachers", "chain/beauty", CHAIN, "01"),
+        ("### Two tables in one student", "two_tables/beauty", TWO, "01"),
     ],
 )
 def test_the_page_of_results_says_what_the_kept_runs_say(heading, kept, names, seeds):
