@@ -41,7 +41,7 @@ def main(
     folder = domain.run_folder("teacher", files.output_dir)
     cache = cache_folder(files.teacher_cache, folder)
     inputs = read_inputs(files)
-    groups = files, prompt, llm, lora, loss, training, evaluation, runtime
+    groups = files, prompt, llm, lora, loss, inputs.settled(training), evaluation, runtime
     run = Run.open("teacher", folder, groups, inputs, {"sasrec": sasrec_runs})
     if run.finished and not run.eval_only:
         return run.print_results()

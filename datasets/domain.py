@@ -1,7 +1,8 @@
 """A domain: its name, its files, every default path; and what a stage reads of it."""
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from datasets.demo import write_demo
 from datasets.interactions import Interactions, read_csv
@@ -20,6 +21,7 @@ ALIASES = {"cloths": "cloth", "movies": "movie"}  # spellings of the released sc
 SUFFIXES = (".csv", ".csv.gz", ".csv.xz")
 FOLDERS = ("data", "dataset/sequential")
 DEMO = Path("data/demo.csv")
+T = TypeVar("T", bound=Training)
 STAGES = {"sasrec": "train_sr_trad.py", "teacher": "finetune.py", "student": "distill.py"}
 FEW_BATCHES = 2  # fewer users than these train on every prefix
 REBUILD = (  # what to do after the data has changed
@@ -163,11 +165,6 @@ class RunData(NamedTuple):
     targets: str
 
 
-def usual_targets(n_users: int, batch_size: int) -> str:
-    """`--train_targets` of an LLM step that does not name it."""
-    return "all" if n_users < FEW_BATCHES * batch_size else "last"
-
-
 class Inputs(NamedTuple):
     """The files that a run is made from, checked against each other.
 
@@ -209,6 +206,12 @@ class Inputs(NamedTuple):
             return None
         return Items.of(self.csv_path, self.data.item_ids).sha256()
 
+    def settled(self, training: T) -> T:
+        """With training targets that fit the data, where no flag names them."""
+        few = self.data.n_users < FEW_BATCHES * training.batch_size
+        usual = "all" if few else "last"
+        return dataclasses.replace(training, train_targets=training.train_targets or usual)
+
     def with_items(self, notes: dict) -> "Inputs":
         """With the hash of items.csv among the hashes.
 
@@ -240,8 +243,7 @@ class Inputs(NamedTuple):
         from datasets import item_table, sequences
 
         table, every_position = None, False
-        usual = usual_targets(self.data.n_users, training.batch_size)
-        targets = training.train_targets or usual
+        targets = self.settled(training).train_targets
         if self.table_path is None:  # SASRec: one sample per user, with all its targets
             every_position = targets == "all"
         else:

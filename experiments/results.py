@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datasets.domain import usual_targets
 from engine import cli
 from engine.errors import UsageError
 from engine.files import read_json, replacing
@@ -54,11 +53,7 @@ class Run(NamedTuple):
         """As recorded. A flag added after the run has its default, one that is gone is left out."""
         known = cli.defaults(SCRIPTS[self.stage])
         recorded = recorded_flags(self.config, Training.usual)
-        flags = known | {name: value for name, value in recorded.items() if name in known}
-        usual = usual_targets(self.results["users"], flags["batch_size"])
-        if flags["train_targets"] is None and usual == "last":
-            flags["train_targets"] = usual  # as runs of before record it
-        return flags
+        return known | {name: value for name, value in recorded.items() if name in known}
 
     @property
     def items_from(self) -> str | None:
