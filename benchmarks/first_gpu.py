@@ -7,19 +7,30 @@ Every part is a command of its own with a time limit. One that fails or takes to
 and the others go on.
 """
 
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import torch
+from torch.profiler import ProfilerActivity, profile
+
 from benchmarks import measure
+from datasets import sequences
+from datasets.domain import Domain
+from datasets.prompts import read_template, tokenise
 from engine import cli, processes
 from engine.cli import flag
 from engine.errors import RunError
 from engine.files import check_writable
+from models.base import open_base
+from models.losses import next_item
+from utils.flags import Data
 
 TAIL = 60  # lines of a part's output that are kept
+PROFILE = "from benchmarks import first_gpu; first_gpu.profile_step('{}', '{}')"
 
 
 def parts(device: str, dry: bool, folder: str) -> list[tuple[str, int, list[str]]]:
@@ -57,36 +68,30 @@ def parts(device: str, dry: bool, folder: str) -> list[tuple[str, int, list[str]
             ["-m", "benchmarks.efficiency", "--shape", shape, *speed]
             + ["--rows", str(sizes.split(";")).replace("'", '"')],
         ),
-        ("Profile of a student's step", 40, ["-c", PROFILE.format(device=device, base=base)]),
+        ("Profile of a student's step", 40, ["-c", PROFILE.format(device, base)]),
     ]
 
 
-PROFILE = """
-import torch
-from torch.profiler import ProfilerActivity, profile
-from benchmarks import measure
-from datasets import sequences
-from datasets.domain import Domain
-from datasets.prompts import read_template, tokenise
-from models.base import open_base
-from models.losses import next_item
-from utils.flags import Data
-data, _ = Domain.of(Data()).read()
-base = open_base("{base}")
-table = torch.randn(data.n_items, measure.DIM, device="{device}").mul_(0.1)
-shape = measure.Shape(base.config, *tokenise(read_template("alpaca"), base.location), table, 30)
-model, samples = shape.model(4, "full"), sequences.training_samples(data, "last", 30)
-def loss(rows):
-    target = samples.targets(rows).to("{device}")
-    return next_item(model(samples.histories(rows)).user, table, target)
-step, rows = measure.training_step(model, loss), samples.evenly(256)
-step(rows)
-kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * ("{device}" == "cuda")
-with profile(activities=kinds) as found:
+def profile_step(device: str, base_model: str) -> None:
+    """Print where a student's step spends its time."""
+    data, _ = Domain.of(Data()).read()
+    base = open_base(base_model)
+    table = torch.randn(data.n_items, measure.DIM, device=device).mul_(0.1)
+    ids = tokenise(read_template("alpaca"), base.location)
+    model = measure.Shape(base.config, *ids, table, 30).model(4, "full")
+    samples = sequences.training_samples(data, "last", 30)
+
+    def loss(rows):
+        target = samples.targets(rows).to(device)
+        return next_item(model(samples.histories(rows)).user, table, target)
+
+    step, rows = measure.training_step(model, loss), samples.evenly(256)
     step(rows)
-order = "self_cuda_time_total" if "{device}" == "cuda" else "self_cpu_time_total"
-print(found.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
-"""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=kinds) as found:
+        step(rows)
+    options = {"row_limit": 15, "max_name_column_width": 40}
+    print(found.key_averages().table(sort_by=f"self_{device}_time_total", **options))
 
 
 @cli.command
@@ -117,7 +122,7 @@ def main(
             verdict = f"{spent:.0f} s" if status == 0 else f"{spent:.0f} s, FAILED ({status})"
             failed += [title] if status != 0 else []
             shown = "\n".join(text.splitlines()[-TAIL:])
-            said = " ".join(words) if words[0] != "-c" else "-c ..."
+            said = shlex.join(words)
             sections.append(f"## {title}: {verdict}\n\n`python {said}`\n\n```\n{shown}\n```")
             print(f"{verdict}", flush=True)
     page.parent.mkdir(parents=True, exist_ok=True)

@@ -59,10 +59,7 @@ def uniform(key: tuple[int, ...], rows: np.ndarray, n_items: int, n: int) -> np.
     Returns:
         int64 [len(rows), n].
     """
-    state = _row_states(key, rows)
-    with np.errstate(over="ignore"):
-        counter = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        return (_mix(state[:, None] + counter) % np.uint64(n_items)).astype(np.int64)
+    return (_draws(key, rows, n) % np.uint64(n_items)).astype(np.int64)
 
 
 def _fill(
@@ -121,20 +118,19 @@ def _positions(keys: np.ndarray, values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _keys(key: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
-    """uint32 [b, 2 * ROUNDS] from SplitMix64 (Steele et al., 2014) over key, row and counter."""
-    state = _row_states(key, rows)
-    with np.errstate(over="ignore"):
-        counter = np.arange(1, 2 * ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        return (_mix(state[:, None] + counter) >> np.uint64(32)).astype(np.uint32)
+    """uint32 [b, 2 * ROUNDS], each row's own."""
+    return (_draws(key, rows, 2 * ROUNDS) >> np.uint64(32)).astype(np.uint32)
 
 
-def _row_states(key: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
-    """uint64 [b], each row's own state."""
+def _draws(key: tuple[int, ...], rows: np.ndarray, n: int) -> np.ndarray:
+    """uint64 [b, n] from SplitMix64 (Steele et al., 2014) over key, row and counter."""
     state = np.uint64(0)
     with np.errstate(over="ignore"):
         for part in key:
             state = _mix(state + np.uint64(part % 2**64))
-        return _mix(state + rows.astype(np.uint64))
+        state = _mix(state + rows.astype(np.uint64))  # [b]
+        counter = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return _mix(state[:, None] + counter)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -154,7 +154,6 @@ class RunData(NamedTuple):
     """What a run trains and is evaluated on.
 
     item_table: [N, D] on the device, row = catalogue index; None for SASRec, which makes it.
-    targets: last, or all prefixes.
     """
 
     item_table: "torch.Tensor | None"
@@ -162,7 +161,6 @@ class RunData(NamedTuple):
     splits: "dict[str, EvaluationSplit]"
     users: list[str]
     hashes: dict[str, str | None]
-    targets: str
 
 
 class Inputs(NamedTuple):
@@ -228,9 +226,10 @@ class Inputs(NamedTuple):
                 f" than {listing}: a number is another item there; put the right one back, or make"
                 " the table again"
             )
-        name = "items_sha256"
-        hashes, sources = self.hashes | {name: found}, self.sources | {name: listing}
-        return self._replace(hashes=hashes, sources=sources)
+        if not found:
+            return self
+        hashes = self.hashes | {"items_sha256": found}
+        return self._replace(hashes=hashes, sources=self.sources | {"items_sha256": listing})
 
     def load(
         self,
@@ -239,13 +238,16 @@ class Inputs(NamedTuple):
         evaluation: Evaluation,
         device: "torch.device | str",
     ) -> RunData:
-        """The item table, the training samples and the evaluation splits. Prints their sizes."""
+        """The item table, the training samples and the evaluation splits. Prints their sizes.
+
+        Args:
+            training: settled.
+        """
         from datasets import item_table, sequences
 
         table, every_position = None, False
-        targets = self.settled(training).train_targets
         if self.table_path is None:  # SASRec: one sample per user, with all its targets
-            every_position = targets == "all"
+            every_position = training.train_targets == "all"
         else:
             ids, largest = self.data.item_ids, None
             if not _notes(self.table_path):  # someone's own: its numbering is checked
@@ -253,12 +255,12 @@ class Inputs(NamedTuple):
                 named = Items.read(listing, ids, others=True).ids if listing.is_file() else ids
                 largest = int(named[-1])
             table = item_table.read_table(self.table_path, ids, largest).to(device)
-        targets = "last" if every_position else targets
+        targets = "last" if every_position else training.train_targets
         slots = sequence.max_seq_length
         samples = sequences.training_samples(self.data, targets, slots, every_position)
         splits = sequences.evaluation_splits(self.data, slots, evaluation)
         print(sequences.describe(self.data, samples, splits), flush=True)
-        return RunData(table, samples, splits, self.data.users, self.hashes, targets)
+        return RunData(table, samples, splits, self.data.users, self.hashes)
 
 
 def _notes(table_path: Path) -> dict:

@@ -122,7 +122,7 @@ class Table(NamedTuple):
 
     def _check_headers(self) -> None:
         """Refuse parts of text whose header is not the first one's."""
-        if self.kind != "text" or not self.header:
+        if self.kind != "text" or not self.header or not self.parts[1:]:
             return
         headers = []
         for part in self.parts:

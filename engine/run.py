@@ -288,8 +288,7 @@ class Run:
         other = []
         for name, value in json.loads(json.dumps(content)).items():
             recorded = self.config.get(name, value)  # it may have been added after the run
-            unknown = name == "items_sha256" and None in (recorded, value)
-            if recorded != value and name not in PATHS and not unknown:
+            if recorded != value and name not in PATHS:
                 other.append(f"{name} is {_short(value)} (the run has {_short(recorded)})")
         if other:
             raise UsageError(

@@ -44,10 +44,10 @@ def compilable(step: Callable) -> Callable:
 
 def attend_prompt(layer: LlamaDecoderLayer, query: Tensor, known: KeyValue) -> Tensor:
     """Causal self-attention of the prompt, [P, h, d] -> [P, h, d]."""
-    attention = layer.self_attn
-    q, k, v = (t.transpose(0, 1)[None] for t in (query, *known))
-    k, v = (t.repeat_interleave(attention.num_key_value_groups, dim=1) for t in (k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling)
+    given = query, *(_repeated(layer, t) for t in known)
+    q, k, v = (t.transpose(0, 1)[None] for t in given)
+    scale = layer.self_attn.scaling
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return mixed[0].transpose(0, 1)
 
 
@@ -73,14 +73,10 @@ def attend_on_grids(
     layer: LlamaDecoderLayer, query: Tensor, own: KeyValue, known: KeyValue, groups: list[Group]
 ) -> Tensor:
     """`attend` by dense products on the grids, on any device."""
-    sizes = [group.n_tokens for group in groups]
     mixed, level = [], []
-    for group, *tokens in zip(groups, *(t.split(sizes) for t in (query, *own))):
-        grids = _softmax(layer, *(_gridded(t, group) for t in tokens), group.later)
-        for parts, grid in zip(
-            (mixed, level), grids
-        ):  # [b, h, W, d] and [b, h, W, 1] -> [s, h, ...]
-            parts.append(grid.transpose(1, 2).flatten(0, 1).index_select(0, group.packed))
+    for group, grids in _grids(groups, query, *own):
+        for parts, grid in zip((mixed, level), _softmax(layer, *grids, group.later)):
+            parts.append(_packed(grid, group))
     return _joined(layer, query, known, torch.cat(mixed), torch.cat(level))
 
 
@@ -127,10 +123,10 @@ def _gridded(own: Tensor, group: Group) -> Tensor:
     return grid.unflatten(0, (group.n_users, -1)).transpose(1, 2)
 
 
-def _repeated(layer: LlamaDecoderLayer, shared: Tensor, dim: int = 1) -> Tensor:
-    """Keys or values, once for each head that reads them."""
+def _repeated(layer: LlamaDecoderLayer, shared: Tensor) -> Tensor:
+    """Keys or values, heads in dimension 1, once for each head that reads them."""
     n = layer.self_attn.num_key_value_groups
-    return shared.repeat_interleave(n, dim=dim) if n > 1 else shared
+    return shared.repeat_interleave(n, dim=1) if n > 1 else shared
 
 
 def _softmax(

@@ -111,7 +111,7 @@ def offline(
         "model": run.config["model"],
         "block_ends": ends,
     }
-    identity |= _of_samples(data.samples, data)
+    identity |= _of_samples(data.samples, data, student)
     return Frozen(load_encoder, data.samples, cache, identity, student.device, runtime)
 
 
@@ -147,7 +147,7 @@ def sasrec(
         return encode
 
     sha256 = [run.weights_sha256() for run in runs]
-    identity = {"sasrec_sha256": ",".join(sha256)} | _of_samples(samples, data)
+    identity = {"sasrec_sha256": ",".join(sha256)} | _of_samples(samples, data, student)
     identity |= {"scores": "mean"} if runs[1:] else {}
     return Frozen(load_encoder, samples, cache, identity, student.device, runtime)
 
@@ -174,8 +174,8 @@ def check_table(tables: list[Tensor], item_table: Tensor, runs: list[Run]) -> No
         )
 
 
-def _of_samples(samples: Any, data: Any) -> dict[str, Any]:
+def _of_samples(samples: Any, data: Any, student: Run) -> dict[str, Any]:
     """What outputs depend on beside the model."""
-    slots = samples.max_seq_length
-    about = {"train_targets": data.targets, "max_seq_length": slots, "output": [*Output._fields]}
+    targets, slots = student.flags["train_targets"], samples.max_seq_length
+    about = {"train_targets": targets, "max_seq_length": slots, "output": [*Output._fields]}
     return data.hashes | about

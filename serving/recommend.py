@@ -215,9 +215,7 @@ def main(
     exported = is_export(Path(files.model))
     target = Path(output).resolve() if output else None  # a link stays one
     read = [Path(name).resolve() for name in (users, allow, deny, files.data_path) if name]
-    runs_folder = target and any(
-        (target.parent / name).is_file() for name in ("recommender.json", "config.json")
-    )
+    inside = target and (is_export(target.parent) or (target.parent / "config.json").is_file())
     one_user = users not in (None, "all") and not Path(users).exists() and not output
     user, users = (users, None) if one_user else (user, users)  # --users 196 is the user 196
     sources = {"history": history, "user": user, "users": users, "similar": similar}
@@ -234,7 +232,7 @@ def main(
         ),
         (not target or target not in read, f"--output={output} is a file that is read"),
         (not target or target.parent not in read, f"--output={output} is in a folder that is read"),
-        (not runs_folder, f"--output={output} is in the folder of a run or an export"),
+        (not inside, f"--output={output} is in the folder of a run or an export"),
         (not target or not target.is_dir(), f"--output={output} is a folder"),
         (
             not target or overwrite or not target.exists(),

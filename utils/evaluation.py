@@ -23,13 +23,13 @@ Encode = Callable[[Tensor], Tensor]  # history [B, L] -> user vectors [B, D]
 
 PROTOCOLS = {"sampled": (5, 10), "full": (5, 10, 20), "full_all": (5, 10, 20)}  # -> cut-offs
 NO_SCORE, NO_VECTOR = 0, -1  # in place of a rank
-SHOWN = (  # of the table at a run's end: its word for the split, protocol and metric
-    ("valid", "sampled", "MRR"),
-    ("test", "sampled", "MRR"),
-    ("test", "sampled", "HR@10"),
-    ("full", "full", "HR@10"),
-    ("full", "full", "NDCG@10"),
-)
+SHOWN = {  # in the table at a run's end: split, protocol and metric
+    "valid MRR": ("valid", "sampled", "MRR"),
+    "test MRR": ("test", "sampled", "MRR"),
+    "test HR@10": ("test", "sampled", "HR@10"),
+    "full HR@10": ("test", "full", "HR@10"),
+    "full NDCG@10": ("test", "full", "NDCG@10"),
+}
 CPU_TILE, TILE = 2**23, 2**26  # scores held at once; larger blocks are slow to allocate on CPU
 SPREAD_USERS = 512  # whose scores tell how loud a model is
 FEWEST_USERS = 8  # per tile, so that a pass over ten million items serves several users
@@ -191,12 +191,9 @@ def _print_beside(run: Run, results: dict[str, Any]) -> None:
     if same and known is not results:
         rows["SASRec"] = known
     own = results["valid"]["sampled"]["MRR"]
-    print("\n" + " " * 14 + "".join(f"{split + ' ' + name:>13s}" for split, _, name in SHOWN))
+    print("\n" + " " * 14 + "".join(f"{name:>13s}" for name in SHOWN))
     for name, found in (rows | {f"this {run.stage}": results}).items():
-        values = []
-        for split, protocol, metric in SHOWN:
-            of_split = found["valid"] if split == "valid" else found["test"]
-            values.append(of_split[protocol][metric])
+        values = [found[split][protocol][metric] for split, protocol, metric in SHOWN.values()]
         print(f"{name:14s}" + "".join(f"{value:13.4f}" for value in values))
     for name, found in rows.items():
         other = found["valid"]["sampled"]["MRR"]

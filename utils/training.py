@@ -119,7 +119,7 @@ def fit(
         data: samples and splits (datasets.domain.RunData).
     Returns:
         steps, best_step and train_seconds, for results.json; and "valid", the validation ranks of
-        best/, None where another process computed them.
+        best/, None where it was written before the run was resumed.
     Raises:
         RunError: the loss, a gradient or a metric is not finite, or the disk is full.
         Stopped: a signal came.

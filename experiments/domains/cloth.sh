@@ -17,9 +17,6 @@ for seed in $SEEDS; do
     teacher="--learning_rate 1e-3 --num_epochs 3 --warmup_steps 100"
     student="--learning_rate 3e-3 --max_steps 1500 --warmup_steps 50 --eval_steps 50 --save_steps 50"
     weights="--distill_lambda 1 --norm_lambda 0.1 --cls_multiple_lambda 1"
-    run $LAUNCH finetune.py $llm --output_dir $out/teacher --base_model "$BASE" --llama_decoder_nums 8 $teacher
-    run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" $OFF $student
-    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base $weights $student
-    paper_rows "$teacher" "$student" "$weights"
+    llm_rows "$teacher" "$student" "$weights"
 done
 run $PYTHON -m experiments.report --runs "$ROOT"

@@ -29,6 +29,13 @@ run() { # print a command and run it; SMOKE cuts its training short
     [ -n "${DRY:-}" ] || "${words[@]}" $short
 }
 
+llm_rows() { # TEACHER STUDENT WEIGHTS: the paper's teacher, cross-entropy alone and SLMRec, from our SASRec's table
+    run $LAUNCH finetune.py $llm --output_dir $out/teacher --base_model "$BASE" --llama_decoder_nums 8 $1
+    run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" $OFF $2
+    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base $3 $2
+    paper_rows "$@"
+}
+
 paper_rows() { # TEACHER STUDENT WEIGHTS: from the table of SASRec as released, by the loss of the paper's text
     [ -n "${PAPER:-}" ] || return 0
     local llm="$common --item_table $out/released_item.pkl" text="--block_reduction mean --norm_form squared_l2"
