@@ -29,7 +29,7 @@ from datasets.interactions import MINIMUM_LENGTH
 from datasets.items import listing_of
 from datasets.lists import parse_list, title_list
 from datasets.process import Reviews, clean_title, may_write, often, print_counts, print_ties
-from datasets.tables import Table, bare, open_table
+from datasets.tables import Names, Table, bare, open_table
 from engine import cli
 from engine.cli import NonNegativeInt, PositiveInt, flag
 from engine.errors import UsageError
@@ -64,7 +64,6 @@ LIST = re.compile(r"\s*[\[(].*[\])]\s*", re.DOTALL)
 OBJECT = re.compile(r"\{.*:.*\}", re.DOTALL)
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
-MICROSECONDS = 1e6 * EPOCH  # the same of dates
 UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
 FEW_USERS, LARGE_SHARE = 20, 0.1
 
@@ -196,20 +195,6 @@ def report_columns(table: Table, columns: Columns, min_rating: float | None) -> 
             print(f"  {name} looks like a rating: --min_rating leaves low ones out")
 
 
-class _Names:
-    """Codes of names, in the order in which they come; -1 for a missing one."""
-
-    def __init__(self) -> None:
-        self.codes: dict[str, int] = {}
-
-    def encode(self, cells: pd.Series) -> np.ndarray:
-        coded, distinct = pd.factorize(cells.astype(object), use_na_sentinel=False)
-        own = []
-        for name in map(canonical, distinct):
-            own.append(self.codes.setdefault(name, len(self.codes)) if name else -1)
-        return np.array(own, dtype=np.int32)[coded]
-
-
 def read_log(
     table: Table,
     columns: Columns,
@@ -226,7 +211,7 @@ def read_log(
         UsageError: the file is damaged, a cell is wrong (its row is named), or what was read is no
             log of several users and items.
     """
-    users, items = _Names(), _Names()
+    users, items = Names(canonical), Names(canonical)
     parts: list[tuple[np.ndarray, ...]] = []
     titles: dict[str, str] = {}
     missing: dict[str, list[int]] = {"user": [], "item": []}  # rows
@@ -264,7 +249,7 @@ def read_log(
     if columns.time is not None:
         if not dates:
             _judge_times(table.path, time, rows)
-        _judge_missing_times(table.path, time, rows, None if dates else EPOCH)
+        _judge_missing_times(table.path, time, rows, dates)
     names, user = _sorted_codes(users.codes, user)
     ids, item = _sorted_codes(items.codes, item)
     return Log(Reviews(names, ids, user, item, time), titles, columns.time is not None)
@@ -308,7 +293,7 @@ def _are_dates(cells: pd.Series) -> bool:
 
 
 def _times(path: Path, cells: pd.Series, rows: np.ndarray, dates: bool) -> np.ndarray:
-    """Times that sort: numbers as they are, dates in microseconds."""
+    """Times that sort: numbers as they are, dates in seconds since 1970."""
     texts = cells.dtype == object or pd.api.types.is_string_dtype(cells)
     if not dates:
         numbers = _numbers(path, cells, rows, "time")
@@ -323,7 +308,7 @@ def _times(path: Path, cells: pd.Series, rows: np.ndarray, dates: bool) -> np.nd
     found = pd.to_datetime(cells, format="ISO8601", utc=True, errors="coerce")
     expected = "a number or a date such as 2024-04-25 08:00:00"
     _refuse(path, found.isna().to_numpy(), cells, rows, "time", expected)
-    return found.to_numpy("datetime64[us]").astype(np.int64)
+    return found.to_numpy("datetime64[us]").astype(np.int64) / 1e6
 
 
 def _refuse(
@@ -391,19 +376,13 @@ def _judge(
         )
 
 
-def _judge_missing_times(
-    path: Path, time: np.ndarray, rows: np.ndarray, since: float | None
-) -> None:
-    """Refuse a 0, a -1, 1970, or a number that was cut, among dates: they would come first.
-
-    Args:
-        since: what times of dates are at least, where they are numbers; else None.
-    """
+def _judge_missing_times(path: Path, time: np.ndarray, rows: np.ndarray, dates: bool) -> None:
+    """Refuse a 0, a -1, 1970, or a number that was cut, among dates: they would come first."""
     unknown = np.isin(time, UNKNOWN_TIMES)
-    if since is not None and np.median(time) >= since:
-        unknown |= time < since
+    if not dates and np.median(time) >= EPOCH:
+        unknown |= time < EPOCH
     others = time[~unknown] if not unknown.all() else time
-    if unknown.any() and np.median(others) >= (MICROSECONDS if since is None else since):
+    if unknown.any() and np.median(others) >= EPOCH:
         first = int(unknown.argmax())
         raise UsageError(
             f"{path}: row {rows[first]}: the time is {time[first]:.0f}, the others are dates"
@@ -469,8 +448,6 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
     Raises:
         UsageError: which columns are item and title is not known.
     """
-    if path.read_bytes()[:2] == b"{'":  # Amazon's metadata of 2014: Python literals
-        return process.read_titles(path, kept)[0]
     table = open_table(path, named, {name for pair in ITEM_LISTS for name in pair})
     by_name = {bare(name): name for name in reversed(table.columns)}
     pair = [(by_name[a], by_name[b]) for a, b in ITEM_LISTS if {a, b} <= by_name.keys()]
@@ -505,11 +482,9 @@ def filter_log(
     Args:
         ties: int64 [n], the order of a user's interactions of equal time; None is file order.
     """
-    keys = (log.time, log.user) if ties is None else (ties, log.time, log.user)
-    log = log.keep(np.lexsort(keys))  # stable
+    log = log.ordered(ties)
     if dedup:
-        pairs = log.user.astype(np.int64) * len(log.items) + log.item
-        log = log.keep(np.sort(np.unique(pairs, return_index=True)[1]))
+        log = log.keep(~log.repeated("user", "item"))
         print_counts("repeats of an item dropped", log)
     rules = [
         ("users", "user", min_user),
@@ -590,9 +565,7 @@ def main(
     report_columns(table, columns, min_rating)
     log = read_log(table, columns, min_rating, drop_missing)
     print_counts("read", log.reviews)
-    names = ("user", "item", "time")
-    triples = pd.DataFrame({name: getattr(log.reviews, name) for name in names})
-    twice = int(triples.duplicated().sum()) if log.dated else 0
+    twice = int(log.reviews.repeated("user", "item", "time").sum()) if log.dated else 0
     if twice:
         print(f"{twice:,} rows repeat user, item and time of another; --dedup true drops repeats")
     by_hash = process.tie_order(log.reviews, tie_seed) if ties == "hash" else None
@@ -602,7 +575,7 @@ def main(
     titles, there = log.titles, process.occurring(kept)
     if items is not None:
         titles |= read_titles(Path(items), items_columns, there)
-    process.write_domain(kept, titles, path, _order(kept.items))
+    process.write_domain(kept, titles, path, _order(kept.items), log.dated)
     lengths = np.bincount(kept.user)
     short = int(((lengths > 0) & (lengths < MINIMUM_LENGTH)).sum())
     if short:

@@ -26,16 +26,18 @@ STAGES = {"sasrec": "train_sr_trad.py", "teacher": "finetune.py", "student": "di
 FEW_BATCHES = 2  # fewer users than these train on every prefix
 REBUILD = (  # what to do after the data has changed
     "run every step again in order: train_sr_trad.py --overwrite, extract_emb.py, then the others"
-    " with --overwrite"
+    " with --overwrite (another --split is other data too)"
 )
+LEAVE_ONE_OUT = "leave_one_out"
 
 
 class Domain(NamedTuple):
-    """A domain, where its CSV is if not in the usual places, and how list ends are read."""
+    """A domain, where its CSV is if not in the usual places, and how its lists are read."""
 
     name: str
     data_path: str | None
     ends_are_items: bool = False
+    split: str | None = None
 
     @classmethod
     def of(cls, files: Data) -> "Domain":
@@ -44,12 +46,20 @@ class Domain(NamedTuple):
         Raises:
             UsageError: the name is not one path component.
         """
-        return cls(canonical_domain(files.domain_type), files.data_path, files.ends_are_items)
+        name = canonical_domain(files.domain_type)
+        return cls(name, files.data_path, files.ends_are_items, files.split)
 
     def read_as_in(self, recorded: dict) -> "Domain":
-        """This domain with the ends of lists read as an earlier step's flags say."""
+        """This domain with its lists read as an earlier step's flags say.
+
+        Raises:
+            UsageError: that step split the data in another way.
+        """
+        split = recorded.get("split") or LEAVE_ONE_OUT
+        if recorded and self.split not in (None, split):
+            raise UsageError(f"--split={self.split} contradicts the earlier step's {split}")
         ends_are_items = self.ends_are_items or bool(recorded.get("ends_are_items"))
-        return self._replace(ends_are_items=ends_are_items)
+        return self._replace(ends_are_items=ends_are_items, split=self.split or split)
 
     @property
     def folder(self) -> Path:
@@ -101,7 +111,7 @@ class Domain(NamedTuple):
             write_demo(DEMO)
             print(f"made the demo domain: {DEMO}", flush=True)
         path = find_csv(self.name, self.data_path)
-        return read_csv(path, self.ends_are_items), path
+        return read_csv(path, self.ends_are_items, self.split), path
 
 
 def canonical_domain(domain_type: str) -> str:

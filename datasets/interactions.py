@@ -1,5 +1,5 @@
-"""The CSV contract: `reviewerID`, `asin` = JSON list of item ids in time order, optional `title`;
-.csv, .gz or .xz.
+"""The CSV contract: `reviewerID`, `asin` = JSON list of item ids in time order, optional `title`
+and `time` (lists too); .csv, .gz or .xz.
 
 This is the one place that says what a valid file is. Everything after it works on catalogue indices
 0 .. N-1: the rank of an item id among the ids that occur in the file. Ids may start at 0 or at 1
@@ -35,15 +35,17 @@ FEW_USERS = 10  # a trial file may end alike everywhere
 
 @dataclass(frozen=True)
 class Interactions:
-    """All users, packed; those with at least MINIMUM_LENGTH items first.
+    """All users, packed; those that are evaluated first: with at least MINIMUM_LENGTH items.
 
-    users: reviewerID of the long enough users, [U].
+    users: reviewerID of the evaluated users, [U].
     rows: their data rows in the file (from 0), int64 [U].
     items: catalogue indices, int32, user after user.
     offsets: int64 [U + 1] into `items`.
-    short_offsets: int64 [S + 1] into `items`, of the users that are too short to be evaluated.
+    short_offsets: int64 [S + 1] into `items`, of the users that are not evaluated.
     item_ids: the ids in the file, ascending, int64 [N].
-    sha256: of the uncompressed file.
+    sha256: of the uncompressed file, and of the split if it is not leave-one-out.
+    moment: of a split by time: each list ends with its first item from here on, which is the test
+        target; users without one end before it. None of leave-one-out.
     """
 
     users: list[str]
@@ -53,6 +55,7 @@ class Interactions:
     short_offsets: np.ndarray
     item_ids: np.ndarray
     sha256: str
+    moment: float | None = None
 
     @property
     def n_items(self) -> int:
@@ -64,24 +67,29 @@ class Interactions:
 
     @property
     def n_short(self) -> int:
-        """Users that are too short to be evaluated."""
+        """Users that are not evaluated."""
         return len(self.short_offsets) - 1
 
 
-def read_csv(path: str | Path, ends_are_items: bool = False) -> Interactions:
+def read_csv(
+    path: str | Path, ends_are_items: bool = False, split: str | None = None
+) -> Interactions:
     """Read and check a sequence CSV.
 
     Args:
         ends_are_items: treat items at the ends of lists that look like padding as real items.
+        split: leave_one_out (None too), or time:Q, which cuts all lists at the moment before which
+            the share Q of all interactions lies.
     Raises:
         UsageError: one line naming the file, the row (the header is row 1) and the mend.
     """
     path = Path(path)
+    share = float(split.partition(":")[2]) if split and split.startswith("time:") else None
     names: dict[str, int] = {}  # reviewerID -> row
-    rows, flat, lengths = [], [], []
+    flat, lengths, times = [], [], []
     ends = _Ends()
     digest = hashlib.sha256()
-    for row, user, ids in _rows(path, digest):
+    for row, user, ids, cell in _rows(path, digest):
         if user in names:
             raise UsageError(
                 f"{path}: reviewerID {user!r} appears in rows {names[user]} and {row};"
@@ -90,38 +98,79 @@ def read_csv(path: str | Path, ends_are_items: bool = False) -> Interactions:
         if not user.strip():
             raise UsageError(f"{path}: row {row}: reviewerID is empty")
         names[user] = row
-        rows.append(row - 2)
         flat.extend(ids)
         lengths.append(len(ids))
         ends.look(ids)
+        if share is not None:
+            times.extend(_times(path, row, cell, len(ids)))
     if not names:
         raise UsageError(f"{path}: 0 users; the file has a header and no rows")
     if not flat:
         raise UsageError(f"{path}: every user's list is empty")
     item_ids, items = np.unique(np.array(flat, dtype=np.int64), return_inverse=True)
-    length = np.array(lengths, dtype=np.int64)
+    length, sha256, moment = np.array(lengths, dtype=np.int64), digest.hexdigest(), None
     enough = length >= MINIMUM_LENGTH
+    if share is not None:
+        moment, before = _before(np.array(times), length, share)
+        enough = (length > before) & (before + 1 >= MINIMUM_LENGTH)
+        place = np.arange(len(items)) - np.repeat(np.cumsum(length) - length, length)
+        kept = before + enough
+        items, length = items[place < np.repeat(kept, length)], kept
+        sha256 = hashlib.sha256(f"{sha256} {split}".encode()).hexdigest()
     if not enough.any():
+        needs = f"{MINIMUM_LENGTH} items or more"
+        if moment is not None:
+            needs = f"{MINIMUM_LENGTH - 1} items before time {moment:.0f} and one after (--split)"
         raise UsageError(
-            f"{path}: no user has {MINIMUM_LENGTH} items or more;"
-            " leave-one-out needs train, valid and test items"
+            f"{path}: no user has {needs}; leave-one-out needs train, valid and test items"
         )
     of_enough = np.repeat(enough, length)
     offsets = np.concatenate([[0], np.cumsum(length[enough])])
     data = Interactions(
         users=[user for user, kept in zip(names, enough) if kept],
-        rows=np.array(rows, dtype=np.int64)[enough],
+        rows=np.fromiter(names.values(), np.int64)[enough] - 2,
         items=np.concatenate([items[of_enough], items[~of_enough]]).astype(np.int32),
         offsets=offsets,
         short_offsets=np.concatenate([[0], np.cumsum(length[~enough])]) + offsets[-1],
         item_ids=item_ids,
-        sha256=digest.hexdigest(),
+        sha256=sha256,
+        moment=moment,
     )
     if data.n_items == 1:
         raise UsageError(f"{path}: item {item_ids[0]} is the only one; there is no choice")
     if not ends_are_items:
         ends.check(path)
     return data
+
+
+def _before(times: np.ndarray, length: np.ndarray, share: float) -> tuple[float, np.ndarray]:
+    """The moment before which a share of all times lies, and how many of each user's are before it,
+    int64 [U].
+    """
+    moment = float(np.sort(times)[int(share * len(times))])
+    owner = np.repeat(np.arange(len(length)), length)
+    return moment, np.bincount(owner[times < moment], minlength=len(length))
+
+
+def _times(path: Path, row: int, cell: str | None, n: int) -> list[float]:
+    """A user's times, one per item, ascending."""
+    if cell is None:
+        raise UsageError(
+            f"{path}: has no column time, which --split=time reads; datasets.convert and"
+            " datasets.process write it where a log has times"
+        )
+    times = parsed(cell)
+    numbers = isinstance(times, list) and all(type(time) in (int, float) for time in times)
+    if not numbers or len(times) != n:
+        raise UsageError(
+            f"{path}: row {row}: time is {cell[:40]!r}, expected a list of {n} numbers"
+        )
+    if times != sorted(times):
+        raise UsageError(
+            f"{path}: row {row}: times are not ascending, so --split=time has no meaning; make the"
+            " file again with items in time order"
+        )
+    return times
 
 
 class _Ends:
@@ -170,7 +219,7 @@ def read_histories(path: Path) -> Iterator[tuple[str, list[int]]]:
     Raises:
         UsageError: as `read_csv`.
     """
-    for _, user, ids in _rows(path, hashlib.sha256()):
+    for _, user, ids, _ in _rows(path, hashlib.sha256()):
         yield user, ids
 
 
@@ -204,13 +253,16 @@ def read_titles(path: Path) -> dict[int, str]:
     return titles
 
 
-def _rows(path: Path, digest) -> Iterator[tuple[int, str, list[int]]]:
-    """(row number, reviewerID, item ids) of every data row."""
+def _rows(path: Path, digest) -> Iterator[tuple[int, str, list[int], str | None]]:
+    """(row number, reviewerID, item ids, the text of the times) of every data row."""
     columns = None
     for row, header, fields in _records(path, digest):
-        columns = columns or _columns(path, header)
+        if columns is None:
+            columns = _columns(path, header)
+            time = header.index("time") if "time" in header else None
         user, items = (fields[place] for place in columns)
-        yield row, user, _item_ids(path, row, items)
+        times = None if time is None else fields[time]
+        yield row, user, _item_ids(path, row, items), times
 
 
 def _records(path: Path, digest) -> Iterator[tuple[int, list[str], list[str]]]:
@@ -331,17 +383,19 @@ def _item_ids(path: Path, row: int, cell: str) -> list[int]:
     return ids
 
 
-def write_csv(path: str | Path, rows: Iterable[tuple[str, list[int], list[str]]]) -> None:
+def write_csv(path: str | Path, rows: Iterable[tuple], dated: bool = False) -> None:
     """Write a sequence CSV (JSON lists, \\n line ends) atomically; the same input gives the same
     bytes.
 
     Args:
-        rows: user, items and their titles.
+        rows: user, items, their titles and their times.
+        dated: whether the times are written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["reviewerID", "asin", "title"])
-        for user, items, names in rows:
-            writer.writerow([user, json.dumps(items), json.dumps(names, ensure_ascii=False)])
+        writer.writerow(["reviewerID", "asin", "title", *["time"] * dated])
+        for user, *lists in rows:
+            cells = (json.dumps(each, ensure_ascii=False) for each in lists[: 2 + dated])
+            writer.writerow([user, *cells])

@@ -12,32 +12,26 @@ in the order of their ASINs. Reviews are read as a stream. About 16 bytes per re
 of users and items stay in memory.
 """
 
-import ast
-import gzip
 import hashlib
 import html
-import json
-import lzma
 import re
-import zlib
-from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import orjson
-from tqdm import tqdm
+import pandas as pd
 
 from datasets.domain import SUFFIXES, canonical_domain
 from datasets.interactions import write_csv
 from datasets.items import Items, listing_of
+from datasets.tables import Names, open_table
 from engine import cli
 from engine.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
 from engine.errors import UsageError
 from engine.files import check_writable
 
-NUMBERS = {"overall", "unixReviewTime"}  # the fields that are numbers; all others are text
+TEXTS, NUMBERS = ("reviewerID", "asin"), ("overall", "unixReviewTime")
 BROKEN_SHARE = 0.01  # more broken lines than this are an error
 # page code that stands as a title in some v2 files
 SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")
@@ -46,7 +40,7 @@ Order = Literal["time", "file"]
 
 
 class Reviews(NamedTuple):
-    """Reviews in file order: codes user, item int32 [n] into names; time int64 [n], seconds."""
+    """Reviews in file order: codes user, item int32 [n] into names; time [n], seconds."""
 
     users: list[str]
     items: list[str]
@@ -60,6 +54,15 @@ class Reviews(NamedTuple):
     def counts(self) -> tuple[int, int, int]:
         """Users, items, interactions."""
         return len(np.unique(self.user)), len(np.unique(self.item)), len(self.user)
+
+    def repeated(self, *columns: str) -> np.ndarray:
+        """Mask of the rows that an earlier one equals in these columns, bool [n]."""
+        return pd.DataFrame({name: getattr(self, name) for name in columns}).duplicated().to_numpy()
+
+    def ordered(self, ties: np.ndarray | None, by_time: bool = True) -> "Reviews":
+        """By user, then by time, then by `ties` (int64 [n]; None is file order)."""
+        keys = [self.time, self.user] if by_time else [self.user]
+        return self.keep(np.lexsort(keys if ties is None or not by_time else [ties, *keys]))
 
 
 Report = Callable[[str, Reviews], None]
@@ -79,22 +82,15 @@ def read_reviews(path: str | Path, min_rating: float) -> tuple[Reviews, int]:
     Raises:
         UsageError: missing, damaged, or more than 1 % broken lines (the first one is named).
     """
-    codes: tuple[dict, dict] = ({}, {})
-    user, item, time = array("i"), array("i"), array("q")
-    low = 0
-    for row in _records(Path(path), ("reviewerID", "asin", "overall", "unixReviewTime")):
-        if row["overall"] < min_rating:
-            low += 1
-            continue
-        user.append(codes[0].setdefault(row["reviewerID"], len(codes[0])))
-        item.append(codes[1].setdefault(row["asin"], len(codes[1])))
-        time.append(int(row["unixReviewTime"]))
-    columns = [_array(user, np.int32), _array(item, np.int32), _array(time, np.int64)]
-    return Reviews(list(codes[0]), list(codes[1]), *columns), low
-
-
-def _array(column: array, dtype: type) -> np.ndarray:
-    return np.frombuffer(column, dtype) if column else np.empty(0, dtype)
+    users, items = Names(str), Names(str)
+    parts, low = [], 0
+    for frame in _records(Path(path), TEXTS, NUMBERS):
+        rated = frame[frame["overall"] >= min_rating]
+        low += len(frame) - len(rated)
+        codes = users.encode(rated["reviewerID"]), items.encode(rated["asin"])
+        parts.append((*codes, rated["unixReviewTime"].to_numpy(np.float64).astype(np.int64)))
+    user, item, time = (np.concatenate(column) for column in zip(*parts))
+    return Reviews([*users.codes], [*items.codes], user, item, time), low
 
 
 def filter_reviews(
@@ -102,37 +98,23 @@ def filter_reviews(
     min_user: int,
     min_item: int,
     min_length: int,
-    tie_order: np.ndarray | None,
+    ties: np.ndarray | None,
     report: Report,
     by_time: bool = True,
 ) -> Reviews:
-    """The released filters in their order. The result is sorted by user, then by time.
-
-    Args:
-        tie_order: int64 [n], the order of a user's reviews of equal time; None is file order.
-        by_time: False keeps a user's reviews in file order.
-    """
-    index = np.arange(len(reviews.user))
-    ties = index if tie_order is None else tie_order
-    keys = (index, ties, reviews.time, reviews.user) if by_time else (index, reviews.user)
-    order = np.lexsort(keys)  # positions in the result, before anything is left out
-    place = np.empty_like(order)
-    place[order] = index
+    """The released filters in their order. The result is sorted as `Reviews.ordered` says."""
+    reviews = reviews.ordered(ties, by_time)
 
     def keep(mask: np.ndarray, stage: str) -> None:
-        nonlocal reviews, place
-        reviews, place = reviews.keep(mask), place[mask]
+        nonlocal reviews
+        reviews = reviews.keep(mask)
         report(stage, reviews)
 
-    keep(~_duplicates(reviews), "duplicate reviews dropped")
+    keep(~reviews.repeated("user", "item", "time"), "duplicate reviews dropped")
     keep(often(reviews.user, min_user), f"users with >= {min_user} reviews")
     keep(often(reviews.item, min_item), f"items with >= {min_item} reviews")
-    order = np.argsort(place)
-    reviews, place = reviews.keep(order), place[order]
     keep(often(reviews.user, min_length), f"sequences of >= {min_length}")
-    pairs = reviews.user.astype(np.int64) * max(1, len(reviews.items)) + reviews.item
-    _, first = np.unique(pairs, return_index=True)
-    keep(np.sort(first), "repeats inside a user dropped")
+    keep(~reviews.repeated("user", "item"), "repeats inside a user dropped")
     keep(often(reviews.user, min_length), f"sequences of >= {min_length} again")
     return reviews
 
@@ -172,17 +154,6 @@ def share_of_ties(reviews: Reviews) -> float:
     return float((same_user & same_time).sum() / max(1, same_user.sum()))
 
 
-def _duplicates(reviews: Reviews) -> np.ndarray:
-    """Mask of the reviews whose user, item and time an earlier one has."""
-    columns = reviews.user, reviews.item, reviews.time
-    index = np.arange(len(reviews.user))
-    order = np.lexsort((index, reviews.time, reviews.item, reviews.user))
-    earlier, later = order[:-1], order[1:]
-    same = np.zeros(len(index), dtype=bool)
-    same[later] = np.all([column[earlier] == column[later] for column in columns], axis=0)
-    return same
-
-
 def read_titles(path: str | Path, wanted: set[str]) -> tuple[dict[str, str], int]:
     """Clean titles of the wanted items; of an item's records the first with a title counts.
 
@@ -191,10 +162,11 @@ def read_titles(path: str | Path, wanted: set[str]) -> tuple[dict[str, str], int
     """
     titles: dict[str, str] = {}
     repeats = 0
-    for row in _records(Path(path), ("asin",)):
-        if row["asin"] in wanted:
-            repeats += row["asin"] in titles
-            titles[row["asin"]] = titles.get(row["asin"]) or clean_title(row.get("title"))
+    for frame in _records(Path(path), ("asin",), optional=("title",)):
+        for asin, title in zip(frame["asin"], frame["title"]):
+            if asin in wanted:
+                repeats += asin in titles
+                titles[asin] = titles.get(asin) or clean_title(title)
     return titles, repeats
 
 
@@ -212,6 +184,7 @@ def write_domain(
     titles: dict[str, str],
     path: str | Path,
     key: Callable[[str], Any] | None = None,
+    dated: bool = True,
 ) -> None:
     """Write <domain>.csv and, beside it, <domain>.items.csv (item_id, asin, title).
 
@@ -219,6 +192,7 @@ def write_domain(
 
     Args:
         key: of that order; text by default.
+        dated: whether the reviews have times, which are written then.
     """
     path = Path(path)
     kept = np.unique(reviews.item)
@@ -228,13 +202,16 @@ def write_domain(
     of_code[kept] = [number[reviews.items[code]] for code in kept]
     bounds = np.flatnonzero(np.diff(reviews.user, prepend=-1, append=-1))
     names = [titles.get(asin, "") for asin in asins]
+    whole = np.array_equal(reviews.time, np.floor(reviews.time))
+    time = reviews.time.astype(np.int64) if whole else reviews.time
 
-    def rows() -> Iterator[tuple[str, list[int], list[str]]]:
+    def rows() -> Iterator[tuple[str, list, list, list]]:
         for a, b in zip(bounds[:-1], bounds[1:]):
             items = of_code[reviews.item[a:b]].tolist()
-            yield reviews.users[reviews.user[a]], items, [names[item] for item in items]
+            shown = [names[item] for item in items]
+            yield reviews.users[reviews.user[a]], items, shown, time[a:b].tolist()
 
-    write_csv(path, rows())
+    write_csv(path, rows(), dated)
     Items(np.arange(len(asins)), asins, names).write(listing_of(path))
 
 
@@ -251,76 +228,37 @@ def often(codes: np.ndarray, least: int) -> np.ndarray:
     return np.bincount(codes)[codes] >= least if len(codes) else np.zeros(0, dtype=bool)
 
 
-def _records(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
-    """The JSON objects of a file, one per line, with a progress bar over its bytes.
+def _records(
+    path: Path,
+    texts: tuple[str, ...],
+    numbers: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+) -> Iterator[pd.DataFrame]:
+    """The whole records of a file of JSON lines, many at a time.
 
-    Broken lines are counted and reported.
+    A line is broken where it is no object or lacks a text or a number. Broken lines are reported.
     """
-    if not path.is_file():
-        raise UsageError(f"file not found: {path}")
-    broken, first, line = 0, 0, 0
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, _plain)
-    size = path.stat().st_size
-    options = {"unit": "B", "unit_scale": True, "desc": path.name, "mininterval": 1.0}
-    try:
-        with open(path, "rb") as raw, tqdm(total=size, **options) as bar:
-            for line, text in enumerate(opener(raw, "rb"), start=1):
-                row = _parse(text, fields)
-                if row is None:
-                    broken, first = broken + 1, first or line
-                else:
-                    yield row
-                if line % 10000 == 0:
-                    bar.update(raw.tell() - bar.n)
-            bar.update(raw.tell() - bar.n)
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise UsageError(f"{path}: damaged after line {line} ({error})") from None
-    if not line:
-        raise UsageError(f"{path}: is empty")
-    if broken > BROKEN_SHARE * line:
+    broken, first, n = 0, 0, 0
+    for row, frame in open_table(path, lenient=True).frames([*texts, *numbers, *optional]):
+        whole = np.ones(len(frame), dtype=bool)
+        for name in texts:
+            whole &= np.array([isinstance(value, str) for value in frame[name]])
+        for name in numbers:
+            values = frame[name]
+            kinds = np.array([type(value) in (int, float) for value in values])
+            # abs() < 2^53 also refuses NaN
+            whole &= kinds & (values.where(kinds, np.inf).astype(float).abs() < 2**53).to_numpy()
+        if not whole.all():
+            first = first or row + int(whole.argmin())
+        broken, n = broken + int((~whole).sum()), n + len(frame)
+        yield frame[whole]
+    if broken > BROKEN_SHARE * n:
         raise UsageError(
-            f"{path}: {broken:,} of {line:,} lines are broken or lack {', '.join(fields)},"
-            f" the first is line {first}; is it the right file?"
+            f"{path}: {broken:,} of {n:,} lines are broken or lack"
+            f" {', '.join([*texts, *numbers])}, the first is line {first}; is it the right file?"
         )
     if broken:
-        print(f"{path}: skipped {broken:,} broken lines of {line:,}, the first is line {first}")
-
-
-def _plain(raw: BinaryIO, mode: str) -> BinaryIO:
-    return raw
-
-
-def _parse(text: bytes, fields: tuple[str, ...]) -> dict | None:
-    """A record, or None; the 2014 metadata files are Python literals rather than JSON."""
-    try:
-        row = orjson.loads(text)
-    except ValueError:
-        row = _parse_leniently(text)
-    if not isinstance(row, dict):
-        return None
-    for field in fields:
-        value = row.get(field)
-        if field not in NUMBERS:
-            if not isinstance(value, str):
-                return None
-        elif not isinstance(value, int | float) or not abs(value) < 2**53:  # also refuses NaN
-            return None
-    return row
-
-
-def _parse_leniently(text: bytes) -> object:
-    """What strict orjson refuses: NaN, lone surrogates, huge numbers, Python literals."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        return None
-    except ValueError:
-        if not text.startswith(b"{'"):
-            return None
-        try:
-            return ast.literal_eval(text.decode("utf-8"))
-        except (ValueError, SyntaxError):
-            return None
+        print(f"{path}: skipped {broken:,} broken lines of {n:,}, the first is line {first}")
 
 
 def _emptied(counts: dict[str, int], low: int) -> str:

@@ -108,21 +108,22 @@ def training_samples(
 ) -> Samples:
     """items[:-3] -> items[-3] of every user (`last`), or every prefix of items[:-2] (`all`).
 
+    Users that are not evaluated train with all their items: of a split by time, and where every
+    position is a target.
+
     Args:
-        every_position: each position of a window is a target. Users that are too short to be
-            evaluated train with all their items then.
+        every_position: each position of a window is a target.
     """
-    first, final = data.offsets[:-1], data.offsets[1:] - 3
+    first, final = data.offsets[:-1], data.offsets[1:] - 3  # the last target
+    if every_position or data.moment is not None:
+        longer = np.diff(data.short_offsets) >= 2
+        first = np.concatenate([first, data.short_offsets[:-1][longer]])
+        final = np.concatenate([final, data.short_offsets[1:][longer] - 1])
     if targets == "all":
         per_user = final - first
-        end = np.repeat(final + 1 - np.cumsum(per_user), per_user) + np.arange(per_user.sum())
-        return Samples(data, end, end - np.repeat(first, per_user), max_seq_length)
-    end, length = final, final - first
-    if every_position:
-        short = np.diff(data.short_offsets)
-        end = np.concatenate([end, data.short_offsets[1:][short >= 2] - 1])
-        length = np.concatenate([length, short[short >= 2] - 1])
-    return Samples(data, end, length, max_seq_length, every_position)
+        final = np.repeat(final + 1 - np.cumsum(per_user), per_user) + np.arange(per_user.sum())
+        first = np.repeat(first, per_user)
+    return Samples(data, final, final - first, max_seq_length, every_position)
 
 
 class EvaluationBatch(NamedTuple):
@@ -257,6 +258,7 @@ def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationS
     lines = [
         f"{data.n_users:,} users, {data.n_items:,} items, {data.offsets[-1]:,} interactions;"
         f" {len(samples):,} training samples"
+        + (f"; test targets from time {data.moment:.0f} on" if data.moment is not None else "")
     ]
     known = np.diff(data.offsets) - 1  # before the test target
     slots = samples.max_seq_length
@@ -272,11 +274,18 @@ def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationS
             " every one"
         )
     if data.n_short:
-        used = "popularity and training use" if samples.every_position else "popularity uses"
-        lines.append(
-            f"not evaluated: {data.n_short:,} users with fewer than {MINIMUM_LENGTH} items;"
-            f" {used} their items"
-        )
+        trains = samples.every_position or data.moment is not None
+        used = "popularity and training use" if trains else "popularity uses"
+        who = f"fewer than {MINIMUM_LENGTH} items; {used} their items"
+        if data.moment is not None:
+            who = (
+                f"fewer than {MINIMUM_LENGTH - 1} items before that time, or none after it; {used}"
+            )
+            who += " what is before"
+        lines.append(f"not evaluated: {data.n_short:,} users with {who}")
+    new = splits["test"].popularity()[splits["test"].targets()] == 0
+    if data.moment is not None and new.any():
+        lines.append(f"{new.mean():.1%} of the test targets occur nowhere in training")
     few = splits["test"].fewest_candidates()
     if few < splits["test"].n_candidates:
         lines.append(

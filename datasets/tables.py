@@ -1,17 +1,20 @@
 """A table in a file or a folder of parts, as a stream of frames: text, parquet, JSON lines."""
 
+import ast
 import bz2
 import csv
 import gzip
 import io
+import json
 import lzma
 import re
 import warnings
 import zlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import orjson
 import pandas as pd
 import pyarrow as pa
@@ -51,7 +54,7 @@ class Table(NamedTuple):
     kind: text, lines ("user item item ..."), json or parquet. parts: the files that are read.
     skip: lines of text before the first row. quoted: whether quotes enclose cells of text.
     columns: names; without a header their numbers from 1. sample: the first rows, as text by
-        column.
+        column. lenient: a line that is no JSON object is a row of None, not an error.
     """
 
     path: Path
@@ -64,6 +67,7 @@ class Table(NamedTuple):
     columns: list[str]
     sample: list[dict[str, str]]
     quoted: bool = True
+    lenient: bool = False
 
     def cells(self, column: str) -> list[str]:
         """The first cells of a column that are not empty."""
@@ -137,8 +141,32 @@ class Table(NamedTuple):
                 )
 
 
+class Names:
+    """Codes of names, in the order in which they come; -1 for a missing one.
+
+    Args:
+        clean: what makes a name of a cell, "" where it is missing.
+    """
+
+    def __init__(self, clean: Callable[[object], str]) -> None:
+        self.codes: dict[str, int] = {}
+        self.clean = clean
+
+    def encode(self, cells: pd.Series) -> np.ndarray:
+        """int32 [n], a code per cell."""
+        coded, distinct = pd.factorize(cells.astype(object), use_na_sentinel=False)
+        own = []
+        for name in map(self.clean, distinct):
+            own.append(self.codes.setdefault(name, len(self.codes)) if name else -1)
+        return np.array(own, dtype=np.int32)[coded]
+
+
 def open_table(
-    path: Path, named: Sequence[str] = (), known: Container[str] = (), lines: bool = False
+    path: Path,
+    named: Sequence[str] = (),
+    known: Container[str] = (),
+    lines: bool = False,
+    lenient: bool = False,
 ) -> Table:
     """Tell a file's form from its first rows.
 
@@ -146,6 +174,7 @@ def open_table(
         known: names of which one makes the first row a header.
         named: columns that the user names; whole numbers mean that there is no header.
         lines: whether text without a header is "user item item ...".
+        lenient: the file has JSON lines, some of which may be broken.
     Raises:
         UsageError: it is empty, damaged, or of a form that is not read here.
     """
@@ -184,8 +213,8 @@ def open_table(
     rows = [line for line in every[skip:] if line.strip()][: SAMPLE_ROWS + 1]
     if not rows:
         raise UsageError(f"{first}: is empty")
-    if rows[0].lstrip().startswith("{"):
-        return _look_at_json(path, parts, encoding, rows)
+    if lenient or rows[0].lstrip().startswith("{"):
+        return _look_at_json(path, parts, encoding, rows, lenient)
     if rows[0].lstrip().startswith("[") and not rows[0].lstrip().startswith("[["):
         raise UsageError(f"{first}: looks like one JSON array; write a JSON object per line")
     return _look_at_text(path, parts, encoding, rows, skip, named, known, lines)
@@ -200,16 +229,26 @@ def _look_at_parquet(path: Path, parts: list[Path]) -> Table:
     return Table(path, parts, "parquet", "", "", True, 0, columns, [*map(_texts, rows)])
 
 
-def _look_at_json(path: Path, parts: list[Path], encoding: str, lines: list[str]) -> Table:
-    rows = []
-    for line in lines:
-        try:
-            row = orjson.loads(line)
-        except ValueError:
-            continue
-        rows += [row] if isinstance(row, dict) else []
+def _look_at_json(
+    path: Path, parts: list[Path], encoding: str, lines: list[str], lenient: bool
+) -> Table:
+    rows = [row for row in map(_parsed, lines) if row is not None]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    return Table(path, parts, "json", "", encoding, True, 0, columns, [*map(_texts, rows)])
+    sample = [*map(_texts, rows)]
+    return Table(path, parts, "json", "", encoding, True, 0, columns, sample, lenient=lenient)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The JSON object of a line; None for anything else. Amazon's metadata of 2014 are Python
+    literals, and other files have what strict JSON refuses: NaN, lone surrogates, huge numbers.
+    """
+    for parse in (orjson.loads, json.loads, *[ast.literal_eval] * line.startswith("{'")):
+        try:
+            row = parse(line)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return row if isinstance(row, dict) else None
+    return None
 
 
 def _texts(row: dict[str, Any]) -> dict[str, str]:
@@ -345,17 +384,15 @@ def _lines(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame
 
 
 def _json(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
-    text = io.TextIOWrapper(_watched(table.path), encoding=table.encoding)
+    errors = "replace" if table.lenient else "strict"
+    text = io.TextIOWrapper(_watched(table.path), encoding=table.encoding, errors=errors)
     for first, lines in _chunks(text):
         rows = []
         for number, line in enumerate(lines, start=first):
-            try:
-                row = orjson.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
+            row = _parsed(line)
+            if row is None and not table.lenient:
                 raise UsageError(f"{table.path}: row {number}: not a JSON object ({line[:40]!r})")
-            rows.append([_cell(row.get(name)) for name in columns])
+            rows.append([_cell((row or {}).get(name)) for name in columns])
         yield first, pd.DataFrame(rows, columns=columns, dtype=object)
 
 

@@ -49,6 +49,12 @@ class Run(NamedTuple):
         return self.config["step"]
 
     @property
+    def domain(self) -> str:
+        """Its name; of a split by time with that."""
+        split = self.flags.get("split") or ""
+        return self.config["domain"] + f" (split {split})" * split.startswith("time")
+
+    @property
     def flags(self) -> dict[str, Any]:
         """As recorded. A flag added after the run has its default, one that is gone is left out."""
         known = cli.defaults(SCRIPTS[self.stage])
@@ -186,10 +192,10 @@ def by_domain(runs: list[Run], notes: list[str]) -> dict[str, list[Row]]:
     """
     hashes = defaultdict(set)
     for run in runs:
-        hashes[run.config["domain"]].add(run.config["data_sha256"])
+        hashes[run.domain].add(run.config["data_sha256"])
     groups: dict[str, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
-        domain, sha = run.config["domain"], run.config["data_sha256"]
+        domain, sha = run.domain, run.config["data_sha256"]
         teacher = next((other.key for other in runs if run.taught_by(other)), "")
         name = domain if len(hashes[domain]) == 1 else f"{domain} ({sha[:8]})"
         row = groups[name][run.key + teacher]

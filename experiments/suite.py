@@ -106,8 +106,6 @@ def open_suite(given: SuiteFlags, texts: dict[str, str]) -> Suite:
             extra[stage]["base_model"] = given.base_model
     domain = Domain.of(given)
     domain.read()
-    data = {"domain_type": domain.name, "data_path": domain.data_path}
-    if given.ends_are_items:
-        data["ends_are_items"] = True
+    data = dict(zip(("domain_type", "data_path", "ends_are_items", "split"), domain))
     root = Path(given.output_dir or domain.folder / "paper")
     return Suite(root, data, extra, given.overwrite)

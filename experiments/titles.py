@@ -122,6 +122,7 @@ def main(
         "text_model": text_model,
         "not_in_data": int((~known).sum()),
         "ends_are_items": domain.ends_are_items,
+        "split": domain.split,
         "domain": domain.name,
         "dim": dim,
         "rows": n_rows,

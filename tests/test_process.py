@@ -63,11 +63,11 @@ def written(tmp_path, lines=REVIEWS, meta=META, **flags):
 def test_every_defect_at_once_gives_the_expected_files(tmp_path, capsys):
     out = written(tmp_path)
     assert (out / "hand.csv").read_text() == (
-        "reviewerID,asin,title\n"
+        "reviewerID,asin,title,time\n"
         'u2,"[2, 1, 0, 3]","[""Cup"", ""Tea pot"", ""Salt & Pepper\'s mill"", ""second record of '
-        'D""]"\n'
+        'D""]","[10, 20, 30, 40]"\n'
         'u1,"[0, 1, 3, 2]","[""Salt & Pepper\'s mill"", ""Tea pot"", ""second record of D"", '
-        '""Cup""]"\n'
+        '""Cup""]","[10, 10, 20, 50]"\n'
     )
     assert (out / "hand.items.csv").read_text() == (
         "item_id,asin,title\n0,A,Salt & Pepper's mill\n1,B,Tea pot\n2,C,Cup\n3,D,second record "
@@ -166,7 +166,7 @@ def test_refusals(tmp_path):
     ):
         written(tmp_path, overwrite=True, min_item=50)
     (tmp_path / "cut.json.gz").write_bytes(gzip.compress("\n".join(REVIEWS * 9).encode())[:-9])
-    with pytest.raises(UsageError, match="damaged after line"):
+    with pytest.raises(UsageError, match="cut.json.gz: damaged"):
         process.main(
             reviews=str(tmp_path / "cut.json.gz"), domain_type="x", output_dir=str(tmp_path)
         )
@@ -217,24 +217,25 @@ def test_the_notebook_runs_and_shows_its_counts_and_plots(tmp_path, monkeypatch)
     assert (tmp_path / "notebook.csv").exists()
 
 
-def test_what_strict_json_refuses_is_read_where_the_fields_are_whole():
-    fields = ("asin", "overall")
-    assert process._parse(b'{"asin": "A", "overall": 5.0, "image": NaN}', fields)["asin"] == "A"
-    assert process._parse(b'{"asin": "A", "overall": 5, "text": "\\ud800"}', fields)["overall"] == 5
-    assert (
-        process._parse(
-            b'{"asin": "A", "overall": 5, "big": 123456789012345678901234567890}', fields
-        )["asin"]
-        == "A"
-    )
-    assert process._parse(b"{'asin': 'A', 'overall': 5.0}", fields) == {"asin": "A", "overall": 5.0}
-    broken = [
-        b'{"asin": "A", "overall": NaN}',
-        b'{"asin": "A", "overall": 1e300}',
-        b'{"asin": 3, "overall": 5}',
-        b'{"asin": "A"}',
-        b"[1]",
+def test_what_strict_json_refuses_is_read_where_the_fields_are_whole(tmp_path, capsys):
+    whole = [
+        '{"asin": "A", "overall": 5.0, "image": NaN}',
+        '{"asin": "B", "overall": 5, "text": "\\ud800"}',
+        '{"asin": "C", "overall": 5, "big": 123456789012345678901234567890}',
+        "{'asin': 'D', 'overall': 5.0}",
     ]
-    broken += [b"{'asin': f()}", b"[" * 100000, b"\xff"]
-    for line in broken:
-        assert process._parse(line, fields) is None, line[:30]
+    broken = [
+        '{"asin": "A", "overall": NaN}',
+        '{"asin": "A", "overall": 1e300}',
+        '{"asin": 3, "overall": 5}',
+        '{"asin": "A", "overall": true}',
+        '{"asin": "A"}',
+        "[1]",
+        "{'asin': f()}",
+        "[" * 100000,
+    ]
+    lines = [line.encode() for line in (*whole * 400, *broken)] + [b"\xff"]
+    (tmp_path / "a.json").write_bytes(b"\n".join(lines))
+    frames = list(process._records(tmp_path / "a.json", ("asin",), ("overall",)))
+    assert [asin for frame in frames for asin in frame["asin"]] == [*"ABCD"] * 400
+    assert "skipped 9 broken lines of 1,609, the first is line 1601" in capsys.readouterr().out

@@ -56,6 +56,9 @@ LayerSelection = Annotated[
         f"one of {', '.join(LAYER_RULES)}, or numbers (0,2,4,6)",
     ),
 ]
+Split = Annotated[
+    str, Pattern(r"leave_one_out|time:0?\.\d*[1-9]\d*", "leave_one_out, or time:Q such as time:0.9")
+]
 BlockMap = Annotated[str, Pattern(r"[0-9]+:[0-9]+(,[0-9]+:[0-9]+)*", "pairs such as 2:4,4:8")]
 
 
@@ -73,6 +76,11 @@ class Data(Group):
     data_path: str | None = flag(None, "the domain's CSV, wherever it is")
     ends_are_items: bool = flag(
         False, "treat ids at the ends of many lists that look like padding or markers as items"
+    )
+    split: Split | None = flag(
+        None,
+        "leave_one_out (the last two items of every user, the default), or time:0.9: targets after "
+        "the moment that ends the first 90 % of all interactions; later steps take it over",
     )
 
 
