@@ -83,8 +83,7 @@ def read_csv(
     Raises:
         UsageError: one line naming the file, the row (the header is row 1) and the mend.
     """
-    path = Path(path)
-    share = float(split.partition(":")[2]) if split and split.startswith("time:") else None
+    path, by_time = Path(path), (split or "").startswith("time:")
     names: dict[str, int] = {}  # reviewerID -> row
     flat, lengths, times = [], [], []
     ends = _Ends()
@@ -101,32 +100,54 @@ def read_csv(
         flat.extend(ids)
         lengths.append(len(ids))
         ends.look(ids)
-        if share is not None:
+        if by_time:
             times.extend(_times(path, row, cell, len(ids)))
     if not names:
         raise UsageError(f"{path}: 0 users; the file has a header and no rows")
     if not flat:
         raise UsageError(f"{path}: every user's list is empty")
+    lists = path, names, flat, np.array(lengths, dtype=np.int64), digest.hexdigest()
+    data = _packed(*lists, *((np.array(times), split) if by_time else ()))
+    if data.n_items == 1:
+        raise UsageError(f"{path}: item {data.item_ids[0]} is the only one; there is no choice")
+    if not ends_are_items:
+        ends.check(path)
+    return data
+
+
+def _packed(
+    path: Path,
+    names: dict[str, int],
+    flat: list[int],
+    length: np.ndarray,
+    sha256: str,
+    times: np.ndarray | None = None,
+    split: str = "",
+) -> Interactions:
+    """Users' lists of `length` items [U], one after the other in `flat`, as Interactions.
+
+    Args:
+        times: of all items, where the lists are split by time; None of leave-one-out.
+    Raises:
+        UsageError: nobody can be evaluated.
+    """
     item_ids, items = np.unique(np.array(flat, dtype=np.int64), return_inverse=True)
-    length, sha256, moment = np.array(lengths, dtype=np.int64), digest.hexdigest(), None
-    enough = length >= MINIMUM_LENGTH
-    if share is not None:
-        moment, before = _before(np.array(times), length, share)
+    moment, enough, needs = None, length >= MINIMUM_LENGTH, f"{MINIMUM_LENGTH} items or more"
+    if times is not None:
+        moment, before = _before(times, length, float(split.partition(":")[2]))
         enough = (length > before) & (before + 1 >= MINIMUM_LENGTH)
         place = np.arange(len(items)) - np.repeat(np.cumsum(length) - length, length)
         kept = before + enough
         items, length = items[place < np.repeat(kept, length)], kept
         sha256 = hashlib.sha256(f"{sha256} {split}".encode()).hexdigest()
+        needs = f"{MINIMUM_LENGTH - 1} items before time {moment:.0f} and one after (--split)"
     if not enough.any():
-        needs = f"{MINIMUM_LENGTH} items or more"
-        if moment is not None:
-            needs = f"{MINIMUM_LENGTH - 1} items before time {moment:.0f} and one after (--split)"
         raise UsageError(
             f"{path}: no user has {needs}; leave-one-out needs train, valid and test items"
         )
     of_enough = np.repeat(enough, length)
     offsets = np.concatenate([[0], np.cumsum(length[enough])])
-    data = Interactions(
+    return Interactions(
         users=[user for user, kept in zip(names, enough) if kept],
         rows=np.fromiter(names.values(), np.int64)[enough] - 2,
         items=np.concatenate([items[of_enough], items[~of_enough]]).astype(np.int32),
@@ -136,11 +157,6 @@ def read_csv(
         sha256=sha256,
         moment=moment,
     )
-    if data.n_items == 1:
-        raise UsageError(f"{path}: item {item_ids[0]} is the only one; there is no choice")
-    if not ends_are_items:
-        ends.check(path)
-    return data
 
 
 def _before(times: np.ndarray, length: np.ndarray, share: float) -> tuple[float, np.ndarray]:

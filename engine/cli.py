@@ -7,10 +7,12 @@ and limits are checked, every problem is reported in one line with exit status 2
 `main` run. Fire writes the help page.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -285,10 +287,7 @@ def run(main: Callable, argv: list[str] | None = None) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # titles that the terminal cannot show
     processes.quiet_all_but_first()
     if any(word in ("-h", "--help") for word in argv):
-        import fire
-
-        name = os.path.basename(sys.argv[0])
-        fire.Fire(_described(main), command=["--help"], name=name)
+        print(_help_page(main))
         return
     processes.call(lambda: main(**bind(main, argv)))
 
@@ -369,6 +368,18 @@ def _next_value(words: list[str], hint: Any) -> str | None:
     return "true" if _is_bool(hint) else None
 
 
+def _help_page(main: Callable) -> str:
+    """Fire's, without the short flags that it makes up and with types in full."""
+    import fire
+
+    fire.helptext.LINE_LENGTH = 10_000
+    page = io.StringIO()
+    with contextlib.redirect_stderr(page), contextlib.suppress(SystemExit):
+        fire.Fire(_described(main), command=["--help"], name=os.path.basename(sys.argv[0]))
+    _, _, text = page.getvalue().partition("\n\n")  # after a line that fire logs
+    return re.sub(r"^( +)-\w, --", r"\1--", text.rstrip(), flags=re.MULTILINE)
+
+
 def _described(main: Callable) -> Callable:
     """A stand-in of `main` for fire's help page: its flags, and the groups by name."""
     summary = inspect.getdoc(main) or ""
@@ -384,6 +395,7 @@ def _described(main: Callable) -> Callable:
         )
         title = flag.group.__doc__ if flag.group else "Other"
         groups.setdefault(title, []).append(f"--{name}")
+    groups["Repeat a run"] = ["--config RUN/config.json"]
     listing = "\n".join(f"{title}: {' '.join(names)}" for title, names in groups.items())
     texts = "\n".join(f"    {name}: {flag.help}" for name, flag in flags.items())
 

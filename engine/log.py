@@ -1,12 +1,17 @@
 """The metrics of a run during training (metrics.jsonl), and its training time (clock.json)."""
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine import files, processes
 from engine.files import write_json
 
+if TYPE_CHECKING:
+    import torch
+
+SPEED = ("users_per_second", "peak_mib")  # of a line of training; they differ from run to run
 CLOCK = "clock.json"
 
 
@@ -61,6 +66,20 @@ class MetricsLog:
             return float(json.loads(text)["seconds"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0.0
+
+
+def peak_mib(device: "torch.device") -> float:
+    """The most memory so far: of the CUDA device, else of this process; MiB."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def parsed_event(line: str) -> dict[str, Any] | None:

@@ -344,15 +344,10 @@ class Run:
             UsageError: an unfinished run is of another model; what differs is named.
         """
         config["bf16"] = self.bf16
-        self._new_config = {"step": self.stage, "draws": 1} | config | self._new_config
+        self._new_config = {"step": self.stage} | config | self._new_config
         self._new_config["flags"] = self.flags
         self.resume = not self.overwrite and self.config is not None and self._has_checkpoint()
         if self.resume:
-            if self.config.get("draws") != 1:
-                raise UsageError(
-                    f"--output_dir={self.folder}: its unfinished run was begun by code from before"
-                    " 2026-11-25, which drew other numbers; --overwrite starts from scratch"
-                )
             self._refuse_others(config)
         elif self.config is not None and not self.overwrite:
             print(
@@ -469,15 +464,10 @@ class Run:
 def recorded_flags(config: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     """The flags of a config.json.
 
-    Before 2026-11-28 an empty flag that adapts had its usual value, and `given` listed the others;
-    before 2026-11-25, when `draws` came, nothing told them apart.
+    Before 2026-11-28 an empty flag that adapts had its usual value, and `given` listed the others.
     """
-    flags = dict(config.get("flags") or {})
-    if "given" in config:
-        return flags | dict.fromkeys(name for name in usual if name not in config["given"])
-    if "draws" not in config:
-        return flags | dict.fromkeys(n for n, value in usual.items() if flags.get(n) == value)
-    return flags
+    flags, given = dict(config.get("flags") or {}), config.get("given")
+    return flags | dict.fromkeys(n for n in usual if given is not None and n not in given)
 
 
 def print_results(results: dict[str, Any], folder: Path, verb: str = "see") -> None:

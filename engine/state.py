@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import checkpoint, processes, sharding
-from engine.errors import UsageError
 from engine.run import Run
 
 FROM_FLAGS = ("save_every", "patience")  # of the plan: taken from the command, not the checkpoint
@@ -68,8 +67,13 @@ class State:
         self._started = time.perf_counter()
 
     def stop_clock(self) -> None:
-        self.seconds += time.perf_counter() - self._started
+        self.seconds = self.spent()
         self._started = None
+
+    def spent(self) -> float:
+        """Seconds trained so far."""
+        running = self._started is not None
+        return self.seconds + (time.perf_counter() - self._started if running else 0.0)
 
     def set_rate(self, rate: float) -> float:
         for group in self.optimizer.param_groups:
@@ -123,8 +127,7 @@ class State:
         meta["plan"] = self.plan._asdict()
         checkpoint.save(self.run.folder / name, weights, meta, state)
         self.run.drop_replaced()
-        running = time.perf_counter() - self._started if self._started is not None else 0.0
-        self.run.log.write_seconds(self.seconds + running)
+        self.run.log.write_seconds(self.spent())
 
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors on the CPU, in the first process only; every process must call this."""
@@ -153,11 +156,6 @@ class State:
         recorded = found.meta["progress"]
         names = {"best" if name == BEST else name: value for name, value in recorded.items()}
         self.progress = Progress(**names)
-        if "plan" not in found.meta:
-            raise UsageError(
-                f"{folder / found.name}: was begun by code from before 2026-11-25, which is not"
-                " resumed here; --overwrite starts from scratch"
-            )
         now = {name: getattr(self.plan, name) for name in FROM_FLAGS}
         self.plan = type(self.plan)(**found.meta["plan"])._replace(**now)
         self.seconds = self.run.log.seconds()

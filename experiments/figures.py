@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 
-from engine.log import parsed_event
+from engine.log import SPEED, parsed_event
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,7 +30,7 @@ PARTS = {
     "teacher_ce": "teacher's cross-entropy",
     "total": "total (SASRec: cross-entropy)",
 }
-NO_PARTS = ("event", "step", "learning_rate", "grad_norm", "epoch", "teacher_exits")
+NO_PARTS = ("event", "step", "learning_rate", "grad_norm", "epoch", "teacher_exits", *SPEED)
 Series = dict[str, dict[str, tuple[list, list]]]  # panel -> row's label -> steps and values
 
 

@@ -22,6 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from datasets.demo import write_demo
 from engine import cpu
 from engine.errors import RunError
+from engine.log import SPEED
 from models import losses
 from models.llm4rec import LLM4Rec, assemble
 
@@ -146,10 +147,15 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in paths}
 
 
+def log_of(folder: str | Path) -> list[dict]:
+    """A run's log without what differs from run to run."""
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in SPEED} for line in lines]
+
+
 def trained_lines(folder: str | Path) -> list[dict]:
     """The train events of a run's log."""
-    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["event"] == "train"]
+    return [line for line in log_of(folder) if line["event"] == "train"]
 
 
 def hashes(folder: Path) -> dict[str, str]:

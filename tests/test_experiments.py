@@ -747,7 +747,7 @@ def test_experiments_pass_on_what_was_said_of_the_ends(tmp_path):
     with pytest.raises(cli.UsageError, match="say --ends_are_items if it is meant"):
         suite.open_suite(suite.SuiteFlags(**given), {"sasrec": ""})
     opened = suite.open_suite(suite.SuiteFlags(**given, ends_are_items=True), {"sasrec": ""})
-    assert opened.data == given | {"ends_are_items": True}
+    assert opened.data == given | {"ends_are_items": True, "split": None}
 
 
 @pytest.mark.parametrize("after", ["beauty_titles", "beauty_smollm2"])

@@ -18,7 +18,7 @@ from datasets import item_table
 from datasets.demo import write_demo
 from engine import checkpoint
 from engine.errors import UsageError
-from tests.conftest import SHORT, TARGETS, files, hashes, small_config, trained_lines
+from tests.conftest import SHORT, TARGETS, files, hashes, log_of, small_config, trained_lines
 
 pytestmark = pytest.mark.slow
 CHECKPOINT = ("weights.safetensors", "state.safetensors", "meta.json", "manifest.json")
@@ -382,9 +382,7 @@ def test_a_gap_in_the_ids_changes_no_metric(inside):
         for domain in ("demo", "gappy")
     ]
     assert results[0]["test"] == results[1]["test"] and results[0]["valid"] == results[1]["valid"]
-    logs = [
-        Path(f"output/{domain}/sasrec/metrics.jsonl").read_text() for domain in ("demo", "gappy")
-    ]
+    logs = [log_of(f"output/{domain}/sasrec") for domain in ("demo", "gappy")]
     assert logs[0] == logs[1]
     extract_emb.main(domain_type="gappy")
     teacher = [finetune.main(**SHORT, domain_type="gappy", llama_decoder_nums=2)]

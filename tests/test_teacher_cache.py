@@ -19,7 +19,7 @@ from datasets.sequences import Samples
 from engine import checkpoint, tensor_cache
 from engine.errors import UsageError
 from models.losses import Output
-from tests.conftest import SHORT, hashes, loss_parts, small_model
+from tests.conftest import SHORT, hashes, log_of, loss_parts, small_model
 from utils.flags import StudentLoss
 
 CPU = torch.device("cpu")
@@ -291,10 +291,7 @@ def test_the_scripts_losses_are_those_of_the_live_teacher(inside, strategy):
     assert not Path("guide/teacher_states").exists()
     for run in ("cached", "again"):
         distill.main(**short, teacher="guide/teacher", train_strategy=strategy, output_dir=run)
-    logs = [
-        [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
-        for run in ("live", "cached", "again")
-    ]
+    logs = [log_of(run) for run in ("live", "cached", "again")]
     assert (
         [line.pop("event") for line in logs[0]]
         == [line.pop("event") for line in logs[1]]
@@ -305,7 +302,7 @@ def test_the_scripts_losses_are_those_of_the_live_teacher(inside, strategy):
     ):  # the KL of two near models is a small difference of large float32 numbers
         assert one.pop("logit_kl", 0.0) == pytest.approx(other.pop("logit_kl", 0.0), abs=1e-5)
         assert one == pytest.approx(other, rel=1e-5)
-    assert Path("cached/metrics.jsonl").read_text() == Path("again/metrics.jsonl").read_text()
+    assert log_of("cached") == log_of("again")
     assert hashes(Path("cached/best")) == hashes(Path("again/best"))
 
 

@@ -398,7 +398,7 @@ class Training(Group):
     usual: ClassVar[dict[str, int]] = {
         "num_epochs": 20,
         "warmup_steps": 50,
-        "patience": 0,
+        "patience": 10,
         "eval_steps": 100,
     }
     train_targets: Literal["last", "all"] | None = flag(None, TARGETS)
@@ -421,8 +421,8 @@ class Training(Group):
     max_grad_norm: NonNegativeFloat = flag(1.0, "clip gradients to this norm; 0 disables clipping")
     patience: NonNegativeInt | None = flag(
         None,
-        "stop after so many evaluations without a better one; 0 disables it, which is the default "
-        "(SASRec: 10 from step 500 on)",
+        "stop after so many evaluations without a better one; 0 disables it; by default 10, from "
+        "step 500 on",
     )
     eval_steps: Interval | None = flag(
         None,

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from engine import processes, sharding
 from engine.errors import RunError, Stopped
+from engine.log import SPEED, peak_mib
 from engine.processes import Signals
 from engine.run import Run
 from engine.state import Progress, State, kept
@@ -151,6 +152,7 @@ def fit(
     if source == "best" and due(progress.step, plan.save_every):
         state.save("last")  # due at the same step; the run was killed before it was written
     took = [time.perf_counter()]
+    users, since = 0, state.spent()  # since the last line of the log
     options = {"unit": "step", "dynamic_ncols": True, "mininterval": 1.0}
     bar = tqdm(total=plan.total, initial=progress.step, **options)
     with bar, Signals() as signals:
@@ -170,6 +172,7 @@ def fit(
             )
             values["grad_norm"] = state.clip(training.max_grad_norm)
             late.add(step, indices, values)
+            users += len(indices)
             state.step(torch.isfinite(values["total"] + values["grad_norm"]))
             progress.step = step
             logs = step == plan.total or step % runtime.log_steps == 0
@@ -183,7 +186,10 @@ def fit(
                 progress.running = {}
                 more = {"learning_rate": rate, "grad_norm": late.norm}
                 more["epoch"] = step / plan.per_epoch
-                run.log.add("train", step, means | more)
+                spent = state.spent()
+                speed = (round(users / (spent - since), 1), round(peak_mib(state.device), 1))
+                users, since = 0, spent
+                run.log.add("train", step, means | more | dict(zip(SPEED, speed)))
                 bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
             if due(step, plan.eval_every):
                 state.stop_clock()
