@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.errors import RunError, UsageError
-from engine.files import file_sha256, read_json, sync_folder
+from engine.files import file_sha256, read_json, replace_folder, replaced
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -73,7 +73,7 @@ def save(
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        _replace(partial, folder)
+        replace_folder(partial, folder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -97,33 +97,17 @@ def _no_room(folder: Path, needed: int, error: OSError) -> str:
     )
 
 
-def _replace(partial: Path, folder: Path) -> None:
-    """Rename `partial` to `folder`.
-
-    The old folder is renamed first, since a rename cannot replace a folder that is not empty. If a
-    run dies between the two renames, only that copy remains. It is kept until the new folder is in
-    place.
-    """
-    old = folder.with_name(f".old-{folder.name}")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    partial.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def remove_replaced(run: Path) -> None:
     """Remove the old checkpoints of a run that died before it could do so."""
     for name in NAMES:
         if (run / name).exists():
-            shutil.rmtree(run / f".old-{name}", ignore_errors=True)
+            shutil.rmtree(replaced(run / name), ignore_errors=True)
 
 
 def _present(folder: str | Path) -> Path:
     """The folder, or the old checkpoint beside it where a run died between the two renames."""
     folder = Path(folder)
-    old = folder.with_name(f".old-{folder.name}")
+    old = replaced(folder)
     return old if not folder.exists() and old.exists() else folder
 
 

@@ -158,22 +158,29 @@ def check_replaceable(folder: Path, flag: str) -> Path:
     return real
 
 
+def replaced(folder: Path) -> Path:
+    """Where a folder is while another one takes its place; it stays if the process dies then."""
+    return folder.with_name(f".old-{folder.name}")
+
+
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Put a finished folder in the place of another one, which stands until then.
+    """Put a finished folder in the place of another one, which is renamed first: a rename cannot
+    replace a folder that is not empty.
 
     Raises:
         OSError: it cannot be moved; the old one is back in its place.
     """
-    old = folder.with_name(f".old-{folder.name}-{os.getpid()}")
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    folder.rename(old)
+    old = replaced(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
     try:
         partial.rename(folder)
     except OSError:
-        old.rename(folder)
+        if old.exists():
+            old.rename(folder)
         raise
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,5 +1,7 @@
 """The rows of the paper's tables: their runs, their names, and the paper's own figures."""
 
+import csv
+from pathlib import Path
 from typing import Any
 
 from utils.flags import reads_teacher, terms
@@ -33,50 +35,20 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 ABLATION = {name: {"student_init": "base"} | flags for name, flags in ROWS.items()}
 
-# The paper's tables 2 and 3, in %: HR@1, HR@5, NDCG@5, MRR
 COLUMNS = ("HR@1", "HR@5", "NDCG@5", "MRR")
-PAPER = {
-    "cloth": {
-        "SASRec": (13.08, 16.94, 15.01, 15.76),
-        "E4SRec-like, 32 layers": (16.71, 19.45, 18.09, 18.77),
-        "E4SRec-like, 8 layers": (15.30, 18.54, 16.91, 17.60),
-        "E4SRec-like, 4 layers": (14.58, 18.05, 16.32, 17.01),
-        "SLMRec 4 <- 8": (16.69, 19.47, 18.07, 18.74),
-        "4 <- 8: D_cos": (16.10, 18.85, 17.48, 18.17),
-        "4 <- 8: D_cos + D_norm": (16.28, 19.12, 17.69, 18.40),
-        "4 <- 8: D_cos + L_ms": (16.85, 19.05, 17.96, 18.59),
-    },
-    "movie": {
-        "SASRec": (5.57, 16.80, 11.17, 12.08),
-        "E4SRec-like, 32 layers": (14.74, 23.79, 19.45, 19.74),
-        "E4SRec-like, 8 layers": (13.32, 22.49, 17.99, 18.46),
-        "E4SRec-like, 4 layers": (11.80, 21.54, 16.73, 17.20),
-        "SLMRec 4 <- 8": (15.29, 24.25, 19.90, 20.36),
-        "4 <- 8: D_cos": (14.83, 23.08, 19.08, 19.45),
-        "4 <- 8: D_cos + D_norm": (14.86, 23.89, 19.36, 19.84),
-        "4 <- 8: D_cos + L_ms": (15.05, 23.48, 19.40, 19.76),
-    },
-    "music": {
-        "SASRec": (1.82, 5.72, 3.79, 4.51),
-        "E4SRec-like, 32 layers": (5.62, 9.29, 7.50, 7.98),
-        "E4SRec-like, 8 layers": (5.46, 8.86, 7.21, 7.74),
-        "E4SRec-like, 4 layers": (5.33, 8.75, 7.08, 7.59),
-        "SLMRec 4 <- 8": (5.72, 9.15, 7.48, 8.03),
-        "4 <- 8: D_cos": (5.62, 8.78, 7.23, 7.81),
-        "4 <- 8: D_cos + D_norm": (5.95, 9.26, 7.65, 8.23),
-        "4 <- 8: D_cos + L_ms": (5.69, 8.94, 7.36, 7.91),
-    },
-    "sport": {
-        "SASRec": (4.70, 8.43, 6.59, 7.24),
-        "E4SRec-like, 32 layers": (6.40, 9.67, 8.05, 8.70),
-        "E4SRec-like, 8 layers": (5.48, 8.63, 7.06, 7.76),
-        "E4SRec-like, 4 layers": (5.41, 8.65, 7.04, 7.72),
-        "SLMRec 4 <- 8": (6.62, 9.83, 8.25, 8.89),
-        "4 <- 8: D_cos": (6.25, 9.25, 7.76, 8.41),
-        "4 <- 8: D_cos + D_norm": (6.61, 9.82, 8.24, 8.87),
-        "4 <- 8: D_cos + L_ms": (6.51, 9.39, 7.96, 8.62),
-    },
-}
+
+
+def published() -> dict[str, dict[str, tuple[float, ...]]]:
+    """Domain -> row -> the paper's COLUMNS in % (tables 2 and 3)."""
+    found: dict[str, dict[str, tuple[float, ...]]] = {}
+    with open(Path(__file__).with_name("paper.csv"), encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            values = tuple(float(row[name]) for name in COLUMNS)
+            found.setdefault(row["domain"], {})[row["row"]] = values
+    return found
+
+
+PAPER = published()
 # Fig. 2 (cloth), read off the figure: layers -> HR@10, NDCG@10, MRR; SASRec's band
 FIGURE2 = {
     1: (0.2073, 0.1654, 0.1620),

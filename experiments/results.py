@@ -5,6 +5,7 @@ name.
 """
 
 import csv
+import io
 import json
 import math
 import zipfile
@@ -276,20 +277,10 @@ def _kept_files(run: Run) -> dict[str, bytes]:
     files = {name: (run.folder / name).read_bytes() for name in KEPT}
     ranks = {f"test_{protocol}": run.ranks(protocol) for protocol in ("sampled", "full")}
     if all(values is not None for values in ranks.values()):
-        files["ranks.npz"] = _compressed(ranks)
+        small = {
+            n: values.astype(np.min_scalar_type(int(values.max()))) for n, values in ranks.items()
+        }
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **small)
+        files["ranks.npz"] = buffer.getvalue()
     return files
-
-
-def _compressed(arrays: dict[str, np.ndarray]) -> bytes:
-    """As np.savez_compressed, with the same bytes at any time."""
-    import io
-
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        for name, values in arrays.items():
-            array = io.BytesIO()
-            np.lib.format.write_array(array, values.astype(np.min_scalar_type(int(values.max()))))
-            entry = zipfile.ZipInfo(f"{name}.npy", LONG_AGO)
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            file.writestr(entry, array.getvalue())
-    return buffer.getvalue()

@@ -1,14 +1,11 @@
 """Every flag of the four scripts, once, with type, default, help and rules. EDIT HERE.
 
-Flags stand in groups, and the group that a flag is in says what kind of flag it is:
+A group's kind says what may differ when a run resumes:
 
-* place: where files are. Their content is compared by hash; paths may differ when a run resumes.
-* model: what the trained model depends on. It must be the same when a run resumes, and
-  `--eval_only` reads it from the run.
-* training: how the model is trained. It must be the same when a run resumes.
-* free: by design does not change results (speed, logs). It may differ when a run resumes.
-
-A script lists groups in the signature of `main`. `engine.cli` binds the command line to them.
+* place: where files are. Paths may differ, their content not.
+* model: what the trained model depends on. `--eval_only` reads it from the run.
+* training: how the model is trained.
+* free: what does not change results (speed, logs). It may differ.
 """
 
 import dataclasses
@@ -34,14 +31,12 @@ from engine.cli import (
 )
 
 LAYER_RULES = ("first", "interval", "last")
-SASREC = (
-    "the folder of the step-1 run; output/<domain>/sasrec by default; several, separated by commas,"
-    " for an item table of several side by side"
-)
+SASREC = "the step-1 run, by default output/<domain>/sasrec; a,b for a table of several"
 TARGETS = (
-    "one target per user (last), or every position (SASRec) or prefix (LLM) of a history (all); "
+    "one target per user (last), or one per position (SASRec) or prefix (LLM) of a history (all); "
     "by default SASRec takes all, an LLM last unless the users are fewer than two batches"
 )
+EXITS = "weight of the cross-entropy at the inner block ends (lambda3); 0 trains no exits"
 NOT_FULL = "train_strategy=lora|train_strategy=auto"
 READS_TEACHER = "distill_lambda|norm_lambda|logit_lambda"
 N_TEACHER = 8  # M, without a trained teacher
@@ -79,8 +74,8 @@ class Data(Group):
     )
     split: Split | None = flag(
         None,
-        "leave_one_out (the last two items of every user, the default), or time:0.9: targets after "
-        "the moment that ends the first 90 % of all interactions; later steps take it over",
+        "leave_one_out (default), or time:0.9: targets after the moment that ends the first 90 % "
+        "of all interactions; later steps take it over",
     )
 
 
@@ -92,9 +87,7 @@ class Output(Group):
     output_dir: str | None = flag(
         None, "the run's folder; output/<domain>/<sasrec, teacher or student> by default"
     )
-    init_from: str | None = flag(
-        None, "the folder of a run of the same stage: start from its best weights"
-    )
+    init_from: str | None = flag(None, "a run of the same stage: start from its best weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +96,7 @@ class ItemTable(Group):
 
     kind: ClassVar[str] = "place"
     item_table: str | None = flag(
-        None,
-        "the item table that step 2 writes and later steps read; output/<domain>/sasrec_item.pkl "
-        "by default",
+        None, "what step 2 writes and later steps read; by default output/<domain>/sasrec_item.pkl"
     )
 
 
@@ -114,9 +105,7 @@ class SASRecFiles(Output, Data):
     """Files"""
 
     init_table: str | None = flag(
-        None,
-        "an item table to start the item embeddings from, such as that of experiments.titles; "
-        "scaled to init_std",
+        None, "an item table to start from (experiments.titles makes one), scaled to init_std"
     )
 
     def problems(self, flags: dict[str, Any]) -> list[str]:
@@ -142,9 +131,8 @@ class TeacherFiles(Output, ItemTable, Data):
     sasrec: str | None = flag(None, SASREC, needs="sasrec_lambda")
     teacher_cache: str = flag(
         "auto",
-        "where a frozen teacher's outputs on the training samples are kept, computed once and "
-        "read by later runs;"
-        " auto is teacher_states/ beside the teacher's folder, off runs the teacher in every step",
+        "where a frozen teacher's outputs are kept for later runs: auto is teacher_states/ beside "
+        "the teacher, off runs the teacher in every step",
         needs=f"{READS_TEACHER}|sasrec_lambda",
     )
 
@@ -155,7 +143,7 @@ class StudentFiles(TeacherFiles):
 
     teacher: str | None = flag(
         None,
-        "the folder of the step-3 run; output/<domain>/teacher by default",
+        "the step-3 run; output/<domain>/teacher by default",
         needs=f"{READS_TEACHER}|student_init=adapter|student_init=teacher",
     )
 
@@ -183,8 +171,8 @@ class Prompt(Sequence):
 
     base_model: str | None = flag(
         "tiny",
-        "a Hugging Face id, a local folder, smollm2 (after `make smollm2`), or a built-in random "
-        "base: tiny (hidden 64) or small (hidden 256)",
+        "a Hugging Face id, a folder, smollm2 (after `make smollm2`), or a built-in random base: "
+        "tiny (hidden 64) or small (hidden 256)",
     )
     prompt_template_name: str | None = flag("alpaca", "templates/<name>.json, or a path to one")
 
@@ -198,20 +186,12 @@ class SASRecModel(Group):
 
     kind: ClassVar[str] = "model"
     emb_dim: PositiveInt = flag(128, "width of the item table")
-    hid_dim: PositiveInt = flag(
-        32, "width of the transformer, with projections between the two unless they are equal"
-    )
+    hid_dim: PositiveInt = flag(32, "width of the transformer; projected where it is another")
     num_blocks: PositiveInt = flag(2, "transformer blocks")
     num_heads: PositiveInt = flag(1, "attention heads")
     dropout: DropRate = flag(0.5, "dropout in the transformer")
-    norm: Literal["query", "pre", "post"] = flag(
-        "query", "position of LayerNorm: query (released), pre or post"
-    )
-    init_std: PositiveFloat = flag(
-        0.02,
-        "initial standard deviation of the embeddings; the released code uses 1, with which "
-        "training on all positions fails",
-    )
+    norm: Literal["query", "pre", "post"] = flag("query", "where LayerNorm is; released: query")
+    init_std: PositiveFloat = flag(0.02, "standard deviation of new embeddings; released: 1")
 
     def problems(self, flags: dict[str, Any]) -> list[str]:
         if self.hid_dim % self.num_heads == 0:
@@ -225,9 +205,7 @@ class LLM(Group):
 
     kind: ClassVar[str] = "model"
     layer_selection: LayerSelection = flag(
-        "first",
-        "which layers: first, interval, last, or numbers such as 0,2,4,6 "
-        "(experiments.influence prints those that change their input most)",
+        "first", "first, interval, last, or numbers such as 0,2,4,6 (experiments.influence)"
     )
     interval_nums: PositiveInt = flag(
         1, "one layer in interval_nums + 1 is left out", needs="layer_selection=interval"
@@ -260,8 +238,7 @@ class StudentLLM(LLM):
     student_init: Literal["base", "adapter", "teacher"] | None = flag(
         None,
         "start from the base; adapter takes the trained teacher's item adapter and head, teacher "
-        "also its layers (layer_selection then chooses among them); by default adapter where a "
-        "trained teacher is read",
+        "also its layers (layer_selection chooses among them); adapter where there is a teacher",
     )
 
     def problems(self, flags: dict[str, Any]) -> list[str]:
@@ -291,30 +268,20 @@ class TeacherLoss(Group):
     kind: ClassVar[str] = "model"
     distill_block: PositiveInt = flag(
         4,
-        "B, the number of blocks; must divide the number of layers",
+        "B, the number of blocks; divides the number of layers",
         needs=f"{READS_TEACHER}|cls_multiple_lambda",
     )
-    cls_multiple_lambda: NonNegativeFloat = flag(
-        0.0,
-        "weight of the cross-entropy at the inner block ends (lambda3); 0 trains no exits",
-        term="L_ms",
-    )
+    cls_multiple_lambda: NonNegativeFloat = flag(0.0, EXITS, term="L_ms")
     block_reduction: Literal["sum", "mean"] = flag(
         "sum", "over blocks and exits: sum (released) or mean (paper)"
     )
     exit_norm: bool = flag(
-        False,
-        "inner exits read normalised states, as the final one does (released: as they are)",
-        needs="cls_multiple_lambda",
+        False, "inner exits read normed states; released: as they are", needs="cls_multiple_lambda"
     )
     sasrec_lambda: NonNegativeFloat = flag(
-        0.0,
-        "weight of the KL divergence from SASRec's catalogue softmax (SASRec as a teacher)",
-        term="SASRec KL",
+        0.0, "weight of the KL divergence from SASRec's catalogue softmax", term="SASRec KL"
     )
-    sasrec_temperature: PositiveFloat = flag(
-        1.0, "temperature of SASRec's KL", needs="sasrec_lambda"
-    )
+    sasrec_temperature: PositiveFloat = flag(1.0, "of SASRec's KL", needs="sasrec_lambda")
 
     @property
     def uses_exits(self) -> bool:
@@ -326,15 +293,9 @@ class TeacherLoss(Group):
 class StudentLoss(TeacherLoss):
     """The distillation loss; EDIT HERE with models/losses.py; a weight of 0 leaves a term out"""
 
-    cls_multiple_lambda: NonNegativeFloat = flag(
-        1.0,
-        "weight of the cross-entropy at the inner block ends (lambda3); 0 trains no exits",
-        term="L_ms",
-    )
+    cls_multiple_lambda: NonNegativeFloat = flag(1.0, EXITS, term="L_ms")
     block_map: BlockMap | None = flag(
-        None,
-        "instead of B equal blocks: after how many layers of the student and of the teacher each "
-        "block ends, such as 2:4,4:8",
+        None, "instead of B equal blocks: where each ends, student:teacher, such as 2:4,4:8"
     )
     distill_lambda: NonNegativeFloat = flag(
         1.0, "weight of the cosine term (lambda1)", term="D_cos", teacher=True
@@ -343,10 +304,7 @@ class StudentLoss(TeacherLoss):
         0.1, "weight of the distance term (lambda2)", term="D_norm", teacher=True
     )
     logit_lambda: NonNegativeFloat = flag(
-        0.0,
-        "weight of the KL divergence between catalogue softmaxes",
-        term="logit KL",
-        teacher=True,
+        0.0, "weight of the KL between catalogue softmaxes", term="logit KL", teacher=True
     )
     norm_form: Literal["l2", "squared_l2"] = flag(
         "l2", "the distance: l2 (released) or squared_l2 (paper)", needs="norm_lambda"
@@ -420,14 +378,10 @@ class Training(Group):
     weight_decay: NonNegativeFloat = flag(0.0, "weight decay of AdamW")
     max_grad_norm: NonNegativeFloat = flag(1.0, "clip gradients to this norm; 0 disables clipping")
     patience: NonNegativeInt | None = flag(
-        None,
-        "stop after so many evaluations without a better one; 0 disables it; by default 10, from "
-        "step 500 on",
+        None, "evaluations without a better one before the end; 0 for none; 10 from step 500 on"
     )
     eval_steps: Interval | None = flag(
-        None,
-        "steps between evaluations; -1 evaluates at the end of every epoch, SASRec's default; by "
-        "default 100, at least five times in all",
+        None, "steps between evaluations; -1 for every epoch (SASRec); 100, at least five in all"
     )
     seed: Seed = flag(42, "seed of new weights, sample order and dropout")
     bf16: bool | None = flag(None, "compute in bfloat16; by default on CUDA (SASRec: off)")
@@ -450,13 +404,9 @@ class SASRecTraining(Training):
     max_grad_norm: NonNegativeFloat = flag(0.0, "clip gradients to this norm; 0 disables clipping")
     bf16: bool = flag(False, "compute in bfloat16; by default on CUDA (SASRec: off)")
     loss: Literal["full", "sampled"] = flag(
-        "full",
-        "cross-entropy over the whole catalogue (full), or over the target and uniform negatives "
-        "(sampled), for catalogues of millions",
+        "full", "cross-entropy over the catalogue, or over uniform negatives (millions of items)"
     )
-    num_negatives: PositiveInt = flag(
-        256, "negatives per user; its positions share them", needs="loss=sampled"
-    )
+    num_negatives: PositiveInt = flag(256, "per user; its positions share them", "loss=sampled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -476,14 +426,11 @@ class Runtime(Group):
     kind: ClassVar[str] = "free"
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available")
     micro_batch_size: PositiveInt | None = flag(
-        None,
-        "users per forward pass; gradients accumulate to batch_size; by default the whole batch",
+        None, "users per forward pass, by default batch_size; gradients accumulate to that"
     )
     eval_batch_size: PositiveInt = flag(512, "users per batch in evaluation")
     save_steps: Interval | None = flag(
-        None,
-        "steps between writing last/; -1 writes it at the end of every epoch; by default as "
-        "--eval_steps by default",
+        None, "steps between writing last/; -1 for every epoch; by default as --eval_steps"
     )
     log_steps: PositiveInt = flag(10, "steps between lines of metrics.jsonl")
     tensorboard: bool = flag(False, "also write TensorBoard events")
@@ -511,16 +458,10 @@ class SASRecRuntime(Runtime):
 class LLMRuntime(Runtime):
     """Speed, memory, logs"""
 
-    gradient_checkpointing: bool = flag(
-        False, "recompute layers in the backward pass to save memory"
-    )
-    compile: bool = flag(
-        False, "train with compiled layers (torch.compile): a slow first step, then shorter ones"
-    )
+    gradient_checkpointing: bool = flag(False, "recompute layers in backward to save memory")
+    compile: bool = flag(False, "torch.compile the layers: a slow first step, then shorter ones")
     shard: bool = flag(
-        False,
-        "divide weights, gradients and optimizer state among torchrun's processes, for a base that "
-        "does not fit one device",
+        False, "divide weights and optimizer among torchrun's processes (a base larger than a GPU)"
     )
 
     def problems(self, flags: dict[str, Any]) -> list[str]:
@@ -528,7 +469,7 @@ class LLMRuntime(Runtime):
         if self.shard and processes.world() == 1:
             lines.append(
                 "--shard divides the model among processes, and there is one; start the script with"
-                " torchrun --nproc_per_node=2 (or more), or leave --shard out"
+                " torchrun --nproc_per_node=2, or leave --shard out"
             )
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         if self.compile and not self.eval_only and shutil.which(compiler) is None:
