@@ -84,7 +84,7 @@ def main(
     device = run.choose_device()
     data = inputs.load(prompt, training, evaluation, device)
     if run.eval_only:
-        student = LLM4Rec.load(run, data.item_table, run.bf16).place(device, runtime.shard)
+        student = LLM4Rec.load(run, data.item_table, run.bf16).move(device, runtime.shard)
         return finish(run, student, data, runtime, teacher_states_seconds=None)
 
     # 3. The student, and where its teachers' outputs come from.
@@ -113,7 +113,7 @@ def main(
     options = runtime.gradient_checkpointing, runtime.compile
     student = LLM4Rec.build(base, data.item_table, spec, run.bf16, *options)
     student.start(llm.student_init, teacher_run, run.starts_from, spec)
-    student.place(device, runtime.shard)
+    student.move(device, runtime.shard)
 
     teacher, online_model = teachers.none, None
     if mode == "offline" and loss.reads_teacher:  # from disk; live with --teacher_cache off
@@ -124,7 +124,7 @@ def main(
             base, prompt, ids, first, lora, teacher_ends, loss.uses_exits, loss.exit_norm
         )
         online_model = LLM4Rec.build(base, data.item_table, their_spec, run.bf16, *options)
-        teacher = teachers.online(online_model.place(device, runtime.shard))
+        teacher = teachers.online(online_model.move(device, runtime.shard))
     sasrec = teachers.sasrec(sasrec_runs, data, cache, run, runtime)
 
     # 4. The method: L = L_ce + lambda1 D_cos + lambda2 D_norm + lambda3 L_ms, and two KLs of ours.

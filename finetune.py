@@ -59,7 +59,7 @@ def main(
     device = run.choose_device()
     data = inputs.load(prompt, training, evaluation, device)
     if run.eval_only:
-        model = LLM4Rec.load(run, data.item_table, run.bf16).place(device, runtime.shard)
+        model = LLM4Rec.load(run, data.item_table, run.bf16).move(device, runtime.shard)
         return finish(run, model, data, runtime)
 
     # 3. The model, and SASRec where it is a teacher.
@@ -70,7 +70,7 @@ def main(
     torch.manual_seed(run.seed)
     options = runtime.gradient_checkpointing, runtime.compile
     model = LLM4Rec.build(base, data.item_table, spec, run.bf16, *options)
-    model.start("base", None, run.starts_from, spec).place(device, runtime.shard)
+    model.start("base", None, run.starts_from, spec).move(device, runtime.shard)
     sasrec = teachers.sasrec(sasrec_runs, data, cache, run, runtime)
 
     # 4. The method: L = L_ce, + lambda3 L_ms with exits, + SASRec's KL.

@@ -65,7 +65,7 @@ class Setting(NamedTuple):
     device: str
 
 
-class Row(NamedTuple):
+class Measured(NamedTuple):
     """train takes micro-batches of sample indices, infer one batch; parameters as the paper counts
     them, decoder and embeddings with LoRA but without the adapters.
     """
@@ -86,7 +86,7 @@ def batches_of(setting: Setting, n: int, batch_size: int) -> list[np.ndarray]:
     return [rng.integers(0, len(samples_of(setting)), batch_size) for _ in range(n)]
 
 
-def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Row:
+def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Measured:
     """`which` is plain or ours; distilled: the whole loss, against states in memory."""
     samples, device = samples_of(setting), torch.device(setting.device)
     options = {"vocab_size": 390} | SHAPES[setting.shape]
@@ -119,7 +119,7 @@ def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Row
 
     decoder = model.llama if which == "plain" else model.decoder
     sizes = [(p.numel(), p.requires_grad) for p in decoder.parameters()]
-    return Row(
+    return Measured(
         training_step(model, loss, bf16),
         lambda rows: encoder()(samples.histories(rows)),
         sum(n for n, trained in sizes if trained),
@@ -127,7 +127,7 @@ def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Row
     )
 
 
-def sasrec_row(setting: Setting) -> Row:
+def sasrec_row(setting: Setting) -> Measured:
     samples, device = samples_of(setting), torch.device(setting.device)
     torch.manual_seed(0)
     model = SASRec(samples.data.n_items, SLOTS, **SASRecModel(emb_dim=DIM).values()).to(device)
@@ -142,10 +142,10 @@ def sasrec_row(setting: Setting) -> Row:
         return model.user_encoder()(samples.histories(rows).to(device))
 
     size = sum(p.numel() for p in model.parameters())
-    return Row(training_step(model, loss), infer, size, size)
+    return Measured(training_step(model, loss), infer, size, size)
 
 
-def build(name: str, setting: Setting) -> Row:
+def build(name: str, setting: Setting) -> Measured:
     """The row of a name in ROWS."""
     if name.startswith("SASRec"):
         return sasrec_row(setting)
@@ -173,7 +173,9 @@ def _micro_batches(rows: np.ndarray, micro: int) -> list[np.ndarray]:
     return [rows[i : i + micro] for i in range(0, len(rows), micro)]
 
 
-def timed_round(name: str, setting: Setting, micro: int, number: int) -> tuple[float, float, Row]:
+def timed_round(
+    name: str, setting: Setting, micro: int, number: int
+) -> tuple[float, float, Measured]:
     """Seconds of a training step and of an inference batch, each after one that warms up."""
     row, device = build(name, setting), torch.device(setting.device)
     for rows in batches_of(setting, number + 2, setting.batch_size)[number:]:

@@ -37,6 +37,24 @@ ALLOCATOR = {  # keep freed memory: every side is spared the page faults of larg
 }
 
 
+RECBOLE = {
+    "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+    "MAX_ITEM_LIST_LENGTH": LENGTH,
+    "hidden_size": WIDTH,
+    "inner_size": WIDTH,
+    "n_layers": BLOCKS,
+    "n_heads": 1,
+    "hidden_dropout_prob": DROPOUT,
+    "attn_dropout_prob": DROPOUT,
+    "loss_type": "CE",
+    "train_neg_sample_args": None,
+    "train_batch_size": BATCH,
+    "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"},
+    "use_gpu": False,
+    "show_progress": False,
+}
+
+
 class Clock:
     """Ends of optimizer steps; `seconds` is the median step after the ones that warm up."""
 
@@ -94,7 +112,7 @@ def ours(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
 
 def rectools(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
     import pandas as pd
-    from pytorch_lightning import Callback, Trainer
+    import pytorch_lightning as lightning
     from rectools.dataset import Dataset
     from rectools.models import SASRecModel
 
@@ -106,14 +124,15 @@ def rectools(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
 
     clock = Clock()
 
-    class Ticks(Callback):
+    class Ticks(lightning.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             clock.tick()
 
-    def trainer() -> Trainer:
+    def trainer() -> Any:
         length = {"max_epochs": epochs} if epochs else {"max_steps": steps + WARM}
         quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-        return Trainer(accelerator="cpu", callbacks=[Ticks()], **length, **quiet)
+        kind = lightning.Trainer  # theirs
+        return kind(accelerator="cpu", callbacks=[Ticks()], **length, **quiet)
 
     shape = {"n_factors": WIDTH, "n_blocks": BLOCKS, "n_heads": 1, "session_max_len": LENGTH}
     training = {"lr": RATE, "batch_size": BATCH, "dropout_rate": DROPOUT, "loss": "softmax"}
@@ -142,23 +161,7 @@ def recbole(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
     (folder / "peer").mkdir()
     head = "user_id:token\titem_id:token\ttimestamp:float"
     (folder / "peer/peer.inter").write_text("\n".join([head, *lines]) + "\n")
-    settings = {
-        "data_path": str(folder),
-        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
-        "MAX_ITEM_LIST_LENGTH": LENGTH,
-        "hidden_size": WIDTH,
-        "inner_size": WIDTH,
-        "n_layers": BLOCKS,
-        "n_heads": 1,
-        "hidden_dropout_prob": DROPOUT,
-        "attn_dropout_prob": DROPOUT,
-        "loss_type": "CE",
-        "train_neg_sample_args": None,
-        "train_batch_size": BATCH,
-        "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"},
-        "use_gpu": False,
-        "show_progress": False,
-    }
+    settings = RECBOLE | {"data_path": str(folder)}
     config = Config(model="SASRec", dataset="peer", config_dict=settings)
     data = create_dataset(config)
     train, _, _ = data_preparation(config, data)

@@ -1,9 +1,9 @@
-"""Evaluation negatives: distinct, uniform, never met, and a pure function of (key, row).
+"""Evaluation negatives: distinct, uniform, never seen, and a pure function of (key, row).
 
 Each row gets its own bijection of 0 .. 2^k - 1 (2^k >= N): rounds of multiply by a keyed odd
 number, add a key, and xor-shift, all modulo 2^k. Reading it at 0, 1, 2, ... yields every index
-exactly once in a pseudo-random order. Values beyond the catalogue and items that the user met are
-skipped; the first K others are the candidates. The inverse bijection gives the place of a met item
+exactly once in a pseudo-random order. Values beyond the catalogue and items that the user seen are
+skipped; the first K others are the candidates. The inverse bijection gives the place of a seen item
 in that order, so a row costs its K candidates, whatever N. There is no state, no rejection of
 duplicates and no Python per user, and the batch does not change the answer. LEAVE ALONE: published
 numbers depend on it.
@@ -19,7 +19,7 @@ def draw(
     key: tuple[int, ...],
     rows: np.ndarray,
     owner: np.ndarray,
-    met: np.ndarray,
+    seen: np.ndarray,
     n_items: int,
     n_candidates: int,
 ) -> np.ndarray:
@@ -28,7 +28,7 @@ def draw(
     Args:
         key: what all rows share, such as (seed, split).
         rows: int64 [B], each row's own key (its place in the file).
-        owner, met: pairs (index into rows, item that this row must not get), `owner` ascending.
+        owner, seen: pairs (index into rows, item that this row must not get), `owner` ascending.
         n_items: N, items are 0 .. N - 1.
         n_candidates: K.
     Returns:
@@ -46,7 +46,7 @@ def draw(
     for i in range(0, len(rows), step):
         part = slice(i, i + step)
         pairs = slice(first[i], first[i] + counts[part].sum())
-        barred = owner[pairs] - i, met[pairs]
+        barred = owner[pairs] - i, seen[pairs]
         if not _fill(chosen[part], keys[part], barred, n_items, bits, width):
             _fill(chosen[part], keys[part], barred, n_items, bits, enough)
     return chosen
@@ -82,10 +82,10 @@ def _fill(
     position = _positions(keys[row], item.astype(np.uint32), bits)
     near = position < width
     free[row[near], position[near]] = False
-    place = np.cumsum(free, axis=1, dtype=np.int32)
-    row, column = np.nonzero(free & (place <= chosen.shape[1]))
-    chosen[row, place[row, column] - 1] = values[row, column]
-    return place[:, -1].min() >= chosen.shape[1]
+    nth = np.cumsum(free, axis=1, dtype=np.int32)
+    row, column = np.nonzero(free & (nth <= chosen.shape[1]))
+    chosen[row, nth[row, column] - 1] = values[row, column]
+    return nth[:, -1].min() >= chosen.shape[1]
 
 
 def _permuted(keys: np.ndarray, positions: np.ndarray, bits: int) -> np.ndarray:

@@ -315,9 +315,9 @@ def _refuse(
     path: Path, wrong: np.ndarray, cells: pd.Series, rows: np.ndarray, role: str, expected: str
 ) -> None:
     if wrong.any():
-        place = int(wrong.argmax())
-        shown = str(cells.iloc[place])[:40]
-        raise UsageError(f"{path}: row {rows[place]}: the {role} is {shown!r}, expected {expected}")
+        first = int(wrong.argmax())
+        shown = str(cells.iloc[first])[:40]
+        raise UsageError(f"{path}: row {rows[first]}: the {role} is {shown!r}, expected {expected}")
 
 
 # -- judging what was read ----------------------------------------------------------------------

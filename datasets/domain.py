@@ -156,8 +156,8 @@ def find_csv(domain: str, data_path: str | None = None) -> Path:
 def candidates(domain: str) -> list[Path]:
     """Where a domain's CSV may be, the first place first."""
     names = [domain, *(alias for alias, name in ALIASES.items() if name == domain)]
-    places = [Path(folder) / name for name in names for folder in FOLDERS]
-    return [place.with_name(place.name + suffix) for place in places for suffix in SUFFIXES]
+    paths = [Path(folder) / name for name in names for folder in FOLDERS]
+    return [path.with_name(path.name + suffix) for path in paths for suffix in SUFFIXES]
 
 
 class RunData(NamedTuple):

@@ -136,9 +136,9 @@ def _packed(
     if times is not None:
         moment, before = _before(times, length, float(split.partition(":")[2]))
         enough = (length > before) & (before + 1 >= MINIMUM_LENGTH)
-        place = np.arange(len(items)) - np.repeat(np.cumsum(length) - length, length)
+        position = np.arange(len(items)) - np.repeat(np.cumsum(length) - length, length)
         kept = before + enough
-        items, length = items[place < np.repeat(kept, length)], kept
+        items, length = items[position < np.repeat(kept, length)], kept
         sha256 = hashlib.sha256(f"{sha256} {split}".encode()).hexdigest()
         needs = f"{MINIMUM_LENGTH - 1} items before time {moment:.0f} and one after (--split)"
     if not enough.any():
@@ -276,7 +276,7 @@ def _rows(path: Path, digest) -> Iterator[tuple[int, str, list[int], str | None]
         if columns is None:
             columns = _columns(path, header)
             time = header.index("time") if "time" in header else None
-        user, items = (fields[place] for place in columns)
+        user, items = (fields[column] for column in columns)
         times = None if time is None else fields[time]
         yield row, user, _item_ids(path, row, items), times
 

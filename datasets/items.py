@@ -88,9 +88,9 @@ def _read_listing(listing: Path) -> dict[int, tuple[str, str]]:
             text = raw.read().decode("utf-8-sig")
             for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
                 if number == 1:
-                    where = [[name.strip() for name in row].index(name) for name in COLUMNS]
+                    columns = [[name.strip() for name in row].index(name) for name in COLUMNS]
                 elif row:
-                    item, asin, title = (row[place] for place in where)
+                    item, asin, title = (row[column] for column in columns)
                     if not 0 <= int(item) <= LARGEST_ID:
                         raise ValueError
                     named[int(item)] = asin, title

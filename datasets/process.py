@@ -154,8 +154,8 @@ def share_of_ties(reviews: Reviews) -> float:
     return float((same_user & same_time).sum() / max(1, same_user.sum()))
 
 
-def read_titles(path: str | Path, wanted: set[str]) -> tuple[dict[str, str], int]:
-    """Clean titles of the wanted items; of an item's records the first with a title counts.
+def read_titles(path: str | Path, items: set[str]) -> tuple[dict[str, str], int]:
+    """Clean titles of these items; of an item's records the first with a title counts.
 
     Returns:
         asin -> title, and how many repeated records there were.
@@ -164,7 +164,7 @@ def read_titles(path: str | Path, wanted: set[str]) -> tuple[dict[str, str], int
     repeats = 0
     for frame in _records(Path(path), ("asin",), optional=("title",)):
         for asin, title in zip(frame["asin"], frame["title"]):
-            if asin in wanted:
+            if asin in items:
                 repeats += asin in titles
                 titles[asin] = titles.get(asin) or clean_title(title)
     return titles, repeats
@@ -316,12 +316,12 @@ def main(
         raise UsageError(f"{reviews}: {_emptied(counts, low)}")
     if by_time:
         print_ties(kept, "reviews", ties, tie_seed)
-    wanted = occurring(kept)
-    titles, repeats = read_titles(meta, wanted) if meta else ({}, 0)
+    left = occurring(kept)
+    titles, repeats = read_titles(meta, left) if meta else ({}, 0)
     write_domain(kept, titles, path)
     named = sum(bool(title) for title in titles.values())
     print(
-        f"titles: {named:,} of {len(wanted):,} items have one;"
+        f"titles: {named:,} of {len(left):,} items have one;"
         f" {repeats:,} repeated metadata records ignored"
     )
     print(f"wrote {path} and {listing_of(path)}")

@@ -179,8 +179,8 @@ class EvaluationSplit:
         position = np.arange(len(owner)) - np.repeat(
             np.cumsum(samples.length) - samples.length, samples.length
         )
-        met = self.data.items[starts[owner] + position]
-        again = met == self.data.items[samples.end][owner]
+        seen = self.data.items[starts[owner] + position]
+        again = seen == self.data.items[samples.end][owner]
         return np.bincount(owner[again], minlength=len(samples)) > 0
 
     def n_batches(self, batch_size: int, limit: int | None = None) -> int:
@@ -206,10 +206,10 @@ class EvaluationSplit:
             users = every[i * batch_size : (i + 1) * batch_size]
             target = samples.targets(users)
             longest = int(samples.length[users].max())
-            met = samples.windows(samples.end[users], samples.length[users], longest)
+            seen = samples.windows(samples.end[users], samples.length[users], longest)
             on_device = (
                 target,
-                torch.where(met == self.data.n_items, target[:, None], met),
+                torch.where(seen == self.data.n_items, target[:, None], seen),
                 torch.from_numpy(self.candidates(users)),
             )
             moved = (tensor.to(device, non_blocking=True) for tensor in on_device)

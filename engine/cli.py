@@ -108,7 +108,7 @@ class Group:
     """Flags of one kind.
 
     Attributes:
-        kind: place (where files are), model and training (the same when a run resumes), or free.
+        kind: files (where they are), model and training (the same when a run resumes), or free.
         usual: flags whose empty value adapts, and what it is where nothing speaks against it.
         stream: what the group adds to the seed of a run's draws.
         given: the names that the user wrote.

@@ -36,8 +36,8 @@ class MetricsLog:
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            place = str(self.path.parent / "tensorboard")
-            self.writer = SummaryWriter(place, purge_step=step)
+            path = str(self.path.parent / "tensorboard")
+            self.writer = SummaryWriter(path, purge_step=step)
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.writer.add_scalar(f"{event}/{name}", value, step)

@@ -200,8 +200,8 @@ def call(command: Callable[[], Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # a full disk, a folder that went away
-        place = f": {error.filename}" if error.filename else ""
-        _end(1, f"error: {error.strerror or error}{place}")
+        path = f": {error.filename}" if error.filename else ""
+        _end(1, f"error: {error.strerror or error}{path}")
     if world() > 1:
         _end(0, "")
 

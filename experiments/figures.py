@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
-    from experiments.results import Row, Run
+    from experiments.results import FinishedRun, Row
 
 PANELS = (("sampled", "MRR"), ("sampled", "HR@10"), ("full", "NDCG@10"))
 NEAR = 0.8  # of the best row
@@ -118,8 +118,8 @@ def curves(rows: "list[Row]", path: Path, title: str, smoke: bool) -> Path:
         handles.append(plt.Line2D([], [], label=text, color="0.8"))
     fig.suptitle(title)
     fig.tight_layout()
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncol": 3}
-    fig.legend(handles=handles, fontsize=8, frameon=False, **place)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncol": 3}
+    fig.legend(handles=handles, fontsize=8, frameon=False, **below)
     return _save(fig, path, smoke)
 
 
@@ -213,7 +213,7 @@ def _layer_curves(
     return layers
 
 
-def _log(run: "Run") -> Iterator[dict[str, Any]]:
+def _log(run: "FinishedRun") -> Iterator[dict[str, Any]]:
     path = run.folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for line in lines:

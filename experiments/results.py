@@ -19,21 +19,20 @@ import numpy as np
 from engine import cli
 from engine.errors import UsageError
 from engine.files import read_json, replacing
-from engine.run import Run as Folder
-from engine.run import recorded_flags
+from engine.run import Run, recorded_flags
 from experiments.paper import label, plain_ce
 from experiments.suite import SCRIPTS
 from utils.flags import Training
 
 KEPT = ("config.json", "results.json", "metrics.jsonl")
-# flags that make no other row, beside places and free ones
+# flags that make no other row, beside files and free ones
 COMMON = ("seed", "domain_type", "bf16")
 NEEDED = {"test", "valid", "users", "parameters", "trainable_parameters"}
 TABLE = ("sampled", "full", "full_all")
 LONG_AGO = (1980, 1, 1, 0, 0, 0)  # in archives, so that equal runs give equal bytes
 
 
-class Run(NamedTuple):
+class FinishedRun(NamedTuple):
     """One finished run: its folder, the folder's name below the root, config.json, results.json."""
 
     folder: Path
@@ -86,7 +85,7 @@ class Run(NamedTuple):
     def counted(self) -> set[str]:
         """The flags that make another row."""
         known = cli.flags_of(SCRIPTS[self.stage])
-        free = {name for name, flag in known.items() if flag.group.kind in ("place", "free")}
+        free = {name for name, flag in known.items() if flag.group.kind in ("files", "free")}
         return set(self.flags) - free - set(COMMON)
 
     @property
@@ -113,29 +112,29 @@ class Run(NamedTuple):
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
             return None
 
-    def taught_by(self, teacher: "Run") -> bool:
+    def taught_by(self, teacher: "FinishedRun") -> bool:
         """By the weights' hash; runs that do not record it, by their folders."""
-        place, known = self.config.get("teacher"), self.config.get("teacher_sha256")
+        folder, known = self.config.get("teacher"), self.config.get("teacher_sha256")
         same_data = teacher.config["data_sha256"] == self.config["data_sha256"]
-        if teacher.stage != "teacher" or not place or not same_data:
+        if teacher.stage != "teacher" or not folder or not same_data:
             return False
         if known:
             return teacher.results.get("weights_sha256") == known
-        return Path(place).parts[-2:] == teacher.folder.parts[-2:]
+        return Path(folder).parts[-2:] == teacher.folder.parts[-2:]
 
 
 class Row(NamedTuple):
     """Runs that differ in their seed alone, by seed."""
 
     label: str
-    runs: dict[int, Run]
+    runs: dict[int, FinishedRun]
 
     @property
-    def first(self) -> Run:
+    def first(self) -> FinishedRun:
         return next(iter(self.runs.values()))
 
 
-def read_runs(root: Path, unpacked: Path | None = None) -> tuple[list[Run], list[str]]:
+def read_runs(root: Path, unpacked: Path | None = None) -> tuple[list[FinishedRun], list[str]]:
     """Every finished run below `root`, teachers before students, and a note on each skipped one.
 
     Args:
@@ -151,7 +150,7 @@ def read_runs(root: Path, unpacked: Path | None = None) -> tuple[list[Run], list
     return sorted(found, key=lambda run: [*SCRIPTS].index(run.stage)), notes
 
 
-def _read_folder(root: Path) -> tuple[list[Run], list[str]]:
+def _read_folder(root: Path) -> tuple[list[FinishedRun], list[str]]:
     found, notes = [], []
     for path in sorted(root.rglob("config.json")):
         folder = path.parent
@@ -162,10 +161,10 @@ def _read_folder(root: Path) -> tuple[list[Run], list[str]]:
             config = read_json(path, "run")
             if config.get("step") not in list(SCRIPTS):
                 continue
-            if not Folder(config["step"], folder, config).finished:
+            if not Run(config["step"], folder, config).finished:
                 notes.append(f"{name} is unfinished")
                 continue
-            run = Run(folder, name, config, read_json(folder / "results.json", "results"))
+            run = FinishedRun(folder, name, config, read_json(folder / "results.json", "results"))
             _check(run)
         except UsageError as problem:
             notes.append(f"{name}: {problem}")
@@ -176,7 +175,7 @@ def _read_folder(root: Path) -> tuple[list[Run], list[str]]:
     return found, notes
 
 
-def _check(run: Run) -> None:
+def _check(run: FinishedRun) -> None:
     """Raise KeyError, TypeError or AttributeError where the report would miss something."""
     splits = run.results["valid"], run.results["test"]
     read = [split[protocol]["MRR"] for split in splits for protocol in TABLE]
@@ -186,7 +185,7 @@ def _check(run: Run) -> None:
         raise KeyError(run.name)
 
 
-def by_domain(runs: list[Run], notes: list[str]) -> dict[str, list[Row]]:
+def by_domain(runs: list[FinishedRun], notes: list[str]) -> dict[str, list[Row]]:
     """Domain (and data, where one domain has several) -> its rows.
 
     Of equal runs the last counts; others are noted.
@@ -194,7 +193,7 @@ def by_domain(runs: list[Run], notes: list[str]) -> dict[str, list[Row]]:
     hashes = defaultdict(set)
     for run in runs:
         hashes[run.domain].add(run.config["data_sha256"])
-    groups: dict[str, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
+    groups: dict[str, dict[str, dict[int, FinishedRun]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         domain, sha = run.domain, run.config["data_sha256"]
         teacher = next((other.key for other in runs if run.taught_by(other)), "")
@@ -206,7 +205,7 @@ def by_domain(runs: list[Run], notes: list[str]) -> dict[str, list[Row]]:
     return {domain: _named(list(rows.values())) for domain, rows in sorted(groups.items())}
 
 
-def _named(rows: list[dict[int, Run]]) -> list[Row]:
+def _named(rows: list[dict[int, FinishedRun]]) -> list[Row]:
     """Rows with equal labels get the flags that differ.
 
     The plain label goes to the row with most seeds; of equal ones to the one trained by distill.py,
@@ -234,7 +233,7 @@ def _precedence(row: Row) -> tuple:
     return -len(row.runs), not by_student, row.first.name
 
 
-def _difference(run: Run, plain: Run) -> str:
+def _difference(run: FinishedRun, plain: FinishedRun) -> str:
     flags = run.flags
     names = []
     for name in flags:
@@ -265,14 +264,14 @@ def keep(rows: list[Row], archive: Path) -> None:
             writer.writerow([run.name, labels[run.name], run.seed, *_figures(run)])
 
 
-def _figures(run: Run) -> list:
+def _figures(run: FinishedRun) -> list:
     results = run.results
     metrics = [value for protocol in TABLE for value in results["test"][protocol].values()]
     valid = results["valid"]["sampled"]["MRR"]
     return [results["steps"], results["best_step"], *(f"{x:.6f}" for x in (valid, *metrics))]
 
 
-def _kept_files(run: Run) -> dict[str, bytes]:
+def _kept_files(run: FinishedRun) -> dict[str, bytes]:
     """Of the ranks, the test ones that significance needs, in the fewest bits."""
     files = {name: (run.folder / name).read_bytes() for name in KEPT}
     ranks = {f"test_{protocol}": run.ranks(protocol) for protocol in ("sampled", "full")}

@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.paper import plain_ce, plain_name
-from experiments.results import Row, Run
+from experiments.results import FinishedRun, Row
 
 SAME_CANDIDATES = ("num_candidates", "candidate_seed")
 PROTOCOLS = ("sampled", "full")
@@ -80,22 +80,22 @@ def _references(row: Row, by_label: dict[str, Row]) -> list[str]:
     return [text for text in dict.fromkeys(names) if text in by_label and text != row.label]
 
 
-def _is_plain(run: Run) -> bool:
+def _is_plain(run: FinishedRun) -> bool:
     return run.stage != "sasrec" and plain_ce(run.flags)
 
 
-def _layers(run: Run) -> int:
+def _layers(run: FinishedRun) -> int:
     return run.flags.get("llama_decoder_nums_student") or run.flags["llama_decoder_nums"]
 
 
-def _problem(pairs: list[tuple[Run, Run]]) -> str:
+def _problem(pairs: list[tuple[FinishedRun, FinishedRun]]) -> str:
     """Why the runs of two rows cannot be paired; empty where they can."""
     if not pairs:
         return "no seed in common"
     return next((problem for pair in pairs if (problem := _incomparable(*pair))), "")
 
 
-def _incomparable(mine: Run, theirs: Run) -> str:
+def _incomparable(mine: FinishedRun, theirs: FinishedRun) -> str:
     """Why two runs of a seed cannot be paired; empty where they can."""
     if any(mine.flags[name] != theirs.flags[name] for name in SAME_CANDIDATES):
         return "other candidates"
@@ -109,7 +109,7 @@ def _incomparable(mine: Run, theirs: Run) -> str:
     return ""
 
 
-def _difference(pairs: list[tuple[Run, Run]], protocol: str) -> np.ndarray:
+def _difference(pairs: list[tuple[FinishedRun, FinishedRun]], protocol: str) -> np.ndarray:
     """Of the reciprocal ranks, [seeds, U]."""
     return np.stack(
         [1 / mine.ranks(protocol) - 1 / theirs.ranks(protocol) for mine, theirs in pairs]
@@ -158,8 +158,8 @@ def _resampled(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     for start in range(0, resamples, chunk):
         n = min(resamples - start, chunk)
         drawn = rng.integers(0, users, (n, users), dtype=np.int32)
-        place = drawn + users * np.arange(n)[:, None]
-        counts = np.bincount(place.ravel(), minlength=n * users).reshape(n, users)
+        cell = drawn + users * np.arange(n)[:, None]
+        counts = np.bincount(cell.ravel(), minlength=n * users).reshape(n, users)
         means.append(counts @ rows.T / users)
     return np.concatenate(means)
 
@@ -175,7 +175,7 @@ def holm(values: list[float]) -> list[float]:
     """p corrected for the number of comparisons (Holm, 1979): none of them false at this level."""
     order = np.argsort(values, kind="stable")
     corrected, largest = [0.0] * len(values), 0.0
-    for place, index in enumerate(order):
-        largest = max(largest, min(1.0, values[index] * (len(values) - place)))
+    for smaller, index in enumerate(order):
+        largest = max(largest, min(1.0, values[index] * (len(values) - smaller)))
         corrected[index] = largest
     return corrected

@@ -99,7 +99,7 @@ def open_suite(given: SuiteFlags, texts: dict[str, str]) -> Suite:
         known = cli.flags_of(SCRIPTS[stage])
         for name in extra[stage]:
             ours = name in given.values() or name in ("seed", "eval_only")
-            if ours or known[name].group.kind == "place":
+            if ours or known[name].group.kind == "files":
                 raise UsageError(f"--{stage}_flags={text}: --{name} is set by the experiment")
         extra[stage]["device"] = given.device
         if stage != "sasrec":

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from models.catalogue import wide
-from models.packed import Group
+from models.packed import UserGroup
 
 KeyValue = tuple[Tensor, Tensor]  # keys (rotated) and values, each [P, h_kv, d] or [S, h_kv, d]
 
@@ -52,7 +52,7 @@ def attend_prompt(layer: LlamaDecoderLayer, query: Tensor, known: KeyValue) -> T
 
 
 def attend(
-    layer: LlamaDecoderLayer, query: Tensor, own: KeyValue, known: KeyValue, groups: list[Group]
+    layer: LlamaDecoderLayer, query: Tensor, own: KeyValue, known: KeyValue, groups: list[UserGroup]
 ) -> Tensor:
     """Causal attention of every own token, [S, h, d] -> [S, h, d].
 
@@ -70,7 +70,7 @@ def attend(
 
 
 def attend_on_grids(
-    layer: LlamaDecoderLayer, query: Tensor, own: KeyValue, known: KeyValue, groups: list[Group]
+    layer: LlamaDecoderLayer, query: Tensor, own: KeyValue, known: KeyValue, groups: list[UserGroup]
 ) -> Tensor:
     """`attend` by dense products on the grids, on any device."""
     mixed, level = [], []
@@ -81,7 +81,7 @@ def attend_on_grids(
 
 
 def attend_last(
-    layer: LlamaDecoderLayer, query: Tensor, own: KeyValue, known: KeyValue, groups: list[Group]
+    layer: LlamaDecoderLayer, query: Tensor, own: KeyValue, known: KeyValue, groups: list[UserGroup]
 ) -> Tensor:
     """Attention of each user's last token, [B, h, d] -> [B, h, d]."""
     users, tokens = ([getattr(g, name) for g in groups] for name in ("n_users", "n_tokens"))
@@ -117,7 +117,7 @@ def _by_tokens(by_keys: Tensor, n: int, shared: int) -> Tensor:
     return by_keys.unflatten(1, (n, shared)).transpose(0, 1).flatten(1, 2)
 
 
-def _gridded(own: Tensor, group: Group) -> Tensor:
+def _gridded(own: Tensor, group: UserGroup) -> Tensor:
     """Packed [s, h, d] -> padded [b, h, W, d]; index_select has the faster backward."""
     grid = own.index_select(0, group.grid)
     return grid.unflatten(0, (group.n_users, -1)).transpose(1, 2)
@@ -206,13 +206,13 @@ class _FlashJoined(torch.autograd.Function):
         return *own_slopes, *(t[0].transpose(0, 1) for t in of_prompt), None, None
 
 
-def _grids(groups: list[Group], *tensors: Tensor) -> Iterator[tuple[Group, list[Tensor]]]:
+def _grids(groups: list[UserGroup], *tensors: Tensor) -> Iterator[tuple[UserGroup, list[Tensor]]]:
     """Each group, with its part of every tensor [S, h, ...] on its grid, [b, h, W, ...]."""
     sizes = [group.n_tokens for group in groups]
     for group, *parts in zip(groups, *(t.split(sizes) for t in tensors)):
         yield group, [_gridded(part, group) for part in parts]
 
 
-def _packed(grid: Tensor, group: Group) -> Tensor:
+def _packed(grid: Tensor, group: UserGroup) -> Tensor:
     """[b, h, W, ...] -> the group's tokens [s, h, ...]."""
     return grid.transpose(1, 2).flatten(0, 1).index_select(0, group.packed)

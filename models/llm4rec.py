@@ -88,7 +88,7 @@ class LLM4Rec(nn.Module):
         """Keys and values of the prompt in every layer, for inference."""
         return self.decoder.prompt_states()
 
-    def place(self, device: torch.device, shard: bool) -> "LLM4Rec":
+    def move(self, device: torch.device, shard: bool) -> "LLM4Rec":
         """Move to the device; with `shard`, divided among the processes."""
         if not shard:
             return self.to(device)

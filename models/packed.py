@@ -13,7 +13,7 @@ GROUPS = 4  # groups of users whose attention is computed together; the best of 
 SMALLEST_GROUP = 32
 
 
-class Group(NamedTuple):
+class UserGroup(NamedTuple):
     """Neighbouring users whose attention to their own tokens is computed together on a padded grid.
 
     n_users, n_tokens: b and s.
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     source: Tensor
     position: Tensor
     last: Tensor
-    groups: list[Group]
+    groups: list[UserGroup]
 
     @classmethod
     def of(cls, real: Tensor, n_prompt: int, n_response: int) -> "Layout":
@@ -114,7 +114,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _group(width: Tensor, widths: list[int]) -> Group:
+def _group(width: Tensor, widths: list[int]) -> UserGroup:
     """The group of users with these numbers of tokens, as a tensor and as Python numbers."""
     column = torch.arange(max(widths))
     first = width.cumsum(0) - width
@@ -122,4 +122,4 @@ def _group(width: Tensor, widths: list[int]) -> Group:
     inside = column < width[:, None]  # [b, W]
     packed = inside.flatten().nonzero().squeeze(1)
     later = inside.new_ones(len(column), len(column)).triu(1)
-    return Group(len(widths), sum(widths), grid, packed, later, ~inside[:, None, None])
+    return UserGroup(len(widths), sum(widths), grid, packed, later, ~inside[:, None, None])

@@ -102,7 +102,7 @@ def offline(
     def load_encoder() -> Callable[[Tensor], Output]:
         teacher = LLM4Rec.load(run, data.item_table, student.bf16)
         teacher.return_states_at(ends)
-        return teacher.requires_grad_(False).place(student.device, runtime.shard).encoder()
+        return teacher.requires_grad_(False).move(student.device, runtime.shard).encoder()
 
     identity = {
         "weights_sha256": run.weights_sha256(),

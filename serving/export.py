@@ -45,9 +45,9 @@ def model_card(served, code: str) -> str:
     recorded = run.flags
     results = run.folder / "results.json"
     measured = run.results() if results.is_file() else {"test": {}}
-    asked = recorded["num_candidates"]
-    fewest = measured.get("candidates", {}).get("fewest", asked)  # an older run does not record it
-    candidates = asked if asked == fewest else f"at least {fewest}"  # a small catalogue has fewer
+    drawn = recorded["num_candidates"]
+    fewest = measured.get("candidates", {}).get("fewest", drawn)  # an older run does not record it
+    candidates = drawn if drawn == fewest else f"at least {fewest}"  # a small catalogue has fewer
     lines = metric_lines(f"this {run.stage}", measured["test"], candidates)
     for name, metrics in compared(served).items():
         lines += metric_lines(name, metrics, candidates)

@@ -215,12 +215,12 @@ class Graph(nn.Module):
         response = llama.embed_tokens(decoder.response_ids).expand(batch_size, -1, -1)
         items = model.adapter(model.item_table[history])
         inputs = torch.cat([prompt, items, response], dim=1)  # [B, T, H]
-        place = torch.arange(length, device=history.device)
-        of_item = (place >= n_prompt) & (place < n_prompt + slots)
+        slot = torch.arange(length, device=history.device)
+        of_item = (slot >= n_prompt) & (slot < n_prompt + slots)
         free = slots - lengths[:, None]
-        position = place + free * of_item  # [B, T]
-        used = ~of_item | (place - n_prompt < lengths[:, None])
-        seen = (place[None, :] <= place[:, None]) & used[:, None, :]  # [B, T, T]
+        position = slot + free * of_item  # [B, T]
+        used = ~of_item | (slot - n_prompt < lengths[:, None])
+        seen = (slot[None, :] <= slot[:, None]) & used[:, None, :]  # [B, T, T]
         mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
         # A free slot's position may pass the last one; nothing reads it.
         position = position.clamp(max=length - 1)

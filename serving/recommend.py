@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from datasets.items import Finder, Items
     from serving.recommender import Recommender
 
-PLACES = "  {place:>4}  {score:>9}  {id:>10}  {title}"
+LINE = "  {rank:>4}  {score:>9}  {id:>10}  {title}"
 
 
 def recommend(
@@ -174,11 +174,11 @@ def show(history: list[int], items: list[int], scores: list[float], names: "Item
     """One history and its list, as a table."""
     print(f"history, {len(history)} items" if history else "no history: by popularity")
     for item in history:
-        print(PLACES.format(place="", score="", id=names.name(item), title=names.show(item)))
+        print(LINE.format(rank="", score="", id=names.name(item), title=names.show(item)))
     print(f"top {len(items)}")
-    for place, (item, score) in enumerate(zip(items, scores), start=1):
+    for rank, (item, score) in enumerate(zip(items, scores), start=1):
         shown = {"id": names.name(item), "title": names.show(item)}
-        print(PLACES.format(place=place, score=f"{score:.4f}", **shown))
+        print(LINE.format(rank=rank, score=f"{score:.4f}", **shown))
 
 
 @cli.command

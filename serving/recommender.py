@@ -101,7 +101,7 @@ class Recommender:
         return padded
 
 
-def together(models: Sequence[Recommender], scales: Sequence[float]) -> Recommender:
+def summed(models: Sequence[Recommender], scales: Sequence[float]) -> Recommender:
     """The sum of several models' scores, each over its scale: vectors one after another.
 
     Args:
@@ -141,7 +141,7 @@ def open_runs(
         return models[0]
     longest = max(model.max_seq_length for model in models)
     samples = training_samples(runs[0].data, "last", longest)
-    return together(models, score_spreads(models, samples))
+    return summed(models, score_spreads(models, samples))
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

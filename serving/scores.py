@@ -20,10 +20,10 @@ def scores(history):  # lines of items.csv, from 0, oldest first -> a score for 
     items = items @ parts["adapter.weight"].T + parts["adapter.bias"]
     embed = llama.get_input_embeddings()
     inputs = torch.cat([embed(prompt), items, embed(response)])[None]
-    place = torch.arange(inputs.shape[1])
+    slot = torch.arange(inputs.shape[1])
     empty = about["max_seq_length"] - len(items)  # slots between the prompt and the items
-    position = place + empty * (place >= len(prompt))
-    mask = torch.ones_like(place)  # else a jump in the positions is read as another sequence
+    position = slot + empty * (slot >= len(prompt))
+    mask = torch.ones_like(slot)  # else a jump in the positions is read as another sequence
     call = {"inputs_embeds": inputs, "position_ids": position[None], "attention_mask": mask[None]}
     state = llama(**call).last_hidden_state[0, -1]
     return parts["item_table"] @ (parts["head.weight"] @ state)

@@ -88,8 +88,8 @@ def is_export(folder: Path) -> bool:
 
 def refuse_other_domain(files: ServedFiles, folder: Path, own: str) -> None:
     """Refuse --domain_type where it is not the domain of the run or the export in `folder`."""
-    asked = "domain_type" in files.given or files.domain_type != Data().domain_type
-    if asked and canonical_domain(files.domain_type) != own:
+    named = "domain_type" in files.given or files.domain_type != Data().domain_type
+    if named and canonical_domain(files.domain_type) != own:
         raise UsageError(
             f"--domain_type={files.domain_type}: what {folder} holds is of the domain {own};"
             " leave --domain_type out, or name a model of that domain"

@@ -2,7 +2,7 @@
 
 A group's kind says what may differ when a run resumes:
 
-* place: where files are. Paths may differ, their content not.
+* files: where files are. Paths may differ, their content not.
 * model: what the trained model depends on. `--eval_only` reads it from the run.
 * training: how the model is trained.
 * free: what does not change results (speed, logs). It may differ.
@@ -57,14 +57,14 @@ Split = Annotated[
 BlockMap = Annotated[str, Pattern(r"[0-9]+:[0-9]+(,[0-9]+:[0-9]+)*", "pairs such as 2:4,4:8")]
 
 
-# -- place --------------------------------------------------------------------------------------
+# -- files --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Group):
     """The domain"""
 
-    kind: ClassVar[str] = "place"
+    kind: ClassVar[str] = "files"
     domain_type: str = flag(
         "demo", "the domain; its CSV is data/<domain>.csv[.gz|.xz]; demo is made on first use"
     )
@@ -83,7 +83,7 @@ class Data(Group):
 class Output(Group):
     """Where the run goes"""
 
-    kind: ClassVar[str] = "place"
+    kind: ClassVar[str] = "files"
     output_dir: str | None = flag(
         None, "the run's folder; output/<domain>/<sasrec, teacher or student> by default"
     )
@@ -94,7 +94,7 @@ class Output(Group):
 class ItemTable(Group):
     """Where the item table is"""
 
-    kind: ClassVar[str] = "place"
+    kind: ClassVar[str] = "files"
     item_table: str | None = flag(
         None, "what step 2 writes and later steps read; by default output/<domain>/sasrec_item.pkl"
     )

@@ -36,7 +36,7 @@ def float64(folder: str, strategy: str, shard: str = "", ends_in: str = "0") -> 
     processes.start("cpu")
     modeling_llama.LlamaRMSNorm.forward = exact_norm
     model = small_model(strategy=strategy, gradient_checkpointing=bool(shard))
-    model.place(torch.device("cpu"), bool(shard))
+    model.move(torch.device("cpu"), bool(shard))
     in_step(int(ends_in), lambda: os._exit(0))
     batch, target = histories([1 + i % 8 for i in range(21)]), torch.arange(21) % 23
 
@@ -76,7 +76,7 @@ def saved(folder: str, shard: str = "") -> None:
     parameters this process holds.
     """
     processes.start("cpu")
-    model = small_model(strategy="lora").place(torch.device("cpu"), bool(shard))
+    model = small_model(strategy="lora").move(torch.device("cpu"), bool(shard))
     parts = [p.to_local() if shard else p for p in model.parameters()]
     os.write(1, f"{sum(part.numel() for part in parts)}\n".encode())  # in one piece
     settings, runtime = Training(seed=1), Runtime()
