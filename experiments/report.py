@@ -14,6 +14,7 @@ LaTeX.
 """
 
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -122,7 +123,7 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     main_labels = main_rows(*depths)
     ablation = [_ablation_label(flags, *depths) for flags in ABLATION.values()]
     others = sorted(row.label for row in rows if row.label not in (*main_labels, *ablation))
-    paper = PAPER.get(domain.partition(" (")[0], {})
+    paper = {} if "(split" in domain else PAPER.get(domain.partition(" (")[0], {})
     parts = [f"## {domain}", _head(rows, bool(paper))]
     for title, labels in (
         ("Main rows", main_labels),
@@ -140,7 +141,7 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     parts.append("### Cost\n\n" + _cost(order))
     listed = _lists(order)
     parts += [f"### Lists of ten\n\n{listed}"] if listed else []
-    slug = domain.replace(" (", "_").rstrip(")")
+    slug = re.sub(r"[^\w.-]+", "_", domain).strip("_")
     write_main_table(folder / f"report_{slug}", order)
     title = f"{domain}, test set, {rows[0].first.results['users']:,} users"
     smoke = any("smoke" in part for part in folder.parts)

@@ -1,5 +1,7 @@
 """--split=time: targets after one moment of the whole log, worked out by hand."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ import train_sr_trad
 from datasets import convert, sequences
 from datasets.interactions import read_csv
 from engine.errors import UsageError
+from experiments import report
 from utils.flags import Evaluation
 
 ROWS = [  # user, items, times; of the 20 times 60 % are below 100
@@ -107,6 +110,9 @@ def test_later_steps_take_the_split_over_and_refuse_another(tmp_path, monkeypatc
         finetune.main(split="leave_one_out", **short)
     taught = finetune.main(**short, llama_decoder_nums=2)
     assert taught["data_sha256"] == results["data_sha256"]
+    page = report.main(runs="output/shop", resamples=100).read_text()
+    assert "## shop (split time:0.9)" in page
+    assert Path("output/shop/report_shop_split_time_0.9_metrics.png").is_file()
     train_sr_trad.main(**short, output_dir="whole")
     with pytest.raises(UsageError, match="another --split is other data too"):
         train_sr_trad.main(**short, eval_only=True)
