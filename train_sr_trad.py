@@ -33,7 +33,8 @@ def main(
 
     inputs = read_sequences(files)
     folder = inputs.domain.run_folder("sasrec", files.output_dir)
-    groups = files, sequence, sasrec, inputs.settled(training), evaluation, runtime
+    settled = inputs.settled(files), inputs.settled(training)
+    groups = settled[0], sequence, sasrec, settled[1], evaluation, runtime
     run = Run.open("sasrec", folder, groups, inputs)
     if run.finished and not run.eval_only:
         return run.print_results()

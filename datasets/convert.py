@@ -26,8 +26,8 @@ import pandas as pd
 from datasets import process
 from datasets.domain import canonical_domain
 from datasets.interactions import MINIMUM_LENGTH
-from datasets.items import listing_of
-from datasets.lists import parse_list, title_list
+from datasets.items import Items, listing_of
+from datasets.lists import parse_list, parsed, title_list
 from datasets.process import Reviews, clean_title, may_write, often, print_counts, print_ties
 from datasets.tables import Names, Table, bare, open_table
 from engine import cli
@@ -35,6 +35,7 @@ from engine.cli import NonNegativeInt, PositiveInt, flag
 from engine.errors import UsageError
 from engine.files import check_writable
 
+Dedup = Literal["no", "rows", "items"]
 ROLES = ("user", "item", "time", "rating", "title")
 KNOWN = (  # published headers, as `bare` gives them: role -> column
     {"user": "user_id", "item": "item_id", "time": "timestamp", "rating": "rating"},
@@ -55,6 +56,7 @@ NAMES = {name for form in (*KNOWN, CONTRACT) for name in form.values()} - {"rati
 HINTS = {  # for the command that a refusal offers; nothing is read by them
     "user": re.compile("user|customer|client|member|visitor|buyer|reviewer|session", re.I),
     "item": re.compile("item|product|article|movie|book|song|track|sku|asin", re.I),
+    "time": re.compile("time|date|stamp|when|_at$|day", re.I),
 }
 NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
 WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
@@ -65,6 +67,7 @@ OBJECT = re.compile(r"\{.*:.*\}", re.DOTALL)
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
 UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
+RENAME = "Rename them to user_id, item_id and timestamp"
 FEW_USERS, LARGE_SHARE = 20, 0.1
 
 
@@ -103,7 +106,7 @@ def choose_columns(table: Table, given: dict[str, str | None], lists: str, comma
 
     Args:
         given: role -> the column that a flag names.
-        command: the command that was given, for the message.
+        command: the command that was given, for the message; "" where it has no such flags.
     Raises:
         UsageError: a named column is missing, or nothing says which ones to read.
     """
@@ -120,7 +123,7 @@ def choose_columns(table: Table, given: dict[str, str | None], lists: str, comma
     if missing:
         raise UsageError(
             f"{table.path}: which column is the {', the '.join(missing)}? It has {table.shown()}."
-            f" Name them: {command} {_offer(table, chosen)}"
+            f" {f'Name them: {command} {_offer(table, chosen)}' if command else RENAME}"
         )
     if chosen["user"] == chosen["item"]:
         raise UsageError(f"{table.path}: column {chosen['user']} cannot be both user and item")
@@ -143,8 +146,8 @@ def _known(table: Table, lists: str, needs_time: bool) -> dict[str, str]:
         found = {role: by_name[name] for role, name in CONTRACT.items()}
         cells = table.cells(found["item"])
         if lists != "no" and any(len(parse_list(table.path, 2, cell)) > 1 for cell in cells):
-            titles = {"title": by_name["title"]} if "title" in by_name else {}
-            return found | titles | {"time": "none", "lists": "yes"}
+            found |= {name: by_name[name] for name in ("title", "time") if name in by_name}
+            return {"time": "none"} | found | {"lists": "yes"}
         return found
     if not table.header and table.separator == " " and lists == "yes":
         return {"user": "1", "item": "2"}
@@ -164,10 +167,11 @@ def _offer(table: Table, chosen: dict[str, str | None]) -> str:
     dated = re.compile(r"\d{4}-\d\d-\d\d.*|\d{9,19}(\.\d+)?")
     free = [name for name in table.columns if name not in chosen.values()]
     times = [n for n in free if table.cells(n) and all(map(dated.fullmatch, table.cells(n)))]
-    offer = {"time": chosen["time"] or (times[0] if times else "none")}
+    offer = {}
     for role, hint in HINTS.items():
         near = sorted(filter(hint.search, free), key=lambda name: -int("id" in name.lower()))
-        offer[role] = chosen[role] or (near[0] if near else "COLUMN")
+        near = times + near if role == "time" else near
+        offer[role] = chosen[role] or (near[0] if near else "none" if role == "time" else "COLUMN")
     return " ".join(f"--{role} {shlex.quote(offer[role])}" for role in ("user", "item", "time"))
 
 
@@ -201,12 +205,13 @@ def read_log(
     min_rating: float | None = None,
     drop_missing: bool = False,
     one_user: bool = False,
+    mend: str = "--drop_missing true",
 ) -> Log:
     """Read a log of interactions, or of lists, and judge what was read.
 
     Args:
         one_user: a log of one user, or of one item, is fine.
-
+        mend: the flag that leaves out rows without a user or an item.
     Raises:
         UsageError: the file is damaged, a cell is wrong (its row is named), or what was read is no
             log of several users and items.
@@ -216,10 +221,11 @@ def read_log(
     titles: dict[str, str] = {}
     missing: dict[str, list[int]] = {"user": [], "item": []}  # rows
     low, n_rows, dates = 0, 0, None
+    asins = original_ids(table.path) if columns.lists else {}
     for row, frame in table.frames([n for n in columns[:5] if n is not None]):
         rows = np.arange(row, row + len(frame))
         if columns.lists:
-            frame, rows = _unrolled(table.path, frame, rows, columns)
+            frame, rows = _unrolled(table.path, frame, rows, columns, asins)
         n_rows += len(frame)
         user, item = users.encode(frame[columns.user]), items.encode(frame[columns.item])
         kept = np.ones(len(frame), dtype=bool)
@@ -240,7 +246,7 @@ def read_log(
         parts.append((user[kept], item[kept], time[kept], rows[kept]))
     if not n_rows:
         raise UsageError(f"{table.path}: holds no interaction")
-    _judge_missing(table.path, missing, drop_missing, columns)
+    _judge_missing(table.path, missing, drop_missing, columns, mend)
     user, item, time, rows = (np.concatenate(column) for column in zip(*parts))
     if min_rating is not None:
         print(f"{low:,} interactions rated below {min_rating:g} left out")
@@ -255,15 +261,44 @@ def read_log(
     return Log(Reviews(names, ids, user, item, time), titles, columns.time is not None)
 
 
+def original_ids(path: Path) -> dict[str, str]:
+    """Number -> original id, of the items.csv beside a CSV of lists; empty without one."""
+    listing = listing_of(path)
+    if not listing.is_file():
+        return {}
+    items = Items.read(listing, np.array([], dtype=np.int64), others=True)
+    return dict(zip(map(str, items.ids.tolist()), items.asins))
+
+
+def list_of_items(path: Path, row: int, cell: object, asins: dict[str, str]) -> list[str]:
+    """The original ids of a list; without `asins` as they stand there.
+
+    Raises:
+        UsageError: an element is no id, or the items.csv beside the file has no such item.
+    """
+    names = parse_list(path, row, cell)
+    foreign = [name for name in names if asins and not asins.get(name)]
+    if foreign:
+        raise UsageError(f"{path}: row {row}: {listing_of(path)} names no item {foreign[0]!r}")
+    return [asins.get(name, name) for name in names]
+
+
 def _unrolled(
-    path: Path, frame: pd.DataFrame, rows: np.ndarray, columns: Columns
+    path: Path, frame: pd.DataFrame, rows: np.ndarray, columns: Columns, asins: dict[str, str]
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """A row per item of lists; the row of the file of each."""
-    lists = [parse_list(path, row, cell) for row, cell in zip(rows, frame[columns.item])]
+    cells = zip(rows, frame[columns.item])
+    lists = [list_of_items(path, row, cell, asins) for row, cell in cells]
     lengths = np.array([len(items) for items in lists], dtype=np.int64)
     owner = np.repeat(np.arange(len(frame)), lengths)
     long = frame.iloc[owner].reset_index(drop=True)
     long[columns.item] = [item for items in lists for item in items]
+    if columns.time is not None and frame[columns.time].astype(str).str.startswith("[").all():
+        times = [parsed(cell) for cell in frame[columns.time]]
+        for row, found, n in zip(rows, times, lengths):
+            if not isinstance(found, list) or len(found) != n:
+                raise UsageError(f"{path}: row {row}: expected a list of {n} times")
+        long[columns.time] = [time for found in times for time in found]
     if columns.title is not None:
         cells = zip(frame[columns.title], lengths)
         long[columns.title] = [t for cell, n in cells for t in title_list(cell, n) or [""] * n]
@@ -297,6 +332,7 @@ def _times(path: Path, cells: pd.Series, rows: np.ndarray, dates: bool) -> np.nd
     texts = cells.dtype == object or pd.api.types.is_string_dtype(cells)
     if not dates:
         numbers = _numbers(path, cells, rows, "time")
+        _refuse(path, np.abs(numbers) >= 2**63, cells, rows, "time", "fewer digits, at most 2^63")
         if texts:
             cut = cells.astype(str).str.contains("e+", case=False, regex=False).to_numpy()
             _refuse(path, cut, cells, rows, "time", "all its digits: a spreadsheet cut them")
@@ -323,13 +359,13 @@ def _refuse(
 # -- judging what was read ----------------------------------------------------------------------
 
 
-def _judge_missing(path: Path, missing: dict, drop: bool, columns: Columns) -> None:
+def _judge_missing(path: Path, missing: dict, drop: bool, columns: Columns, mend: str) -> None:
     for role, rows in missing.items():
         if rows and not drop:
             raise UsageError(
                 f"{path}: row {rows[0]}: the {role} is missing (column {getattr(columns, role)},"
                 f" {len(rows):,} rows; empty, NA, null, -1 and the like count as missing);"
-                " --drop_missing true leaves them out"
+                f" {mend} leaves them out"
             )
         if rows:
             print(f"{len(rows):,} rows without {role} left out")
@@ -412,11 +448,16 @@ def _judge_times(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
             f"{path}: times in rows {small} and {large} are a factor of"
             f" {late.max() / late.min():,.0f} apart: seconds and milliseconds in one column?"
         )
-    if not lengths <= {7, 8}:
+    if not (lengths <= {7, 8} or lengths <= {5, 6}):
         return
-    years, months, days = time % 10_000, time // 10_000 % 100, time // 1_000_000
-    backwards = (years >= 1990) & (years <= 2100) & (months >= 1) & (days >= 1) & (days <= 31)
-    if (backwards & (months <= 31)).all():
+    century = 100 if lengths <= {5, 6} else 10_000
+    years, months, days = time % century, time // century % 100, time // (100 * century)
+    backwards = (months >= 1) & (months <= 31) & (days >= 1) & (days <= 31)
+    if century == 100:  # 280524: of days before years the first two digits vary most
+        backwards &= (months <= 12) & (len(np.unique(days)) > len(np.unique(years)))
+    else:
+        backwards &= (years >= 1990) & (years <= 2100)
+    if backwards.all():
         raise UsageError(
             f"{path}: times such as {time[0]:.0f} look like days before years and do not sort;"
             " write 2024-04-25 or 20240425"
@@ -453,25 +494,40 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
     pair = [(by_name[a], by_name[b]) for a, b in ITEM_LISTS if {a, b} <= by_name.keys()]
     if not table.header and table.separator == "::":  # MovieLens' movies.dat
         pair += [(table.columns[0], table.columns[1])]
+    pair.sort(key=lambda names: -_known_items(names, table, kept))
     pair = [tuple(named)] if named else pair
     if not pair or not set(pair[0]) <= set(table.columns):
+        wrong = f"--items_columns={','.join(named)}: not in {path}, which has {table.shown()}"
         raise UsageError(
-            f"--items={path}: expected columns such as item_id and title, it has {table.shown()};"
-            " --items_columns ITEM,TITLE names them"
+            wrong
+            if named
+            else f"--items={path}: expected columns such as item_id and title, it has"
+            f" {table.shown()}; --items_columns ITEM,TITLE names them"
         )
     titles: dict[str, str] = {}
+    found, name = 0, ""
     for _, frame in table.frames([*pair[0]]):
         for cell, text in zip(frame[pair[0][0]], frame[pair[0][1]]):
-            name = canonical(cell)
-            if name in kept and not titles.get(name):
-                titles[name] = clean_title(text)
+            name, title = canonical(cell), clean_title(text)
+            found += name in kept
+            if name in kept and title:
+                titles.setdefault(name, title)
+    if not found:
+        raise UsageError(
+            f"--items={path}: none of its items is in the log: {name!r} there, {min(kept)!r} here"
+        )
     return titles
+
+
+def _known_items(names: tuple[str, str], table: Table, kept: set[str]) -> int:
+    """How many of the first cells of a list's item column name items that are left."""
+    return sum(canonical(cell) in kept for cell in table.cells(names[0]))
 
 
 def filter_log(
     log: Reviews,
     ties: np.ndarray | None,
-    dedup: bool,
+    dedup: Dedup,
     min_user: int,
     min_item: int,
     min_length: int,
@@ -483,9 +539,10 @@ def filter_log(
         ties: int64 [n], the order of a user's interactions of equal time; None is file order.
     """
     log = log.ordered(ties)
-    if dedup:
-        log = log.keep(~log.repeated("user", "item"))
-        print_counts("repeats of an item dropped", log)
+    if dedup != "no":
+        same = ("user", "item", "time") if dedup == "rows" else ("user", "item")
+        log = log.keep(~log.repeated(*same))
+        print_counts(f"repeated {dedup} dropped", log)
     rules = [
         ("users", "user", min_user),
         ("items", "item", min_item),
@@ -526,7 +583,9 @@ def main(
     min_user: PositiveInt = flag(1, "fewest interactions of a user"),
     min_item: PositiveInt = flag(1, "fewest interactions of an item"),
     min_length: PositiveInt = flag(1, "shortest list, after the other filters"),
-    dedup: bool = flag(False, "of a user's repeats of an item keep the first"),
+    dedup: Dedup = flag(
+        "no", "drop rows that repeat user, item and time, or a user's later repeats of an item too"
+    ),
     ties: Literal["file", "hash"] = flag(
         "file", "interactions of one user and time: in file order, or by a hash of user and item"
     ),
@@ -567,7 +626,7 @@ def main(
     print_counts("read", log.reviews)
     twice = int(log.reviews.repeated("user", "item", "time").sum()) if log.dated else 0
     if twice:
-        print(f"{twice:,} rows repeat user, item and time of another; --dedup true drops repeats")
+        print(f"{twice:,} rows repeat user, item and time of another; --dedup rows drops them")
     by_hash = process.tie_order(log.reviews, tie_seed) if ties == "hash" else None
     kept = filter_log(log.reviews, by_hash, dedup, min_user, min_item, min_length)
     if log.dated:

@@ -21,7 +21,7 @@ ALIASES = {"cloths": "cloth", "movies": "movie"}  # spellings of the released sc
 SUFFIXES = (".csv", ".csv.gz", ".csv.xz")
 FOLDERS = ("data", "dataset/sequential")
 DEMO = Path("data/demo.csv")
-T = TypeVar("T", bound=Training)
+T = TypeVar("T", Data, Training)
 STAGES = {"sasrec": "train_sr_trad.py", "teacher": "finetune.py", "student": "distill.py"}
 FEW_BATCHES = 2  # fewer users than these train on every prefix
 REBUILD = (  # what to do after the data has changed
@@ -189,9 +189,12 @@ class Inputs(NamedTuple):
     sources: dict[str, Path]
     items_from: str | None = None
 
-    @property
-    def rebuild(self) -> str:
-        return REBUILD
+    def mend(self, config: dict) -> str:
+        """What to do about a run, or a table, that was made from other files."""
+        theirs = config.get("domain", self.domain.name)
+        if theirs != self.domain.name:
+            return f"it is of the domain {theirs}, this is {self.domain.name}: name another"
+        return f"where the data has changed, {REBUILD}"
 
     @property
     def weights_have_items(self) -> bool:
@@ -214,11 +217,28 @@ class Inputs(NamedTuple):
             return None
         return Items.of(self.csv_path, self.data.item_ids).sha256()
 
-    def settled(self, training: T) -> T:
-        """With training targets that fit the data, where no flag names them."""
-        few = self.data.n_users < FEW_BATCHES * training.batch_size
+    def settled(self, group: T) -> T:
+        """A group with what the data and earlier steps say where no flag does: how lists are read,
+        or which training targets fit.
+
+        Raises:
+            UsageError: --init_from names a run of another split.
+        """
+        if isinstance(group, Data):
+            split, source = self.domain.split or LEAVE_ONE_OUT, getattr(group, "init_from", None)
+            there = source is not None and (Path(source) / "config.json").is_file()
+            config = read_json(Path(source) / "config.json", "--init_from") if there else {}
+            theirs = config.get("flags", {}).get("split") or LEAVE_ONE_OUT
+            if there and theirs != split:
+                raise UsageError(
+                    f"--init_from={source} was trained with --split={theirs}, this run has {split}:"
+                    " its weights may know what comes after the moment"
+                )
+            ends = self.domain.ends_are_items
+            return dataclasses.replace(group, split=split, ends_are_items=ends)
+        few = self.data.n_trained < FEW_BATCHES * group.batch_size
         usual = "all" if few else "last"
-        return dataclasses.replace(training, train_targets=training.train_targets or usual)
+        return dataclasses.replace(group, train_targets=group.train_targets or usual)
 
     def with_items(self, notes: dict) -> "Inputs":
         """With the hash of items.csv among the hashes.
@@ -294,9 +314,9 @@ def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:
     made_from = notes.get("data_sha256")
     if made_from not in (None, data.sha256):
         raise UsageError(
-            f"--init_table={start} was made for a CSV with sha256 {made_from[:12]}...,"
+            f"--init_table={start} was made for data with sha256 {made_from[:12]}...,"
             f" {csv_path} has {data.sha256[:12]}...: a number may be another item there;"
-            " make the table from this CSV"
+            " make the table from this CSV, with the same --split"
         )
     hashes = {"data_sha256": data.sha256, "init_table_sha256": start and file_sha256(start)}
     sources = {"data_sha256": csv_path, "init_table_sha256": start}
@@ -323,9 +343,10 @@ def read_inputs(files: TeacherFiles) -> Inputs:
     if about:
         made_from = about.get("data_sha256")
         if made_from != data.sha256:
+            mend = Inputs(domain, data, csv_path, table_path, {}, {}).mend(about)
             raise UsageError(
-                f"{table_path} was extracted from a CSV with sha256 {str(made_from)[:12]}...,"
-                f" {csv_path} has {data.sha256[:12]}...; where the data has changed, {REBUILD}"
+                f"{table_path} was extracted from data with sha256 {str(made_from)[:12]}...,"
+                f" {csv_path} has {data.sha256[:12]}...; {mend}"
             )
         if about.get("table_sha256", table_sha256) != table_sha256:
             raise UsageError(

@@ -18,6 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,11 @@ class Interactions:
     @property
     def n_users(self) -> int:
         return len(self.users)
+
+    @property
+    def n_trained(self) -> int:
+        """Users that every step may train on."""
+        return self.n_users + (self.n_short if self.moment is not None else 0)
 
     @property
     def n_short(self) -> int:
@@ -134,13 +140,13 @@ def _packed(
     item_ids, items = np.unique(np.array(flat, dtype=np.int64), return_inverse=True)
     moment, enough, needs = None, length >= MINIMUM_LENGTH, f"{MINIMUM_LENGTH} items or more"
     if times is not None:
-        moment, before = _before(times, length, float(split.partition(":")[2]))
+        moment, before = _before(times, length, Fraction(split.partition(":")[2]))
         enough = (length > before) & (before + 1 >= MINIMUM_LENGTH)
         position = np.arange(len(items)) - np.repeat(np.cumsum(length) - length, length)
         kept = before + enough
         items, length = items[position < np.repeat(kept, length)], kept
         sha256 = hashlib.sha256(f"{sha256} {split}".encode()).hexdigest()
-        needs = f"{MINIMUM_LENGTH - 1} items before time {moment:.0f} and one after (--split)"
+        needs = f"{MINIMUM_LENGTH - 1} items before time {moment:.15g} and one after (--split)"
     if not enough.any():
         raise UsageError(
             f"{path}: no user has {needs}; leave-one-out needs train, valid and test items"
@@ -159,13 +165,17 @@ def _packed(
     )
 
 
-def _before(times: np.ndarray, length: np.ndarray, share: float) -> tuple[float, np.ndarray]:
+def _before(times: np.ndarray, length: np.ndarray, share: Fraction) -> tuple[float, np.ndarray]:
     """The moment before which a share of all times lies, and how many of each user's are before it,
     int64 [U].
     """
-    moment = float(np.sort(times)[int(share * len(times))])
+    moment = np.sort(times)[int(share * len(times))].item()
     owner = np.repeat(np.arange(len(length)), length)
     return moment, np.bincount(owner[times < moment], minlength=len(length))
+
+
+def _is_time(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**63  # NaN is not
 
 
 def _times(path: Path, row: int, cell: str | None, n: int) -> list[float]:
@@ -176,7 +186,7 @@ def _times(path: Path, row: int, cell: str | None, n: int) -> list[float]:
             " datasets.process write it where a log has times"
         )
     times = parsed(cell)
-    numbers = isinstance(times, list) and all(type(time) in (int, float) for time in times)
+    numbers = isinstance(times, list) and all(map(_is_time, times))
     if not numbers or len(times) != n:
         raise UsageError(
             f"{path}: row {row}: time is {cell[:40]!r}, expected a list of {n} numbers"
@@ -275,7 +285,9 @@ def _rows(path: Path, digest) -> Iterator[tuple[int, str, list[int], str | None]
     for row, header, fields in _records(path, digest):
         if columns is None:
             columns = _columns(path, header)
-            time = header.index("time") if "time" in header else None
+            names = [name.strip() for name in header]
+            _refuse_twice(path, names, "time")
+            time = names.index("time") if "time" in names else None
         user, items = (fields[column] for column in columns)
         times = None if time is None else fields[time]
         yield row, user, _item_ids(path, row, items), times
@@ -353,9 +365,8 @@ def _parse(path: Path, text: io.TextIOBase) -> Iterator[tuple[int, list[str], li
 def _columns(path: Path, header: list[str]) -> tuple[int, int]:
     names = [name.strip() for name in header]
     missing = [name for name in ("reviewerID", "asin") if name not in names]
-    twice = [name for name in ("reviewerID", "asin") if names.count(name) > 1]
-    if twice:
-        raise UsageError(f"{path}: column {twice[0]} appears {names.count(twice[0])} times")
+    for name in ("reviewerID", "asin"):
+        _refuse_twice(path, names, name)
     if not missing:
         return names.index("reviewerID"), names.index("asin")
     for separator in (";", "\t"):
@@ -369,6 +380,11 @@ def _columns(path: Path, header: list[str]) -> tuple[int, int]:
         f"{path}: missing column {', '.join(missing)};"
         f" found {', '.join(names)[:100]}{''.join(hints)}; {_converts(path)}"
     )
+
+
+def _refuse_twice(path: Path, names: list[str], name: str) -> None:
+    if names.count(name) > 1:
+        raise UsageError(f"{path}: column {name} appears {names.count(name)} times")
 
 
 def _item_ids(path: Path, row: int, cell: str) -> list[int]:

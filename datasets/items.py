@@ -173,6 +173,19 @@ class Finder:
         self.unknown += [name for name, index in found if index is None]
         return [index for _, index in found if index is not None]
 
+    def find_joined(self, parts: list[str], source: str) -> list[int]:
+        """The indices of items whose names may hold commas, from parts that were split there."""
+        found, start = [], 0
+        while start < len(parts):
+            for end in range(len(parts), start + 1, -1):
+                if self._index(", ".join(parts[start:end])) is not None:
+                    break
+            else:
+                end = start + 1
+            found.append(self.find(", ".join(parts[start:end]), source))
+            start = end
+        return found
+
     def all_called(self, index: int, name: str) -> list[int]:
         """The items that share the title `name` with item `index`; it alone for an id."""
         title = name.strip().casefold()
@@ -192,10 +205,12 @@ class Finder:
     def _near(self, name: str) -> str:
         """A hint: an item with a name like this one, or what ids there are."""
         items, folded = self.items, name.strip().casefold()
-        names = {}
+        names: dict[str, int] = {}
         for kind in self.tables.keys() - {"id"}:
             names |= {key.casefold(): index for key, index in self.tables[kind].items()}
-        near = difflib.get_close_matches(folded, names, n=1, cutoff=0.6)
+        near = []
+        if not folded.isdigit():
+            near = difflib.get_close_matches(folded, names, n=1, cutoff=0.6)
         if not near and len(name) > 3:
             near = [key for key in names if folded in key][:1]
         if not near and "id" not in self.tables:
@@ -204,8 +219,11 @@ class Finder:
             return f"; ids run from {items.ids[0]} to {items.ids[-1]}"
         index = names[near[0]]
         by_asin = items.asins[index].casefold() == near[0]
-        shown = items.asins[index] if by_asin else items.titles[index]
-        return f"; did you mean {shown!r} (id {items.ids[index]})?"
+        asin, title = items.asins[index], items.titles[index]
+        if by_asin:
+            return f"; did you mean {asin!r} ({title or f'id {items.ids[index]}'})?"
+        known_as = asin if asin and "asin" in self.tables else f"id {items.ids[index]}"
+        return f"; did you mean {title!r} ({known_as})?"
 
 
 def _first(names: list[str]) -> dict[str, int]:
@@ -223,7 +241,7 @@ def read_items(path: Path, finder: Finder, flag: str) -> list[int]:
         UsageError: the file is missing or empty, or a line names no item.
     """
     if not path.is_file():
-        raise UsageError(f"{flag}={path}: file not found")
+        raise UsageError(f"{flag}={path}: file not found; it takes a file with an item per line")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:

@@ -35,6 +35,7 @@ TEXTS, NUMBERS = ("reviewerID", "asin"), ("overall", "unixReviewTime")
 BROKEN_SHARE = 0.01  # more broken lines than this are an error
 # page code that stands as a title in some v2 files
 SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")
+SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written
 TAG = re.compile(r"</?[A-Za-z][^<>]*>|<span\b[^<>]*$")  # whole tags, and one that was cut off
 Order = Literal["time", "file"]
 
@@ -242,12 +243,9 @@ def _records(
     for row, frame in open_table(path, lenient=True).frames([*texts, *numbers, *optional]):
         whole = np.ones(len(frame), dtype=bool)
         for name in texts:
-            whole &= np.array([isinstance(value, str) for value in frame[name]])
+            whole &= np.array([*map(_is_text, frame[name])])
         for name in numbers:
-            values = frame[name]
-            kinds = np.array([type(value) in (int, float) for value in values])
-            # abs() < 2^53 also refuses NaN
-            whole &= kinds & (values.where(kinds, np.inf).astype(float).abs() < 2**53).to_numpy()
+            whole &= np.array([*map(_is_number, frame[name])])
         if not whole.all():
             first = first or row + int(whole.argmin())
         broken, n = broken + int((~whole).sum()), n + len(frame)
@@ -259,6 +257,14 @@ def _records(
         )
     if broken:
         print(f"{path}: skipped {broken:,} broken lines of {n:,}, the first is line {first}")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and not SURROGATE.search(value)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**53  # NaN is not
 
 
 def _emptied(counts: dict[str, int], low: int) -> str:

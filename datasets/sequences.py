@@ -255,11 +255,16 @@ def popularity(data: Interactions) -> Tensor:
 
 def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationSplit]) -> str:
     """The domain in a line or two: sizes, what was dropped, candidates where there are too few."""
+    n = data.offsets[-1] if data.moment is None else len(data.items)
     lines = [
-        f"{data.n_users:,} users, {data.n_items:,} items, {data.offsets[-1]:,} interactions;"
+        f"{data.n_trained:,} users, {data.n_items:,} items, {n:,} interactions;"
         f" {len(samples):,} training samples"
-        + (f"; test targets from time {data.moment:.0f} on" if data.moment is not None else "")
     ]
+    if data.moment is not None:
+        lines.append(
+            f"test targets from time {data.moment:.15g} on, of {data.n_users:,} users; what they"
+            " meet later is not used"
+        )
     known = np.diff(data.offsets) - 1  # before the test target
     slots = samples.max_seq_length
     if (known > slots).mean() > CUT_SHARE:

@@ -54,7 +54,7 @@ class Table(NamedTuple):
     kind: text, lines ("user item item ..."), json or parquet. parts: the files that are read.
     skip: lines of text before the first row. quoted: whether quotes enclose cells of text.
     columns: names; without a header their numbers from 1. sample: the first rows, as text by
-        column. lenient: a line that is no JSON object is a row of None, not an error.
+        column. lenient: a line that is no JSON object is a row of None, and cells stay as they are.
     """
 
     path: Path
@@ -204,7 +204,7 @@ def open_table(
             raise UsageError(f"{first}: looks like {what}")
     encoding = "utf-16" if head[:2] in UTF16 else "utf-8-sig"
     every = head.decode(encoding, "replace").splitlines()
-    every = every[:-1] if len(head) == SAMPLE_BYTES else every  # cut off
+    every = every[:-1] if len(head) == SAMPLE_BYTES and every[1:] else every  # cut off
     skip = 0
     while skip < len(every) and (not every[skip].strip() or COMMENT.match(every[skip])):
         if every[skip].strip():
@@ -392,7 +392,8 @@ def _json(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]
             row = _parsed(line)
             if row is None and not table.lenient:
                 raise UsageError(f"{table.path}: row {number}: not a JSON object ({line[:40]!r})")
-            rows.append([_cell((row or {}).get(name)) for name in columns])
+            cells = [(row or {}).get(name) for name in columns]
+            rows.append(cells if table.lenient else [*map(_cell, cells)])
         yield first, pd.DataFrame(rows, columns=columns, dtype=object)
 
 

@@ -491,7 +491,10 @@ def _split(text: str) -> list[str]:
         parsed = None
     if isinstance(parsed, list):
         return [str(item) for item in parsed]
-    items = text.strip().strip("[]()").split(",")
+    text = text.strip()
+    if text[:1] + text[-1:] in ("[]", "()"):  # not those of a title's own
+        text = text[1:-1]
+    items = text.split(",")
     return [item.strip().strip("'\"") for item in items if item.strip()]
 
 

@@ -40,7 +40,7 @@ class Inputs(Protocol):
 
     hashes: entry of config.json (such as data_sha256) -> the present file's hash.
     sources: entry -> where that file is.
-    rebuild: what to do when a file has changed, for messages.
+    mend: what to do about a run's config.json that names other files, for messages.
     kept: name in the run's folder -> a file that is copied there.
     weights_have_items: whether row i of some weight is item i, so that the weights mean something
         with the same data alone.
@@ -48,9 +48,10 @@ class Inputs(Protocol):
 
     hashes: dict[str, str | None]
     sources: dict[str, Path]
-    rebuild: str
     kept: dict[str, Path]
     weights_have_items: bool
+
+    def mend(self, config: dict[str, Any]) -> str: ...
 
 
 class Run:
@@ -206,7 +207,7 @@ class Run:
                 raise UsageError(
                     f"{self.folder} was made from another file: its {name} is"
                     f" {str(recorded)[:12]}..., {inputs.sources.get(name)} has"
-                    f" {str(value)[:12]}...; where the data has changed, {inputs.rebuild}"
+                    f" {str(value)[:12]}...; {inputs.mend(self.config)}"
                 )
 
     def report_unfinished(self) -> None:
@@ -279,12 +280,6 @@ class Run:
         """
         state = "a finished" if self.finished else "an unfinished"
         mend = "choose another folder" if self.finished else "give its flags to resume it"
-        flags = self._other_flags()
-        if flags:
-            raise UsageError(
-                f"--output_dir={self.folder} holds {state} run with other flags: {flags};"
-                f" {mend}, or --overwrite starts from scratch"
-            )
         other = []
         for name, value in json.loads(json.dumps(content)).items():
             recorded = self.config.get(name, value)  # it may have been added after the run
@@ -294,6 +289,12 @@ class Run:
             raise UsageError(
                 f"--output_dir={self.folder} holds {state} run from something else:"
                 f" {'; '.join(other)}; choose another folder, or --overwrite starts from scratch"
+            )
+        flags = self._other_flags()
+        if flags:
+            raise UsageError(
+                f"--output_dir={self.folder} holds {state} run with other flags: {flags};"
+                f" {mend}, or --overwrite starts from scratch"
             )
 
     def _other_flags(self, kinds: tuple[str, ...] = ("model", "training")) -> str:

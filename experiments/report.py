@@ -279,7 +279,7 @@ def write_main_table(stem: Path, rows: list[Row]) -> None:
             cells += [spread([test[protocol][name] for test in tests]) for name in names]
         lines.append(cells)
     frame = pd.DataFrame(lines, columns=head)
-    frame.to_csv(stem.with_suffix(".csv"), index=False)
+    frame.to_csv(stem.with_name(f"{stem.name}.csv"), index=False)
     latex = [
         f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
         "\\toprule",
@@ -289,7 +289,7 @@ def write_main_table(stem: Path, rows: list[Row]) -> None:
         "\\bottomrule",
         "\\end{tabular}",
     ]
-    stem.with_suffix(".tex").write_text("\n".join(latex) + "\n", encoding="utf-8")
+    stem.with_name(f"{stem.name}.tex").write_text("\n".join(latex) + "\n", encoding="utf-8")
 
 
 def _latex(cell: str) -> str:

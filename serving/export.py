@@ -27,8 +27,12 @@ from serving.served import ServedFiles, is_export, read
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SHOWN = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
 HERE = Path(__file__).parent
+TARGET = {  # by whether the split is by time
+    False: "The last item of every user is the target.",
+    True: "The first item of every user after one moment is the target; later ones are not used.",
+}
 RANKED = {
-    "sampled": "the target among {candidates} items that the user never met",
+    "sampled": "the target among {candidates} items that the user had not met",
     "full": "the whole catalogue, without the user's history",
     "full_all": "the whole catalogue",
 }
@@ -56,6 +60,8 @@ def model_card(served, code: str) -> str:
         **described(run),
         domain=run.config["domain"],
         n_users=f"{data.n_users:,}",
+        target=TARGET[data.moment is not None],
+        split=run.flags.get("split") or "leave_one_out",
         n_items=f"{data.n_items:,}",
         sha256=data.sha256,
         max_seq_length=recorded["max_seq_length"],

@@ -7,7 +7,6 @@ import numpy as np
 from datasets import convert
 from datasets.interactions import read_histories
 from datasets.items import Finder, Items, listing_of
-from datasets.lists import parse_list
 from datasets.tables import open_table
 from engine.errors import UsageError
 
@@ -23,6 +22,26 @@ def of_domain(csv_path: Path, names: Items) -> Histories:
     return users, histories
 
 
+def with_known(
+    who: list[str], lists: list[list[int]], csv_path: Path, names: Items, join: bool
+) -> list[list[int]]:
+    """The lists, and how many are of the domain's own users, who also have a history there.
+
+    Args:
+        join: put that history first.
+    """
+    stored = dict(zip(*of_domain(csv_path, names)))
+    there = sum(user in stored for user in who)
+    if there and not join:
+        print(
+            f"{there:,} users are users of {csv_path} too; the history read is the file's alone"
+            " (--known join puts their own first)"
+        )
+    if not join:
+        return lists
+    return [stored.get(user, []) + own for user, own in zip(who, lists)]
+
+
 def of_file(path: Path, finder: Finder) -> Histories:
     """The users of a file. A log has original ids. A CSV of lists has them too, unless an items.csv
     stands beside it: its numbers are mapped through that.
@@ -32,10 +51,11 @@ def of_file(path: Path, finder: Finder) -> Histories:
     """
     table = open_table(path, known=convert.NAMES)
     given = dict.fromkeys(convert.ROLES)
-    if not {"reviewerid", "asin"} <= {name.lower() for name in table.columns}:
-        command = f"python -m datasets.convert --input {path} --domain_type NAME"
-        columns = convert.choose_columns(table, given, "auto", command)
-        log = convert.read_log(table, columns, one_user=True)
+    names = {name.lower() for name in table.columns}
+    if not {"reviewerid", "asin"} <= names or "unixreviewtime" in names:
+        columns = convert.choose_columns(table, given, "auto", "")
+        skip = "--unknown skip"
+        log = convert.read_log(table, columns, drop_missing=finder.skip, one_user=True, mend=skip)
         reviews = log.reviews.keep(np.lexsort((log.reviews.time, log.reviews.user)))
         ids = np.split(reviews.item, np.flatnonzero(np.diff(reviews.user)) + 1)
         users = [reviews.users[code] for code in np.unique(reviews.user)]
@@ -56,10 +76,7 @@ def _lists(path: Path, table) -> tuple[list[str], list[list[str]]]:
         next(name for name in table.columns if name.lower() == bare)
         for bare in ("reviewerid", "asin")
     )
-    listing, asins = listing_of(path), {}
-    if listing.is_file():
-        items = Items.read(listing, np.array([], dtype=np.int64), others=True)
-        asins = dict(zip(map(str, items.ids.tolist()), items.asins))
+    asins = convert.original_ids(path)
     rows: dict[str, int] = {}
     lists = []
     for first, frame in table.frames([user_column, item_column]):
@@ -69,11 +86,5 @@ def _lists(path: Path, table) -> tuple[list[str], list[list[str]]]:
                 raise UsageError(
                     f"--users={path}: reviewerID {user!r} appears in rows {rows[user]} and {row}"
                 )
-            names = parse_list(path, row, cell)
-            foreign = [name for name in names if asins and not asins.get(name)]
-            if foreign:
-                raise UsageError(
-                    f"--users={path}: row {row}: {listing} names no item {foreign[0]!r}"
-                )
-            lists.append([asins.get(name, name) for name in names])
+            lists.append(convert.list_of_items(path, row, cell, asins))
     return list(rows), lists

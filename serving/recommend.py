@@ -158,9 +158,9 @@ def history_of(user: str, served: Served, names: "Items") -> list[int]:
     from serving.histories import of_domain
 
     who, lists = of_domain(served.csv_path, names)
-    near = difflib.get_close_matches(user, who, n=1)
+    near = [] if user.isdigit() else difflib.get_close_matches(user, who, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    cli.check((user in who, f"--user={user}: {served.csv_path} has no such user or file{hint}"))
+    cli.check((user in who, f"--user={user}: {served.csv_path} has no such user{hint}"))
     return lists[who.index(user)]
 
 
@@ -203,6 +203,9 @@ def main(
     unseen: bool = flag(False, "also items that the data lacks, where the table has vectors"),
     unknown: Literal["refuse", "skip"] = flag(
         "refuse", "items of --users and --allow that are not known: skip leaves them out"
+    ),
+    known: Literal["log", "join"] = flag(
+        "log", "history of a user of --users whom the domain has: the log's alone, or its own first"
     ),
     exit: PositiveInt | None = flag(None, "read an LLM at this inner exit, from 1: faster"),
     batch_size: PositiveInt = flag(512, "users per forward pass"),
@@ -261,11 +264,18 @@ def main(
             own = [finder.find(similar, "--similar")]
             items, scores = recommender.similar(own[0], k, allowed)
         else:
-            own = [finder.find(name, "--history") for name in history]
+            own = finder.find_joined(history, "--history")
             if user is not None:
                 own = history_of(user, runs[0], names)
             items, scores = recommender.recommend([own], k, exclude, allowed)
+        for item, name in zip(own, [similar] if similar else [names.titles[i] for i in own]):
+            same = finder.all_called(item, name) if name in [similar, *history] else []
+            if same[1:]:
+                others = ", ".join(names.name(i) for i in same)
+                print(f"{name!r} is the title of {others}; {names.name(item)} is taken")
         there = int((items[0] >= 0).sum())
+        if not there:
+            print("no item is left: the history, --allow and --deny take all of them")
         best, values = items[0, :there].tolist(), scores[0, :there].tolist()
         show(own, best, values, names)
         shown = [(int(names.ids[item]), names.titles[item]) for item in best]
@@ -282,6 +292,10 @@ def main(
         finder = Finder(names, by, of_file=True, skip=unknown == "skip")
         who, lists = histories.of_file(Path(users), finder)
         _report_unknown(finder, "--users")
+        nothing = bool(finder.unknown) and not any(lists)
+        cli.check((not nothing, f"--users={users}: none of its items is known, as items are here"))
+        if runs:
+            lists = histories.with_known(who, lists, runs[0].csv_path, names, known == "join")
     with Writer(target) as writer, tqdm(total=len(who), unit="user", mininterval=1) as bar:
         for start in range(0, len(who), batch_size):
             part = slice(start, start + batch_size)

@@ -58,7 +58,10 @@ class Served(NamedTuple):
         """How often each item occurs, by default of the data's; float32 [N]."""
         import torch
 
-        counts = np.bincount(self.data.items, minlength=self.data.n_items).astype(np.float32)
+        data = self.data
+        if data.moment is not None:  # lists are for now: all interactions count
+            data, _ = self.domain._replace(split=None).read()
+        counts = np.bincount(data.items, minlength=data.n_items).astype(np.float32)
         if item_ids is not None:
             known = np.zeros(len(item_ids), dtype=np.float32)
             known[np.searchsorted(item_ids, self.data.item_ids)] = counts
@@ -110,6 +113,8 @@ def best_run(domain: Domain) -> Path:
             found.append((path, results))
     if not found:
         raise UsageError(f"--model=best: no finished run in {domain.folder}/*; train one first")
+    if len({results["data_sha256"] for _, results in found}) > 1:
+        found = _of_present_data(domain, found) or found
     newest = max(found, key=lambda pair: pair[0].stat().st_mtime)[1]
     alike = [
         p for p in found if all(p[1].get(n) == newest.get(n) for n in ("data_sha256", "candidates"))
@@ -118,6 +123,16 @@ def best_run(domain: Domain) -> Path:
     best = results["valid"]["sampled"]["MRR"]
     print(f"best of {len(alike)} runs: {path.parent}, validation MRR {best:.4f}", flush=True)
     return path.parent
+
+
+def _of_present_data(domain: Domain, found: list[tuple[Path, dict]]) -> list[tuple[Path, dict]]:
+    """Of results.json files those of runs that were made from the CSV as it is now."""
+    kept = []
+    for path, results in found:
+        flags = read_json(path.with_name("config.json"), "run").get("flags", {})
+        data, _ = domain._replace(split=None).read_as_in(flags).read()
+        kept += [(path, results)] if data.sha256 == results["data_sha256"] else []
+    return kept
 
 
 def read_all(files: ServedFiles) -> list[Served]:
@@ -157,7 +172,9 @@ def read(files: ServedFiles) -> Served:
     folder = Domain.of(files).run_folder(files.model, None) if named else Path(files.model)
     if not (folder / "config.json").is_file():
         maker = STAGES.get(files.model, "one of the four scripts")
-        raise UsageError(f"--model={files.model}: no run in {folder}; {maker} makes it")
+        runs = sorted(path.parent.name for path in Domain.of(files).folder.glob("*/config.json"))
+        there = f"; {Domain.of(files).folder} has {', '.join(runs)}" if runs else ""
+        raise UsageError(f"--model={files.model}: no run in {folder}; {maker} makes it{there}")
     if is_export(folder):
         raise UsageError(f"--model={files.model}: an export, not a run; name the run's folder")
     stage = read_json(folder / "config.json", "run").get("step")

@@ -208,7 +208,7 @@ def test_every_flag_is_read():
 def test_a_group_says_what_kind_of_flag_it_is():
     for module in SCRIPTS.values():
         for name, flag in cli.flags_of(module.main).items():
-            assert flag.group.kind in ("place", "model", "training", "free"), name
+            assert flag.group.kind in ("files", "model", "training", "free"), name
 
 
 def test_a_flag_of_two_scripts_has_one_text_and_type():

@@ -223,7 +223,7 @@ def test_filters_repeat_until_nothing_changes_and_say_what_is_left(capsys):
 def test_repeats_are_kept_unless_dedup():
     path = save_text("a.csv", "user_id,item_id,timestamp\na,x,3\na,y,2\na,x,1\nb,x,1\n")
     assert '"[0, 1, 0]"' in written(path)[0]
-    assert '"[0, 1]"' in written(path, dedup=True)[0]
+    assert '"[0, 1]"' in written(path, dedup="items")[0]
 
 
 NO_TIME = {"time": "none"}

@@ -95,12 +95,12 @@ def test_requests_that_cannot_be(inside, monkeypatch):
     results = json.loads(recorded.read_text())
     fewest = results["candidates"]["fewest"]
     assert 100 < fewest < 160
-    assert f"| the target among at least {fewest} items that the user never met |" in card
+    assert f"| the target among at least {fewest} items that the user had not met |" in card
     del results["candidates"]  # as in a run from before it was recorded
     recorded.write_text(json.dumps(results))
     export.main(output_dir="o", model="teacher", overwrite=True, verify_users=3)
     card = Path("o/README.md").read_text()
-    assert "| the target among 999 items that the user never met |" in card
+    assert "| the target among 999 items that the user had not met |" in card
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UsageError, match="--onnx needs onnxscript; pip install onnxscript"):
         export.main(output_dir="p", onnx=True)

@@ -19,8 +19,7 @@ from experiments import titles
 from experiments.titles import principal_parts
 from models.sasrec import SASRec
 from serving import recommend, served
-from serving.recommender import Recommender
-from serving.recommender import together as summed
+from serving.recommender import Recommender, summed
 from serving.served import ServedFiles
 from tests.conftest import ROOT, SHORT
 

@@ -378,7 +378,8 @@ class Training(Group):
     weight_decay: NonNegativeFloat = flag(0.0, "weight decay of AdamW")
     max_grad_norm: NonNegativeFloat = flag(1.0, "clip gradients to this norm; 0 disables clipping")
     patience: NonNegativeInt | None = flag(
-        None, "evaluations without a better one before the end; 0 for none; 10 from step 500 on"
+        None,
+        "evaluations without a better one before the end; 0: no end; 10, but not before step 500",
     )
     eval_steps: Interval | None = flag(
         None, "steps between evaluations; -1 for every epoch (SASRec); 100, at least five in all"

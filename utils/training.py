@@ -37,8 +37,8 @@ class Plan(NamedTuple):
 
     total: optimizer steps. per_epoch: optimizer steps per epoch. warmup: steps of warm-up.
     eval_every, save_every: steps between evaluations and between writing last/.
-    patience: evaluations without a better one before the end, counted from step patience_from on;
-        0 for no end.
+    patience: evaluations without a better one before the end, which is not before step
+        patience_from; 0 for no end.
     """
 
     total: int
@@ -161,7 +161,7 @@ def fit(
         for indices in itertools.islice(batches, progress.step, None):
             if plan.ends(progress):
                 tqdm.write(
-                    f"stopped at step {progress.step}: {plan.patience} evaluations"
+                    f"stopped at step {progress.step}: {progress.waited} evaluations"
                     f" without a better validation {SELECTED[training.select]}"
                 )
                 break

@@ -64,7 +64,7 @@ def float64(folder: str, strategy: str, shard: str = "", ends_in: str = "0") -> 
 
 
 def open_run(folder: str, settings: Training, runtime: Runtime) -> Run:
-    inputs = SimpleNamespace(hashes={}, sources={}, rebuild="", kept={})
+    inputs = SimpleNamespace(hashes={}, sources={}, mend=str, kept={})
     run = Run.open("test", Path(folder), (settings, runtime), inputs)
     run.prepare()
     run.begin()
