@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from benchmarks.plain import PlainLLM4Rec, plain_twin
+from engine import processes
 from engine.files import write_json
 from models import losses
 from models.base import prune_config
@@ -139,20 +140,13 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What a reader must know of where the figures come from."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
     return {
-        "device": name,
+        "device": processes.device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
 
 
 def write_report(folder: Path, name: str, result: dict[str, Any], table: str) -> None:

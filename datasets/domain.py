@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from datasets.demo import write_demo
 from datasets.interactions import Interactions, read_csv
@@ -10,7 +10,17 @@ from datasets.items import Items, listing_of
 from engine.errors import UsageError
 from engine.files import file_sha256, read_json
 from engine.run import Run
-from utils.flags import Data, Evaluation, Runtime, Sequence, TeacherFiles, TeacherLoss, Training
+from utils.flags import (
+    Data,
+    Evaluation,
+    Runtime,
+    SASRecModel,
+    SASRecTraining,
+    Sequence,
+    TeacherFiles,
+    TeacherLoss,
+    Training,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -178,7 +188,7 @@ class Inputs(NamedTuple):
 
     csv_path, table_path: where the sequences and the item table are; SASRec has no table.
     hashes, sources: see engine.run.Inputs. items_from: what the table's vectors were made from,
-        None where nothing says.
+        None where nothing says. items_flags: how the SASRec of the table was made.
     """
 
     domain: Domain
@@ -188,6 +198,7 @@ class Inputs(NamedTuple):
     hashes: dict[str, str | None]
     sources: dict[str, Path]
     items_from: str | None = None
+    items_flags: dict[str, Any] | None = None
 
     def mend(self, config: dict) -> str:
         """What to do about a run, or a table, that was made from other files."""
@@ -207,9 +218,10 @@ class Inputs(NamedTuple):
         return {"items.csv": listing} if listing.is_file() else {}
 
     @property
-    def about(self) -> dict[str, str | None]:
+    def about(self) -> dict[str, Any]:
         """What config.json says beside the hashes."""
-        return {"domain": self.domain.name, "items_from": self.items_from}
+        about = {"domain": self.domain.name, "items_from": self.items_from}
+        return about | ({"items_flags": self.items_flags} if self.items_flags else {})
 
     def items_sha256(self) -> str | None:
         """Of items.csv beside the CSV; None without one."""
@@ -356,8 +368,27 @@ def read_inputs(files: TeacherFiles) -> Inputs:
     hashes = {"data_sha256": data.sha256, "table_sha256": table_sha256}
     sources = {"data_sha256": csv_path, "table_sha256": table_path}
     made_from = about.get("items_from")
-    inputs = Inputs(domain, data, csv_path, table_path, hashes, sources, made_from)
+    kinds = (SASRecModel, SASRecTraining, Sequence)
+    named = {field.name for kind in kinds for field in kind.fields()} - {"seed", "bf16"}
+    recorded = about.get("sasrec_flags", {})
+    flags = {name: value for name, value in recorded.items() if name in named}
+    inputs = Inputs(domain, data, csv_path, table_path, hashes, sources, made_from, flags)
+    _report_newer(about)
     return inputs.with_items(about)
+
+
+def _report_newer(about: dict) -> None:
+    """Say where a SASRec was trained again after its table was written."""
+    folders, known = about.get("sasrec", ""), about.get("sasrec_sha256", "")
+    for folder, recorded in zip(folders.split(","), known.split(",")):
+        manifest = Path(folder) / "best" / "manifest.json"
+        found = read_json(manifest, "checkpoint") if folder and manifest.is_file() else {}
+        if found.get("weights.safetensors", recorded) != recorded:
+            print(
+                f"{folder} holds another SASRec now than the one the item table is of;"
+                " extract_emb.py makes a new table",
+                flush=True,
+            )
 
 
 def cache_folder(given: str, teacher: Path) -> Path | None:

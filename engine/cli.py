@@ -93,8 +93,8 @@ def flag(default: Any = dataclasses.MISSING, help: str = "", needs: str = "", **
     Args:
         default: the value without the flag; left out, the flag is required. A list is copied.
         help: one or two lines for `--help`.
-        needs: the flag without which this one has no effect: `name`, or `name=value`; several are
-            separated by bars.
+        needs: the flag without which this one has no effect: `name`, `name=value`, or `*mark` for
+            all flags with that mark; several are separated by bars.
         about: what else is kept beside the flag.
     """
     metadata = {"help": help, "needs": needs} | about
@@ -216,6 +216,7 @@ def command(main: Callable) -> Callable:
         values = {name: _expanded(value) for name, value in values.items()}
         arguments = _arguments(main, values)
         every = {name: flag.default for name, flag in flags.items()} | values
+        every["given"] = frozenset(values)
         groups = [argument for argument in arguments.values() if isinstance(argument, Group)]
         _raise_all([line for group in groups for line in group.problems(every)])
         if not values.get("eval_only"):
@@ -253,7 +254,11 @@ def _report_unused(groups: list[Group], flags: dict[str, Any]) -> None:
         given = any(field.name in group.given for group in groups)
         if not given or not field.metadata["needs"]:
             continue
-        needs = [need.partition("=")[::2] for need in field.metadata["needs"].split("|")]
+        needs = []
+        for need in field.metadata["needs"].split("|"):
+            kin = [f.name for g in groups for f in g.fields() if f.metadata.get(need[1:])]
+            named = kin if need.startswith("*") else [need]
+            needs += [name.partition("=")[::2] for name in named]
         needs = [(name, value) for name, value in needs if name in flags]
         if not any(_holds(flags[name], value) for name, value in needs):
             shown = f"--{field.name}={flags[field.name]}"
@@ -342,6 +347,7 @@ def _recorded(path: str, flags: dict[str, Flag]) -> dict[str, Any]:
     Raises:
         UsageError: there is no such file, or it is of another command.
     """
+    path = os.path.join(path, "config.json") if os.path.isdir(path) else path
     recorded = read_json(path, "--config").get("flags")
     foreign = [name for name in recorded or {"flags": None} if name not in flags]
     if foreign:
@@ -412,8 +418,9 @@ def _raise_all(problems: list[str]) -> None:
 
 
 def _unknown(name: str, flags: dict[str, Flag]) -> str:
-    near = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
-    hint = f"(did you mean --{near[0]}?)" if near else "(--help lists the flags)"
+    near = difflib.get_close_matches(name, flags, n=1, cutoff=0.6)
+    listed = "(--help lists the flags, docs/differences.md maps the released ones)"
+    hint = f"(did you mean --{near[0]}?)" if near else listed
     return f"unknown flag --{name} {hint}"
 
 

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import platform
+import re
 import statistics
 import time
 
@@ -76,7 +78,7 @@ def choose_products() -> None:
     """
     import torch
 
-    if not _is_amd() or torch.get_float32_matmul_precision() != "highest":
+    if "AuthenticAMD" not in _about() or torch.get_float32_matmul_precision() != "highest":
         return
     torch.set_float32_matmul_precision("medium")
     if _product_error() > LARGEST_PRODUCT_ERROR:
@@ -111,13 +113,19 @@ def _seconds_of_product(dtype: str) -> float:
 
 
 @functools.cache
-def _is_amd() -> bool:
-    """Whether the CPU is one of AMD's; False where it is not known."""
+def _about() -> str:
+    """What Linux says of the first core; empty elsewhere."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return "AuthenticAMD" in file.read(2000)
+            return file.read(2000)
     except OSError:
-        return False
+        return ""
+
+
+def name() -> str:
+    """The processor and its cores."""
+    found = re.search(r"model name\s*:\s*(.+)", _about())
+    return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
 
 
 def _product_error() -> float:

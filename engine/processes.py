@@ -83,6 +83,15 @@ def choose_device(device: str, threads: int | None = None) -> "torch.device":
     return torch.device(device)
 
 
+def device_name(device: "torch.device") -> str:
+    """The GPU, or the processor and its cores."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu.name()
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if world() > 1:

@@ -11,6 +11,7 @@ import json
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -257,6 +258,7 @@ class Run:
         for group in self.groups:
             self.flags |= group.values()
         self.check_same(inputs)
+        self.report_unfinished()
 
     def _refuse_foreign(self) -> None:
         if self.config is None:
@@ -378,7 +380,8 @@ class Run:
                 self._set_aside()
                 for name, source in self._kept.items():
                     shutil.copyfile(source, self.folder / name)
-                write_json(self.folder / "config.json", self._new_config | environment())
+                about = environment() | {"device": processes.device_name(self.device)}
+                write_json(self.folder / "config.json", self._new_config | about)
         processes.barrier()
         self.config = read_json(self.folder / "config.json", "run")
 
@@ -483,7 +486,8 @@ def environment() -> dict[str, Any]:
     """Library versions, Python, platform, threads and the commit of the code."""
     import torch
 
-    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", Path(__file__).parent, *describe]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         commit = done.stdout.strip()
@@ -494,6 +498,7 @@ def environment() -> dict[str, Any]:
         "versions": versions | {"python": platform.python_version()},
         "platform": platform.platform(),
         "commit": commit or None,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
         "threads": torch.get_num_threads(),
     }
 

@@ -69,6 +69,8 @@ def _dots(ax: Any, values: list[list[float]]) -> float:
     """One panel of `metrics`, a line per row; where its axis begins."""
     means = np.array([np.mean(of_row) for of_row in values])
     near = means >= NEAR * means.max()
+    if near.mean() < 0.5:  # too few of them to be worth an axis
+        near = means >= 0
     width = max(np.ptp(means[near]), 0.01 * means.max(), 1e-4)
     left = max(0.0, means[near].min() - 0.25 * width)
     for y, (of_row, mean) in enumerate(zip(values, means)):

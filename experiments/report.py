@@ -142,14 +142,16 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     listed = _lists(order)
     parts += [f"### Lists of ten\n\n{listed}"] if listed else []
     slug = re.sub(r"[^\w.-]+", "_", domain).strip("_")
-    write_main_table(folder / f"report_{slug}", order)
+    write_main_table(folder / f"report_{slug}", order, _popularity(rows))
     title = f"{domain}, test set, {rows[0].first.results['users']:,} users"
-    smoke = any("smoke" in part for part in folder.parts)
+    names = [run.folder for row in rows for run in row.runs.values()]
+    smoke = any("smoke" in part for path in (folder, *names) for part in path.parts)
     path = folder / f"report_{slug}_metrics.png"
     metrics = figures.metrics(order, path, title, _popularity(rows), smoke)
     parts.append(f"![metrics]({metrics.name})")
     # a curve for everything is a curve for nothing
     drawn = [row for row in order if row.label not in others] or order
+    title = f"{domain}: training, and validation on {rows[0].first.results['users']:,} users"
     curves = figures.curves(drawn, folder / f"report_{slug}_curves.png", title, smoke)
     parts.append(f"![curves]({curves.name})")
     return "\n\n".join(parts)
@@ -161,7 +163,7 @@ def _head(rows: list[Row], paper: bool) -> str:
     random_base = any(run.results.get("random_base") for run in runs)
     return (
         f"{rows[0].first.results['users']:,} users, test set;"
-        f" mean ± standard deviation over the seeds (of {seeds}) that a row has."
+        f" mean, and standard deviation where a row has several seeds (of {seeds})."
         + (" LLM rows use a random base." if random_base else "")
         + (f" {PAPERS_ORDER}" if paper else "")
     )
@@ -268,17 +270,19 @@ def _lists(rows: list[Row]) -> str:
     return markdown(["row", *names], lines) if lines else ""
 
 
-def write_main_table(stem: Path, rows: list[Row]) -> None:
-    """The rows' test metrics as CSV, and as LaTeX for the package booktabs."""
-    head = ["row", "seeds", *(f"sampled {n}" for n in SAMPLED), *(f"full {n}" for n in FULL)]
-    lines = []
-    for row in rows:
-        tests = [run.results["test"] for run in row.runs.values()]
-        cells = [row.label, str(len(tests))]
-        for protocol, names in (("sampled", SAMPLED), ("full", FULL)):
-            cells += [spread([test[protocol][name] for test in tests]) for name in names]
-        lines.append(cells)
-    frame = pd.DataFrame(lines, columns=head)
+def write_main_table(stem: Path, rows: list[Row], popularity: dict | None) -> None:
+    """The rows' test metrics as CSV, a run per line, and as LaTeX for the package booktabs."""
+    metrics = [("sampled", name) for name in SAMPLED] + [("full", name) for name in FULL]
+    head = ["row", "seeds", *(" ".join(metric) for metric in metrics)]
+    tests = {row.label: [run.results["test"] for run in row.runs.values()] for row in rows}
+    seeds = {row.label: list(row.runs) for row in rows}
+    tests |= {"popularity": [popularity]} if popularity else {}
+    lines, flat = [], []
+    for text, of_row in tests.items():
+        values = [[test[protocol][name] for protocol, name in metrics] for test in of_row]
+        lines.append([text, str(len(of_row)), *map(spread, map(list, zip(*values)))])
+        flat += [[text, seed, *own] for seed, own in zip(seeds.get(text, [""]), values)]
+    frame = pd.DataFrame(flat, columns=["row", "seed", *head[2:]])
     frame.to_csv(stem.with_name(f"{stem.name}.csv"), index=False)
     latex = [
         f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",

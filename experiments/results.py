@@ -50,23 +50,29 @@ class FinishedRun(NamedTuple):
 
     @property
     def domain(self) -> str:
-        """Its name; of a split by time with that."""
-        split = self.flags.get("split") or ""
-        return self.config["domain"] + f" (split {split})" * split.startswith("time")
+        """Its name; another split and other candidates stand beside it."""
+        flags, said = self.flags, []
+        drawn = flags["num_candidates"], flags["candidate_seed"]
+        said += [f"split {flags['split']}"] if (flags.get("split") or "").startswith("time") else []
+        said += ["candidates {}, seed {}".format(*drawn)] if drawn != (999, 42) else []
+        return self.config["domain"] + f" ({', '.join(said)})" * bool(said)
 
     @property
     def flags(self) -> dict[str, Any]:
         """As recorded. A flag added after the run has its default, one that is gone is left out."""
         known = cli.defaults(SCRIPTS[self.stage])
         recorded = recorded_flags(self.config, Training.usual)
-        return known | {name: value for name, value in recorded.items() if name in known}
+        flags = known | {name: value for name, value in recorded.items() if name in known}
+        return flags | {"train_targets": flags["train_targets"] or "last"}  # of before 2026-11-28
 
     @property
     def items_from(self) -> str | None:
         """What the item vectors were made from, where it is not SASRec from its own draws."""
         if self.stage == "sasrec":
             return "a table at the start" if self.flags.get("init_table") else None
-        made_from = self.config.get("items_from")
+        made_from, flags = self.config.get("items_from"), self.config.get("items_flags")
+        if made_from == "SASRec" and flags:
+            made_from = label("sasrec", cli.defaults(SCRIPTS["sasrec"]) | flags)
         return None if made_from == "SASRec" else made_from
 
     @property
@@ -101,7 +107,7 @@ class FinishedRun(NamedTuple):
             names -= {"distill_block", "cls_multiple_lambda", "block_reduction", "exit_norm"}
         layers = self.config.get("model", {}).get("layers")
         values = {name: flags[name] for name in sorted(names)}
-        made_by = self.items_from, self.n_sasrecs
+        made_by = self.items_from, self.n_sasrecs, self.config.get("items_flags")
         return json.dumps([stage, layers, bool(self.config.get("bf16")), values, *made_by])
 
     def ranks(self, protocol: str) -> np.ndarray | None:
@@ -255,20 +261,21 @@ def keep(rows: list[Row], archive: Path) -> None:
     table = archive.with_suffix(".csv")
     with replacing(table) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        names = [
-            f"{protocol} {name}" for protocol in TABLE for name in runs[0].results["test"][protocol]
-        ]
+        names = list(dict.fromkeys(name for run in runs for name in _metrics(run)))
         writer.writerow(["run", "row", "seed", "steps", "best_step", "valid MRR", *names])
         labels = {run.name: row.label for row in rows for run in row.runs.values()}
         for run in runs:
-            writer.writerow([run.name, labels[run.name], run.seed, *_figures(run)])
+            results, metrics = run.results, _metrics(run)
+            cells = [results["steps"], results["best_step"]]
+            cells.append(f"{results['valid']['sampled']['MRR']:.6f}")
+            cells += [f"{metrics[name]:.6f}" if name in metrics else "" for name in names]
+            writer.writerow([run.name, labels[run.name], run.seed, *cells])
 
 
-def _figures(run: FinishedRun) -> list:
-    results = run.results
-    metrics = [value for protocol in TABLE for value in results["test"][protocol].values()]
-    valid = results["valid"]["sampled"]["MRR"]
-    return [results["steps"], results["best_step"], *(f"{x:.6f}" for x in (valid, *metrics))]
+def _metrics(run: FinishedRun) -> dict[str, float]:
+    """Test metrics by "protocol metric"."""
+    test = run.results["test"]
+    return {f"{name} {metric}": v for name in TABLE for metric, v in test[name].items()}
 
 
 def _kept_files(run: FinishedRun) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ FEWEST_RUNS = 3  # for a test over runs
 CHUNK = 2**24  # resampled users held at once
 HEAD = ["row", "against"]
 for _name in PROTOCOLS:
-    HEAD += [f"{_name} MRR", "95 % interval", "p", "p, Holm", "p of runs, Holm"]
+    HEAD += [f"difference of {_name} MRR", "95 % interval", "p", "p, Holm", "p of runs, Holm"]
 HEAD += ["seeds"]
 
 

@@ -23,8 +23,8 @@ def block_map(
         UsageError: B does not divide N or M; pairs do not ascend, or do not end at N:M.
     """
     if pairs is None or n_blocks == 1:
-        student = _equal_blocks(n_student, n_blocks, "llama_decoder_nums_student")
-        return student, _equal_blocks(n_teacher, n_blocks, "llama_decoder_nums_teacher")
+        student = _equal_blocks(n_student, n_blocks, "llama_decoder_nums_student", n_teacher)
+        return student, _equal_blocks(n_teacher, n_blocks, "llama_decoder_nums_teacher", n_student)
     ends = [[int(number) for number in pair.split(":")] for pair in pairs.split(",")]
     student, teacher = (list(side) for side in zip(*ends))
     ascending = all(side == sorted(set(side)) and side[0] > 0 for side in (student, teacher))
@@ -45,10 +45,12 @@ def equal_blocks(n_layers: int, n_blocks: int) -> list[int]:
     return _equal_blocks(n_layers, n_blocks, "llama_decoder_nums")
 
 
-def _equal_blocks(n_layers: int, n_blocks: int, flag: str) -> list[int]:
+def _equal_blocks(n_layers: int, n_blocks: int, flag: str, other: int = 0) -> list[int]:
+    """`other`: the number of layers of the other model, which B must divide too."""
     rest = n_layers % n_blocks
     if rest:
-        divisors = ", ".join(str(d) for d in range(1, n_layers + 1) if n_layers % d == 0)
+        fits = [d for d in range(1, n_layers + 1) if n_layers % d == 0 and other % d == 0]
+        divisors = ", ".join(map(str, fits))
         raise UsageError(
             f"--distill_block={n_blocks} does not divide {flag} {n_layers}"
             f" ({n_layers} % {n_blocks} = {rest}); use one of {divisors}"

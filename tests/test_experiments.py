@@ -315,8 +315,9 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
         for suffix in ("png", "pdf"):
             assert (tmp_path / f"report_cloth_{name}.{suffix}").stat().st_size > 5000
     with open(tmp_path / "report_cloth.csv", newline="") as file:
-        table = {row["row"]: row for row in csv.DictReader(file)}
-    assert table["SLMRec 4 <- 8"]["sampled MRR"] == "0.5437 ± 0.1326"
+        table = {(row["row"], row["seed"]): row for row in csv.DictReader(file)}
+    assert float(table["SLMRec 4 <- 8", "0"]["sampled MRR"]) == pytest.approx(0.6375)
+    assert float(table["SLMRec 4 <- 8", "1"]["sampled MRR"]) == pytest.approx(0.45)
     latex = (tmp_path / "report_cloth.tex").read_text().splitlines()
     own = [line for line in latex if line.startswith("SLMRec 4 $\\leftarrow$ 8 & 2 & ")]
     assert len(own) == 1 and "0.5437 $\\pm$ 0.1326" in own[0] and own[0].endswith("\\\\")
@@ -420,10 +421,7 @@ def test_the_t_test_of_equal_differences():
 
 @pytest.mark.parametrize(
     "flags, settings, why",
-    [
-        ({}, {"table_sha256": "other"}, "seed0/slmrec and seed0/ce use different item tables"),
-        ({"num_candidates": 99}, {"table_sha256": "one"}, "other candidates"),
-    ],
+    [({}, {"table_sha256": "other"}, "seed0/slmrec and seed0/ce use different item tables")],
 )
 def test_what_cannot_be_paired_is_not(tmp_path, flags, settings, why):
     fake_run(tmp_path / "seed0/slmrec", "student", STUDENT | flags, 0, [1, 2], settings=settings)
@@ -438,6 +436,24 @@ def test_what_cannot_be_paired_is_not(tmp_path, flags, settings, why):
     labels, notes = rows_of(tmp_path)
     assert significance.compare(list(labels.values()), 10, notes) == []
     assert notes == [f"SLMRec 4 <- 8 against E4SRec-like, 4 layers: {why}"]
+
+
+def test_other_candidates_are_a_table_of_their_own(tmp_path):
+    for name, flags in (("a", {}), ("b", {"num_candidates": 99})):
+        fake_run(tmp_path / name, "student", STUDENT | flags, 0, [1, 2])
+    runs, notes = results.read_runs(tmp_path)
+    assert list(results.by_domain(runs, notes)) == ["cloth", "cloth (candidates 99, seed 42)"]
+
+
+def test_tables_of_other_sasrecs_are_rows_of_their_own(tmp_path):
+    """A table of SASRec as released, and ours: the same flags of distill.py."""
+    released = {"train_targets": "last", "init_std": 1.0}
+    for name, flags in (("a", {"train_targets": "all"}), ("b", released)):
+        settings = {"items_from": "SASRec", "items_flags": flags}
+        fake_run(tmp_path / name, "student", STUDENT, 0, [1, 2], settings=settings)
+    labels, notes = rows_of(tmp_path)
+    assert sorted(labels) == ["SLMRec 4 <- 8", "SLMRec 4 <- 8, items from SASRec, as released"]
+    assert not notes
 
 
 def test_rows_are_compared_with_their_like(tmp_path):

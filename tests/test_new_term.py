@@ -39,7 +39,7 @@ def tree(tmp_path):
     """A copy of the sources with the three edits."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     for name in listed.split():
-        if name.endswith((".py", ".json")) and not name.startswith(("tests/", "docs/")):
+        if name.endswith((".py", ".json", ".csv")) and not name.startswith(("tests/", "docs/")):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     edit(tmp_path / "utils/flags.py", "    @property\n    def reads_teacher(self)", FIELD)

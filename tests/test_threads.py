@@ -105,14 +105,14 @@ def highest():
 def test_onednn_takes_products_on_amd_alone_and_in_float32_alone(
     highest, monkeypatch, amd, error, expected
 ):
-    monkeypatch.setattr(cpu, "_is_amd", lambda: amd)
+    monkeypatch.setattr(cpu, "_about", lambda: "vendor_id: AuthenticAMD" * amd)
     monkeypatch.setattr(cpu, "_product_error", lambda: error)
     cpu.choose_products()
     assert torch.get_float32_matmul_precision() == expected
 
 
 def test_a_precision_that_the_user_set_is_left_alone(highest, monkeypatch):
-    monkeypatch.setattr(cpu, "_is_amd", lambda: True)
+    monkeypatch.setattr(cpu, "_about", lambda: "vendor_id: AuthenticAMD")
     torch.set_float32_matmul_precision("high")
     cpu.choose_products()
     assert torch.get_float32_matmul_precision() == "high"

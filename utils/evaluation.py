@@ -5,6 +5,7 @@ Legend: B users of a batch, U all users, N items, D item width, S items met, K c
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -182,9 +183,10 @@ def _print_beside(run: Run, results: dict[str, Any]) -> None:
     """This run beside popularity and SASRec's run, where that is beside it and ranked alike, as a
     table; and a line for each of them that is ahead on validation.
     """
-    beside, known, rows = run.folder.with_name("sasrec") / "results.json", results, {}
-    if run.stage != "sasrec" and beside.is_file():
-        known = read_json(beside, "results")
+    known, rows = results, {}
+    for folder in (Path("output") / results["domain"] / "sasrec", run.folder.with_name("sasrec")):
+        if run.stage != "sasrec" and (folder / "results.json").is_file():
+            known = read_json(folder / "results.json", "results")
     same = all(known.get(name) == results[name] for name in ("data_sha256", "candidates"))
     if same and "popularity" in known:
         rows["popularity"] = known["popularity"]
@@ -197,7 +199,7 @@ def _print_beside(run: Run, results: dict[str, Any]) -> None:
         print(f"{name:14s}" + "".join(f"{value:13.4f}" for value in values))
     for name, found in rows.items():
         other = found["valid"]["sampled"]["MRR"]
-        if other > own:
+        if round(other, 4) > round(own, 4):
             print(f"behind {name} on validation: MRR {own:.4f}, {name} has {other:.4f}", flush=True)
 
 

@@ -38,7 +38,7 @@ TARGETS = (
 )
 EXITS = "weight of the cross-entropy at the inner block ends (lambda3); 0 trains no exits"
 NOT_FULL = "train_strategy=lora|train_strategy=auto"
-READS_TEACHER = "distill_lambda|norm_lambda|logit_lambda"
+READS_TEACHER = "*teacher"  # any flag with teacher=True
 N_TEACHER = 8  # M, without a trained teacher
 STUDENT_STREAM = 0x5EED_0F_57D  # between a student's draws and those of a teacher of equal --seed
 NUMBERS = r"[0-9]+( *, *[0-9]+)*"
@@ -148,10 +148,15 @@ class StudentFiles(TeacherFiles):
     )
 
     def problems(self, flags: dict[str, Any]) -> list[str]:
+        lines = []
         from_teacher = flags["student_init"] in ("adapter", "teacher") and not flags["eval_only"]
-        if not (self.init_from and from_teacher):
-            return []
-        return ["--init_from and --student_init both say where to start; give one of them"]
+        if self.init_from and from_teacher:
+            lines.append("--init_from and --student_init both say where to start; give one of them")
+        if self.teacher and flags["distill_mode"] == "online":
+            lines.append("--teacher is a trained one, --distill_mode=online trains one: give one")
+        if flags["block_map"] and "distill_block" in flags["given"]:
+            lines.append("--block_map and --distill_block both say the blocks: give one")
+        return lines
 
 
 # -- model --------------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ class Plan(NamedTuple):
         return (
             f"training: {self.total} steps ({epochs}), warm-up {self.warmup},"
             f" validation every {self.eval_every}"
+            + (f", patience {self.patience} from step {self.patience_from}" * (self.patience > 0))
         )
 
     def ends(self, progress: Progress) -> bool:
@@ -141,7 +142,7 @@ def fit(
     evaluate(model, valid, runtime, limit=2)
     source = state.resume() if run.resume else None  # with the plan that it began with
     plan, progress = state.plan, state.progress
-    print(plan, flush=True)
+    print(f"{plan}, targets {training.train_targets}", flush=True)
 
     def due(step: int, every: int) -> bool:
         return step == plan.total or step % every == 0
@@ -219,7 +220,8 @@ def fit(
             )
     processes.barrier()  # the last checkpoint is there for all
     state.stop_clock()
-    done = {"steps": progress.step, "best_step": progress.best_step, "valid": best_ranks}
+    done = {"steps": progress.step, "best_step": progress.best_step, "plan": plan._asdict()}
+    done["valid"] = best_ranks
     return done | {"train_seconds": round(state.seconds, 3)}
 
 

@@ -11,7 +11,7 @@ for seed in $SEEDS; do
     llm="$common --item_table $out/sasrec_item.pkl"
     run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_released \
         --train_targets last --init_std 1 --learning_rate 1e-4 --batch_size 1024 \
-        --num_epochs 50 --eval_steps 110 --patience 0
+        --num_epochs 50 --eval_steps -1 --patience 0
     run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec
     run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec --item_table $out/sasrec_item.pkl
     teacher="--learning_rate 1e-3 --num_epochs 3 --warmup_steps 100"
