@@ -830,7 +830,7 @@ COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
         ("## Toys (", "toys", ROWS, "01234"),
         ("## Games (", "games", ROWS, "01234"),
         ("### A chain of teachers", "chain/beauty", CHAIN, "01"),
-        ("### Two tables in one student", "two_tables/beauty", TWO, "012"),
+        ("### Two tables in one student", "two_tables/beauty", TWO, "01234"),
     ],
 )
 def test_the_page_of_results_says_what_the_kept_runs_say(heading, kept, names, seeds):
