@@ -159,10 +159,14 @@ def trained_lines(folder: str | Path) -> list[dict]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in sorted(files(folder))
-    }
+    """sha256 of every file; of the log without what differs from run to run."""
+    found = {}
+    for name in sorted(files(folder)):
+        content = (folder / name).read_bytes()
+        if name.endswith("metrics.jsonl"):
+            content = json.dumps(log_of((folder / name).parent)).encode()
+        found[name] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def stop_at_step(patch: pytest.MonkeyPatch, n: int, error: Exception | None = None) -> None:

@@ -809,9 +809,14 @@ CHAIN = {
     "4 layers": "E4SRec-like, 4 layers",
     "8 layers and SASRec's KL, the teacher": "8 layers: CE + SASRec KL",
     "SLMRec 4 <- 8": "SLMRec 4 <- 8, from the teacher's adapter and head",
+    "4 <- 8: logit KL, weight 3 at temperature 2": (
+        "4 <- 8: logit KL, from the teacher's adapter and head"
+    ),
+}
+CHAIN_OF_BOTH = {
     "4 <- 8: logit KL and SASRec's KL": (
         "4 <- 8: SASRec KL + logit KL, from the teacher's adapter and head"
-    ),
+    )
 }
 TWO = {
     "SASRec": "SASRec",
@@ -829,7 +834,8 @@ COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
         ("## Beauty (", "beauty", ROWS, "01234"),
         ("## Toys (", "toys", ROWS, "01234"),
         ("## Games (", "games", ROWS, "01234"),
-        ("### A chain of teachers", "chain/beauty", CHAIN, "01"),
+        ("### A chain of teachers", "chain/beauty", CHAIN, "0123"),
+        ("### A chain of teachers", "chain/beauty", CHAIN_OF_BOTH, "01"),
         ("### Two tables in one student", "two_tables/beauty", TWO, "01234"),
     ],
 )

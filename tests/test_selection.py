@@ -5,18 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers.models.llama.modeling_llama import LlamaModel
 
 import distill
 import finetune
 from engine import checkpoint, cli
 from engine.errors import UsageError
-from experiments.influence import block_influence
-from models.base import Base, read_config
 from models.llm4rec import kept_tensors
 from models.selection import block_map, select_layers
-from tests.conftest import SHORT, histories, small_config
+from tests.conftest import SHORT
 from utils.flags import LLM
 
 
@@ -76,47 +72,6 @@ def test_what_does_not_fit_is_named(selection, kept, line):
     with pytest.raises(UsageError) as error:
         select_layers([*range(8)], kept, LLM(layer_selection=selection))
     assert line in str(error.value)
-
-
-def test_block_influence_is_that_of_the_plain_forward(tmp_path):
-    """Hooks on the whole model, user by user without padding, positions of the padded layout."""
-    torch.manual_seed(0)
-    llama = LlamaModel(small_config(layers=5))
-    llama.save_pretrained(tmp_path)
-    table, batch = torch.randn(23, 6), histories([3, 8, 1, 5])
-    prompt, response = [1, 2, 3], [50, 51]
-    base = Base("mine", str(tmp_path), read_config(str(tmp_path)))
-    found = block_influence(base, prompt, response, batch, table, seed=9)
-
-    torch.manual_seed(9)
-    adapter = torch.nn.Linear(6, llama.config.hidden_size)
-    cosines = [[] for _ in llama.layers]
-    for number, layer in enumerate(llama.layers):
-        layer.register_forward_hook(
-            lambda module, args, out, number=number: cosines[number].append(
-                F.cosine_similarity(args[0], out, dim=-1)[0]
-            )
-        )
-    for row in batch:
-        items = row[row != 23]
-        tokens = torch.cat(
-            [
-                llama.embed_tokens(torch.tensor(prompt)),
-                adapter(table[items]),
-                llama.embed_tokens(torch.tensor(response)),
-            ]
-        )
-        position = torch.cat([torch.arange(3), torch.arange(3 + 8 - len(items), 3 + 8 + 2)])
-        causal = torch.full((len(tokens), len(tokens)), -torch.inf).triu(1)[None, None]
-        llama(
-            inputs_embeds=tokens[None],
-            attention_mask=causal,
-            position_ids=position[None],
-            use_cache=False,
-        )
-    expected = [float(1 - torch.cat(values).mean().detach()) for values in cosines]
-    assert found == pytest.approx(expected, abs=1e-5)
-    assert len({round(value, 4) for value in expected}) == 5
 
 
 def test_the_kept_layers_of_a_teacher_under_the_students_names():

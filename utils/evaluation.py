@@ -139,6 +139,7 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
     earlier = run.results() if run.eval_only and (run.folder / "results.json").exists() else {}
     if fitted is None:
         trained = {name: earlier.get(name) for name in ("steps", "best_step", "train_seconds")}
+        trained |= {"plan": earlier["plan"]} if "plan" in earlier else {}
     results = {
         "step": run.stage,
         "domain": run.config["domain"],

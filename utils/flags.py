@@ -152,7 +152,7 @@ class StudentFiles(TeacherFiles):
         from_teacher = flags["student_init"] in ("adapter", "teacher") and not flags["eval_only"]
         if self.init_from and from_teacher:
             lines.append("--init_from and --student_init both say where to start; give one of them")
-        if self.teacher and flags["distill_mode"] == "online":
+        if self.teacher and flags["distill_mode"] == "online" and reads_teacher(flags):
             lines.append("--teacher is a trained one, --distill_mode=online trains one: give one")
         if flags["block_map"] and "distill_block" in flags["given"]:
             lines.append("--block_map and --distill_block both say the blocks: give one")
@@ -209,9 +209,7 @@ class LLM(Group):
     """Which decoder layers are kept, and what is trained"""
 
     kind: ClassVar[str] = "model"
-    layer_selection: LayerSelection = flag(
-        "first", "first, interval, last, or numbers such as 0,2,4,6 (experiments.influence)"
-    )
+    layer_selection: LayerSelection = flag("first", "first, interval, last, or numbers: 0,2,4,6")
     interval_nums: PositiveInt = flag(
         1, "one layer in interval_nums + 1 is left out", needs="layer_selection=interval"
     )
