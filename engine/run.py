@@ -380,7 +380,8 @@ class Run:
                 self._set_aside()
                 for name, source in self._kept.items():
                     shutil.copyfile(source, self.folder / name)
-                about = environment() | {"device": processes.device_name(self.device)}
+                name = processes.device_name(self.device) if self.device is not None else None
+                about = environment() | {"device": name}
                 write_json(self.folder / "config.json", self._new_config | about)
         processes.barrier()
         self.config = read_json(self.folder / "config.json", "run")
