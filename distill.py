@@ -65,7 +65,7 @@ def main(
     folder = domain.run_folder("student", files.output_dir)
     cache = cache_folder(files.teacher_cache, domain.run_folder("teacher", files.teacher))
     inputs = read_inputs(files)
-    settled = inputs.settled(files), inputs.settled(training)
+    settled = inputs.settled_files(files), inputs.settled(training)
     groups = settled[0], prompt, llm, lora, loss, settled[1], evaluation, runtime
     earlier = {"teacher": [teacher_run] if teacher_run else [], "sasrec": sasrec_runs}
     run = Run.open("student", folder, groups, inputs, earlier)

@@ -20,7 +20,7 @@ from utils import flags
 def main(*, files: flags.ExtractFiles) -> dict:
     """Write an item table: row i is the vector of item id i, ids that occur nowhere have zeros."""
     # 1. The request.
-    from datasets.domain import Domain, read_sequences
+    from datasets.domain import LEAVE_ONE_OUT, Domain, read_sequences
     from engine.files import check_writable, read_json
 
     runs = Domain.of(files).sasrecs(files.sasrec)
@@ -36,8 +36,8 @@ def main(*, files: flags.ExtractFiles) -> dict:
     )
     check_writable(path.parent, "--item_table")
     there = read_json(path.with_suffix(".json"), "table notes") if path.exists() else {}
-    split = there.get("sasrec_flags", {}).get("split") or "leave_one_out"
-    same = not there or files.item_table or split == (domain.split or "leave_one_out")
+    split = there.get("sasrec_flags", {}).get("split") or LEAVE_ONE_OUT
+    same = not there or files.item_table or split == (domain.split or LEAVE_ONE_OUT)
     cli.check((same, f"{path} is a table of --split={split}; name another file with --item_table"))
     for run in runs:
         run.check_same(inputs)

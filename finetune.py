@@ -41,7 +41,7 @@ def main(
     folder = domain.run_folder("teacher", files.output_dir)
     cache = cache_folder(files.teacher_cache, folder)
     inputs = read_inputs(files)
-    settled = inputs.settled(files), inputs.settled(training)
+    settled = inputs.settled_files(files), inputs.settled(training)
     groups = settled[0], prompt, llm, lora, loss, settled[1], evaluation, runtime
     run = Run.open("teacher", folder, groups, inputs, {"sasrec": sasrec_runs})
     if run.finished and not run.eval_only:

@@ -33,7 +33,7 @@ def main(
 
     inputs = read_sequences(files)
     folder = inputs.domain.run_folder("sasrec", files.output_dir)
-    settled = inputs.settled(files), inputs.settled(training)
+    settled = inputs.settled_files(files), inputs.settled(training)
     groups = settled[0], sequence, sasrec, settled[1], evaluation, runtime
     run = Run.open("sasrec", folder, groups, inputs)
     if run.finished and not run.eval_only:

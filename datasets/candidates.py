@@ -2,9 +2,9 @@
 
 Each row gets its own bijection of 0 .. 2^k - 1 (2^k >= N): rounds of multiply by a keyed odd
 number, add a key, and xor-shift, all modulo 2^k. Reading it at 0, 1, 2, ... yields every index
-exactly once in a pseudo-random order. Values beyond the catalogue and items that the user seen are
-skipped; the first K others are the candidates. The inverse bijection gives the place of a seen item
-in that order, so a row costs its K candidates, whatever N. There is no state, no rejection of
+exactly once in a pseudo-random order. Values beyond the catalogue and items that the user has seen
+are skipped; the first K others are the candidates. The inverse bijection gives the place of a seen
+item in that order, so a row costs its K candidates, whatever N. There is no state, no rejection of
 duplicates and no Python per user, and the batch does not change the answer. LEAVE ALONE: published
 numbers depend on it.
 """

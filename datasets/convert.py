@@ -497,21 +497,23 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
     pair.sort(key=lambda names: -_known_items(names, table, kept))
     pair = [tuple(named)] if named else pair
     if not pair or not set(pair[0]) <= set(table.columns):
-        wrong = f"--items_columns={','.join(named)}: not in {path}, which has {table.shown()}"
+        if named:
+            raise UsageError(
+                f"--items_columns={','.join(named)}: not in {path}, which has {table.shown()}"
+            )
         raise UsageError(
-            wrong
-            if named
-            else f"--items={path}: expected columns such as item_id and title, it has"
-            f" {table.shown()}; --items_columns ITEM,TITLE names them"
+            f"--items={path}: expected columns such as item_id and title, it has {table.shown()};"
+            " --items_columns ITEM,TITLE names them"
         )
     titles: dict[str, str] = {}
     found, name = 0, ""
     for _, frame in table.frames([*pair[0]]):
         for cell, text in zip(frame[pair[0][0]], frame[pair[0][1]]):
-            name, title = canonical(cell), clean_title(text)
+            name = canonical(cell)
             found += name in kept
-            if name in kept and title:
-                titles.setdefault(name, title)
+            title = clean_title(text) if name in kept and name not in titles else ""
+            if title:
+                titles[name] = title
     if not found:
         raise UsageError(
             f"--items={path}: none of its items is in the log: {name!r} there, {min(kept)!r} here"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from datasets.demo import write_demo
 from datasets.interactions import Interactions, read_csv
 from datasets.items import Items, listing_of
+from engine import checkpoint
 from engine.errors import UsageError
 from engine.files import file_sha256, read_json
 from engine.run import Run
@@ -31,7 +32,9 @@ ALIASES = {"cloths": "cloth", "movies": "movie"}  # spellings of the released sc
 SUFFIXES = (".csv", ".csv.gz", ".csv.xz")
 FOLDERS = ("data", "dataset/sequential")
 DEMO = Path("data/demo.csv")
-T = TypeVar("T", Data, Training)
+T = TypeVar("T", bound=Training)
+F = TypeVar("F", bound=Data)
+CONFIG = "config.json"
 STAGES = {"sasrec": "train_sr_trad.py", "teacher": "finetune.py", "student": "distill.py"}
 FEW_BATCHES = 2  # fewer users than these train on every prefix
 REBUILD = (  # what to do after the data has changed
@@ -83,6 +86,13 @@ class Domain(NamedTuple):
     def run_folder(self, stage: str, given: str | None) -> Path:
         """A stage's folder: as given, or output/<domain>/<stage>."""
         return Path(given or self.folder / stage)
+
+    def mend(self, config: dict) -> str:
+        """What to do about a run, or a table, that was made from other files."""
+        theirs = config.get("domain", self.name)
+        if theirs != self.name:
+            return f"it is of the domain {theirs}, this is {self.name}: name another"
+        return f"where the data has changed, {REBUILD}"
 
     def earlier_run(self, stage: str, given: str | None) -> Run:
         """The run of an earlier stage that `--<stage>` names, by default the domain's.
@@ -201,11 +211,8 @@ class Inputs(NamedTuple):
     items_flags: dict[str, Any] | None = None
 
     def mend(self, config: dict) -> str:
-        """What to do about a run, or a table, that was made from other files."""
-        theirs = config.get("domain", self.domain.name)
-        if theirs != self.domain.name:
-            return f"it is of the domain {theirs}, this is {self.domain.name}: name another"
-        return f"where the data has changed, {REBUILD}"
+        """See `Domain.mend`."""
+        return self.domain.mend(config)
 
     @property
     def weights_have_items(self) -> bool:
@@ -229,28 +236,29 @@ class Inputs(NamedTuple):
             return None
         return Items.of(self.csv_path, self.data.item_ids).sha256()
 
-    def settled(self, group: T) -> T:
-        """A group with what the data and earlier steps say where no flag does: how lists are read,
-        or which training targets fit.
+    def settled(self, training: T) -> T:
+        """With training targets that fit the data, where no flag names them."""
+        few = self.data.n_trained < FEW_BATCHES * training.batch_size
+        usual = "all" if few else "last"
+        return dataclasses.replace(training, train_targets=training.train_targets or usual)
+
+    def settled_files(self, files: F) -> F:
+        """With how lists are read, where an earlier step says it and no flag does.
 
         Raises:
             UsageError: --init_from names a run of another split.
         """
-        if isinstance(group, Data):
-            split, source = self.domain.split or LEAVE_ONE_OUT, getattr(group, "init_from", None)
-            there = source is not None and (Path(source) / "config.json").is_file()
-            config = read_json(Path(source) / "config.json", "--init_from") if there else {}
-            theirs = config.get("flags", {}).get("split") or LEAVE_ONE_OUT
-            if there and theirs != split:
+        split, source = self.domain.split or LEAVE_ONE_OUT, Path(files.init_from or "") / CONFIG
+        if files.init_from and source.is_file():
+            recorded = read_json(source, "--init_from").get("flags", {})
+            theirs = recorded.get("split") or LEAVE_ONE_OUT
+            if theirs != split:
                 raise UsageError(
-                    f"--init_from={source} was trained with --split={theirs}, this run has {split}:"
-                    " its weights may know what comes after the moment"
+                    f"--init_from={files.init_from} was trained with --split={theirs}, this run has"
+                    f" {split}: its weights may know what comes after the moment"
                 )
-            ends = self.domain.ends_are_items
-            return dataclasses.replace(group, split=split, ends_are_items=ends)
-        few = self.data.n_trained < FEW_BATCHES * group.batch_size
-        usual = "all" if few else "last"
-        return dataclasses.replace(group, train_targets=group.train_targets or usual)
+        ends = self.domain.ends_are_items
+        return dataclasses.replace(files, split=split, ends_are_items=ends)
 
     def with_items(self, notes: dict) -> "Inputs":
         """With the hash of items.csv among the hashes.
@@ -355,10 +363,9 @@ def read_inputs(files: TeacherFiles) -> Inputs:
     if about:
         made_from = about.get("data_sha256")
         if made_from != data.sha256:
-            mend = Inputs(domain, data, csv_path, table_path, {}, {}).mend(about)
             raise UsageError(
                 f"{table_path} was extracted from data with sha256 {str(made_from)[:12]}...,"
-                f" {csv_path} has {data.sha256[:12]}...; {mend}"
+                f" {csv_path} has {data.sha256[:12]}...; {domain.mend(about)}"
             )
         if about.get("table_sha256", table_sha256) != table_sha256:
             raise UsageError(
@@ -381,9 +388,9 @@ def _report_newer(about: dict) -> None:
     """Say where a SASRec was trained again after its table was written."""
     folders, known = about.get("sasrec", ""), about.get("sasrec_sha256", "")
     for folder, recorded in zip(folders.split(","), known.split(",")):
-        manifest = Path(folder) / "best" / "manifest.json"
+        manifest = Path(folder) / "best" / checkpoint.MANIFEST
         found = read_json(manifest, "checkpoint") if folder and manifest.is_file() else {}
-        if found.get("weights.safetensors", recorded) != recorded:
+        if found.get(checkpoint.WEIGHTS, recorded) != recorded:
             print(
                 f"{folder} holds another SASRec now than the one the item table is of;"
                 " extract_emb.py makes a new table",

@@ -112,8 +112,8 @@ def read_csv(
         raise UsageError(f"{path}: 0 users; the file has a header and no rows")
     if not flat:
         raise UsageError(f"{path}: every user's list is empty")
-    lists = path, names, flat, np.array(lengths, dtype=np.int64), digest.hexdigest()
-    data = _packed(*lists, *((np.array(times), split) if by_time else ()))
+    length, moments = np.array(lengths, dtype=np.int64), np.array(times) if by_time else None
+    data = _packed(path, names, flat, length, digest.hexdigest(), moments, split or "")
     if data.n_items == 1:
         raise UsageError(f"{path}: item {data.item_ids[0]} is the only one; there is no choice")
     if not ends_are_items:

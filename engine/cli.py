@@ -216,7 +216,6 @@ def command(main: Callable) -> Callable:
         values = {name: _expanded(value) for name, value in values.items()}
         arguments = _arguments(main, values)
         every = {name: flag.default for name, flag in flags.items()} | values
-        every["given"] = frozenset(values)
         groups = [argument for argument in arguments.values() if isinstance(argument, Group)]
         _raise_all([line for group in groups for line in group.problems(every)])
         if not values.get("eval_only"):
@@ -256,8 +255,9 @@ def _report_unused(groups: list[Group], flags: dict[str, Any]) -> None:
             continue
         needs = []
         for need in field.metadata["needs"].split("|"):
-            kin = [f.name for g in groups for f in g.fields() if f.metadata.get(need[1:])]
-            named = kin if need.startswith("*") else [need]
+            named = [need]
+            if need.startswith("*"):
+                named = [f.name for g in groups for f in g.fields() if f.metadata.get(need[1:])]
             needs += [name.partition("=")[::2] for name in named]
         needs = [(name, value) for name, value in needs if name in flags]
         if not any(_holds(flags[name], value) for name, value in needs):

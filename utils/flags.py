@@ -154,8 +154,6 @@ class StudentFiles(TeacherFiles):
             lines.append("--init_from and --student_init both say where to start; give one of them")
         if self.teacher and flags["distill_mode"] == "online" and reads_teacher(flags):
             lines.append("--teacher is a trained one, --distill_mode=online trains one: give one")
-        if flags["block_map"] and "distill_block" in flags["given"]:
-            lines.append("--block_map and --distill_block both say the blocks: give one")
         return lines
 
 
@@ -313,6 +311,11 @@ class StudentLoss(TeacherLoss):
         "l2", "the distance: l2 (released) or squared_l2 (paper)", needs="norm_lambda"
     )
     temperature: PositiveFloat = flag(1.0, "temperature of the logit KL", needs="logit_lambda")
+
+    def problems(self, flags: dict[str, Any]) -> list[str]:
+        if self.block_map and "distill_block" in self.given:
+            return ["--block_map and --distill_block both say the blocks: give one"]
+        return []
 
     @property
     def reads_teacher(self) -> bool:
