@@ -48,7 +48,8 @@ def main(
     loaded if all terms that read it have weight 0.
     """
     # 1. The request. No torch yet: a wrong one ends here, in one line.
-    from datasets.domain import Domain, cache_folder, read_inputs
+    from datasets.domain import Domain, cache_folder
+    from datasets.inputs import read_inputs
     from datasets.prompts import prompt_ids, read_template
     from engine.run import Run
     from models.selection import block_map

@@ -20,7 +20,8 @@ from utils import flags
 def main(*, files: flags.ExtractFiles) -> dict:
     """Write an item table: row i is the vector of item id i, ids that occur nowhere have zeros."""
     # 1. The request.
-    from datasets.domain import LEAVE_ONE_OUT, Domain, read_sequences
+    from datasets.domain import LEAVE_ONE_OUT, Domain
+    from datasets.inputs import read_sequences
     from engine.files import check_writable, read_json
 
     runs = Domain.of(files).sasrecs(files.sasrec)

@@ -29,7 +29,8 @@ def main(
 ) -> dict:
     """Train a teacher (or, with fewer layers, a small model without distillation)."""
     # 1. The request. No torch yet: a wrong one ends here, in one line.
-    from datasets.domain import Domain, cache_folder, read_inputs
+    from datasets.domain import Domain, cache_folder
+    from datasets.inputs import read_inputs
     from datasets.prompts import prompt_ids, read_template
     from engine.run import Run
     from models.selection import equal_blocks

@@ -28,7 +28,7 @@ def main(
 ) -> dict:
     """Train SASRec on a domain's sequences and report popularity beside it."""
     # 1. The request. No torch yet: a wrong one ends here, in one line.
-    from datasets.domain import read_sequences
+    from datasets.inputs import read_sequences
     from engine.run import Run
 
     inputs = read_sequences(files)

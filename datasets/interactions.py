@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.lists import parsed
+from datasets.cells import parsed
 from engine.errors import UsageError
 from engine.files import Watched, replacing
 

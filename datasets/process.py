@@ -12,19 +12,19 @@ in the order of their ASINs. Reviews are read as a stream. About 16 bytes per re
 of users and items stay in memory.
 """
 
-import hashlib
-import html
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from datasets.domain import SUFFIXES, canonical_domain
-from datasets.interactions import write_csv
-from datasets.items import Items, listing_of
+from datasets import filters
+from datasets.cells import clean_title
+from datasets.domain import canonical_domain
+from datasets.filters import Reviews, often, print_counts
+from datasets.items import listing_of
 from datasets.tables import Names, open_table
 from engine import cli
 from engine.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
@@ -33,46 +33,11 @@ from engine.files import check_writable
 
 TEXTS, NUMBERS = ("reviewerID", "asin"), ("overall", "unixReviewTime")
 BROKEN_SHARE = 0.01  # more broken lines than this are an error
-# page code that stands as a title in some v2 files
-SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")
 SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written
-TAG = re.compile(r"</?[A-Za-z][^<>]*>|<span\b[^<>]*$")  # whole tags, and one that was cut off
 Order = Literal["time", "file"]
 
 
-class Reviews(NamedTuple):
-    """Reviews in file order: codes user, item int32 [n] into names; time [n], seconds."""
-
-    users: list[str]
-    items: list[str]
-    user: np.ndarray
-    item: np.ndarray
-    time: np.ndarray
-
-    def keep(self, mask: np.ndarray) -> "Reviews":
-        return self._replace(user=self.user[mask], item=self.item[mask], time=self.time[mask])
-
-    def counts(self) -> tuple[int, int, int]:
-        """Users, items, interactions."""
-        return len(np.unique(self.user)), len(np.unique(self.item)), len(self.user)
-
-    def repeated(self, *columns: str) -> np.ndarray:
-        """Mask of the rows that an earlier one equals in these columns, bool [n]."""
-        return pd.DataFrame({name: getattr(self, name) for name in columns}).duplicated().to_numpy()
-
-    def ordered(self, ties: np.ndarray | None, by_time: bool = True) -> "Reviews":
-        """By user, then by time, then by `ties` (int64 [n]; None is file order)."""
-        keys = [self.time, self.user] if by_time else [self.user]
-        return self.keep(np.lexsort(keys if ties is None or not by_time else [ties, *keys]))
-
-
 Report = Callable[[str, Reviews], None]
-
-
-def print_counts(stage: str, reviews: Reviews) -> None:
-    """One line: the stage and how many users, items and interactions are left."""
-    users, items, rows = reviews.counts()
-    print(f"{stage:34s} {users:>11,} users {items:>10,} items {rows:>12,} interactions", flush=True)
 
 
 def read_reviews(path: str | Path, min_rating: float) -> tuple[Reviews, int]:
@@ -120,41 +85,6 @@ def filter_reviews(
     return reviews
 
 
-def tie_order(reviews: Reviews, seed: int) -> np.ndarray:
-    """An order that says nothing about item or file, int64 [n]: a hash of (seed, user, item)."""
-    users = np.array([_hashed(f"{seed} {name}") for name in reviews.users], dtype=np.uint64)
-    items = np.array([_hashed(f"{seed} {name}") for name in reviews.items], dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        mixed = users[reviews.user] * np.uint64(0x9E3779B97F4A7C15) ^ items[reviews.item]
-        mixed ^= mixed >> np.uint64(30)
-        mixed *= np.uint64(0xBF58476D1CE4E5B9)
-        mixed ^= mixed >> np.uint64(27)
-    return (mixed >> np.uint64(1)).astype(np.int64)
-
-
-def _hashed(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def print_ties(reviews: Reviews, what: str, ties: Literal["hash", "file"], tie_seed: int) -> None:
-    """One line: how many neighbours share a time, and what orders them."""
-    how = f"by a hash with --tie_seed={tie_seed}" if ties == "hash" else "in file order"
-    print(f"{share_of_ties(reviews):.1%} of a user's neighbouring {what} share a time: {how}")
-
-
-def occurring(reviews: Reviews) -> set[str]:
-    """The items that are left."""
-    return {reviews.items[code] for code in np.unique(reviews.item)}
-
-
-def share_of_ties(reviews: Reviews) -> float:
-    """Share of a user's neighbouring reviews of equal time. Reviews are sorted by user."""
-    same_user = reviews.user[1:] == reviews.user[:-1]
-    same_time = reviews.time[1:] == reviews.time[:-1]
-    return float((same_user & same_time).sum() / max(1, same_user.sum()))
-
-
 def read_titles(path: str | Path, items: set[str]) -> tuple[dict[str, str], int]:
     """Clean titles of these items; of an item's records the first with a title counts.
 
@@ -171,64 +101,6 @@ def read_titles(path: str | Path, items: set[str]) -> tuple[dict[str, str], int]
     return titles, repeats
 
 
-def clean_title(title: object) -> str:
-    """Entities resolved, HTML tags, page code and surplus white space removed; maybe ""."""
-    if not isinstance(title, str) or SCRIPT.search(title):
-        return ""
-    text = html.unescape(TAG.sub(" ", html.unescape(title)))
-    # lone surrogates cannot be written
-    return " ".join(text.encode("utf-8", "replace").decode().split())
-
-
-def write_domain(
-    reviews: Reviews,
-    titles: dict[str, str],
-    path: str | Path,
-    key: Callable[[str], Any] | None = None,
-    dated: bool = True,
-) -> None:
-    """Write <domain>.csv and, beside it, <domain>.items.csv (item_id, asin, title).
-
-    Items are numbered from 0 in the order of their ASINs.
-
-    Args:
-        key: of that order; text by default.
-        dated: whether the reviews have times, which are written then.
-    """
-    path = Path(path)
-    kept = np.unique(reviews.item)
-    asins = sorted((reviews.items[code] for code in kept), key=key)
-    number = {asin: i for i, asin in enumerate(asins)}
-    of_code = np.zeros(len(reviews.items), dtype=np.int64)
-    of_code[kept] = [number[reviews.items[code]] for code in kept]
-    bounds = np.flatnonzero(np.diff(reviews.user, prepend=-1, append=-1))
-    names = [titles.get(asin, "") for asin in asins]
-    whole = np.array_equal(reviews.time, np.floor(reviews.time))
-    time = reviews.time.astype(np.int64) if whole else reviews.time
-
-    def rows() -> Iterator[tuple[str, list, list, list]]:
-        for a, b in zip(bounds[:-1], bounds[1:]):
-            items = of_code[reviews.item[a:b]].tolist()
-            shown = [names[item] for item in items]
-            yield reviews.users[reviews.user[a]], items, shown, time[a:b].tolist()
-
-    write_csv(path, rows(), dated)
-    Items(np.arange(len(asins)), asins, names).write(listing_of(path))
-
-
-def may_write(path: Path, overwrite: bool) -> tuple[bool, str]:
-    """A rule for `cli.check`: no file of the domain stands where `write_domain` would write."""
-    names = [*(path.with_suffix(suffix) for suffix in SUFFIXES), listing_of(path)]
-    there = [name for name in names if name.exists()]
-    named = there[0] if there else path
-    return overwrite or not there, f"{named} already exists; --overwrite replaces it"
-
-
-def often(codes: np.ndarray, least: int) -> np.ndarray:
-    """Mask of the rows whose code occurs at least `least` times."""
-    return np.bincount(codes)[codes] >= least if len(codes) else np.zeros(0, dtype=bool)
-
-
 def _records(
     path: Path,
     texts: tuple[str, ...],
@@ -240,14 +112,14 @@ def _records(
     A line is broken where it is no object or lacks a text or a number. Broken lines are reported.
     """
     broken, first, n = 0, 0, 0
-    for row, frame in open_table(path, lenient=True).frames([*texts, *numbers, *optional]):
+    for frame in open_table(path, lenient=True).frames([*texts, *numbers, *optional]):
         whole = np.ones(len(frame), dtype=bool)
         for name in texts:
             whole &= np.array([*map(_is_text, frame[name])])
         for name in numbers:
             whole &= np.array([*map(_is_number, frame[name])])
         if not whole.all():
-            first = first or row + int(whole.argmin())
+            first = first or int(frame.index[whole.argmin()])
         broken, n = broken + int((~whole).sum()), n + len(frame)
         yield frame[whole]
     if broken > BROKEN_SHARE * n:
@@ -303,7 +175,7 @@ def main(
     cli.check(
         (Path(reviews).is_file(), f"--reviews={reviews}: file not found"),
         (meta is None or Path(meta).is_file(), f"--meta={meta}: file not found"),
-        may_write(path, overwrite),
+        filters.may_write(path, overwrite),
     )
     check_writable(Path(output_dir), "--output_dir")
     raw, low = read_reviews(reviews, min_rating)
@@ -315,16 +187,16 @@ def main(
         counts[stage] = len(left.user)
         print_counts(stage, left)
 
-    by_hash = tie_order(raw, tie_seed) if ties == "hash" else None
+    by_hash = filters.tie_order(raw, tie_seed) if ties == "hash" else None
     by_time = order == "time"
     kept = filter_reviews(raw, min_user, min_item, min_length, by_hash, report, by_time)
     if not len(kept.user):
         raise UsageError(f"{reviews}: {_emptied(counts, low)}")
     if by_time:
-        print_ties(kept, "reviews", ties, tie_seed)
-    left = occurring(kept)
+        filters.print_ties(kept, "reviews", ties, tie_seed)
+    left = filters.occurring(kept)
     titles, repeats = read_titles(meta, left) if meta else ({}, 0)
-    write_domain(kept, titles, path)
+    filters.write_domain(kept, titles, path)
     named = sum(bool(title) for title in titles.values())
     print(
         f"titles: {named:,} of {len(left):,} items have one;"

@@ -5,6 +5,7 @@ import bz2
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import re
@@ -90,8 +91,9 @@ class Table(NamedTuple):
             self.kind, "parquet"
         )
 
-    def frames(self, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
-        """(row of the first line, the columns) of the file; the first row is 1, a header's.
+    def frames(self, columns: list[str]) -> Iterator[pd.DataFrame]:
+        """The columns of the file, many rows at a time; the index has their rows in the file, from
+        1, which is a header's.
 
         Raises:
             UsageError: the file is damaged or a row has another number of fields.
@@ -352,7 +354,7 @@ def _watched(path: Path) -> io.BufferedReader:
     return io.BufferedReader(Watched(_opened(path), lambda block: bar.update(len(block))), 2**20)
 
 
-def _text(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
+def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
     text = io.TextIOWrapper(_watched(table.path), encoding=table.encoding, newline="")
     for _ in range(table.skip):
         text.readline()
@@ -364,7 +366,6 @@ def _text(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]
     options |= {"sep": separator, "quoting": csv.QUOTE_MINIMAL if table.quoted else csv.QUOTE_NONE}
     names = table.columns
     head = 0 if table.header else None
-    row = 1 + table.header
     reader = pd.read_csv(source, header=head, names=names, on_bad_lines="error", **options)
     while True:
         with warnings.catch_warnings():  # where every row is longer pandas cuts them, and warns
@@ -372,46 +373,40 @@ def _text(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]
             frame = next(reader, None)
         if frame is None:
             return
-        yield row, frame[columns]
-        row += len(frame)
+        frame.index += 1 + table.header
+        yield frame[columns]
 
 
-def _lines(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
+def _lines(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
     text = io.TextIOWrapper(_watched(table.path), encoding=table.encoding)
-    for row, lines in _chunks(text):
+    for numbers, lines in _chunks(text):
         cells = [_two_cells(line) for line in lines]
-        yield row, pd.DataFrame(cells, columns=["1", "2"])[columns]
+        yield pd.DataFrame(cells, numbers, ["1", "2"])[columns]
 
 
-def _json(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
+def _json(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
     errors = "replace" if table.lenient else "strict"
     text = io.TextIOWrapper(_watched(table.path), encoding=table.encoding, errors=errors)
-    for first, lines in _chunks(text):
+    for numbers, lines in _chunks(text):
         rows = []
-        for number, line in enumerate(lines, start=first):
+        for number, line in zip(numbers, lines):
             row = _parsed(line)
             if row is None and not table.lenient:
                 raise UsageError(f"{table.path}: row {number}: not a JSON object ({line[:40]!r})")
             cells = [(row or {}).get(name) for name in columns]
             rows.append(cells if table.lenient else [*map(_cell, cells)])
-        yield first, pd.DataFrame(rows, columns=columns, dtype=object)
+        yield pd.DataFrame(rows, numbers, columns, dtype=object)
 
 
-def _chunks(text: io.TextIOBase) -> Iterator[tuple[int, list[str]]]:
-    """Lines that are not blank, many at a time; a blank line ends a chunk, so that rows count."""
-    chunk: list[str] = []
-    number = 0
-    for number, line in enumerate(text, start=1):
-        if line.strip():
-            chunk.append(line)
-        if chunk and (len(chunk) == BATCH or not line.strip()):
-            yield number - len(chunk) + bool(line.strip()), chunk
-            chunk = []
-    if chunk:
-        yield number - len(chunk) + 1, chunk
+def _chunks(text: io.TextIOBase) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Lines that are not blank and their numbers, many at a time."""
+    lines = ((number, line) for number, line in enumerate(text, start=1) if line.strip())
+    while chunk := [*itertools.islice(lines, BATCH)]:
+        numbers, texts = zip(*chunk)
+        yield numbers, texts
 
 
-def _parquet(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFrame]]:
+def _parquet(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
     file = pa.parquet.ParquetFile(table.path)
     row = 1
     with tqdm(total=file.metadata.num_rows, desc=table.path.name, unit="row", mininterval=1) as bar:
@@ -423,6 +418,7 @@ def _parquet(table: Table, columns: list[str]) -> Iterator[tuple[int, pd.DataFra
                     frame[name] = [
                         _cell(v.tolist() if hasattr(v, "tolist") else v) for v in frame[name]
                     ]
-            yield row, frame
+            frame.index += row
+            yield frame
             row += len(frame)
             bar.update(len(frame))

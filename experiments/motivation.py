@@ -89,7 +89,7 @@ def score_every_layer(
     from tqdm import tqdm
 
     from datasets import sequences
-    from datasets.domain import read_inputs
+    from datasets.inputs import read_inputs
     from datasets.item_table import read_table
     from engine import processes
     from engine.run import Run

@@ -123,7 +123,8 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     main_labels = main_rows(*depths)
     ablation = [_ablation_label(flags, *depths) for flags in ABLATION.values()]
     others = sorted(row.label for row in rows if row.label not in (*main_labels, *ablation))
-    paper = {} if "(split" in domain else PAPER.get(domain.partition(" (")[0], {})
+    first = rows[0].first
+    paper = PAPER.get(first.config["domain"], {}) if first.as_published else {}
     parts = [f"## {domain}", _head(rows, bool(paper))]
     for title, labels in (
         ("Main rows", main_labels),
@@ -143,7 +144,7 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     parts += [f"### Lists of ten\n\n{listed}"] if listed else []
     slug = re.sub(r"[^\w.-]+", "_", domain).strip("_")
     write_main_table(folder / f"report_{slug}", order, _popularity(rows))
-    title = f"{domain}, test set, {rows[0].first.results['users']:,} users"
+    title = f"{domain}, test set, {first.results['users']:,} users"
     names = [run.folder for row in rows for run in row.runs.values()]
     smoke = any("smoke" in part for path in (folder, *names) for part in path.parts)
     path = folder / f"report_{slug}_metrics.png"
@@ -151,7 +152,7 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     parts.append(f"![metrics]({metrics.name})")
     # a curve for everything is a curve for nothing
     drawn = [row for row in order if row.label not in others] or order
-    title = f"{domain}: training, and validation on {rows[0].first.results['users']:,} users"
+    title = f"{domain}: training, and validation on {first.results['users']:,} users"
     curves = figures.curves(drawn, folder / f"report_{slug}_curves.png", title, smoke)
     parts.append(f"![curves]({curves.name})")
     return "\n\n".join(parts)

@@ -51,11 +51,20 @@ class FinishedRun(NamedTuple):
     @property
     def domain(self) -> str:
         """Its name; another split and other candidates stand beside it."""
-        flags, said = self.flags, []
-        drawn = flags["num_candidates"], flags["candidate_seed"]
-        said += [f"split {flags['split']}"] if (flags.get("split") or "").startswith("time") else []
-        said += ["candidates {}, seed {}".format(*drawn)] if drawn != (999, 42) else []
+        drawn = self.flags["num_candidates"], self.flags["candidate_seed"]
+        said = [f"split {self.flags['split']}"] * self.by_time
+        said += ["candidates {}, seed {}".format(*drawn)] * (drawn != (999, 42))
         return self.config["domain"] + f" ({', '.join(said)})" * bool(said)
+
+    @property
+    def by_time(self) -> bool:
+        """Whether its test targets are split off by time."""
+        return (self.flags.get("split") or "").startswith("time")
+
+    @property
+    def as_published(self) -> bool:
+        """Whether its figures may stand beside the paper's: leave-one-out, 1 + 999 candidates."""
+        return not self.by_time and self.flags["num_candidates"] == 999
 
     @property
     def flags(self) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def main(
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available"),
 ) -> dict:
     """Write an item table made of titles."""
-    from datasets.domain import read_sequences
+    from datasets.inputs import read_sequences
 
     inputs = read_sequences(data)
     domain, sequences = inputs.domain, inputs.data

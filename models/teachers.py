@@ -95,7 +95,7 @@ def offline(
     Args:
         run: of step 3.
         ends: after how many of its layers its states are read.
-        data: the student's data (datasets.domain.RunData).
+        data: the student's data (datasets.inputs.RunData).
         student: its run, for the device and the precision.
     """
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import convert
 from datasets.interactions import read_histories
 from datasets.items import Finder, Items, listing_of
+from datasets.logs import NAMES, ROLES, choose_columns, list_of_items, original_ids, read_log
 from datasets.tables import open_table
 from engine.errors import UsageError
 
@@ -49,13 +49,13 @@ def of_file(path: Path, finder: Finder) -> Histories:
     Raises:
         UsageError: the file is damaged, a user comes twice, or an item is not known.
     """
-    table = open_table(path, known=convert.NAMES)
-    given = dict.fromkeys(convert.ROLES)
+    table = open_table(path, known=NAMES)
+    given = dict.fromkeys(ROLES)
     names = {name.lower() for name in table.columns}
     if not {"reviewerid", "asin"} <= names or "unixreviewtime" in names:
-        columns = convert.choose_columns(table, given, "auto", "")
+        columns = choose_columns(table, given, "auto", "")
         skip = "--unknown skip"
-        log = convert.read_log(table, columns, drop_missing=finder.skip, one_user=True, mend=skip)
+        log = read_log(table, columns, drop_missing=finder.skip, one_user=True, mend=skip)
         reviews = log.reviews.keep(np.lexsort((log.reviews.time, log.reviews.user)))
         ids = np.split(reviews.item, np.flatnonzero(np.diff(reviews.user)) + 1)
         users = [reviews.users[code] for code in np.unique(reviews.user)]
@@ -76,15 +76,15 @@ def _lists(path: Path, table) -> tuple[list[str], list[list[str]]]:
         next(name for name in table.columns if name.lower() == bare)
         for bare in ("reviewerid", "asin")
     )
-    asins = convert.original_ids(path)
+    asins = original_ids(path)
     rows: dict[str, int] = {}
     lists = []
-    for first, frame in table.frames([user_column, item_column]):
-        cells = zip(frame[user_column].astype(str), frame[item_column])
-        for row, (user, cell) in enumerate(cells, start=first):
+    for frame in table.frames([user_column, item_column]):
+        cells = zip(frame.index, frame[user_column].astype(str), frame[item_column])
+        for row, user, cell in cells:
             if rows.setdefault(user, row) != row:
                 raise UsageError(
                     f"--users={path}: reviewerID {user!r} appears in rows {rows[user]} and {row}"
                 )
-            lists.append(convert.list_of_items(path, row, cell, asins))
+            lists.append(list_of_items(path, row, cell, asins))
     return list(rows), lists

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from datasets.domain import STAGES, Domain, Inputs, canonical_domain
+from datasets.domain import STAGES, Domain, canonical_domain
+from datasets.inputs import Inputs
 from datasets.interactions import Interactions
 from datasets.items import Items, listing_of
 from engine.cli import flag

@@ -6,6 +6,7 @@ import nbformat
 import pytest
 
 from datasets import process
+from datasets.cells import clean_title
 from datasets.interactions import read_csv
 from engine.errors import UsageError
 from tests.conftest import ROOT, real
@@ -99,7 +100,7 @@ def test_every_defect_at_once_gives_the_expected_files(tmp_path, capsys):
     ],
 )
 def test_titles(title, clean):
-    assert process.clean_title(title) == clean
+    assert clean_title(title) == clean
 
 
 def test_file_order_as_released(tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.domain import read_inputs
+from datasets.inputs import read_inputs
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, VALID, EvaluationSplit, popularity, training_samples
 from tests.conftest import write_sequences

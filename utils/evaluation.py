@@ -122,7 +122,7 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
     """Evaluate best/ on valid and test; write results.json and ranks.npz, print the test metrics.
 
     Args:
-        data: the data of the run (datasets.domain.RunData).
+        data: the data of the run (datasets.inputs.RunData).
         fitted: what `fit` returned; None where the run is only evaluated, which keeps the recorded
             training.
         extra: more entries of results.json; of seconds None keeps what is recorded.

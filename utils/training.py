@@ -118,7 +118,7 @@ def fit(
             weighted sum under "total".
         model: what is validated. Two batches are evaluated before training, so that an error in
             evaluation costs seconds.
-        data: samples and splits (datasets.domain.RunData).
+        data: samples and splits (datasets.inputs.RunData).
     Returns:
         steps, best_step and train_seconds, for results.json; and "valid", the validation ranks of
         best/, None where it was written before the run was resumed.

@@ -21,7 +21,7 @@ import finetune
 import models.losses
 import train_sr_trad
 from datasets.demo import write_demo
-from datasets.domain import read_sequences
+from datasets.inputs import read_sequences
 from engine import checkpoint, cli, files
 from engine.errors import RunError, UsageError
 from engine.run import Run

@@ -1,6 +1,7 @@
-"""Cells that hold a list of ids, or of titles."""
+"""Cells of tables: lists of ids, lists of titles, and titles as they are shown."""
 
 import ast
+import html
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,9 @@ from engine.errors import UsageError
 
 SPLIT = re.compile(r"[\s,|;]+")
 BARE_NAN = re.compile(r"(?<=[\[, ])nan(?=[\], ])")
+# page code that stands as a title in some v2 files
+SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")
+TAG = re.compile(r"</?[A-Za-z][^<>]*>|<span\b[^<>]*$")  # whole tags, and one that was cut off
 
 
 def parsed(cell: str) -> object:
@@ -51,3 +55,12 @@ def title_list(cell: object, n: int) -> list[str]:
     if not isinstance(values, list) or len(values) != n:
         return []
     return [value if isinstance(value, str) else "" for value in values]
+
+
+def clean_title(title: object) -> str:
+    """Entities resolved, HTML tags, page code and surplus white space removed; maybe ""."""
+    if not isinstance(title, str) or SCRIPT.search(title):
+        return ""
+    text = html.unescape(TAG.sub(" ", html.unescape(title)))
+    # lone surrogates cannot be written
+    return " ".join(text.encode("utf-8", "replace").decode().split())

@@ -1,0 +1,129 @@
+"""The interactions of a log in columns: sorting, filtering, and a domain's files made of them."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from datasets.domain import SUFFIXES
+from datasets.interactions import write_csv
+from datasets.items import Items, listing_of
+
+
+class Reviews(NamedTuple):
+    """Reviews in file order: codes user, item int32 [n] into names; time [n], seconds."""
+
+    users: list[str]
+    items: list[str]
+    user: np.ndarray
+    item: np.ndarray
+    time: np.ndarray
+
+    def keep(self, mask: np.ndarray) -> "Reviews":
+        return self._replace(user=self.user[mask], item=self.item[mask], time=self.time[mask])
+
+    def counts(self) -> tuple[int, int, int]:
+        """Users, items, interactions."""
+        return len(np.unique(self.user)), len(np.unique(self.item)), len(self.user)
+
+    def repeated(self, *columns: str) -> np.ndarray:
+        """Mask of the rows that an earlier one equals in these columns, bool [n]."""
+        return pd.DataFrame({name: getattr(self, name) for name in columns}).duplicated().to_numpy()
+
+    def ordered(self, ties: np.ndarray | None, by_time: bool = True) -> "Reviews":
+        """By user, then by time, then by `ties` (int64 [n]; None is file order)."""
+        keys = [self.time, self.user] if by_time else [self.user]
+        return self.keep(np.lexsort(keys if ties is None or not by_time else [ties, *keys]))
+
+
+def print_counts(stage: str, reviews: Reviews) -> None:
+    """One line: the stage and how many users, items and interactions are left."""
+    users, items, rows = reviews.counts()
+    print(f"{stage:34s} {users:>11,} users {items:>10,} items {rows:>12,} interactions", flush=True)
+
+
+def often(codes: np.ndarray, least: int) -> np.ndarray:
+    """Mask of the rows whose code occurs at least `least` times."""
+    return np.bincount(codes)[codes] >= least if len(codes) else np.zeros(0, dtype=bool)
+
+
+def occurring(reviews: Reviews) -> set[str]:
+    """The items that are left."""
+    return {reviews.items[code] for code in np.unique(reviews.item)}
+
+
+def tie_order(reviews: Reviews, seed: int) -> np.ndarray:
+    """An order that says nothing about item or file, int64 [n]: a hash of (seed, user, item)."""
+    users = np.array([_hashed(f"{seed} {name}") for name in reviews.users], dtype=np.uint64)
+    items = np.array([_hashed(f"{seed} {name}") for name in reviews.items], dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        mixed = users[reviews.user] * np.uint64(0x9E3779B97F4A7C15) ^ items[reviews.item]
+        mixed ^= mixed >> np.uint64(30)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(27)
+    return (mixed >> np.uint64(1)).astype(np.int64)
+
+
+def _hashed(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def print_ties(reviews: Reviews, what: str, ties: Literal["hash", "file"], tie_seed: int) -> None:
+    """One line: how many neighbours share a time, and what orders them."""
+    how = f"by a hash with --tie_seed={tie_seed}" if ties == "hash" else "in file order"
+    print(f"{share_of_ties(reviews):.1%} of a user's neighbouring {what} share a time: {how}")
+
+
+def share_of_ties(reviews: Reviews) -> float:
+    """Share of a user's neighbouring reviews of equal time. Reviews are sorted by user."""
+    same_user = reviews.user[1:] == reviews.user[:-1]
+    same_time = reviews.time[1:] == reviews.time[:-1]
+    return float((same_user & same_time).sum() / max(1, same_user.sum()))
+
+
+def write_domain(
+    reviews: Reviews,
+    titles: dict[str, str],
+    path: str | Path,
+    key: Callable[[str], Any] | None = None,
+    dated: bool = True,
+) -> None:
+    """Write <domain>.csv and, beside it, <domain>.items.csv (item_id, asin, title).
+
+    Items are numbered from 0 in the order of their ASINs.
+
+    Args:
+        key: of that order; text by default.
+        dated: whether the reviews have times, which are written then.
+    """
+    path = Path(path)
+    kept = np.unique(reviews.item)
+    asins = sorted((reviews.items[code] for code in kept), key=key)
+    number = {asin: i for i, asin in enumerate(asins)}
+    of_code = np.zeros(len(reviews.items), dtype=np.int64)
+    of_code[kept] = [number[reviews.items[code]] for code in kept]
+    bounds = np.flatnonzero(np.diff(reviews.user, prepend=-1, append=-1))
+    names = [titles.get(asin, "") for asin in asins]
+    whole = np.array_equal(reviews.time, np.floor(reviews.time))
+    time = reviews.time.astype(np.int64) if whole else reviews.time
+
+    def rows() -> Iterator[tuple[str, list, list, list]]:
+        for a, b in zip(bounds[:-1], bounds[1:]):
+            items = of_code[reviews.item[a:b]].tolist()
+            shown = [names[item] for item in items]
+            yield reviews.users[reviews.user[a]], items, shown, time[a:b].tolist()
+
+    write_csv(path, rows(), dated)
+    Items(np.arange(len(asins)), asins, names).write(listing_of(path))
+
+
+def may_write(path: Path, overwrite: bool) -> tuple[bool, str]:
+    """A rule for `cli.check`: no file of the domain stands where `write_domain` would write."""
+    names = [*(path.with_suffix(suffix) for suffix in SUFFIXES), listing_of(path)]
+    there = [name for name in names if name.exists()]
+    named = there[0] if there else path
+    return overwrite or not there, f"{named} already exists; --overwrite replaces it"

@@ -1,0 +1,249 @@
+"""What a stage reads of a domain: the files, checked against each other, and the data in them."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from datasets.domain import LEAVE_ONE_OUT, Domain
+from datasets.interactions import Interactions
+from datasets.items import Items, listing_of
+from engine import checkpoint
+from engine.errors import UsageError
+from engine.files import file_sha256, read_json
+from utils.flags import (
+    Data,
+    Evaluation,
+    SASRecModel,
+    SASRecTraining,
+    Sequence,
+    TeacherFiles,
+    Training,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from datasets.sequences import EvaluationSplit, Samples
+
+T = TypeVar("T", bound=Training)
+F = TypeVar("F", bound=Data)
+CONFIG = "config.json"
+FEW_BATCHES = 2  # fewer users than these train on every prefix
+
+
+class RunData(NamedTuple):
+    """What a run trains and is evaluated on.
+
+    item_table: [N, D] on the device, row = catalogue index; None for SASRec, which makes it.
+    """
+
+    item_table: "torch.Tensor | None"
+    samples: "Samples"
+    splits: "dict[str, EvaluationSplit]"
+    users: list[str]
+    hashes: dict[str, str | None]
+
+
+class Inputs(NamedTuple):
+    """The files that a run is made from, checked against each other.
+
+    csv_path, table_path: where the sequences and the item table are; SASRec has no table.
+    hashes, sources: see engine.run.Inputs. items_from: what the table's vectors were made from,
+        None where nothing says. items_flags: how the SASRec of the table was made.
+    """
+
+    domain: Domain
+    data: Interactions
+    csv_path: Path
+    table_path: Path | None
+    hashes: dict[str, str | None]
+    sources: dict[str, Path]
+    items_from: str | None = None
+    items_flags: dict[str, Any] | None = None
+
+    def mend(self, config: dict) -> str:
+        """See `Domain.mend`."""
+        return self.domain.mend(config)
+
+    @property
+    def weights_have_items(self) -> bool:
+        return self.table_path is None
+
+    @property
+    def kept(self) -> dict[str, Path]:
+        """A run keeps its items.csv, which says what its numbers mean."""
+        listing = listing_of(self.csv_path)
+        return {"items.csv": listing} if listing.is_file() else {}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What config.json says beside the hashes."""
+        about = {"domain": self.domain.name, "items_from": self.items_from}
+        return about | ({"items_flags": self.items_flags} if self.items_flags else {})
+
+    def items_sha256(self) -> str | None:
+        """Of items.csv beside the CSV; None without one."""
+        if not listing_of(self.csv_path).is_file():
+            return None
+        return Items.of(self.csv_path, self.data.item_ids).sha256()
+
+    def settled(self, training: T) -> T:
+        """With training targets that fit the data, where no flag names them."""
+        few = self.data.n_trained < FEW_BATCHES * training.batch_size
+        usual = "all" if few else "last"
+        return dataclasses.replace(training, train_targets=training.train_targets or usual)
+
+    def settled_files(self, files: F) -> F:
+        """With how lists are read, where an earlier step says it and no flag does.
+
+        Raises:
+            UsageError: --init_from names a run of another split.
+        """
+        split, source = self.domain.split or LEAVE_ONE_OUT, Path(files.init_from or "") / CONFIG
+        if files.init_from and source.is_file():
+            recorded = read_json(source, "--init_from").get("flags", {})
+            theirs = recorded.get("split") or LEAVE_ONE_OUT
+            if theirs != split:
+                raise UsageError(
+                    f"--init_from={files.init_from} was trained with --split={theirs}, this run has"
+                    f" {split}: its weights may know what comes after the moment"
+                )
+        ends = self.domain.ends_are_items
+        return dataclasses.replace(files, split=split, ends_are_items=ends)
+
+    def with_items(self, notes: dict) -> "Inputs":
+        """With the hash of items.csv among the hashes.
+
+        Args:
+            notes: of the table that is read, which say what its numbers meant.
+        Raises:
+            UsageError: they meant other items.
+        """
+        found, recorded = self.items_sha256(), notes.get("items_sha256")
+        listing = listing_of(self.csv_path)
+        if found and recorded and found != recorded:
+            raise UsageError(
+                f"{self.table_path or 'the table at the start'} was made beside another items.csv"
+                f" than {listing}: a number is another item there; put the right one back, or make"
+                " the table again"
+            )
+        if not found:
+            return self
+        hashes = self.hashes | {"items_sha256": found}
+        return self._replace(hashes=hashes, sources=self.sources | {"items_sha256": listing})
+
+    def load(
+        self,
+        sequence: Sequence,
+        training: Training,
+        evaluation: Evaluation,
+        device: "torch.device | str",
+    ) -> RunData:
+        """The item table, the training samples and the evaluation splits. Prints their sizes.
+
+        Args:
+            training: settled.
+        """
+        from datasets import item_table, sequences
+
+        table, every_position = None, False
+        if self.table_path is None:  # SASRec: one sample per user, with all its targets
+            every_position = training.train_targets == "all"
+        else:
+            ids, largest = self.data.item_ids, None
+            if not _notes(self.table_path):  # someone's own: its numbering is checked
+                listing = listing_of(self.csv_path)
+                named = Items.read(listing, ids, others=True).ids if listing.is_file() else ids
+                largest = int(named[-1])
+            table = item_table.read_table(self.table_path, ids, largest).to(device)
+        targets = "last" if every_position else training.train_targets
+        slots = sequence.max_seq_length
+        samples = sequences.training_samples(self.data, targets, slots, every_position)
+        splits = sequences.evaluation_splits(self.data, slots, evaluation)
+        print(sequences.describe(self.data, samples, splits), flush=True)
+        return RunData(table, samples, splits, self.data.users, self.hashes)
+
+
+def _notes(table_path: Path) -> dict:
+    """What the .json beside an item table says; empty without one."""
+    notes = table_path.with_suffix(".json")
+    return read_json(notes, "item table notes") if notes.is_file() else {}
+
+
+def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:
+    """Find and check the CSV, for SASRec and its item table. Imports no torch.
+
+    Args:
+        recorded: the flags of an earlier step, which say how list ends are read.
+    Raises:
+        UsageError: it is missing or wrong.
+    """
+    domain = Domain.of(files).read_as_in(recorded or {})
+    data, csv_path = domain.read()
+    start = getattr(files, "init_table", None)
+    notes = _notes(Path(start)) if start else {}
+    made_from = notes.get("data_sha256")
+    if made_from not in (None, data.sha256):
+        raise UsageError(
+            f"--init_table={start} was made for data with sha256 {made_from[:12]}...,"
+            f" {csv_path} has {data.sha256[:12]}...: a number may be another item there;"
+            " make the table from this CSV, with the same --split"
+        )
+    hashes = {"data_sha256": data.sha256, "init_table_sha256": start and file_sha256(start)}
+    sources = {"data_sha256": csv_path, "init_table_sha256": start}
+    return Inputs(domain, data, csv_path, None, hashes, sources).with_items(notes if start else {})
+
+
+def read_inputs(files: TeacherFiles) -> Inputs:
+    """Find and check the CSV and the item table. Imports no torch.
+
+    Raises:
+        UsageError: a file is missing or wrong, or the table was extracted from another CSV.
+    """
+    domain = Domain.of(files)
+    table_path = Path(files.item_table or domain.item_table)
+    about = _notes(table_path)
+    domain = domain.read_as_in(about.get("sasrec_flags", about))
+    data, csv_path = domain.read()
+    if not table_path.is_file():
+        raise UsageError(
+            f"item table not found: {table_path}; extract_emb.py writes it"
+            " (or name one with --item_table)"
+        )
+    table_sha256 = file_sha256(table_path)
+    if about:
+        made_from = about.get("data_sha256")
+        if made_from != data.sha256:
+            raise UsageError(
+                f"{table_path} was extracted from data with sha256 {str(made_from)[:12]}...,"
+                f" {csv_path} has {data.sha256[:12]}...; {domain.mend(about)}"
+            )
+        if about.get("table_sha256", table_sha256) != table_sha256:
+            raise UsageError(
+                f"{table_path} is not the table that {table_path.with_suffix('.json')} describes;"
+                " run extract_emb.py again, or remove the .json if the table is your own"
+            )
+    hashes = {"data_sha256": data.sha256, "table_sha256": table_sha256}
+    sources = {"data_sha256": csv_path, "table_sha256": table_path}
+    made_from = about.get("items_from")
+    kinds = (SASRecModel, SASRecTraining, Sequence)
+    named = {field.name for kind in kinds for field in kind.fields()} - {"seed", "bf16"}
+    recorded = about.get("sasrec_flags", {})
+    flags = {name: value for name, value in recorded.items() if name in named}
+    inputs = Inputs(domain, data, csv_path, table_path, hashes, sources, made_from, flags)
+    _report_newer(about)
+    return inputs.with_items(about)
+
+
+def _report_newer(about: dict) -> None:
+    """Say where a SASRec was trained again after its table was written."""
+    folders, known = about.get("sasrec", ""), about.get("sasrec_sha256", "")
+    for folder, recorded in zip(folders.split(","), known.split(",")):
+        manifest = Path(folder) / "best" / checkpoint.MANIFEST
+        found = read_json(manifest, "checkpoint") if folder and manifest.is_file() else {}
+        if found.get(checkpoint.WEIGHTS, recorded) != recorded:
+            print(
+                f"{folder} holds another SASRec now than the one the item table is of;"
+                " extract_emb.py makes a new table",
+                flush=True,
+            )

@@ -1,0 +1,451 @@
+"""A log of interactions: which column is what, its rows, and whether they can be what they seem.
+
+Published formats and plain names of columns are known; nothing else is guessed.
+"""
+
+import re
+import shlex
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from datasets.cells import clean_title, parse_list, parsed, title_list
+from datasets.filters import Reviews
+from datasets.items import Items, listing_of
+from datasets.tables import Names, Table, bare
+from engine import cli
+from engine.errors import UsageError
+
+ROLES = ("user", "item", "time", "rating", "title")
+KNOWN = (  # published headers, as `bare` gives them: role -> column
+    {"user": "user_id", "item": "item_id", "time": "timestamp", "rating": "rating"},
+    {"user": "user_id", "item": "parent_asin", "time": "timestamp", "rating": "rating"},
+    {"user": "reviewerid", "item": "asin", "time": "unixreviewtime", "rating": "overall"},
+    {"user": "userid", "item": "movieid", "time": "timestamp", "rating": "rating"},
+)
+CONTRACT = {"user": "reviewerid", "item": "asin"}
+BARE = ("user", "item", "rating", "time")  # MovieLens without a header
+NAMES = {name for form in (*KNOWN, CONTRACT) for name in form.values()} - {"rating"}
+HINTS = {  # for the command that a refusal offers; nothing is read by them
+    "user": re.compile("user|customer|client|member|visitor|buyer|reviewer|session", re.I),
+    "item": re.compile("item|product|article|movie|book|song|track|sku|asin", re.I),
+    "time": re.compile("time|date|stamp|when|_at$|day", re.I),
+}
+NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
+WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
+CUT = re.compile(r"-?\d(\.\d+)?[eE]\+\d+")  # a number that went through a spreadsheet
+ZONE, AWAY = r"(?:[zZ]|[+-]\d\d:?\d\d)\s*$", r"[+-](?!00:?00)\d\d:?\d\d\s*$"  # any; not UTC
+LIST = re.compile(r"\s*[\[(].*[\])]\s*", re.DOTALL)
+OBJECT = re.compile(r"\{.*:.*\}", re.DOTALL)
+ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
+EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
+UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
+RENAME = "Rename them to user_id, item_id and timestamp"
+FEW_USERS, LARGE_SHARE = 20, 0.1
+
+
+class Columns(NamedTuple):
+    """The column of each role, by name; None where there is none. lists: items are lists."""
+
+    user: str
+    item: str
+    time: str | None
+    rating: str | None
+    title: str | None
+    lists: bool
+
+
+class Log(NamedTuple):
+    """A log as it was read: names, and codes in file order.
+
+    reviews: user and item codes, times. titles: item -> title. dated: whether there are times.
+    """
+
+    reviews: Reviews
+    titles: dict[str, str]
+    dated: bool
+
+
+def canonical(name: object) -> str:
+    """An id as it is written here: one line, no float of a whole number; "" where it is missing."""
+    text = " ".join(str(name).split()) if name is not None else ""
+    whole = WHOLE.fullmatch(text)
+    text = whole[1] if whole else text
+    return "" if text.lower() in NOTHING else text
+
+
+def choose_columns(table: Table, given: dict[str, str | None], lists: str, command: str) -> Columns:
+    """Which column is what: as the flags say, else by a published header.
+
+    Args:
+        given: role -> the column that a flag names.
+        command: the command that was given, for the message; "" where it has no such flags.
+    Raises:
+        UsageError: a named column is missing, or nothing says which ones to read.
+    """
+    for role, name in given.items():
+        if name is not None and name not in table.columns and (role, name) != ("time", "none"):
+            raise UsageError(
+                f"--{role}={name}: {table.path} has no such column; it has {table.shown()}"
+            )
+    known = _known(table, lists, needs_time=given["time"] is None)
+    chosen = {role: given[role] or known.get(role) for role in ROLES}
+    if lists == "yes" and not chosen["time"]:
+        chosen["time"] = "none"
+    missing = [role for role in ("user", "item", "time") if not chosen[role]]
+    if missing:
+        raise UsageError(
+            f"{table.path}: which column is the {', the '.join(missing)}? It has {table.shown()}."
+            f" {f'Name them: {command} {_offer(table, chosen)}' if command else RENAME}"
+        )
+    if chosen["user"] == chosen["item"]:
+        raise UsageError(f"{table.path}: column {chosen['user']} cannot be both user and item")
+    chosen["time"] = None if chosen["time"] == "none" else chosen["time"]
+    in_lists = lists == "yes" or (lists == "auto" and "lists" in known and not given["time"])
+    return Columns(**chosen, lists=in_lists)
+
+
+def _known(table: Table, lists: str, needs_time: bool) -> dict[str, str]:
+    """Role -> column of a published form, with "lists" for one of lists; empty for another."""
+    by_name = {bare(name): name for name in reversed(table.columns)}
+    for form in KNOWN:
+        needed = [form[role] for role in ("user", "item", "time") if role != "time" or needs_time]
+        if table.header and set(needed) <= by_name.keys():
+            found = {role: by_name[name] for role, name in form.items() if name in by_name}
+            if form is KNOWN[0] and "title" in by_name:
+                found["title"] = by_name["title"]
+            return found
+    if table.header and set(CONTRACT.values()) <= by_name.keys():
+        found = {role: by_name[name] for role, name in CONTRACT.items()}
+        cells = table.cells(found["item"])
+        if lists != "no" and any(len(parse_list(table.path, 2, cell)) > 1 for cell in cells):
+            found |= {name: by_name[name] for name in ("title", "time") if name in by_name}
+            return {"time": "none"} | found | {"lists": "yes"}
+        return found
+    if not table.header and table.separator == " " and lists == "yes":
+        return {"user": "1", "item": "2"}
+    if not table.header and len(table.columns) == 4:
+        first, second, _, last = (table.cells(name) for name in table.columns)
+        epochs = all(re.fullmatch(r"\d{9,13}", cell) for cell in last)
+        items_first = all(map(re.compile(ASIN).fullmatch, first))
+        if epochs and items_first and all(map(re.compile(REVIEWER).fullmatch, second)):
+            return dict(zip(("item", "user", "rating", "time"), table.columns))  # Amazon 2018
+        users = all(re.fullmatch(rf"\d+|{REVIEWER}", cell) for cell in first)
+        return dict(zip(BARE, table.columns)) if epochs and users else {}
+    return {}
+
+
+def _offer(table: Table, chosen: dict[str, str | None]) -> str:
+    """Flags that the user may correct: columns whose names or cells look so, else COLUMN."""
+    dated = re.compile(r"\d{4}-\d\d-\d\d.*|\d{9,19}(\.\d+)?")
+    free = [name for name in table.columns if name not in chosen.values()]
+    times = [n for n in free if table.cells(n) and all(map(dated.fullmatch, table.cells(n)))]
+    offer = {}
+    for role, hint in HINTS.items():
+        near = sorted(filter(hint.search, free), key=lambda name: -int("id" in name.lower()))
+        near = times + near if role == "time" else near
+        offer[role] = chosen[role] or (near[0] if near else "none" if role == "time" else "COLUMN")
+    return " ".join(f"--{role} {shlex.quote(offer[role])}" for role in ("user", "item", "time"))
+
+
+def report_columns(table: Table, columns: Columns, min_rating: float | None) -> None:
+    """Print which columns are read as what, and which are not read."""
+    print(f"{table.path}: {table.describe()}{'; a list of items per row' if columns.lists else ''}")
+    read = {role: name for role, name in columns._asdict().items() if isinstance(name, str)}
+    if min_rating is None:
+        read.pop("rating", None)
+    for role, name in read.items():
+        print(f"  {role}: column {name}")
+    if columns.time is None:
+        print("  no time: items stay in file order")
+    unread = [name for name in table.columns if name not in read.values()]
+    if unread:
+        print(f"  not read: {', '.join(unread)}")
+    for name in unread:
+        cells = {canonical(cell) for cell in table.cells(name)}
+        if cells == {"0", "1"}:
+            print(
+                f"  {name} has 0 and 1: if 0 means that nothing happened, --rating {name}"
+                " --min_rating 1 leaves those rows out"
+            )
+        elif name == columns.rating:
+            print(f"  {name} looks like a rating: --min_rating leaves low ones out")
+
+
+def read_log(
+    table: Table,
+    columns: Columns,
+    min_rating: float | None = None,
+    drop_missing: bool = False,
+    one_user: bool = False,
+    mend: str = "--drop_missing true",
+) -> Log:
+    """Read a log of interactions, or of lists, and judge what was read.
+
+    Args:
+        one_user: a log of one user, or of one item, is fine.
+        mend: the flag that leaves out rows without a user or an item.
+    Raises:
+        UsageError: the file is damaged, a cell is wrong (its row is named), or what was read is no
+            log of several users and items.
+    """
+    users, items = Names(canonical), Names(canonical)
+    parts: list[tuple[np.ndarray, ...]] = []
+    titles: dict[str, str] = {}
+    missing: dict[str, list[int]] = {"user": [], "item": []}  # rows
+    low, n_rows, dates = 0, 0, None
+    asins = original_ids(table.path) if columns.lists else {}
+    for frame in table.frames([n for n in columns[:5] if n is not None]):
+        rows = frame.index.to_numpy()
+        if columns.lists:
+            frame, rows = _unrolled(table.path, frame, rows, columns, asins)
+        n_rows += len(frame)
+        user, item = users.encode(frame[columns.user]), items.encode(frame[columns.item])
+        kept = np.ones(len(frame), dtype=bool)
+        for role, codes in (("user", user), ("item", item)):
+            missing[role] += rows[codes < 0].tolist()
+            kept &= codes >= 0
+        if min_rating is not None:
+            rating = _numbers(table.path, frame[columns.rating], rows, "rating")
+            low += int((kept & (rating < min_rating)).sum())
+            kept &= rating >= min_rating
+        time = np.arange(n_rows - len(frame), n_rows)
+        if columns.time is not None:
+            cells = frame[columns.time]
+            dates = _are_dates(cells) if dates is None else dates
+            time = _times(table.path, cells, rows, dates)
+        if columns.title is not None:
+            _take_titles(titles, [*items.codes], frame[columns.title], item)
+        parts.append((user[kept], item[kept], time[kept], rows[kept]))
+    if not n_rows:
+        raise UsageError(f"{table.path}: holds no interaction")
+    _judge_missing(table.path, missing, drop_missing, columns, mend)
+    user, item, time, rows = (np.concatenate(column) for column in zip(*parts))
+    if min_rating is not None:
+        print(f"{low:,} interactions rated below {min_rating:g} left out")
+        cli.check((len(user) > 0, f"nothing is left of {n_rows:,} rows; lower --min_rating"))
+    _judge(table.path, [*users.codes], [*items.codes], user, item, columns, one_user)
+    if columns.time is not None:
+        if not dates:
+            _judge_times(table.path, time, rows)
+        _judge_missing_times(table.path, time, rows, dates)
+    names, user = _sorted_codes(users.codes, user)
+    ids, item = _sorted_codes(items.codes, item)
+    return Log(Reviews(names, ids, user, item, time), titles, columns.time is not None)
+
+
+def original_ids(path: Path) -> dict[str, str]:
+    """Number -> original id, of the items.csv beside a CSV of lists; empty without one."""
+    listing = listing_of(path)
+    if not listing.is_file():
+        return {}
+    items = Items.read(listing, np.array([], dtype=np.int64), others=True)
+    return dict(zip(map(str, items.ids.tolist()), items.asins))
+
+
+def list_of_items(path: Path, row: int, cell: object, asins: dict[str, str]) -> list[str]:
+    """The original ids of a list; without `asins` as they stand there.
+
+    Raises:
+        UsageError: an element is no id, or the items.csv beside the file has no such item.
+    """
+    names = parse_list(path, row, cell)
+    foreign = [name for name in names if asins and not asins.get(name)]
+    if foreign:
+        raise UsageError(f"{path}: row {row}: {listing_of(path)} names no item {foreign[0]!r}")
+    return [asins.get(name, name) for name in names]
+
+
+def _unrolled(
+    path: Path, frame: pd.DataFrame, rows: np.ndarray, columns: Columns, asins: dict[str, str]
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """A row per item of lists; the row of the file of each."""
+    cells = zip(rows, frame[columns.item])
+    lists = [list_of_items(path, row, cell, asins) for row, cell in cells]
+    lengths = np.array([len(items) for items in lists], dtype=np.int64)
+    owner = np.repeat(np.arange(len(frame)), lengths)
+    long = frame.iloc[owner].reset_index(drop=True)
+    long[columns.item] = [item for items in lists for item in items]
+    if columns.time is not None and frame[columns.time].astype(str).str.startswith("[").all():
+        times = [parsed(cell) for cell in frame[columns.time]]
+        for row, found, n in zip(rows, times, lengths):
+            if not isinstance(found, list) or len(found) != n:
+                raise UsageError(f"{path}: row {row}: expected a list of {n} times")
+        long[columns.time] = [time for found in times for time in found]
+    if columns.title is not None:
+        cells = zip(frame[columns.title], lengths)
+        long[columns.title] = [t for cell, n in cells for t in title_list(cell, n) or [""] * n]
+    return long, rows[owner]
+
+
+def _take_titles(
+    titles: dict[str, str], names: list[str], cells: pd.Series, item: np.ndarray
+) -> None:
+    """The first title of each item that has one."""
+    for code, cell in zip(item.tolist(), cells):
+        if code >= 0 and not titles.get(names[code]):
+            titles[names[code]] = clean_title(cell)
+
+
+def _numbers(path: Path, cells: pd.Series, rows: np.ndarray, role: str) -> np.ndarray:
+    numbers = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64)
+    _refuse(path, ~np.isfinite(numbers), cells, rows, role, "a number")
+    return numbers
+
+
+def _are_dates(cells: pd.Series) -> bool:
+    """Whether times are dates rather than numbers; what comes first decides."""
+    if pd.api.types.is_datetime64_any_dtype(cells):
+        return True
+    return bool(pd.to_numeric(cells[:1], errors="coerce").isna().all())
+
+
+def _times(path: Path, cells: pd.Series, rows: np.ndarray, dates: bool) -> np.ndarray:
+    """Times that sort: numbers as they are, dates in seconds since 1970."""
+    texts = cells.dtype == object or pd.api.types.is_string_dtype(cells)
+    if not dates:
+        numbers = _numbers(path, cells, rows, "time")
+        _refuse(path, np.abs(numbers) >= 2**63, cells, rows, "time", "fewer digits, at most 2^63")
+        if texts:
+            cut = cells.astype(str).str.contains("e+", case=False, regex=False).to_numpy()
+            _refuse(path, cut, cells, rows, "time", "all its digits: a spreadsheet cut them")
+        whole = pd.to_numeric(cells, errors="coerce")
+        return whole.to_numpy() if whole.dtype == np.int64 else numbers
+    if texts and cells.astype(str).str.contains(AWAY).any():
+        bare_times = ~cells.astype(str).str.contains(ZONE).to_numpy()
+        _refuse(path, bare_times, cells, rows, "time", "a time zone, as in other rows")
+    found = pd.to_datetime(cells, format="ISO8601", utc=True, errors="coerce")
+    expected = "a number or a date such as 2024-04-25 08:00:00"
+    _refuse(path, found.isna().to_numpy(), cells, rows, "time", expected)
+    return found.to_numpy("datetime64[us]").astype(np.int64) / 1e6
+
+
+def _refuse(
+    path: Path, wrong: np.ndarray, cells: pd.Series, rows: np.ndarray, role: str, expected: str
+) -> None:
+    if wrong.any():
+        first = int(wrong.argmax())
+        shown = str(cells.iloc[first])[:40]
+        raise UsageError(f"{path}: row {rows[first]}: the {role} is {shown!r}, expected {expected}")
+
+
+def _judge_missing(path: Path, missing: dict, drop: bool, columns: Columns, mend: str) -> None:
+    for role, rows in missing.items():
+        if rows and not drop:
+            raise UsageError(
+                f"{path}: row {rows[0]}: the {role} is missing (column {getattr(columns, role)},"
+                f" {len(rows):,} rows; empty, NA, null, -1 and the like count as missing);"
+                f" {mend} leaves them out"
+            )
+        if rows:
+            print(f"{len(rows):,} rows without {role} left out")
+
+
+def _judge(
+    path: Path,
+    users: list[str],
+    items: list[str],
+    user: np.ndarray,
+    item: np.ndarray,
+    c: Columns,
+    one_user: bool,
+) -> None:
+    """Refuse what is no log of several users and items; say what is unusual."""
+    for role, names, codes in (("user", users, user), ("item", items, item)):
+        cut = next((name for name in names if CUT.fullmatch(name)), None)
+        if cut is not None:
+            raise UsageError(
+                f"{path}: the {role} {cut!r} was cut by a spreadsheet or a float; save the ids as"
+                " text, from their source"
+            )
+        if len(np.unique(codes)) == 1 and not one_user:
+            raise UsageError(
+                f"{path}: one {role} in all, {names[codes[0]][:40]!r}: is column"
+                f" {getattr(c, role)} the {role}? --{role} names another"
+            )
+        object_ = next((name for name in names if OBJECT.fullmatch(name)), None)
+        if object_ is not None:
+            raise UsageError(
+                f"{path}: the {role} {object_[:40]!r} is an object; write its id alone as text"
+            )
+    lists = None if c.lists else next((name for name in items if LIST.fullmatch(name)), None)
+    if lists is not None:
+        raise UsageError(
+            f"{path}: the item {lists[:40]!r} looks like a list; --lists yes reads lists"
+        )
+    counts = np.bincount(user)
+    most = int(counts.argmax())
+    if len(users) >= FEW_USERS and counts[most] > LARGE_SHARE * len(user):
+        print(
+            f"the user {users[most]!r} has {counts[most]:,} of {len(user):,} interactions:"
+            " a shared account, or a word for a missing user?"
+        )
+
+
+def _judge_missing_times(path: Path, time: np.ndarray, rows: np.ndarray, dates: bool) -> None:
+    """Refuse a 0, a -1, 1970, or a number that was cut, among dates: they would come first."""
+    unknown = np.isin(time, UNKNOWN_TIMES)
+    if not dates and np.median(time) >= EPOCH:
+        unknown |= time < EPOCH
+    others = time[~unknown] if not unknown.all() else time
+    if unknown.any() and np.median(others) >= EPOCH:
+        first = int(unknown.argmax())
+        raise UsageError(
+            f"{path}: row {rows[first]}: the time is {time[first]:.0f}, the others are dates"
+            f" ({unknown.sum():,} such rows): missing, or cut? remove these rows, or mend their"
+            " times"
+        )
+
+
+def _judge_times(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
+    """Refuse numbers that do not sort as times: two units or two forms in one column, a clock
+    without a date, days before years.
+    """
+    lengths = set((np.log10(np.maximum(np.abs(time), 1)).astype(np.int64) + 1).tolist())
+    if 8 in lengths and lengths & {12, 14} and lengths <= {8, 12, 14}:
+        raise UsageError(f"{path}: times of 8 and of more digits: days and minutes in one column?")
+    if time.max() < 2400 and (time % 100 < 60).all() and len(np.unique(time)) > 60:
+        raise UsageError(
+            f"{path}: times from {time.min():.0f} to {time.max():.0f} look like a clock (HHMM)"
+            " without a date; join the date and the time in one column"
+        )
+    late = time[time >= EPOCH]
+    if len(late) and late.max() > APART * late.min():
+        small, large = (
+            int(rows[int(np.flatnonzero(time == t)[0])]) for t in (late.min(), late.max())
+        )
+        raise UsageError(
+            f"{path}: times in rows {small} and {large} are a factor of"
+            f" {late.max() / late.min():,.0f} apart: seconds and milliseconds in one column?"
+        )
+    if not (lengths <= {7, 8} or lengths <= {5, 6}):
+        return
+    century = 100 if lengths <= {5, 6} else 10_000
+    years, months, days = time % century, time // century % 100, time // (100 * century)
+    backwards = (months >= 1) & (months <= 31) & (days >= 1) & (days <= 31)
+    if century == 100:  # 280524: of days before years the first two digits vary most
+        backwards &= (months <= 12) & (len(np.unique(days)) > len(np.unique(years)))
+    else:
+        backwards &= (years >= 1990) & (years <= 2100)
+    if backwards.all():
+        raise UsageError(
+            f"{path}: times such as {time[0]:.0f} look like days before years and do not sort;"
+            " write 2024-04-25 or 20240425"
+        )
+
+
+def _sorted_codes(codes: dict[str, int], column: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The names in order, whole numbers by value, and the column with their new codes."""
+    names = sorted(codes, key=id_order(codes))
+    new = np.empty(len(codes), dtype=np.int32)
+    new[[codes[name] for name in names]] = np.arange(len(codes), dtype=np.int32)
+    return names, new[column]
+
+
+def id_order(names: Iterable[str]) -> Callable[[str], tuple[int, str]] | None:
+    """The key to sort ids by: whole numbers by value, else None for text."""
+    numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in names)
+    return (lambda name: (int(name), name)) if numbers else None
