@@ -23,7 +23,6 @@ from engine.files import write_json
 from models import losses
 from models.base import prune_config
 from models.llm4rec import LLM4Rec, assemble
-from models.lora import inject_lora
 from models.losses import Output
 
 DIM = 128  # width of the item table
@@ -268,18 +267,3 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def count_parameters(
-    config: LlamaConfig, n_layers: int, r: int, targets: list[str]
-) -> tuple[int, int]:
-    """(decoder and embeddings with LoRA, LoRA alone), as the paper's efficiency table counts.
-
-    Counted on the meta device.
-    """
-    with torch.device("meta"):
-        llama = LlamaModel(prune_config(config, n_layers))
-        llama.requires_grad_(False)
-        inject_lora(llama, r, r, 0.0, targets)
-    sizes = [(p.numel(), p.requires_grad) for p in llama.parameters()]
-    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)

@@ -249,17 +249,6 @@ def read_histories(path: Path) -> Iterator[tuple[str, list[int]]]:
         yield user, ids
 
 
-def read_cells(path: Path) -> Iterator[tuple[int, str, str]]:
-    """(row, reviewerID, the text of its list) of every row.
-
-    Raises:
-        UsageError: no CSV with reviewerID and asin.
-    """
-    for row, header, fields in _records(path, hashlib.sha256()):
-        user_column, item_column = _columns(path, header)
-        yield row, fields[user_column], fields[item_column]
-
-
 def read_titles(path: Path) -> dict[int, str]:
     """Item id -> title, from the CSV's `title` column: lists (JSON or Python) beside the items.
 

@@ -1,4 +1,4 @@
-"""The report's and the motivational experiment's figures."""
+"""The report's figures."""
 
 import math
 import textwrap
@@ -141,78 +141,6 @@ def _series(rows: "list[Row]") -> Series:
                     steps.append(event["step"])
                     points.append(value)
     return series
-
-
-def motivation(
-    points: list[dict[str, Any]],
-    band: dict[str, tuple[float, float, float]],
-    paper: dict[int, tuple] | None,
-    path: Path,
-) -> Path:
-    """Fig. 2: metrics against the number of layers, trained with so many (top) and read off after
-    so many (bottom).
-
-    Args:
-        points: rows of motivation.csv, with part, layers, and a value per metric.
-        band: metric -> SASRec's (mean, low, high).
-        paper: layers -> HR@10, NDCG@10, MRR of the paper's cloth.
-    """
-    names = list(band)
-    size = (4.4 * len(names), 6.6)
-    fig, axes = plt.subplots(2, len(names), figsize=size, layout="constrained")
-    for column, name in enumerate(names):
-        for line, parts in enumerate((("trained",), ("raw", "normed"))):
-            ax = axes[line, column]
-            layers = _layer_curves(ax, points, parts, name, band[name])
-            if paper and not line:
-                theirs = [paper[n][column] for n in paper]
-                ax.plot(list(paper), theirs, "k--", marker="x", label="the paper's (cloth, LLaMA)")
-            ax.set_xticks(layers)
-            ax.set_xlabel("layer after which users are scored" if line else "N, layers trained")
-            ax.set_ylabel(f"{name}, 1 + 999 candidates")
-            ax.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
-    axes[1, 0].legend(fontsize=8)
-    return _save(fig, path)
-
-
-STYLES = {  # the two of the lower half may coincide: a wide line below, a thin one above
-    "trained": {"label": "trained with the first N layers", "color": "C0"},
-    "raw": {
-        "label": "states as they are",
-        "color": "C1",
-        "linewidth": 5,
-        "markersize": 10,
-        "alpha": 0.5,
-    },
-    "normed": {
-        "label": "states through the final norm",
-        "color": "C2",
-        "linestyle": "--",
-        "markersize": 4,
-    },
-}
-
-
-def _layer_curves(
-    ax: Any,
-    points: list[dict[str, Any]],
-    parts: tuple[str, ...],
-    name: str,
-    band: tuple[float, float, float],
-) -> list[int]:
-    """One panel of `motivation`; the layers it has."""
-    mean, low, high = band
-    ax.axhspan(low, high, color="0.85")
-    ax.axhline(mean, color="0.5", linewidth=1, label="SASRec, 95 % over users (unpaired)")
-    for part in parts:
-        mine = [point for point in points if point["part"] == part]
-        layers = sorted({point["layers"] for point in mine})
-        values = [[point[name] for point in mine if point["layers"] == n] for n in layers]
-        errors = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
-        means = [np.mean(v) for v in values]
-        ax.errorbar(layers, means, yerr=errors, marker="o", capsize=3, **STYLES[part])
-    return layers
 
 
 def _log(run: "FinishedRun") -> Iterator[dict[str, Any]]:

@@ -6,35 +6,6 @@ from typing import Any
 
 from utils.flags import reads_teacher, terms
 
-OFF = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
-SASREC_KL = {"sasrec_lambda": 3.0, "sasrec_temperature": 2.0}
-# folder -> flags of distill.py; what a row does not turn off keeps its weight. A student starts
-# from the base, as in the paper, unless its row says otherwise.
-ROWS: dict[str, dict[str, Any]] = {
-    "ce": OFF,
-    "cos": {"norm_lambda": 0.0, "cls_multiple_lambda": 0.0},
-    "cos_norm": {"cls_multiple_lambda": 0.0},
-    "cos_ms": {"norm_lambda": 0.0},
-    "slmrec": {},
-    "ce_ms": {"distill_lambda": 0.0, "norm_lambda": 0.0},
-    "logit_kl": OFF | {"logit_lambda": 1.0},
-    "slmrec_logit_kl": {"logit_lambda": 1.0},
-    "sasrec_kl": OFF | SASREC_KL,
-    "cos_sasrec_kl": {"norm_lambda": 0.0, "cls_multiple_lambda": 0.0} | SASREC_KL,
-    "slmrec_sasrec_kl": SASREC_KL,
-    "exit_norm": {"exit_norm": True},
-    "online": {"distill_mode": "online"},
-    "blocks_1": {"distill_block": 1, "cls_multiple_lambda": 0.0},
-    "blocks_2": {"distill_block": 2},
-    "interval": {"layer_selection": "interval"},
-    "last": {"layer_selection": "last"},
-    "ce_from_teacher": OFF | {"student_init": "teacher"},
-    "from_teachers_ends": {"student_init": "adapter"},
-    "from_teacher": {"student_init": "teacher"},
-    "from_teacher_interval": {"student_init": "teacher", "layer_selection": "interval"},
-}
-ABLATION = {name: {"student_init": "base"} | flags for name, flags in ROWS.items()}
-
 COLUMNS = ("HR@1", "HR@5", "NDCG@5", "MRR")
 
 
@@ -49,16 +20,6 @@ def published() -> dict[str, dict[str, tuple[float, ...]]]:
 
 
 PAPER = published()
-# Fig. 2 (cloth), read off the figure: layers -> HR@10, NDCG@10, MRR; SASRec's band
-FIGURE2 = {
-    1: (0.2073, 0.1654, 0.1620),
-    2: (0.2081, 0.1684, 0.1654),
-    4: (0.2092, 0.1725, 0.1701),
-    8: (0.2129, 0.1779, 0.1760),
-    16: (0.2105, 0.1785, 0.1773),
-    24: (0.2110, 0.1821, 0.1813),
-    32: (0.2186, 0.1886, 0.1877),
-}
 
 
 def main_rows(student: int, teacher: int) -> list[str]:

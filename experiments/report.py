@@ -3,7 +3,6 @@
     python -m experiments.report                         # every results.json below output/
     python -m experiments.report --runs output/cloth/paper
     python -m experiments.report --runs output/beauty/paper --keep docs/results/beauty.zip
-    python -m experiments.report --runs docs/results --into docs/results.md   # between two markers
 
 Runs that differ in their seed alone (their teachers too) are one row: mean and standard deviation
 over seeds. Two rows are compared by a paired bootstrap over users of the reciprocal rank, averaged
@@ -13,13 +12,11 @@ Writes report.md and, for each domain, metrics and curves as PNG and PDF, and th
 LaTeX.
 """
 
-import os
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,12 +25,9 @@ from engine import cli
 from engine.cli import PositiveInt, flag
 from engine.errors import UsageError
 from experiments import results, significance
-from experiments.paper import ABLATION, COLUMNS, PAPER, label, main_rows
+from experiments.paper import COLUMNS, PAPER, main_rows
 from experiments.results import Row, by_domain, read_runs
-from experiments.suite import SCRIPTS
 
-START = "<!-- report: made by experiments.report, do not edit -->"
-END = "<!-- end of report -->"
 SAMPLED = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 FULL = ("HR@10", "NDCG@10", "MRR")
 SPENT = (
@@ -62,9 +56,6 @@ def main(
     keep: str | None = flag(
         None, "also write what the report reads of each run to this archive, NAME.zip, and NAME.csv"
     ),
-    into: str | None = flag(
-        None, "put the report between the two markers of this Markdown file, not into report.md"
-    ),
     resamples: PositiveInt = flag(20_000, "of the bootstrap"),
 ) -> Path:
     """Write the report of every run below a folder."""
@@ -72,12 +63,6 @@ def main(
     cli.check(
         (root.is_dir(), f"--runs={runs}: no such folder"),
         (keep is None or keep.endswith(".zip"), f"--keep={keep}: expected a name ending in .zip"),
-    )
-    page = Path(into) if into else None
-    text = page.read_text(encoding="utf-8") if page is not None and page.is_file() else ""
-    marked = START in text and END in text
-    cli.check(
-        (page is None or marked, f"--into={into}: expected a file with the lines {START} and {END}")
     )
     folder = Path(output_dir) if output_dir else root
     with tempfile.TemporaryDirectory() as unpacked:
@@ -99,14 +84,8 @@ def main(
         sections.append(f"Skipped: {'; '.join(notes)}.")
     report = "\n\n".join(sections) + "\n"
     print(report)
-    written = page or folder / "report.md"
-    if page is not None:
-        linked = report.replace("](", f"]({_relative(folder, page.parent)}")
-        before, _, rest = text.partition(START)
-        _, _, after = rest.partition(END)
-        page.write_text(f"{before}{START}\n\n{linked}\n{END}{after}", encoding="utf-8")
-    else:
-        written.write_text("# Report\n\n" + report, encoding="utf-8")
+    written = folder / "report.md"
+    written.write_text("# Report\n\n" + report, encoding="utf-8")
     print(f"wrote {written}", flush=True)
     return written
 
@@ -119,25 +98,16 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     from experiments import figures
 
     by_label = {row.label: row for row in rows}
-    depths = _depths(rows)
-    main_labels = main_rows(*depths)
-    ablation = [_ablation_label(flags, *depths) for flags in ABLATION.values()]
-    others = sorted(row.label for row in rows if row.label not in (*main_labels, *ablation))
     first = rows[0].first
     paper = PAPER.get(first.config["domain"], {}) if first.as_published else {}
+    main_labels = main_rows(*_depths(rows))
+    others = [text for text in paper if text not in main_labels]
+    others += sorted(row.label for row in rows if row.label not in (*main_labels, *others))
     parts = [f"## {domain}", _head(rows, bool(paper))]
-    for title, labels in (
-        ("Main rows", main_labels),
-        ("Ablation", ablation),
-        ("Other rows", others),
-    ):
-        own = set(labels)
-        if title == "Ablation" and not paper:  # CE and the whole loss are main rows
-            own -= set(main_labels)
-        if labels and (title == "Other rows" or own & set(by_label)):
+    for title, labels in (("Main rows", main_labels), ("Other rows", others)):
+        if labels:
             parts.append(f"### {title}\n\n" + _table(labels, by_label, _popularity(rows), paper))
-    every = dict.fromkeys((*main_labels, *ablation, *others))
-    order = [by_label[text] for text in every if text in by_label]
+    order = [by_label[text] for text in (*main_labels, *others) if text in by_label]
     parts.append("### Significance\n\n" + _significance(order, resamples, notes))
     parts.append("### Cost\n\n" + _cost(order))
     listed = _lists(order)
@@ -150,10 +120,8 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     path = folder / f"report_{slug}_metrics.png"
     metrics = figures.metrics(order, path, title, _popularity(rows), smoke)
     parts.append(f"![metrics]({metrics.name})")
-    # a curve for everything is a curve for nothing
-    drawn = [row for row in order if row.label not in others] or order
     title = f"{domain}: training, and validation on {first.results['users']:,} users"
-    curves = figures.curves(drawn, folder / f"report_{slug}_curves.png", title, smoke)
+    curves = figures.curves(order, folder / f"report_{slug}_curves.png", title, smoke)
     parts.append(f"![curves]({curves.name})")
     return "\n\n".join(parts)
 
@@ -189,11 +157,6 @@ def _depths(rows: list[Row]) -> tuple[int, int]:
             if run.stage == "student" and run.config.get("teacher") and teacher:
                 pairs[run.flags["llama_decoder_nums_student"], teacher] += 1
     return max(pairs, key=lambda pair: (pairs[pair], pair)) if pairs else (4, 8)
-
-
-def _ablation_label(flags: dict[str, Any], student: int, teacher: int) -> str:
-    depths = {"llama_decoder_nums_student": student, "llama_decoder_nums_teacher": teacher}
-    return label("student", cli.defaults(SCRIPTS["student"]) | depths | flags)
 
 
 def _significance(rows: list[Row], resamples: int, notes: list[str]) -> str:
@@ -317,12 +280,6 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
     rows = [head, ["---"] * len(head), *lines]
     cells = [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in rows]
     return "\n".join(f"| {row} |" for row in cells)
-
-
-def _relative(folder: Path, start: Path) -> str:
-    """The prefix of links that turns a file beside report.md into one seen from the page."""
-    path = Path(os.path.relpath(folder, start)).as_posix()
-    return "" if path == "." else path + "/"
 
 
 if __name__ == "__main__":

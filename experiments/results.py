@@ -16,14 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import distill
+import finetune
+import train_sr_trad
 from engine import cli
 from engine.errors import UsageError
 from engine.files import read_json, replacing
 from engine.run import Run, recorded_flags
 from experiments.paper import label, plain_ce
-from experiments.suite import SCRIPTS
 from utils.flags import Training
 
+SCRIPTS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
 KEPT = ("config.json", "results.json", "metrics.jsonl")
 # flags that make no other row, beside files and free ones
 COMMON = ("seed", "domain_type", "bf16")

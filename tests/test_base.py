@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from benchmarks import measure
 from benchmarks.plain import plain_twin
 from datasets.prompts import Template, read_template, tokenise
 from engine.errors import UsageError
@@ -19,6 +18,7 @@ from experiments import bases
 from models import base
 from models.builtin import ensure_built_in
 from models.llm4rec import LLM4Rec, specify
+from models.lora import inject_lora
 from models.selection import select_layers
 from tests.conftest import TARGETS, histories, small_config
 from utils import flags
@@ -332,9 +332,13 @@ def test_parameter_counts_are_the_papers(layers, total, lora):
         num_hidden_layers=32,
         vocab_size=32000,
     )
-    everything, adapters = measure.count_parameters(config, layers, 16, TARGETS)
-    assert round(everything / 1e9, 3) == total
-    assert round(adapters / 1e6, 2) == lora
+    with torch.device("meta"):
+        llama = LlamaModel(base.prune_config(config, layers))
+        llama.requires_grad_(False)
+        inject_lora(llama, 16, 16, 0.0, TARGETS)
+    sizes = [(p.numel(), p.requires_grad) for p in llama.parameters()]
+    assert round(sum(n for n, _ in sizes) / 1e9, 3) == total
+    assert round(sum(n for n, trained in sizes if trained) / 1e6, 2) == lora
 
 
 def test_a_random_twin_has_the_shape_and_the_tokens_but_not_the_weights(checkpoint, tmp_path):

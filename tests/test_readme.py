@@ -12,7 +12,7 @@ import train_sr_trad
 from benchmarks import efficiency, throughput
 from datasets import convert, process
 from engine import cli
-from experiments import ablation, bases, motivation, report, titles
+from experiments import bases, report, titles
 from serving import export, recommend
 from tests.conftest import ROOT
 
@@ -22,7 +22,7 @@ MAINS = {
     "finetune.py": finetune.main,
     "distill.py": distill.main,
 }
-MODULES = [convert, process, ablation, bases, motivation, report, titles]
+MODULES = [convert, process, bases, report, titles]
 MODULES += [export, recommend, throughput, efficiency]
 MAINS |= {module.__name__: module.main for module in MODULES}
 TEXTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
