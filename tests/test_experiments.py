@@ -733,7 +733,7 @@ COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
         ("## Beauty (", "beauty", ROWS, "01234"),
         ("## Toys (", "toys", ROWS, "01234"),
         ("## Games (", "games", ROWS, "01234"),
-        ("### A chain of teachers", "chain/beauty", CHAIN, "0123"),
+        ("### A chain of teachers", "chain/beauty", CHAIN, "01234"),
         ("### A chain of teachers", "chain/beauty", CHAIN_OF_BOTH, "01"),
         ("### Two tables in one student", "two_tables/beauty", TWO, "01234"),
     ],
