@@ -231,3 +231,9 @@ def inside(house, tmp_path, monkeypatch):
     shutil.copytree(house[0], tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     return tmp_path / "copy"
+
+
+def save(name: str, *lines: str) -> Path:
+    """Write lines into a file of the present folder."""
+    Path(name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Path(name)

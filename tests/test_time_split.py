@@ -1,10 +1,13 @@
 """--split=time: targets after one moment of the whole log, worked out by hand."""
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
+import distill
 import extract_emb
 import finetune
 import train_sr_trad
@@ -12,8 +15,12 @@ from datasets import convert, sequences
 from datasets.interactions import read_csv
 from engine.errors import UsageError
 from experiments import report
+from serving import export, recommend
+from tests.conftest import save
 from utils.flags import Evaluation
 
+CE = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
+SHORT = {"domain_type": "shop", "max_steps": 2, "batch_size": 16}
 ROWS = [  # user, items, times; of the 20 times 60 % are below 100
     ("early", [1, 2, 3, 4], [1, 2, 3, 4]),  # nothing after: trains with everything
     ("both", [2, 3, 4, 5, 6, 7], [5, 6, 7, 100, 101, 102]),  # 5 is its test target, 6 and 7 go
@@ -21,6 +28,11 @@ ROWS = [  # user, items, times; of the 20 times 60 % are below 100
     ("late", [8, 9], [104, 105]),  # nothing before: nothing is left
     ("also", [4, 3, 2, 1, 9], [10, 11, 12, 106, 107]),
 ]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def write(path, rows=ROWS, header="reviewerID,asin,time"):
@@ -95,9 +107,8 @@ def test_a_file_without_times_or_without_targets_is_refused(tmp_path):
         read_csv(write(tmp_path / "a.csv"), split="time:0.01")
 
 
-def test_later_steps_take_the_split_over_and_refuse_another(tmp_path, monkeypatch, capsys):
+def test_later_steps_take_the_split_over_and_refuse_another(tmp_path, capsys):
     """From a log with times to a teacher, as a user would."""
-    monkeypatch.chdir(tmp_path)
     draws = np.random.default_rng(0)
     rows = [f"u{n % 40},i{draws.integers(30)},{n}" for n in range(800)]
     (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
@@ -117,3 +128,100 @@ def test_later_steps_take_the_split_over_and_refuse_another(tmp_path, monkeypatc
     with pytest.raises(UsageError, match="another --split is other data too"):
         train_sr_trad.main(**short, eval_only=True)
     assert "test targets from time 720 on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("times", ["[NaN, 1, 2, 3]", "[1, 2, Infinity, Infinity]"])
+def test_times_that_are_no_numbers_are_refused(times):
+    path = save("a.csv", "reviewerID,asin,time", f'u,"[1, 2, 3, 4]","{times}"')
+    with pytest.raises(UsageError, match="row 2: time is .*expected a list of 4 numbers"):
+        read_csv(path, split="time:0.5")
+
+
+def test_whole_times_beyond_2_53_and_shares_are_exact():
+    start = 1_700_000_000_000_000_000
+    rows = []
+    for u in range(18):
+        items, times = [(u + i) % 7 for i in range(5)], [start + 5 * u + i for i in range(5)]
+        rows.append(f'u{u},"{items}","{times}"')
+    data = read_csv(save("a.csv", "reviewerID, asin, time", *rows), split="time:0.7")
+    assert data.moment == start + 63  # 63 of 90 times are before it
+
+
+def log_of(n: int = 600, users: int = 30, items: int = 20) -> Path:
+    draws = np.random.default_rng(0)
+    rows = [f"p{n % users:02d},i{draws.integers(items):02d},{n}" for n in range(n)]
+    return save("log.csv", "user_id,item_id,timestamp", *rows)
+
+
+@pytest.fixture
+def timed(here) -> None:
+    """SASRec and a student of a split by time, the student without saying so."""
+    convert.main(input=str(log_of()), domain_type="shop")
+    train_sr_trad.main(**SHORT, split="time:0.8")
+    extract_emb.main(domain_type="shop")
+    distill.main(**SHORT, **CE, output_dir="output/shop/student")
+
+
+def test_a_student_knows_the_split_that_it_took_over(timed, capsys):
+    config = json.loads(Path("output/shop/student/config.json").read_text())
+    assert config["flags"]["split"] == "time:0.8"
+    assert len(recommend.main(domain_type="shop", model="student", history=["i01"], k=3)) == 3
+    export.main(domain_type="shop", model="student", output_dir="out", verify_users=4)
+    card = Path("out/README.md").read_text()
+    assert "split time:0.8" in card and "after one moment is the target" in card
+    with pytest.raises(UsageError, match="contradicts the earlier step's time:0.8"):
+        distill.main(**SHORT, **CE, split="leave_one_out", output_dir="other")
+
+
+def test_a_start_of_another_split_is_refused(timed):
+    extract_emb.main(domain_type="shop", sasrec="output/shop/sasrec")
+    train_sr_trad.main(**SHORT, output_dir="whole")
+    extract_emb.main(domain_type="shop", sasrec="whole", item_table="whole.pkl")
+    distill.main(**SHORT, **CE, item_table="whole.pkl", output_dir="before")
+    with pytest.raises(UsageError, match="was trained with --split=leave_one_out, this run has"):
+        distill.main(**SHORT, **CE, init_from="before", output_dir="after")
+
+
+def test_who_has_no_history_gets_what_is_popular_now(timed):
+    """All interactions count, also those after the moment."""
+    items, scores = recommend.recommend([[]], 1, domain_type="shop", model="sasrec")
+    counts = np.bincount(read_csv("data/shop.csv").items)
+    assert (items[0, 0], scores[0, 0]) == (counts.argmax(), counts.max())
+
+
+def test_known_users_of_a_new_log(timed, capsys):
+    save("new.csv", "user_id,item_id,timestamp", "p01,i03,9000", "new,i04,9001")
+    flags = {"domain_type": "shop", "model": "sasrec", "users": "new.csv", "k": 20}
+    recommend.main(**flags, output="a.csv")
+    assert "1 users are users of data/shop.csv too" in capsys.readouterr().out
+    recommend.main(**flags, output="b.csv", known="join")
+    listed = [(pd.read_csv(name)["reviewerID"] == "p01").sum() for name in ("a.csv", "b.csv")]
+    log = pd.read_csv("log.csv")
+    met = {*log["item_id"][log["user_id"] == "p01"], "i03"}
+    assert listed == [19, 20 - len(met)]
+    save("odd.csv", "user_id,item_id,timestamp", "n,3,1", "m,4,2")
+    with pytest.raises(UsageError, match="none of its items is known"):
+        recommend.main(**flags | {"users": "odd.csv"}, unknown="skip", output="c.csv")
+    rows = ["n,i03,5,2", "n,i04,5,1", "m,i05,5,1"]
+    save("amazon.csv", "reviewerID,asin,overall,unixReviewTime", *rows)
+    recommend.main(**flags | {"users": "amazon.csv"}, output="d.csv")
+    assert len(Path("d.csv").read_text().splitlines()) == 1 + 18 + 19
+
+
+def test_best_is_of_the_data_that_is_there(timed, capsys):
+    train_sr_trad.main(**SHORT, output_dir="output/shop/whole")
+    Path("kept.csv").write_text(Path("data/shop.csv").read_text())
+    convert.main(input=str(log_of(700)), domain_type="shop", overwrite=True)
+    train_sr_trad.main(**SHORT, output_dir="output/shop/newer")
+    Path("data/shop.csv").write_text(Path("kept.csv").read_text())
+    for name in ("config.json", "results.json"):
+        Path(f"output/shop/newer/{name}").touch()
+    recommend.main(domain_type="shop", history=["i01"], k=1)
+    assert "best of 1 runs: output/shop/whole" in capsys.readouterr().out
+
+
+def test_files_of_another_domain_are_named_as_such(timed):
+    convert.main(input="log.csv", domain_type="gift")
+    Path("data/gift.csv").write_text(Path("data/gift.csv").read_text().replace("p01", "q01"))
+    with pytest.raises(UsageError, match="it is of the domain shop, this is gift: name another"):
+        distill.main(domain_type="gift", item_table="output/shop/sasrec_item.pkl", **CE)

@@ -1,0 +1,223 @@
+"""Logs that would be read in another way than they are meant, and advice about them.
+
+A case is refused in one line, or gives the right value; advice that a message gives is followed.
+"""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from datasets import convert, process
+from engine.errors import UsageError
+from tests.conftest import save
+from tests.faults.conftest import HEADER, LOG, ROWS, convert_by
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+
+def plain_lists() -> dict[str, list[str]]:
+    """The log's lists, worked out without our code: its rows are in time order."""
+    lists: dict[str, list[str]] = {}
+    for user, item, _ in ROWS:
+        lists.setdefault(user, []).append(item)
+    return lists
+
+
+def swapped() -> str:
+    return "item_id,user_id,timestamp\n" + "".join(f"{i},{u},{t}\n" for u, i, t in ROWS[12:])
+
+
+def last_line_cut(digits: int) -> str:
+    return LOG.rstrip("\n")[:-digits] + "\n"
+
+
+def zoned() -> str:
+    dates = [f"2024-01-{1 + i:02d} 10:00:00" + "+05:00" * (i % 2) for i in range(24)]
+    return HEADER + "".join(f"{u},{i},{date}\n" for (u, i, _), date in zip(ROWS, dates))
+
+
+REFUSED = {
+    "a part without the header": (
+        {"p/a": LOG[: LOG.index("u0,", 200)], "p/b": LOG[LOG.index("u0,", 200) :]},
+        "p",
+        "p/b: starts with 'u0,.*', p/a with 'user_id,item_id,timestamp'; give every part the same",
+    ),
+    "parts with columns in another order": (
+        {"p/a": HEADER + "u1,1,5\nu2,2,6\n", "p/b": swapped()},
+        "p",
+        "p/b: starts with 'item_id,user_id,timestamp', p/a with",
+    ),
+    "a folder in the folder": ({"p/a": LOG, "p/q/b": LOG}, "p", "p: holds the folder q; put all"),
+    "a last line that was cut": (
+        {"a.csv": last_line_cut(5)},
+        "a.csv",
+        "row 25: the time is 17000, the others are dates .1 such rows.: missing, or cut",
+    ),
+    "times that a spreadsheet cut": (
+        {"a.csv": LOG.replace("1700000060", "1.7E+09")},
+        "a.csv",
+        "row 3: the time is '1.7E\\+09', expected all its digits: a spreadsheet cut them",
+    ),
+    "half the times with a zone": (
+        {"a.csv": zoned()},
+        "a.csv",
+        "row 2: the time is '2024-01-01 10:00:00', expected a time zone, as in other rows",
+    ),
+    "ids that are objects": (
+        {"a.jsonl": '{"user_id": "a", "item_id": {"$oid": "x1"}, "timestamp": 3}\n' * 2},
+        "a.jsonl",
+        "the user|the item '{.*' is an object; write its id alone",
+    ),
+    "pandas' numbers for names": (
+        {"a.csv": ",0,1,2\n" + "".join(f"{n},{u},{i},{t}\n" for n, (u, i, t) in enumerate(ROWS))},
+        "a.csv",
+        "its first row, ',0,1,2', numbers the columns; write their names",
+    ),
+    "zstd": ({"a.zst": "\x28\u00b5/\u00fd"}, "a.zst", "looks like zstd; unpack it first"),
+    "sqlite": ({"a.db": "SQLite format 3\0"}, "a.db", "looks like an SQLite database; export"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_log_that_would_be_read_in_another_way_is_refused(name):
+    files, given, line = REFUSED[name]
+    for path, text in files.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match=line):
+        convert_by(f"--input {given}" + " --user user_id --item item_id" * (given[-5:] == "jsonl"))
+    assert not Path("data").exists()
+
+
+def test_parts_with_one_header_are_one_log():
+    Path("p").mkdir()
+    for name, rows in (("a", ROWS[:9]), ("b", ROWS[9:])):
+        Path("p", name).write_text(HEADER + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    assert convert_by("--input p")[0] == plain_lists()
+
+
+def test_bytes_and_an_index_in_parquet_are_columns_like_others():
+    users, items, times = zip(*ROWS)
+    binary = [pa.array([x.encode() for x in column], pa.binary()) for column in (users, items)]
+    table = pa.table({"user_id": binary[0], "item_id": binary[1], "timestamp": times})
+    pq.write_table(table, "b.parquet")
+    assert convert_by("--input b.parquet")[0] == plain_lists()
+    frame = pd.DataFrame({"user_id": users, "item_id": items, "timestamp": times})
+    frame.set_index("user_id").to_parquet("i.parquet")
+    assert convert_by("--input i.parquet")[0] == plain_lists()
+
+
+def test_a_cell_of_any_length_and_separators_within_cells_are_read():
+    lines = LOG.splitlines()
+    Path("image.csv").write_text(
+        "\n".join([lines[0] + ",img", *(line + "," + "A" * 200_000 for line in lines[1:])])
+    )
+    assert convert_by("--input image.csv")[0] == plain_lists()
+    Path("tags.csv").write_text(
+        "\n".join([lines[0] + ",genres", *(line + ",Action;Indie" for line in lines[1:])])
+    )
+    assert convert_by("--input tags.csv")[0] == plain_lists()
+    Path("excel.csv").write_text("sep=,\n" + LOG)
+    assert convert_by("--input excel.csv")[0] == plain_lists()
+
+
+def test_ids_that_look_like_powers_of_ten_are_text():
+    Path("hex.csv").write_text(LOG.replace(",100,", ",7e1234,"))
+    assert "7e1234" in convert_by("--input hex.csv")[1]
+
+
+def test_time_none_on_a_command_line_keeps_file_order():
+    Path("my orders.csv").write_text("kunde,artikel\na,x\na,y\nb,x\nb,z\n")
+    with pytest.raises(UsageError) as refused:
+        convert_by("--input 'my orders.csv'")
+    offered = str(refused.value).split("python -m datasets.convert ")[1]
+    offered = offered.replace("--domain_type x ", "")
+    offered = offered.replace("--user COLUMN", "--user kunde").replace(
+        "--item COLUMN", "--item artikel"
+    )
+    assert convert_by(offered)[0] == {"a": ["x", "y"], "b": ["x", "z"]}
+    Path("back.csv").write_text(HEADER + "a,x,9\na,y,8\nb,x,9\nb,z,8\n")
+    assert convert_by("--input back.csv --time none")[0] == {"a": ["x", "y"], "b": ["x", "z"]}
+
+
+def test_the_columns_of_an_item_list_are_named_apart_from_the_logs():
+    Path("cat.csv").write_text("sku,name\n" + "".join(f"{i},No. {i}\n" for i in range(100, 108)))
+    with pytest.raises(UsageError, match="--items_columns ITEM,TITLE names them"):
+        convert_by("--input orders.csv --items cat.csv")
+    convert_by("--input orders.csv --items cat.csv --items_columns sku,name")
+    assert "0,100,No. 100" in Path("data/x.items.csv").read_text()
+    Path("u.item").write_text("".join(f"{i}|Film {i}|1995\n" for i in range(100, 108)))
+    convert_by("--input orders.csv --items u.item --items_columns 1,2")
+    assert "0,100,Film 100" in Path("data/x.items.csv").read_text()
+
+
+def test_a_domains_own_files_are_converted_with_ids_times_and_titles():
+    rows = ["a,7,1,Brazil", "a,3,2,Alien", "b,9,3,Dune", "b,7,4,"]
+    path = save("log.csv", "user_id,item_id,timestamp,title", *rows)
+    convert.main(input=str(path), domain_type="one")
+    convert.main(input="data/one.csv", items="data/one.items.csv", domain_type="two")
+    for name in ("csv", "items.csv"):
+        assert Path(f"data/one.{name}").read_text() == Path(f"data/two.{name}").read_text()
+    assert "1,7,Brazil" in Path("data/two.items.csv").read_text()
+
+
+def test_a_list_of_items_adds_titles_and_takes_none_away():
+    path = save("log.csv", "user_id,item_id,timestamp,title", "a,1,1,Alien", "b,2,2,")
+    items = save("items.csv", "item_id,title", "1,", "2,Brazil")
+    convert.main(input=str(path), items=str(items), domain_type="shop")
+    assert Path("data/shop.items.csv").read_text().splitlines()[1:] == ["0,1,Alien", "1,2,Brazil"]
+    other = save("other.csv", "item_id,title", "0001,Alien")
+    with pytest.raises(UsageError, match="none of its items is in the log: '0001' there, '1' here"):
+        convert.main(input=str(path), items=str(other), domain_type="x")
+    with pytest.raises(UsageError, match="--items_columns=item_id,titel: not in .*which has item"):
+        columns = ["item_id", "titel"]
+        convert.main(input=str(path), items=str(items), items_columns=columns, domain_type="x")
+
+
+def test_repeated_rows_are_not_later_purchases(capsys):
+    rows = ["a,x,1", "a,x,1", "a,y,2", "a,x,9", "b,x,1"]
+    path = save("log.csv", "user_id,item_id,timestamp", *rows)
+    lists = {}
+    for dedup in ("no", "rows", "items"):
+        convert.main(input=str(path), domain_type="shop", dedup=dedup, overwrite=True)
+        lists[dedup] = Path("data/shop.csv").read_text().splitlines()[1].split('"')[1]
+    assert lists == {"no": "[0, 0, 1, 0]", "rows": "[0, 1, 0]", "items": "[0, 1]"}
+    assert "1 rows repeat user, item and time of another; --dedup rows drops them" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    "times, problem",
+    [
+        (["20240425120000900001", "20240425120000900002"], "at most 2\\^63"),
+        (["280524", "270524"], "days before years"),
+    ],
+)
+def test_times_that_do_not_sort_are_refused(times, problem):
+    rows = [f"{user},{item},{time}" for user in "ab" for item, time in zip("xy", times)]
+    path = save("log.csv", "user_id,item_id,timestamp", *rows)
+    with pytest.raises(UsageError, match=problem):
+        convert.main(input=str(path), domain_type="s")
+
+
+def test_the_offer_has_the_column_of_times():
+    rows = ["a;x;25.04.2024 08:00", "b;y;26.04.2024 08:00"]
+    with pytest.raises(UsageError, match="--user customer --item sku --time bought_at"):
+        path = save("log.csv", "customer;sku;bought_at", *rows)
+        convert.main(input=str(path), domain_type="shop")
+
+
+def test_reviews_without_a_name_or_with_huge_numbers_are_broken_lines(capsys):
+    good = {"reviewerID": "u", "asin": "A", "overall": 5, "unixReviewTime": 1}
+    many = [json.dumps(good | {"reviewerID": f"u{i // 5}", "asin": f"{i}"}) for i in range(600)]
+    for change in ({"reviewerID": ""}, {"asin": ["B"]}, {"reviewerID": "A\ud800"}):
+        many.append(json.dumps(good | change))
+    many.append(json.dumps(good).replace('"unixReviewTime": 1', f'"unixReviewTime": 1{"0" * 400}'))
+    save("r.json", *many)
+    process.main(reviews="r.json", domain_type="shop", min_item=1)
+    assert "skipped 4 broken lines of 604, the first is line 601" in capsys.readouterr().out
