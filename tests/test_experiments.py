@@ -668,7 +668,7 @@ def test_our_own_domains_commands_bind(domain):
 @pytest.mark.parametrize("after", ["beauty_titles", "beauty_smollm2"])
 def test_commands_after_beautys_bind_and_read_what_stands_there(after):
     own, drawn = (
-        commands(ROOT / f"experiments/domains/{name}.sh", SEEDS="0 1") for name in (after, "beauty")
+        commands(ROOT / f"experiments/domains/{name}.sh", SEEDS="0 1 2") for name in (after, "beauty")
     )
     mains = {"train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main}
     mains |= {"distill.py": distill.main, "finetune.py": finetune.main}

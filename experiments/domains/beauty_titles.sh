@@ -1,10 +1,18 @@
 #!/usr/bin/env bash
-# Item vectors that start from titles, and two item tables in one student, on amazon2014_beauty, after beauty.sh: docs/results.md.
+# Item vectors that start from titles, and two or four item tables in one student, on amazon2014_beauty, after beauty.sh: docs/results.md.
+# Four are its seed's two and those of titles of the next two seeds, so that they take three seeds or more.
 # `make minilm` brings the encoder. docs/data.md says where the file is from. common.sh says what can be set from outside.
 DOMAIN=beauty DATA=${DATA:-data/amazon2014_beauty.csv.xz} BASE=${BASE:-small}
 . "$(dirname "$0")/common.sh"
 
 run $PYTHON -m experiments.titles $WHERE --text_model output/base/minilm --item_table $ROOT/titles_item.pkl
+budget="--base_model $BASE --learning_rate 2.5e-4 --save_steps -1"
+tables() { # NAME RUNS: a student of two layers over these runs' item tables side by side, by the KL of their mean
+    run $PYTHON extract_emb.py $WHERE --sasrec $2 --item_table $out/$1_item.pkl
+    run $LAUNCH distill.py $common --item_table $out/$1_item.pkl --sasrec $2 --sasrec_lambda 10 --sasrec_temperature 2 $OFF $budget \
+        --llama_decoder_nums_student 2 --distill_block 2 --num_epochs 6 --eval_steps 88 --bf16 true --compile true --output_dir $out/$1_kl
+}
+
 for seed in $SEEDS; do
     out=$ROOT/seed$seed
     common="$WHERE --seed $seed"
@@ -12,12 +20,13 @@ for seed in $SEEDS; do
         --hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 \
         --lr_scheduler cosine --batch_size 128 --num_epochs 28 --patience 0
     run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec_titles --item_table $out/sasrec_titles_item.pkl
-    budget="--base_model $BASE --learning_rate 2.5e-4 --save_steps -1"
     titles="--item_table $out/sasrec_titles_item.pkl --sasrec $out/sasrec_titles --sasrec_lambda 3 --sasrec_temperature 2"
     run $LAUNCH distill.py $common $titles $OFF $budget --num_epochs 5 --eval_steps 220 --output_dir $out/titles_kl
-    run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec,$out/sasrec_titles --item_table $out/both_item.pkl
-    both="--item_table $out/both_item.pkl --sasrec $out/sasrec,$out/sasrec_titles --llama_decoder_nums_student 2 --distill_block 2"
-    run $LAUNCH distill.py $common $both $OFF $budget --sasrec_lambda 10 --sasrec_temperature 2 \
-        --num_epochs 6 --eval_steps 88 --bf16 true --compile true --output_dir $out/both_kl
+    tables both $out/sasrec,$out/sasrec_titles
+done
+seeds=($SEEDS) n=${#seeds[@]}
+for ((i = 0; n >= 3 && i < n; i++)); do
+    out=$ROOT/seed${seeds[i]} common="$WHERE --seed ${seeds[i]}"
+    tables four $out/sasrec,$out/sasrec_titles,$ROOT/seed${seeds[(i + 1) % n]}/sasrec_titles,$ROOT/seed${seeds[(i + 2) % n]}/sasrec_titles
 done
 run $PYTHON -m experiments.report --runs "$ROOT"
