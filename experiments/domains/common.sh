@@ -36,10 +36,10 @@ llm_rows() { # TEACHER STUDENT WEIGHTS: the paper's teacher, cross-entropy alone
     paper_rows "$@"
 }
 
-paper_rows() { # TEACHER STUDENT WEIGHTS: from the table of SASRec as released, by the loss of the paper's text
+paper_rows() { # TEACHER STUDENT WEIGHTS: from the table of SASRec as released (or of run RELEASED), by the loss of the paper's text
     [ -n "${PAPER:-}" ] || return 0
     local llm="$common --item_table $out/released_item.pkl" text="--block_reduction mean --norm_form squared_l2"
-    run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec_released --item_table $out/released_item.pkl
+    run $PYTHON extract_emb.py $WHERE --sasrec $out/${RELEASED:-sasrec_released} --item_table $out/released_item.pkl
     run $LAUNCH finetune.py $llm --output_dir $out/released_teacher --base_model "$BASE" --llama_decoder_nums 8 $1
     run $LAUNCH distill.py $llm --output_dir $out/released_ce --base_model "$BASE" $OFF $2
     run $LAUNCH distill.py $llm --output_dir $out/released_slmrec --teacher $out/released_teacher --student_init base $text $3 $2
