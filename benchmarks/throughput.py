@@ -173,7 +173,7 @@ def distillation(bench: Bench, n_teacher: int, n_student: int, n_blocks: int) ->
         cached = tensor_cache.open_or_build(Path(folder), {}, lambda: encode, timed_samples, 512)
 
         def from_disk(rows, _):
-            return Output(*cached.rows(np.searchsorted(every, rows), bench.device))
+            return Output(**cached.rows(np.searchsorted(every, rows), bench.device))
 
         timed = bench.race(step(lambda rows: loss(rows, from_disk)), plain_step)
     live = bench.race(step(lambda rows: loss(rows, lambda _, history: encode(history))), plain_step)

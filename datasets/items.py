@@ -104,27 +104,24 @@ def _read_listing(listing: Path) -> dict[int, tuple[str, str]]:
 class Finder:
     """Finds items by original id, id or title; `auto` tries in this order.
 
-    Where all original ids are numbers, `auto` takes a number for nothing else. Of equal names the
-    first item counts. Titles are compared without case.
+    Where items have original ids, `auto` takes no id of the CSV. Of equal names the first item
+    counts. Titles are compared without case.
 
     Args:
-        of_file: names come from a file: a number is an id in the run's own CSV only with `by` id,
-            or where the run's items have no original ids.
         skip: leave out unknown items instead of refusing them.
     Attributes:
         unknown: names of the items that were left out.
     """
 
-    def __init__(self, items: Items, by: Name, of_file: bool = False, skip: bool = False) -> None:
+    def __init__(self, items: Items, by: Name, skip: bool = False) -> None:
         every: dict[str, dict] = {
             "asin": _first(items.asins),
             "id": {item: index for index, item in enumerate(items.ids.tolist())},
             "title": _first([title.casefold() for title in items.titles]),
         }
         self.items, self.skip, self.unknown = items, skip, []
-        numbers = all(asin.isdigit() for asin in every["asin"])
         self.own = every["id"]
-        if every["asin"] and by == "auto" and (numbers or of_file):
+        if every["asin"] and by == "auto":
             every.pop("id")
         self.tables = every if by == "auto" else {by: every[by]}
 

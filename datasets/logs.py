@@ -148,7 +148,10 @@ def _offer(table: Table, chosen: dict[str, str | None]) -> str:
         near = sorted(filter(hint.search, free), key=lambda name: -int("id" in name.lower()))
         near = times + near if role == "time" else near
         offer[role] = chosen[role] or (near[0] if near else "none" if role == "time" else "COLUMN")
-    return " ".join(f"--{role} {shlex.quote(offer[role])}" for role in ("user", "item", "time"))
+    for name in free:
+        if bare(name) == "title":
+            offer["title"] = name
+    return " ".join(f"--{role} {shlex.quote(name)}" for role, name in offer.items())
 
 
 def report_columns(table: Table, columns: Columns, min_rating: float | None) -> None:
@@ -171,6 +174,8 @@ def report_columns(table: Table, columns: Columns, min_rating: float | None) -> 
                 f"  {name} has 0 and 1: if 0 means that nothing happened, --rating {name}"
                 " --min_rating 1 leaves those rows out"
             )
+        elif bare(name) == "title":
+            print("  --title title reads the titles")
         elif name == columns.rating:
             print(f"  {name} looks like a rating: --min_rating leaves low ones out")
 

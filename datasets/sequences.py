@@ -275,8 +275,8 @@ def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationS
     share = samples.counts().sum() / max(1, data.offsets[-1] - 2 * data.n_users)
     if share < TRAINING_SHARE and not samples.every_position:
         lines.append(
-            f"{share:.0%} of the interactions are training targets; --train_targets all takes"
-            " every one"
+            f"{share:.0%} of the interactions before validation are training targets;"
+            " --train_targets all takes every one"
         )
     if data.n_short:
         trains = samples.every_position or data.moment is not None

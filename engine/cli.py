@@ -309,13 +309,15 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
     flags = flags_of(main)
     values: dict[str, Any] = {}
     problems: list[str] = []
-    config = ""
+    config, name, switch = "", "", False
     words = list(argv)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            problems.append(f"unexpected word {word!r}: flags are written --name=value")
+            after = f" after --{name}, which takes true or false" if switch else ""
+            problems.append(f"unexpected word {word!r}{after}: flags are written --name=value")
             continue
+        switch = False
         name, text = _split_word(word, flags)
         if name == "config" and name not in flags:
             config = text or (words.pop(0) if words else "")
@@ -326,6 +328,7 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
                 words.pop(0)
             continue
         hint = flags[name].hint
+        switch = text is None and _is_bool(hint)
         if text is None:
             text = _next_value(words, hint)
         if text is None:

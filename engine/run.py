@@ -268,6 +268,12 @@ class Run:
                     f"--output_dir={self.folder} holds {', '.join(present)} but no run's"
                     " config.json: not a run's folder, choose another"
                 )
+            inside = sorted(path.parent.name for path in self.folder.glob("*/config.json"))
+            if inside:
+                raise UsageError(
+                    f"--output_dir={self.folder} holds other runs ({', '.join(inside[:4])}); name"
+                    " a folder of this run's own"
+                )
         elif self.config.get("step") != self.stage:
             raise UsageError(
                 f"--output_dir={self.folder} holds a {self.config.get('step')} run,"

@@ -48,17 +48,17 @@ class Samples(Protocol):
 
 
 class TensorCache(NamedTuple):
-    """Each stored tensor [n, ...] as a memory map of bits, and its dtype."""
+    """Each stored tensor [n, ...] by name: a memory map of bits, and its dtype."""
 
-    arrays: list[np.ndarray]
-    dtypes: list[torch.dtype]
+    arrays: dict[str, np.ndarray]
+    dtypes: dict[str, torch.dtype]
 
-    def rows(self, indices: np.ndarray, device: torch.device) -> list[Tensor]:
+    def rows(self, indices: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """The tensors' rows of the given samples, on the device."""
-        return [
-            torch.from_numpy(array[indices]).view(dtype).to(device)
-            for array, dtype in zip(self.arrays, self.dtypes)
-        ]
+        found = {}
+        for name, array in self.arrays.items():
+            found[name] = torch.from_numpy(array[indices]).view(self.dtypes[name]).to(device)
+        return found
 
 
 def open_or_build(
@@ -76,7 +76,7 @@ def open_or_build(
     Args:
         identity: all that the tensors depend on, as JSON.
         load_encoder: called only if the tensors must be computed. Gives history [b, L] -> a named
-            tuple of tensors [b, ...].
+            tuple of tensors [b, ...]; what is None is not stored.
         divided: the encoder is divided among the processes (see engine.sharding); all run it then,
             and the first one writes.
     Raises:
@@ -178,10 +178,10 @@ def _digest(content: dict[str, Any]) -> str:
 
 def _mapped(folder: Path) -> TensorCache:
     stored = read_json(folder / "meta.json", "teacher states")["arrays"]
-    dtypes = [getattr(torch, about["dtype"]) for about in stored.values()]
-    arrays = []
-    for (name, about), dtype in zip(stored.items(), dtypes):
-        arrays.append(_bits(folder / f"{name}.bin", dtype, about["shape"], "r"))
+    dtypes = {name: getattr(torch, about["dtype"]) for name, about in stored.items()}
+    arrays = {}
+    for name, about in stored.items():
+        arrays[name] = _bits(folder / f"{name}.bin", dtypes[name], about["shape"], "r")
     return TensorCache(arrays, dtypes)
 
 
@@ -213,29 +213,30 @@ def _build(
     """Run the encoder over all samples and put the result in place."""
     batches = _batches(samples.lengths(), batch_size)
     first = values = encode(samples.histories(batches[0]))
-    shapes = [[len(samples), *part.shape[1:]] for part in first]
-    sizes = [int(np.prod(shape)) * part.element_size() for shape, part in zip(shapes, first)]
-    _check_room(folder, sum(sizes), len(samples))
+    kept = {name: part for name, part in first._asdict().items() if part is not None}
+    sizes = {n: len(samples) * part[0].numel() * part.element_size() for n, part in kept.items()}
+    _check_room(folder, sum(sizes.values()), len(samples))
     partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     partial.mkdir(parents=True, exist_ok=True)
     try:
-        arrays = []
-        for name, part, shape, size in zip(first._fields, first, shapes, sizes):
-            _claim(partial / f"{name}.bin", size)
-            arrays.append(_bits(partial / f"{name}.bin", part.dtype, shape, "r+"))
+        arrays = {}
+        for name, part in kept.items():
+            path, shape = partial / f"{name}.bin", [len(samples), *part.shape[1:]]
+            _claim(path, sizes[name])
+            arrays[name] = _bits(path, part.dtype, shape, "r+")
         options = {"unit": "batch", "dynamic_ncols": True, "mininterval": 1.0}
         for i, indices in enumerate(tqdm(batches, desc="teacher states", **options)):
             if i:
                 values = encode(samples.histories(indices))
-            for array, part in zip(arrays, values):
-                bits = part.cpu().contiguous().view(getattr(torch, array.dtype.name))
-                array[indices] = bits.numpy()
+            for name, array in arrays.items():
+                part = getattr(values, name).cpu().contiguous()
+                array[indices] = part.view(getattr(torch, array.dtype.name)).numpy()
         stored = {}
-        for name, array, part in zip(first._fields, arrays, first):
+        for name, array in arrays.items():
             if isinstance(array, np.memmap):
                 array.flush()
             stored[name] = {
-                "dtype": str(part.dtype).removeprefix("torch."),
+                "dtype": str(kept[name].dtype).removeprefix("torch."),
                 "shape": list(array.shape),
                 "sha256": file_sha256(partial / f"{name}.bin"),
             }

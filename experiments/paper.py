@@ -92,8 +92,10 @@ def _student(layers: int, flags: dict[str, Any]) -> list[str]:
             name = " + ".join([f"SLMRec {between}", *named[3:]])
     parts = [name]
     by_blocks = ("distill_lambda", "norm_lambda", "cls_multiple_lambda")
-    if flags["distill_block"] != 4 and any(flags.get(weight) for weight in by_blocks):
-        parts.append(f"B = {flags['distill_block']}")
+    if any(flags.get(weight) for weight in by_blocks):
+        blocks = flags.get("block_map")
+        if blocks or flags["distill_block"] != 4:
+            parts.append(f"blocks {blocks}" if blocks else f"B = {flags['distill_block']}")
     if flags["distill_mode"] == "online":
         parts.append("online")
     if flags.get("exit_norm") and flags.get("cls_multiple_lambda"):

@@ -197,7 +197,7 @@ def _table(
             tests, seeds = [popularity], "-"
         cells = [text, seeds]
         for protocol, names in (("sampled", SAMPLED), ("full", FULL), ("full_all", FULL[:2])):
-            cells += [spread([test[protocol][name] for test in tests]) for name in names]
+            cells += [spread(_values(tests, protocol, name)) for name in names]
         if paper:
             cells += [f"{value / 100:.4f}" for value in theirs] if theirs else ["-"] * len(COLUMNS)
         lines.append(cells)
@@ -243,9 +243,10 @@ def write_main_table(stem: Path, rows: list[Row], popularity: dict | None) -> No
     tests |= {"popularity": [popularity]} if popularity else {}
     lines, flat = [], []
     for text, of_row in tests.items():
-        values = [[test[protocol][name] for protocol, name in metrics] for test in of_row]
-        lines.append([text, str(len(of_row)), *map(spread, map(list, zip(*values)))])
-        flat += [[text, seed, *own] for seed, own in zip(seeds.get(text, [""]), values)]
+        means = [spread(_values(of_row, *metric)) for metric in metrics]
+        lines.append([text, str(len(of_row)), *means])
+        for seed, test in zip(seeds.get(text, [""]), of_row):
+            flat.append([text, seed, *(test[protocol].get(name) for protocol, name in metrics)])
     frame = pd.DataFrame(flat, columns=["row", "seed", *head[2:]])
     frame.to_csv(stem.with_name(f"{stem.name}.csv"), index=False)
     latex = [
@@ -265,6 +266,11 @@ def _latex(cell: str) -> str:
     for text, command in names.items():
         cell = cell.replace(text, command)
     return cell
+
+
+def _values(tests: list[dict], protocol: str, name: str) -> list[float]:
+    """A metric of several runs; of an older run it may be missing."""
+    return [test[protocol][name] for test in tests if name in test[protocol]]
 
 
 def spread(values: list[float], digits: int = 4) -> str:

@@ -172,8 +172,9 @@ def _read_folder(root: Path) -> tuple[list[FinishedRun], list[str]]:
     found, notes = [], []
     for path in sorted(root.rglob("config.json")):
         folder = path.parent
-        name = folder.relative_to(root).as_posix()
-        if "/." in f"/{name}":  # what a run replaces, until it has a checkpoint
+        name = folder.relative_to(root).as_posix() if folder != root else folder.resolve().name
+        parts = folder.relative_to(root).parts
+        if any(part.startswith(".") for part in parts):  # what a run replaces, for a while
             continue
         try:
             config = read_json(path, "run")

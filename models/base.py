@@ -22,7 +22,8 @@ from models.builtin import BUILT_IN, FOLDER, ensure_built_in
 MADE = {"smollm2": FOLDER / "smollm2"}  # by `make`
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PROVEN = ("llama", "mistral", "qwen2", "qwen3")  # against the library's forward, by the tests
-FAMILIES = PROVEN  # EDIT for another one: (*PROVEN, "name"); the first load proves it
+# EDIT for another one, as (*PROVEN, "granite"); its first load is compared with the library's
+FAMILIES = PROVEN
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints store it
 SAMPLES, SAMPLE = 64, 4096  # pieces of a shard that its fingerprint covers, and their bytes

@@ -51,9 +51,11 @@ def _equal_blocks(n_layers: int, n_blocks: int, flag: str, other: int = 0) -> li
     if rest:
         fits = [d for d in range(1, n_layers + 1) if n_layers % d == 0 and other % d == 0]
         divisors = ", ".join(map(str, fits))
+        half = [n_layers // 2, other // 2, n_layers, other]
+        ends = ", or name their ends, as --block_map {}:{},{}:{}".format(*half) if other else ""
         raise UsageError(
             f"--distill_block={n_blocks} does not divide {flag} {n_layers}"
-            f" ({n_layers} % {n_blocks} = {rest}); use one of {divisors}"
+            f" ({n_layers} % {n_blocks} = {rest}); use one of {divisors}{ends}"
         )
     size = n_layers // n_blocks
     return [size * k for k in range(1, n_blocks + 1)]

@@ -8,9 +8,11 @@ Legend: B batch, L item slots, N items, D item width, E block ends.
 """
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from engine import tensor_cache
 from engine.errors import UsageError
 from engine.run import Run
+from models import attention, decoder, llm4rec, lora, packed
+from models import sasrec as sasrec_model
 from models.llm4rec import LLM4Rec, spec_ends
 from models.losses import Output
 from models.sasrec import SASRec
@@ -82,7 +86,7 @@ class Frozen:
 
     def __call__(self, batch: Any) -> Output:
         if self.stored is not None:
-            return Output(*self.stored.rows(batch.indices, self.device))
+            return Output(**self.stored.rows(batch.indices, self.device))
         with torch.autocast(self.device.type, enabled=False):  # its own precision, as on disk
             return self.encode(self.samples.histories(batch.indices))
 
@@ -110,6 +114,7 @@ def offline(
         "bf16": student.bf16,
         "model": run.config["model"],
         "block_ends": ends,
+        "code": _code(llm4rec, decoder, attention, packed, lora),
     }
     identity |= _of_samples(data.samples, data, student)
     return Frozen(load_encoder, data.samples, cache, identity, student.device, runtime)
@@ -148,6 +153,7 @@ def sasrec(
 
     sha256 = [run.weights_sha256() for run in runs]
     identity = {"sasrec_sha256": ",".join(sha256)} | _of_samples(samples, data, student)
+    identity["code"] = _code(sasrec_model, packed)
     identity |= {"scores": "mean"} if runs[1:] else {}
     return Frozen(load_encoder, samples, cache, identity, student.device, runtime)
 
@@ -172,6 +178,12 @@ def check_table(tables: list[Tensor], item_table: Tensor, runs: list[Run]) -> No
             f"--sasrec={named}: their item embeddings are not the item table;"
             " name the run or the runs that the table is from"
         )
+
+
+def _code(*modules: ModuleType) -> str:
+    """Hash of the modules that compute the outputs: after an edit these are computed again."""
+    files = (Path(module.__file__).read_bytes() for module in modules)
+    return hashlib.sha256(b"".join(files)).hexdigest()
 
 
 def _of_samples(samples: Any, data: Any, student: Run) -> dict[str, Any]:

@@ -11,9 +11,9 @@
     python -m serving.recommend --model student,runs/b --history 12,99       # the sum of scores
     python -m serving.recommend --model runs/b --unseen true --history 12    # items without a user
 
-Items are named by their original ids or titles, both from <domain>.items.csv, or by their ids in
-the domain's CSV. If all original ids are numbers, a number means an original id. Without a history,
-items are ranked by popularity. As a function:
+Items are named by their original ids or titles, both from <domain>.items.csv. Where that has none,
+and with `--by id`, they are named by their ids in the domain's CSV. Without a history, items are
+ranked by popularity. As a function:
 
     from serving.recommend import recommend
     items, scores = recommend([[12, 99], [1033]], k=10, domain_type="cloth")
@@ -138,19 +138,19 @@ def allowed_items(
         return None
     allowed = torch.full((len(names.ids),), allow is None)
     if allow is not None:
-        finder = Finder(names, by, of_file=True, skip=skip)
+        finder = Finder(names, by, skip=skip)
         allowed[read_items(Path(allow), finder, "--allow")] = True
         _report_unknown(finder, "--allow")
     if deny is not None:
-        finder = Finder(names, by, of_file=True, skip=True)
+        finder = Finder(names, by, skip=True)
         allowed[read_items(Path(deny), finder, "--deny")] = False
         _report_unknown(finder, "--deny")
     cli.check((bool(allowed.any()), "--allow and --deny leave no item to recommend"))
     return allowed
 
 
-def history_of(user: str, served: Served, names: "Items") -> list[int]:
-    """The catalogue indices of a user of the domain.
+def history_of(user: str, served: Served, names: "Items", flag: str) -> list[int]:
+    """The catalogue indices of a user of the domain, whom `flag` names.
 
     Raises:
         UsageError: there is no such user.
@@ -160,7 +160,8 @@ def history_of(user: str, served: Served, names: "Items") -> list[int]:
     who, lists = of_domain(served.csv_path, names)
     near = [] if user.isdigit() else difflib.get_close_matches(user, who, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    cli.check((user in who, f"--user={user}: {served.csv_path} has no such user{hint}"))
+    file = "no such file, and " if flag == "users" else ""
+    cli.check((user in who, f"--{flag}={user}: {file}{served.csv_path} has no such user{hint}"))
     return lists[who.index(user)]
 
 
@@ -195,7 +196,8 @@ def main(
     output: str | None = flag(None, "the file of --users: .parquet, .csv or .jsonl"),
     by: Literal["auto", "id", "asin", "title"] = flag(
         "auto",
-        "what names an item: its original id, its id in the CSV or its title; auto tries all",
+        "what names an item: its original id, its title, or its id in the CSV (auto: where there "
+        "are no original ones)",
     ),
     exclude: Literal["seen", "none"] = flag("seen", "leave out the items of the history"),
     allow: str | None = flag(None, "a file of items, one per line: only these are recommended"),
@@ -266,7 +268,7 @@ def main(
         else:
             own = finder.find_joined(history, "--history")
             if user is not None:
-                own = history_of(user, runs[0], names)
+                own = history_of(user, runs[0], names, "users" if one_user else "user")
             items, scores = recommender.recommend([own], k, exclude, allowed)
         for item, name in zip(own, [similar] if similar else [names.titles[i] for i in own]):
             same = finder.all_called(item, name) if name in [similar, *history] else []
@@ -289,7 +291,7 @@ def main(
     if users == "all":
         who, lists = histories.of_domain(runs[0].csv_path, names)
     else:
-        finder = Finder(names, by, of_file=True, skip=unknown == "skip")
+        finder = Finder(names, by, skip=unknown == "skip")
         who, lists = histories.of_file(Path(users), finder)
         _report_unknown(finder, "--users")
         nothing = bool(finder.unknown) and not any(lists)

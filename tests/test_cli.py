@@ -85,6 +85,7 @@ BAD = [
     ("--kind=trune", "expected one of first, interval"),
     ("--names=", "expected a list"),
     ("gate_proj", "unexpected word 'gate_proj'"),
+    ("--bf16 maybe", "unexpected word 'maybe' after --bf16, which takes true or false"),
     ("--names gate_proj up_proj", "unexpected word 'up_proj'"),
     ("-l 3", "unexpected word '-l'"),
     ("--rate=1 --rate=2", "--rate is given twice"),

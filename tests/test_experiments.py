@@ -487,6 +487,22 @@ def test_rows_are_compared_with_their_like(tmp_path):
     )
 
 
+def test_older_runs_without_a_metric_and_a_runs_own_folder_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "SAMPLED", (*report.SAMPLED, "MAP@10"))
+    flags = STUDENT | {"block_map": "2:4,4:8"}
+    fake_run(tmp_path / "one", "student", flags, 0, [1, 2])
+    path = tmp_path / "one/results.json"
+    found = json.loads(path.read_text())
+    found["test"]["sampled"]["MAP@10"] = 0.75
+    path.write_text(json.dumps(found))
+    fake_run(tmp_path / "older", "student", STUDENT, 0, [1, 2])
+    lines = report.main(runs=str(tmp_path), resamples=10).read_text().splitlines()
+    rows = {line.split(" | ")[0]: line.split(" | ")[8] for line in lines if " | 0 | " in line}
+    assert rows["| SLMRec 4 <- 8"] == "-"
+    assert rows["| SLMRec 4 <- 8, blocks 2:4,4:8"] == "0.7500"
+    assert "SLMRec 4 <- 8, blocks" in report.main(runs=str(tmp_path / "one")).read_text()
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -668,7 +684,8 @@ def test_our_own_domains_commands_bind(domain):
 @pytest.mark.parametrize("after", ["beauty_titles", "beauty_smollm2"])
 def test_commands_after_beautys_bind_and_read_what_stands_there(after):
     own, drawn = (
-        commands(ROOT / f"experiments/domains/{name}.sh", SEEDS="0 1 2") for name in (after, "beauty")
+        commands(ROOT / f"experiments/domains/{name}.sh", SEEDS="0 1 2")
+        for name in (after, "beauty")
     )
     mains = {"train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main}
     mains |= {"distill.py": distill.main, "finetune.py": finetune.main}

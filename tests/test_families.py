@@ -147,31 +147,36 @@ def test_what_is_not_supported_names_what_is(tmp_path, kind):
 
 
 def test_an_added_family_is_proved_on_its_first_load(tmp_path, monkeypatch):
-    """One that is LLaMA's arithmetic loads; one that scales what its layers add is refused."""
-    from transformers import GraniteConfig
+    """One that is LLaMA's arithmetic loads; one that scales what its layers add, or is built
+    otherwise, is refused, whatever is trained.
+    """
+    from transformers import GraniteConfig, Olmo2Config, StableLmConfig
 
-    monkeypatch.setattr(base, "FAMILIES", ("mistral", "granite"))
+    monkeypatch.setattr(base, "FAMILIES", ("mistral", "granite", "olmo2", "stablelm"))
     monkeypatch.setattr(llm4rec, "PROVEN", ())
     configs = {
         "mistral": CONFIGS["mistral"],
         "granite": GraniteConfig(**SHAPE, attention_multiplier=12**-0.5),
         "scaled": GraniteConfig(**SHAPE, attention_multiplier=12**-0.5, residual_multiplier=0.5),
+        "norms after the layers": Olmo2Config(**SHAPE),
+        "a part of each head rotated": StableLmConfig(**SHAPE),
     }
     spec = {"layers": [0, 2], "prompt_ids": [1, 2, 3], "response_ids": [4], "n_blocks": 1}
     spec |= {"exit_heads": False, "strategy": "full"}
+    lora = {"lora_r": 2, "lora_alpha": 2, "lora_dropout": 0.0, "lora_target_modules": ["up_proj"]}
     for name, config in configs.items():
         torch.manual_seed(0)
         decoder = base.new_decoder(config)
         config.save_pretrained(tmp_path / name)
         save_file(dict(decoder.state_dict()), tmp_path / name / "model.safetensors")
         opened = base.open_base(str(tmp_path / name))
-        if name != "scaled":
-            assert (
-                llm4rec.LLM4Rec.build(opened, torch.randn(9, 4), spec, False).decoder.n_layers == 2
-            )
-            continue
-        with pytest.raises(UsageError, match="layers of model_type granite compute something else"):
-            llm4rec.LLM4Rec.build(opened, torch.randn(9, 4), spec, False)
+        for strategy, bf16 in (("full", False), ("lora", False), ("lora", True)):
+            given = opened, torch.randn(9, 4), spec | lora | {"strategy": strategy}, bf16
+            if name in ("mistral", "granite"):
+                assert llm4rec.LLM4Rec.build(*given).decoder.n_layers == 2
+                continue
+            with pytest.raises(UsageError, match=f"model_type {config.model_type} compute someth"):
+                llm4rec.LLM4Rec.build(*given)
 
 
 def test_a_prompt_that_alone_is_too_long_is_told(inside, tmp_path):

@@ -10,9 +10,7 @@ import pytest
 
 from tests.conftest import ROOT, SHORT
 
-FIELD = """    toy_lambda: NonNegativeFloat = flag(
-        0.0, "weight of the toy term", term="toy", teacher=True
-    )
+FIELD = """    toy_lambda: NonNegativeFloat = weight(0.0, "weight of the toy term", "toy")
 
     @property
     def reads_teacher(self)"""

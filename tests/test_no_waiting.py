@@ -85,7 +85,7 @@ def test_a_distillation_step_with_cached_outputs(strategy):
     model, n = on_meta(small_model(strategy=strategy)).train(), len(LENGTHS)
     stored = [np.zeros(shape, np.int32) for shape in ((n, 6), (n, 2, 32), (n, 1, 6))]
     states = TensorCache(stored, [torch.float32] * 3)
-    teacher = Output(*states.rows(np.arange(n), META))
+    teacher = Output(**states.rows(np.arange(n), META))
     sasrec = empty(n, 6)
     target = empty(n, dtype=torch.int64)
     out = model(histories(LENGTHS))

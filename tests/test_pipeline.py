@@ -419,6 +419,12 @@ def test_what_is_not_read_without_a_teacher_is_said(inside, capsys):
         assert f"--{name}=" in line
 
 
+def test_lora_on_a_base_that_is_trained_in_full_is_said(inside, capsys):
+    finetune.main(**SHORT, llama_decoder_nums=2, lora_r=4, lora_dropout=0.0, output_dir="t")
+    said = "without effect: --lora_dropout, --lora_r (the base tiny is trained in full)"
+    assert said in capsys.readouterr().out
+
+
 def test_the_room_of_other_teachers_states_is_said(inside, capsys):
     distill.main(**SHORT, train_targets="all", output_dir="s")
     assert "teacher states: 1 other folders in output/demo/teacher_states take 0.00 GiB" in (

@@ -32,6 +32,7 @@ def test_block_ends_of_both_sides():
     "n_blocks, pairs, line",
     [
         (3, None, "--distill_block=3 does not divide llama_decoder_nums_student 4 .4 % 3 = 1."),
+        (3, None, "use one of 1, 2, 4, or name their ends, as --block_map 2:4,4:8"),
         (4, "2:4,3:8", "expected ascending pairs student:teacher that end with 4:8"),
         (4, "2:4,1:6,4:8", "expected ascending pairs"),
         (4, "0:4,4:8", "expected ascending pairs"),

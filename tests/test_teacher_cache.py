@@ -18,6 +18,7 @@ import finetune
 from datasets.sequences import Samples
 from engine import checkpoint, tensor_cache
 from engine.errors import UsageError
+from models import teachers
 from models.losses import Output
 from tests.conftest import SHORT, hashes, log_of, loss_parts, small_model
 from utils.flags import StudentLoss
@@ -69,7 +70,7 @@ def test_cached_and_live_teacher_give_the_same_losses_over_20_steps(tmp_path, ba
     states = tensor_cache.open_or_build(tmp_path, {"a": 1}, lambda: encode, data, batch_size)
     cached = trained(
         small_model(layers=2, n_blocks=2).train(),
-        lambda rows: Output(*states.rows(rows, CPU)),
+        lambda rows: Output(**states.rows(rows, CPU)),
         data,
     )
     assert set(live[0]) == {
@@ -88,7 +89,7 @@ def test_cached_and_live_teacher_give_the_same_losses_over_20_steps(tmp_path, ba
     assert (
         trained(
             small_model(layers=2, n_blocks=2).train(),
-            lambda rows: Output(*again.rows(rows, CPU)),
+            lambda rows: Output(**again.rows(rows, CPU)),
             data,
         )
         == cached
@@ -108,10 +109,31 @@ def test_states_come_back_bit_for_bit_in_their_dtype_and_without_exits(tmp_path,
     assert len(where) == 50
     kept = tensor_cache.open_or_build(tmp_path, {}, lambda: encode, data, 8)
     rows = np.array([3, 49, 0, 3])
-    for given, expected in zip(
-        kept.rows(rows, CPU), (user[rows], states[rows], user.new_empty(4, 0, 3))
-    ):
-        assert given.dtype == dtype and torch.equal(given, expected)
+    expected = {"user": user[rows], "states": states[rows], "exits": user.new_empty(4, 0, 3)}
+    found = kept.rows(rows, CPU)
+    assert list(found) == list(expected)
+    for name, given in found.items():
+        assert given.dtype == dtype and torch.equal(given, expected[name])
+
+
+def test_a_field_that_a_teacher_does_not_have_is_not_stored(tmp_path):
+    """As an added field of Output with the default None, where SASRec is the teacher."""
+    data = samples()
+
+    def encode(history):
+        return Output(history[:, -1:].float(), None, history[:, None, :0].float())
+
+    found = tensor_cache.open_or_build(tmp_path, {}, lambda: encode, data, 8).rows([0, 1], CPU)
+    assert list(found) == ["user", "exits"]
+
+
+def test_an_edit_of_the_code_that_computes_states_makes_other_states(tmp_path):
+    path = tmp_path / "decoder.py"
+    hashes = []
+    for text in ("mean", "sum", "mean"):
+        path.write_text(text)
+        hashes.append(teachers._code(SimpleNamespace(__file__=str(path))))
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def made(tmp_path, data, identity=None, encode=None, calls=None):
@@ -160,7 +182,7 @@ def test_a_damaged_stale_or_foreign_file_is_said_and_made_again(
     capsys.readouterr()
     after = made(tmp_path, data, calls=calls).rows(np.arange(50), CPU)
     assert f"{folder} {reason}; computing them again" in capsys.readouterr().out
-    assert len(calls) == 2 and all(torch.equal(a, b) for a, b in zip(before, after))
+    assert len(calls) == 2 and all(torch.equal(before[name], after[name]) for name in before)
     assert (folder / name).read_bytes() == content
 
 

@@ -175,14 +175,12 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
             arrays[f"{split}_{protocol}"] = values.astype(np.int32)
     results = run.complete(results, arrays)
     _print_beside(run, results)
-    if results["test"]["sampled"]["HR@1"] == 1.0:
-        print("every target ranks first: does the history give the target away?", flush=True)
     return results
 
 
 def _print_beside(run: Run, results: dict[str, Any]) -> None:
     """This run beside popularity and SASRec's run, where that is beside it and ranked alike, as a
-    table; and a line for each of them that is ahead on validation.
+    table; a line for each of them that is ahead on validation, and one where nothing is behind.
     """
     known, rows = results, {}
     for folder in (Path("output") / results["domain"] / "sasrec", run.folder.with_name("sasrec")):
@@ -202,6 +200,10 @@ def _print_beside(run: Run, results: dict[str, Any]) -> None:
         other = found["valid"]["sampled"]["MRR"]
         if round(other, 4) > round(own, 4):
             print(f"behind {name} on validation: MRR {own:.4f}, {name} has {other:.4f}", flush=True)
+    if results["test"]["sampled"]["HR@1"] == 1.0:
+        alone = results["candidates"]["fewest"] == 0
+        why = "there is no other item" if alone else "does the history give the target away?"
+        print(f"every target ranks first: {why}", flush=True)
 
 
 @torch.no_grad()

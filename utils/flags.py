@@ -38,7 +38,8 @@ TARGETS = (
 )
 EXITS = "weight of the cross-entropy at the inner block ends (lambda3); 0 trains no exits"
 NOT_FULL = "train_strategy=lora|train_strategy=auto"
-READS_TEACHER = "*teacher"  # any flag with teacher=True
+READS_TEACHER = "*teacher"  # any weight with teacher=True
+USES_BLOCKS = f"{READS_TEACHER}|cls_multiple_lambda"
 N_TEACHER = 8  # M, without a trained teacher
 STUDENT_STREAM = 0x5EED_0F_57D  # between a student's draws and those of a teacher of equal --seed
 NUMBERS = r"[0-9]+( *, *[0-9]+)*"
@@ -55,6 +56,16 @@ Split = Annotated[
     str, Pattern(r"leave_one_out|time:0?\.\d*[1-9]\d*", "leave_one_out, or time:Q such as time:0.9")
 ]
 BlockMap = Annotated[str, Pattern(r"[0-9]+:[0-9]+(,[0-9]+:[0-9]+)*", "pairs such as 2:4,4:8")]
+
+
+def weight(default: float, help: str, term: str, teacher: bool = True) -> Any:
+    """The weight of a loss term, a flag that ends in _lambda.
+
+    Args:
+        term: its name in tables.
+        teacher: whether it reads the LLM teacher's output.
+    """
+    return flag(default, help, term=term, teacher=teacher)
 
 
 # -- files --------------------------------------------------------------------------------------
@@ -268,19 +279,17 @@ class TeacherLoss(Group):
 
     kind: ClassVar[str] = "model"
     distill_block: PositiveInt = flag(
-        4,
-        "B, the number of blocks; divides the number of layers",
-        needs=f"{READS_TEACHER}|cls_multiple_lambda",
+        4, "B, the number of blocks; divides the number of layers", needs=USES_BLOCKS
     )
-    cls_multiple_lambda: NonNegativeFloat = flag(0.0, EXITS, term="L_ms")
+    cls_multiple_lambda: NonNegativeFloat = weight(0.0, EXITS, "L_ms", teacher=False)
     block_reduction: Literal["sum", "mean"] = flag(
-        "sum", "over blocks and exits: sum (released) or mean (paper)"
+        "sum", "over blocks and exits: sum (released) or mean (paper)", needs=USES_BLOCKS
     )
     exit_norm: bool = flag(
         False, "inner exits read normed states; released: as they are", needs="cls_multiple_lambda"
     )
-    sasrec_lambda: NonNegativeFloat = flag(
-        0.0, "weight of the KL divergence from SASRec's catalogue softmax", term="SASRec KL"
+    sasrec_lambda: NonNegativeFloat = weight(
+        0.0, "weight of the KL from SASRec's catalogue softmax", "SASRec KL", teacher=False
     )
     sasrec_temperature: PositiveFloat = flag(1.0, "of SASRec's KL", needs="sasrec_lambda")
 
@@ -294,18 +303,16 @@ class TeacherLoss(Group):
 class StudentLoss(TeacherLoss):
     """The distillation loss; EDIT HERE with models/losses.py; a weight of 0 leaves a term out"""
 
-    cls_multiple_lambda: NonNegativeFloat = flag(1.0, EXITS, term="L_ms")
+    cls_multiple_lambda: NonNegativeFloat = weight(1.0, EXITS, "L_ms", teacher=False)
     block_map: BlockMap | None = flag(
-        None, "instead of B equal blocks: where each ends, student:teacher, such as 2:4,4:8"
+        None,
+        "instead of B equal blocks: where each ends, student:teacher, such as 2:4,4:8",
+        needs=USES_BLOCKS,
     )
-    distill_lambda: NonNegativeFloat = flag(
-        1.0, "weight of the cosine term (lambda1)", term="D_cos", teacher=True
-    )
-    norm_lambda: NonNegativeFloat = flag(
-        0.1, "weight of the distance term (lambda2)", term="D_norm", teacher=True
-    )
-    logit_lambda: NonNegativeFloat = flag(
-        0.0, "weight of the KL between catalogue softmaxes", term="logit KL", teacher=True
+    distill_lambda: NonNegativeFloat = weight(1.0, "weight of the cosine term (lambda1)", "D_cos")
+    norm_lambda: NonNegativeFloat = weight(0.1, "weight of the distance term (lambda2)", "D_norm")
+    logit_lambda: NonNegativeFloat = weight(
+        0.0, "weight of the KL between catalogue softmaxes", "logit KL"
     )
     norm_form: Literal["l2", "squared_l2"] = flag(
         "l2", "the distance: l2 (released) or squared_l2 (paper)", needs="norm_lambda"
@@ -330,14 +337,19 @@ class StudentLoss(TeacherLoss):
 
 def reads_teacher(flags: dict[str, Any]) -> bool:
     """Whether any term with a weight reads the teacher's output. A weight that is absent is 0."""
-    weights = [field.name for field in StudentLoss.fields() if field.metadata.get("teacher")]
+    weights = [f.name for f in StudentLoss.fields() if f.metadata.get("teacher", is_weight(f))]
     return any(flags.get(name, 0) > 0 for name in weights)
+
+
+def is_weight(field: dataclasses.Field) -> bool:
+    """Whether a flag is the weight of a loss term."""
+    return field.name.endswith("_lambda")
 
 
 def terms() -> dict[str, str]:
     """Weight of a loss term -> the term's name in tables, the paper's three first."""
-    fields = [field for field in StudentLoss.fields() if "term" in field.metadata]
-    named = {field.name: field.metadata["term"] for field in fields}
+    fields = [field for field in StudentLoss.fields() if is_weight(field)]
+    named = {field.name: field.metadata.get("term", field.name) for field in fields}
     paper = ("distill_lambda", "norm_lambda", "cls_multiple_lambda")
     return {name: named[name] for name in (*paper, *(name for name in named if name not in paper))}
 

@@ -212,6 +212,16 @@ def test_the_offer_has_the_column_of_times():
         convert.main(input=str(path), domain_type="shop")
 
 
+def test_titles_under_other_columns_are_offered(capsys):
+    rows = ["a,x,1,Lamp", "b,y,2,Mug", "a,y,3,Mug"]
+    path = save("log.csv", "buyer,sku,bought_at,title", *rows)
+    with pytest.raises(UsageError, match="--user buyer --item sku --time bought_at --title title"):
+        convert.main(input=str(path), domain_type="shop")
+    named = {"user": "buyer", "item": "sku", "time": "bought_at"}
+    convert.main(input=str(path), domain_type="shop", **named)
+    assert "--title title reads the titles" in capsys.readouterr().out
+
+
 def test_reviews_without_a_name_or_with_huge_numbers_are_broken_lines(capsys):
     good = {"reviewerID": "u", "asin": "A", "overall": 5, "unixReviewTime": 1}
     many = [json.dumps(good | {"reviewerID": f"u{i // 5}", "asin": f"{i}"}) for i in range(600)]

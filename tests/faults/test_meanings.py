@@ -64,6 +64,15 @@ def test_runs_beside_other_items_csv_are_of_other_items(shop):
         recommend.main(domain_type="x", model="a/sasrec,b/sasrec", history=["200"])
 
 
+def test_a_number_is_no_id_of_the_csv_where_items_have_original_ids(shop):
+    items = Items(np.arange(3), ["sku7", "sku8", "sku9"], ["", "", ""])
+    with pytest.raises(UsageError, match="'2' is no item; original ids are such as sku7, sku8"):
+        Finder(items, "auto").find("2", "--history")
+    assert Finder(items, "id").find("2", "--history") == 2
+    with pytest.raises(UsageError, match="--users=no.csv: no such file, and data/x.csv has no suc"):
+        recommend.main(domain_type="x", model="sasrec", users="no.csv")
+
+
 def test_a_denied_title_leaves_out_every_item_that_has_it(tmp_path):
     items = Items(np.arange(4), ["a", "b", "c", "d"], ["Shirt", "Hat", "shirt", "Sock"])
     (tmp_path / "deny.txt").write_text("Shirt\nd\n")
@@ -124,6 +133,13 @@ def test_files_that_are_read_or_belong_to_a_run_are_not_replaced(shop):
         extract_emb.main(domain_type="x", item_table="mine.pkl")
     Path("mine.pkl").unlink()
     assert hashes(Path(".")) == before
+
+
+def test_a_folder_of_other_runs_is_no_runs_folder(shop):
+    with pytest.raises(
+        UsageError, match=r"--output_dir=output/x holds other runs \(sasrec\); name"
+    ):
+        train_sr_trad.main(**TRAIN, domain_type="x", output_dir="output/x")
 
 
 def test_a_link_stays_a_link(shop):
