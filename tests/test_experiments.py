@@ -737,8 +737,11 @@ CHAIN_OF_BOTH = {
 TWO = {
     "SASRec": "SASRec",
     "SASRec, items from titles at the start": "SASRec, items from a table at the start",
-    "2 layers over both tables and both SASRecs' KL": (
+    "2 layers over two tables and their SASRecs' KL": (
         "2 layers: CE + SASRec KL, of 2 SASRecs, items from SASRec started from a table"
+    ),
+    "2 layers over four tables and their SASRecs' KL": (
+        "2 layers: CE + SASRec KL, of 4 SASRecs, items from SASRec started from a table"
     ),
 }
 COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
@@ -752,7 +755,7 @@ COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
         ("## Games (", "games", ROWS, "01234"),
         ("### A chain of teachers", "chain/beauty", CHAIN, "01234"),
         ("### A chain of teachers", "chain/beauty", CHAIN_OF_BOTH, "01"),
-        ("### Two tables in one student", "two_tables/beauty", TWO, "01234"),
+        ("### Several tables in one student", "two_tables/beauty", TWO, "01234"),
     ],
 )
 def test_the_page_of_results_says_what_the_kept_runs_say(heading, kept, names, seeds):
