@@ -67,9 +67,10 @@ def main(*, files: flags.ExtractFiles) -> dict:
     n_rows = int(data.item_ids[-1]) + 1
     table = torch.zeros(n_rows, rows.shape[1])
     table[torch.from_numpy(data.item_ids)] = rows
-    started = any(run.flags.get("init_table") for run in runs)
+    started = sum(bool(run.flags.get("init_table")) for run in runs)
+    whole = {0: "SASRec", len(runs): "SASRec started from a table"}
     about = {
-        "items_from": "SASRec started from a table" if started else "SASRec",
+        "items_from": whole.get(started, f"SASRecs, {started} started from a table"),
         "sasrec": ",".join(str(run.folder) for run in runs),
         "sasrec_sha256": ",".join(run.weights_sha256() for run in runs),
         "sasrec_flags": runs[0].flags,

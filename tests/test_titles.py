@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import extract_emb
 import finetune
 import train_sr_trad
 from datasets.item_table import ids_with_vectors, read_table
@@ -156,6 +157,10 @@ def test_sasrec_starts_from_a_table(inside):
     torch.testing.assert_close(cosine, torch.ones(160))
     assert train_sr_trad.main(**still, init_table=table, output_dir="a") == started
     assert train_sr_trad.main(eval_only=True, output_dir="a")["test"] == started["test"]
+    for runs, kind in (("a", "SASRec started from a table"), ("output/demo/sasrec", "SASRec")):
+        assert extract_emb.main(sasrec=runs, item_table="t.pkl")["items_from"] == kind
+    about = extract_emb.main(sasrec="output/demo/sasrec,a,a", item_table="t.pkl")
+    assert about["items_from"] == "SASRecs, 2 started from a table"
     with pytest.raises(UsageError, match="from something else: init_table_sha256 is"):
         train_sr_trad.main(**still, output_dir="a")
     with pytest.raises(UsageError, match="--init_table=none.pkl: file not found"):
