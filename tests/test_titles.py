@@ -90,7 +90,7 @@ def test_an_item_without_a_user_gets_a_vector_and_can_be_recommended(inside, enc
     write_listing(f"{NEW},B00,quite new")
     finetune.main(**SHORT, item_table=str(table), llama_decoder_nums=2, output_dir="titles")
     # by hand: the user's vector times the new item's
-    options = {"history": ["3", "8"], "model": "titles", "exclude": "none"}
+    options = {"history": ["3", "8"], "by": "id", "model": "titles", "exclude": "none"}
     found = {row["item_id"]: row for row in recommend.main(**options, k=161, unseen=True)}
     assert len(found) == 161 and found[NEW]["title"] == "quite new"
     recommender, _ = recommend.open_model(ServedFiles(model="titles"), None, "cpu")
@@ -104,7 +104,7 @@ def test_an_item_without_a_user_gets_a_vector_and_can_be_recommended(inside, enc
         assert found[row["item_id"]]["score"] == pytest.approx(row["score"], abs=1e-5)
     recommend.main(**options | {"history": [str(NEW)]}, unseen=True)  # and be in a history
     with pytest.raises(UsageError, match="--unseen: no vectors for items that the data lacks"):
-        recommend.main(history=["3"], unseen=True)
+        recommend.main(history=["3"], by="id", unseen=True)
 
 
 @pytest.mark.slow
