@@ -173,7 +173,7 @@ class LLM4Rec(nn.Module):
         llama = load_llama(base.location, base.config, spec["layers"], dtype)
         if base.config.model_type not in PROVEN:
             whole = load_llama(base.location, base.config, spec["layers"], torch.float32)
-            with torch.random.fork_rng():  # the model's own draws come after
+            with torch.random.fork_rng(devices=[]):  # the model's own draws come after
                 assemble(whole, item_table.cpu(), spec | {"strategy": "full"}).prove(base.name)
         return assemble(llama, item_table, spec, gradient_checkpointing, compiled, bf16)
 
