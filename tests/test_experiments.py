@@ -744,6 +744,13 @@ TWO = {
         "2 layers: CE + SASRec KL, of 4 SASRecs, items from SASRec started from a table"
     ),
 }
+RELEASED = {
+    "SASRec, first release: 1,100 steps at 1e-4": "SASRec, as released",
+    "SASRec, later official script": "SASRec, as released later",
+    "8 layers over its table, the teacher": "E4SRec-like, 8 layers",
+    "4 layers": "E4SRec-like, 4 layers",
+    "SLMRec 4 <- 8": "SLMRec 4 <- 8",
+}
 COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
 
 
@@ -756,6 +763,7 @@ COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
         ("### A chain of teachers", "chain/beauty", CHAIN, "01234"),
         ("### A chain of teachers", "chain/beauty", CHAIN_OF_BOTH, "01"),
         ("### Several tables in one student", "two_tables/beauty", TWO, "01234"),
+        ("### The paper's own conditions", "released/beauty", RELEASED, "0"),
     ],
 )
 def test_the_page_of_results_says_what_the_kept_runs_say(heading, kept, names, seeds):
