@@ -107,6 +107,7 @@ def main(
         teacher_ends if loss.reads_teacher else None,
         taught["layers"] if llm.student_init == "teacher" else None,
     )
+    flags.report_lora(lora, llm, spec)
     named = str(teacher_run.folder) if teacher_run else mode if mode == "online" else None
     run.prepare(
         **inputs.about, **base.describe(), model=spec, cached=cache is not None, teacher=named

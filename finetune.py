@@ -68,6 +68,7 @@ def main(
     base = open_base(prompt.base_model)
     ids = prompt_ids(None, template, base.location)
     spec = specify(base, prompt, ids, llm, lora, ends, loss.uses_exits, loss.exit_norm)
+    flags.report_lora(lora, llm, spec)
     run.prepare(**inputs.about, **base.describe(), model=spec)
     torch.manual_seed(run.seed)
     options = runtime.gradient_checkpointing, runtime.compile

@@ -328,9 +328,6 @@ def specify(
     strategy = llm.train_strategy
     if strategy == "auto":  # LoRA on frozen random weights means little
         strategy = "full" if base.name in BUILT_IN else "lora"
-        if strategy == "full" and lora.given:
-            names = ", ".join(f"--{name}" for name in sorted(lora.given))
-            print(f"without effect: {names} (the base {base.name} is trained in full)", flush=True)
     spec = {
         "layers": select_layers(pool, ends[-1], llm, owner),
         "prompt_ids": prompt_ids,

@@ -421,7 +421,7 @@ def test_what_is_not_read_without_a_teacher_is_said(inside, capsys):
 
 def test_lora_on_a_base_that_is_trained_in_full_is_said(inside, capsys):
     finetune.main(**SHORT, llama_decoder_nums=2, lora_r=4, lora_dropout=0.0, output_dir="t")
-    said = "without effect: --lora_dropout, --lora_r (the base tiny is trained in full)"
+    said = "without effect: --lora_dropout, --lora_r (this base is trained in full)"
     assert said in capsys.readouterr().out
 
 

@@ -536,6 +536,17 @@ def inherit(
     return prompt, dataclasses.replace(llm, **settled)
 
 
+def report_lora(lora: LoRA, llm: LLM, spec: dict[str, Any]) -> None:
+    """Print LoRA's flags that were given where `auto` chose to train the base in full.
+
+    Args:
+        spec: the model's (models.llm4rec.specify).
+    """
+    if lora.given and llm.train_strategy == "auto" and spec["strategy"] == "full":
+        names = ", ".join(f"--{name}" for name in sorted(lora.given))
+        print(f"without effect: {names} (this base is trained in full)", flush=True)
+
+
 def first_layers(llm: StudentLLM) -> StudentLLM:
     """The selection of an online teacher's layers: a list names the student's."""
     if llm.layer_selection in LAYER_RULES:
