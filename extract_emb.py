@@ -38,7 +38,7 @@ def main(*, files: flags.ExtractFiles) -> dict:
     check_writable(path.parent, "--item_table")
     there = read_json(path.with_suffix(".json"), "table notes") if path.exists() else {}
     split = there.get("sasrec_flags", {}).get("split") or LEAVE_ONE_OUT
-    same = not there or files.item_table or split == (domain.split or LEAVE_ONE_OUT)
+    same = not there or files.item_table or split == domain.split
     cli.check((same, f"{path} is a table of --split={split}; name another file with --item_table"))
     for run in runs:
         run.check_same(inputs)

@@ -99,7 +99,7 @@ class Inputs(NamedTuple):
         Raises:
             UsageError: --init_from names a run of another split.
         """
-        split, source = self.domain.split or LEAVE_ONE_OUT, Path(files.init_from or "") / CONFIG
+        split, source = self.domain.split, Path(files.init_from or "") / CONFIG
         if files.init_from and source.is_file():
             recorded = read_json(source, "--init_from").get("flags", {})
             theirs = recorded.get("split") or LEAVE_ONE_OUT

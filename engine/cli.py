@@ -309,15 +309,15 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
     flags = flags_of(main)
     values: dict[str, Any] = {}
     problems: list[str] = []
-    config, name, switch = "", "", False
+    config, switch = "", ""  # switch: the boolean flag just read, written without "="
     words = list(argv)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            after = f" after --{name}, which takes true or false" if switch else ""
+            after = f" after --{switch}, which takes true or false" if switch else ""
             problems.append(f"unexpected word {word!r}{after}: flags are written --name=value")
             continue
-        switch = False
+        switch = ""
         name, text = _split_word(word, flags)
         if name == "config" and name not in flags:
             config = text or (words.pop(0) if words else "")
@@ -328,8 +328,8 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
                 words.pop(0)
             continue
         hint = flags[name].hint
-        switch = text is None and _is_bool(hint)
         if text is None:
+            switch = name if _is_bool(hint) else ""
             text = _next_value(words, hint)
         if text is None:
             problems.append(f"--{name} needs a value, expected {describe(hint)}")

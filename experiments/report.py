@@ -103,22 +103,23 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     main_labels = main_rows(*_depths(rows))
     others = [text for text in paper if text not in main_labels]
     others += sorted(row.label for row in rows if row.label not in (*main_labels, *others))
+    popularity = _popularity(rows)
     parts = [f"## {domain}", _head(rows, bool(paper))]
     for title, labels in (("Main rows", main_labels), ("Other rows", others)):
         if labels:
-            parts.append(f"### {title}\n\n" + _table(labels, by_label, _popularity(rows), paper))
+            parts.append(f"### {title}\n\n" + _table(labels, by_label, popularity, paper))
     order = [by_label[text] for text in (*main_labels, *others) if text in by_label]
     parts.append("### Significance\n\n" + _significance(order, resamples, notes))
     parts.append("### Cost\n\n" + _cost(order))
     listed = _lists(order)
     parts += [f"### Lists of ten\n\n{listed}"] if listed else []
     slug = re.sub(r"[^\w.-]+", "_", domain).strip("_")
-    write_main_table(folder / f"report_{slug}", order, _popularity(rows))
+    write_main_table(folder / f"report_{slug}", order, popularity)
     title = f"{domain}, test set, {first.results['users']:,} users"
     names = [run.folder for row in rows for run in row.runs.values()]
     smoke = any("smoke" in part for path in (folder, *names) for part in path.parts)
     path = folder / f"report_{slug}_metrics.png"
-    metrics = figures.metrics(order, path, title, _popularity(rows), smoke)
+    metrics = figures.metrics(order, path, title, popularity, smoke)
     parts.append(f"![metrics]({metrics.name})")
     title = f"{domain}: training, and validation on {first.results['users']:,} users"
     curves = figures.curves(order, folder / f"report_{slug}_curves.png", title, smoke)

@@ -172,10 +172,10 @@ def _read_folder(root: Path) -> tuple[list[FinishedRun], list[str]]:
     found, notes = [], []
     for path in sorted(root.rglob("config.json")):
         folder = path.parent
-        name = folder.relative_to(root).as_posix() if folder != root else folder.resolve().name
-        parts = folder.relative_to(root).parts
-        if any(part.startswith(".") for part in parts):  # what a run replaces, for a while
+        inside = folder.relative_to(root)
+        if any(part.startswith(".") for part in inside.parts):  # what a run replaces, for a while
             continue
+        name = inside.as_posix() if inside.parts else root.resolve().name
         try:
             config = read_json(path, "run")
             if config.get("step") not in list(SCRIPTS):

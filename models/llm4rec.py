@@ -169,40 +169,11 @@ class LLM4Rec(nn.Module):
         Raises:
             UsageError: a LoRA target matches no module, or the checkpoint lacks what is needed.
         """
+        if base.config.model_type not in PROVEN:
+            _prove(base, item_table, spec)
         dtype = torch.bfloat16 if bf16 and spec["strategy"] == "lora" else torch.float32
         llama = load_llama(base.location, base.config, spec["layers"], dtype)
-        if base.config.model_type not in PROVEN:
-            whole = load_llama(base.location, base.config, spec["layers"], torch.float32)
-            with torch.random.fork_rng(devices=[]):  # the model's own draws come after
-                assemble(whole, item_table.cpu(), spec | {"strategy": "full"}).prove(base.name)
         return assemble(llama, item_table, spec, gradient_checkpointing, compiled, bf16)
-
-    @torch.no_grad()
-    def prove(self, base: str) -> None:
-        """Compare the packed forward with the library's own on one short history, in float32 and
-        without LoRA: layers may do more than LLaMA's (scale what they add, leave positions out).
-
-        Raises:
-            UsageError: the last states differ.
-        """
-        self.eval()
-        decoder, llama = self.decoder, self.decoder.llama
-        history = torch.arange(min(PROOF_ITEMS, len(self.item_table)))[None]
-        items = self.adapter(self.item_table[history[0]].to(self.adapter.weight.dtype))
-        parts = llama.embed_tokens(decoder.prompt_ids), llama.embed_tokens(decoder.response_ids)
-        plain = llama(inputs_embeds=torch.cat([parts[0], items.to(parts[0]), parts[1]])[None])
-        expected = plain.last_hidden_state[0, -1].float()
-        try:
-            found = self(history).states[0, -1].float()
-            difference = float((found - expected).norm() / expected.norm())
-            problem = "" if difference <= PROOF else f"states differ by {difference:.2g}"
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            problem = " ".join(str(error).split())[:120]
-        if problem:
-            raise UsageError(
-                f"--base_model={base}: the layers of model_type {llama.config.model_type} compute"
-                f" something else than models/decoder.py ({problem}); add it there"
-            )
 
     @classmethod
     def load(cls, run: Run, item_table: Tensor, bf16: bool) -> "LLM4Rec":
@@ -265,6 +236,35 @@ class LLM4Rec(nn.Module):
             own |= {n: t for n, t in tensors.items() if n.startswith(("adapter.", "head."))}
         checkpoint.restore(self, own, teacher.folder / "best")
         return self
+
+
+@torch.no_grad()
+def _prove(base: Base, item_table: Tensor, spec: dict[str, Any]) -> None:
+    """Compare the packed forward with the library's own on one short history, in float32 and
+    without LoRA: layers may do more than LLaMA's (scale what they add, leave positions out).
+
+    Raises:
+        UsageError: the last states differ.
+    """
+    llama = load_llama(base.location, base.config, spec["layers"], torch.float32)
+    with torch.random.fork_rng(devices=[]):  # the draws of the model that is built come after
+        model = assemble(llama, item_table.cpu(), spec | {"strategy": "full"}).eval()
+    decoder = model.decoder
+    history = torch.arange(min(PROOF_ITEMS, len(item_table)))[None]
+    items = model.adapter(model.item_table[history[0]].float())
+    parts = llama.embed_tokens(decoder.prompt_ids), items, llama.embed_tokens(decoder.response_ids)
+    expected = llama(inputs_embeds=torch.cat(parts)[None]).last_hidden_state[0, -1]
+    try:
+        found = model(history).states[0, -1]
+        difference = float((found - expected).norm() / expected.norm())
+        problem = "" if difference <= PROOF else f"states differ by {difference:.2g}"
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        problem = " ".join(str(error).split())[:120]
+    if problem:
+        raise UsageError(
+            f"--base_model={base.name}: the layers of model_type {base.config.model_type} compute"
+            f" something else than models/decoder.py ({problem}); add it there"
+        )
 
 
 def _refuse_other_spec(source: Run, spec: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,14 +20,16 @@ from torch import Tensor, nn
 from engine import tensor_cache
 from engine.errors import UsageError
 from engine.run import Run
-from models import attention, decoder, llm4rec, lora, packed
-from models import sasrec as sasrec_model
 from models.llm4rec import LLM4Rec, spec_ends
 from models.losses import Output
 from models.sasrec import SASRec
 from utils.flags import Runtime
 
 Teacher = Callable[[Any], Output | None]
+HERE = Path(__file__).parent
+# read, not imported: peft takes seconds
+LLM_CODE = [HERE / f"{n}.py" for n in ("llm4rec", "decoder", "attention", "packed", "lora")]
+SASREC_CODE = [HERE / f"{name}.py" for name in ("sasrec", "packed")]
 
 
 def none(batch: Any) -> None:
@@ -114,7 +115,7 @@ def offline(
         "bf16": student.bf16,
         "model": run.config["model"],
         "block_ends": ends,
-        "code": _code(llm4rec, decoder, attention, packed, lora),
+        "code": _code(*LLM_CODE),
     }
     identity |= _of_samples(data.samples, data, student)
     return Frozen(load_encoder, data.samples, cache, identity, student.device, runtime)
@@ -153,7 +154,7 @@ def sasrec(
 
     sha256 = [run.weights_sha256() for run in runs]
     identity = {"sasrec_sha256": ",".join(sha256)} | _of_samples(samples, data, student)
-    identity["code"] = _code(sasrec_model, packed)
+    identity["code"] = _code(*SASREC_CODE)
     identity |= {"scores": "mean"} if runs[1:] else {}
     return Frozen(load_encoder, samples, cache, identity, student.device, runtime)
 
@@ -180,10 +181,9 @@ def check_table(tables: list[Tensor], item_table: Tensor, runs: list[Run]) -> No
         )
 
 
-def _code(*modules: ModuleType) -> str:
-    """Hash of the modules that compute the outputs: after an edit these are computed again."""
-    files = (Path(module.__file__).read_bytes() for module in modules)
-    return hashlib.sha256(b"".join(files)).hexdigest()
+def _code(*paths: Path) -> str:
+    """Hash of the files that compute the outputs: after an edit these are computed again."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def _of_samples(samples: Any, data: Any, student: Run) -> dict[str, Any]:

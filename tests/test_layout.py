@@ -99,6 +99,12 @@ def test_models_name_no_device_read_no_flag_and_print_nothing():
         assert "sys.argv" not in path.read_text() and "cuda" not in path.read_text(), path
 
 
+def test_a_model_trained_in_full_does_without_peft():
+    code = "import sys, models.teachers; print('peft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_a_list_of_sasrec_does_without_transformers():
     code = "import sys, serving.recommender; print('transformers' in sys.modules)"
     command = [sys.executable, "-c", code]

@@ -180,7 +180,7 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
 
 def _print_beside(run: Run, results: dict[str, Any]) -> None:
     """This run beside popularity and SASRec's run, where that is beside it and ranked alike, as a
-    table; a line for each of them that is ahead on validation, and one where nothing is behind.
+    table; a line for each of them that is ahead on validation, and one if every target ranks first.
     """
     known, rows = results, {}
     for folder in (Path("output") / results["domain"] / "sasrec", run.folder.with_name("sasrec")):

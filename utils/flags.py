@@ -337,8 +337,8 @@ class StudentLoss(TeacherLoss):
 
 def reads_teacher(flags: dict[str, Any]) -> bool:
     """Whether any term with a weight reads the teacher's output. A weight that is absent is 0."""
-    weights = [f.name for f in StudentLoss.fields() if f.metadata.get("teacher", is_weight(f))]
-    return any(flags.get(name, 0) > 0 for name in weights)
+    weights = filter(is_weight, StudentLoss.fields())
+    return any(f.metadata.get("teacher", True) and flags.get(f.name, 0) > 0 for f in weights)
 
 
 def is_weight(field: dataclasses.Field) -> bool:
