@@ -53,7 +53,9 @@ def main(
     item_ids, n_items = inputs.data.item_ids, inputs.data.n_items
     item_table.check_size(inputs.csv_path, item_ids, sasrec.emb_dim)  # before hours of training
     device = run.choose_device()
-    data = inputs.load(sequence, training, evaluation, device)
+    # A target after every item of a history, which the frequency layer would see: of its prefixes.
+    every = training.train_targets == "all" and not sasrec.alpha
+    data = inputs.load(sequence, training, evaluation, device, every)
     popularity = Popularity(sequences.popularity(inputs.data).to(device))
     beside = {
         name: evaluate(popularity, split, runtime).metrics() for name, split in data.splits.items()
@@ -70,9 +72,8 @@ def main(
     if run.starts_from:
         model.restore(run.starts_from)
 
-    # 4. The method: the next item at every position, among all items or sampled ones.
+    # 4. The method: the next item, among all items or sampled ones.
     def loss_fn(batch):
-        every = training.train_targets == "all"  # a target after every item, else after the last
         states = model.states(batch.history) if every else model(batch.history)  # [S, D] or [B, D]
         if training.loss == "sampled":
             key, k = (run.seed, batch.step), training.num_negatives

@@ -138,18 +138,18 @@ class Inputs(NamedTuple):
         training: Training,
         evaluation: Evaluation,
         device: "torch.device | str",
+        every_position: bool = False,
     ) -> RunData:
         """The item table, the training samples and the evaluation splits. Prints their sizes.
 
         Args:
             training: settled.
+            every_position: a sample is a whole history with a target after every item.
         """
         from datasets import item_table, sequences
 
-        table, every_position = None, False
-        if self.table_path is None:  # SASRec: one sample per user, with all its targets
-            every_position = training.train_targets == "all"
-        else:
+        table = None
+        if self.table_path is not None:
             ids, largest = self.data.item_ids, None
             if not _notes(self.table_path):  # someone's own: its numbering is checked
                 listing = listing_of(self.csv_path)

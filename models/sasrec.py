@@ -1,4 +1,5 @@
-"""SASRec (Kang and McAuley, 2018) in the bottleneck form that the released SLMRec trains.
+"""SASRec (Kang and McAuley, 2018) in the bottleneck form that the released SLMRec trains, and with
+BSARec's frequency layer beside its attention (Shin et al., 2024, arXiv 2312.10325).
 
 [B, L] history -> item embeddings -> causal transformer -> [S, D]; a row's last one is the user.
 
@@ -17,11 +18,10 @@ from torch import Tensor, nn
 from engine import checkpoint
 from engine.errors import UsageError
 from engine.run import Run
-from models.packed import Packed
+from models.packed import Packed, UserGroup
 from utils.flags import SASRecModel
 
 Norm = Literal["query", "pre", "post"]
-Mix = Callable[[Tensor, float], Tensor]  # queries, keys and values of all heads, dropout's rate
 
 
 class SASRec(nn.Module):
@@ -35,6 +35,9 @@ class SASRec(nn.Module):
         norm: `query` as released (only the query is normed, and the residual leaves from it), `pre`
             or `post`.
         init_std: standard deviation of item and position embeddings at the start; 1 as released.
+        alpha: share of the frequency layer beside attention. It sees a user's later items, so with
+            it only the last state of a history may be trained.
+        low_frequencies: how many of the lowest frequencies it keeps as they are.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class SASRec(nn.Module):
         dropout: float,
         norm: Norm,
         init_std: float,
+        alpha: float = 0.0,
+        low_frequencies: int = 3,
     ) -> None:
         super().__init__()
         self.n_items, self.max_seq_length = n_items, max_seq_length
@@ -65,6 +70,9 @@ class SASRec(nn.Module):
         self.blocks = nn.ModuleList(
             [Block(hid_dim, num_heads, dropout, norm) for _ in range(num_blocks)]
         )
+        for block in self.blocks if alpha else ():
+            block.alpha = alpha
+            block.frequencies = Frequencies(hid_dim, max_seq_length, low_frequencies, dropout)
         self.final_norm = nn.LayerNorm(hid_dim, eps=1e-8)
         self.to_item = nn.Identity() if plain else nn.Linear(hid_dim, emb_dim)
 
@@ -90,43 +98,20 @@ class SASRec(nn.Module):
 
     def _packed_states(self, packed: Packed, slots: int) -> Tensor:
         """States of the blocks at every packed item, [S, W]."""
-        groups = packed.layout.groups
-        sizes = [group.n_tokens for group in groups]
-
-        def mix(heads: Tensor, rate: float) -> Tensor:  # [S, 3, h, d] -> [S, h, d]
-            mixed = []
-            for group, own in zip(groups, heads.split(sizes)):
-                grid = own.index_select(0, group.grid).unflatten(0, (group.n_users, -1))
-                q, k, v = grid.permute(2, 0, 3, 1, 4)  # each [b, h, width, d], left-aligned
-                grid = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=rate)
-                mixed.append(grid.transpose(1, 2).flatten(0, 1).index_select(0, group.packed))
-            return torch.cat(mixed)
-
+        tokens = PackedTokens(packed.layout.groups)
         x = self._embedded(packed.items, packed.layout.position, slots)
         for block in self.blocks:
-            x = block(x, mix)
+            x = block(x, tokens)
         return x
 
     def padded_states(self, history: Tensor) -> Tensor:
         """As `states`, [B, L, D], computed with the padding: the plain form, and the ONNX graph's.
         A padding's state is unspecified.
         """
-        length = history.shape[1]
-        real = history != self.n_items  # [B, L]
-        causal = torch.ones(length, length, dtype=torch.bool, device=history.device).tril()
-        # Padding attends to itself: softmax over nothing is NaN.
-        itself = torch.eye(length, dtype=torch.bool, device=history.device)
-        mask = ((causal & real[:, None, :]) | itself)[:, None]  # [B, 1, L, L], True = may attend
-
-        def mix(heads: Tensor, rate: float) -> Tensor:  # [B, L, 3, h, d] -> [B, L, h, d]
-            q, k, v = heads.permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
-            return mixed.transpose(1, 2)
-
-        position = torch.arange(length, device=history.device)
-        x = self._embedded(history, position, length)
+        length, tokens = history.shape[1], PaddedTokens(history != self.n_items)
+        x = self._embedded(history, torch.arange(length, device=history.device), length)
         for block in self.blocks:
-            x = block(x, mix)
+            x = block(x, tokens)
         return self.to_item(self.final_norm(x))
 
     def _embedded(self, items: Tensor, position: Tensor, slots: int) -> Tensor:
@@ -171,7 +156,8 @@ class SASRec(nn.Module):
     @staticmethod
     def shape(run: Run) -> dict[str, Any]:
         """The arguments of SASRec beside N and L, as a run's flags say."""
-        return {field.name: run.flags[field.name] for field in SASRecModel.fields()}
+        known = SASRecModel().values()  # a run may be older than a flag
+        return {name: run.flags.get(name, default) for name, default in known.items()}
 
     @classmethod
     def load(cls, run: Run) -> "SASRec":
@@ -190,8 +176,93 @@ class SASRec(nn.Module):
         return model
 
 
+class PackedTokens:
+    """Users' tokens [S, ...] one after another; they mix on grids of users of similar length."""
+
+    def __init__(self, groups: list[UserGroup]) -> None:
+        self.groups, self.sizes = groups, [group.n_tokens for group in groups]
+
+    def attend(self, heads: Tensor, rate: float) -> Tensor:
+        """Causal attention of queries, keys and values, [S, 3, h, d] -> [S, h, d]."""
+
+        def attention(grid: Tensor, _: UserGroup) -> Tensor:
+            q, k, v = grid.permute(2, 0, 3, 1, 4)  # each [b, h, width, d], left-aligned
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=rate)
+            return mixed.transpose(1, 2)
+
+        return self._on_grids(heads, attention)
+
+    def filtered(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """Each user's tokens, and zeros where there are none, by `kernel` [L, L]; [S, W]."""
+
+        def product(grid: Tensor, group: UserGroup) -> Tensor:
+            width, absent = grid.shape[1], group.absent[:, 0, 0, :, None]
+            return kernel[:width, :width] @ grid.masked_fill(absent, 0.0)
+
+        return self._on_grids(x, product)
+
+    def _on_grids(self, x: Tensor, mix: Callable[[Tensor, UserGroup], Tensor]) -> Tensor:
+        """[S, ...] -> [S, ...] by what `mix` makes of a group's grid [b, width, ...]."""
+        mixed = []
+        for group, own in zip(self.groups, x.split(self.sizes)):
+            grid = own.index_select(0, group.grid).unflatten(0, (group.n_users, -1))
+            mixed.append(mix(grid, group).flatten(0, 1).index_select(0, group.packed))
+        return torch.cat(mixed)
+
+
+class PaddedTokens:
+    """Users' tokens [B, L, ...] with the padding before them: the plain form of PackedTokens."""
+
+    def __init__(self, real: Tensor) -> None:
+        self.real, length = real, real.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
+        # Padding attends to itself: softmax over nothing is NaN.
+        itself = torch.eye(length, dtype=torch.bool, device=real.device)
+        self.mask = ((causal & real[:, None, :]) | itself)[:, None]  # [B, 1, L, L], may attend
+
+    def attend(self, heads: Tensor, rate: float) -> Tensor:
+        """[B, L, 3, h, d] -> [B, L, h, d]."""
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=rate)
+        return mixed.transpose(1, 2)
+
+    def filtered(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """[B, L, W] -> [B, L, W]; the kernel is circular, so the place of the tokens is free."""
+        length = x.shape[1]
+        return kernel[:length, :length] @ x.masked_fill(~self.real[..., None], 0.0)
+
+
+Tokens = PackedTokens | PaddedTokens
+
+
+class Frequencies(nn.Module):
+    """The lowest frequencies of a user's states as they are, the others by a learnt factor.
+
+    The discrete Fourier transform of the L slots, those without an item zero. Setting its higher
+    terms to zero and transforming back is one product with a circular [L, L] matrix.
+    """
+
+    def __init__(self, width: int, slots: int, n_low: int, dropout: float) -> None:
+        super().__init__()
+        kept = (torch.arange(slots // 2 + 1) < n_low).double()
+        slot, response = torch.arange(slots), torch.fft.irfft(kept, n=slots)
+        kernel = response[(slot[:, None] - slot) % slots]
+        self.register_buffer("kernel", kernel, persistent=False)
+        self.root = nn.Parameter(torch.randn(width))  # of the factor, as in the authors' code
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        low = tokens.filtered(x, self.kernel.to(x.dtype))
+        return self.dropout(low + self.root**2 * (x - low))
+
+
 class Block(nn.Module):
-    """Causal self-attention and a two-layer ReLU network, each with a residual."""
+    """Causal self-attention and a two-layer ReLU network, each with a residual.
+
+    alpha: share of `frequencies` beside attention.
+    """
+
+    alpha = 0.0
 
     def __init__(self, width: int, num_heads: int, dropout: float, norm: Norm) -> None:
         super().__init__()
@@ -207,21 +278,28 @@ class Block(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x: Tensor, mix: Mix) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         if self.norm == "post":
-            x = self.attention_norm(x + self.attend(x, x, mix))
+            x = self.attention_norm(x + self.mixed(x, x, tokens))
             return self.feed_norm(x + self.feed(x))
         normed = self.attention_norm(x)
         if self.norm == "query":
-            x = self.feed_norm(normed + self.attend(normed, x, mix))
+            x = self.feed_norm(normed + self.mixed(normed, x, tokens))
             return x + self.feed(x)
-        x = x + self.attend(normed, normed, mix)
+        x = x + self.mixed(normed, normed, tokens)
         return x + self.feed(self.feed_norm(x))
 
-    def attend(self, query: Tensor, source: Tensor, mix: Mix) -> Tensor:
+    def mixed(self, query: Tensor, source: Tensor, tokens: Tokens) -> Tensor:
+        """What a user's tokens tell each other, [..., W] x [..., W] -> [..., W]."""
+        attended = self.attend(query, source, tokens)
+        if not self.alpha:
+            return attended
+        return torch.lerp(attended, self.frequencies(source, tokens), self.alpha)
+
+    def attend(self, query: Tensor, source: Tensor, tokens: Tokens) -> Tensor:
         """Multi-head attention, [..., W] x [..., W] -> [..., W]."""
         weight = torch.cat([self.key.weight, self.value.weight])
         key_value = F.linear(source, weight, torch.cat([self.key.bias, self.value.bias]))
         heads = torch.cat([self.query(query), key_value], dim=-1)
         heads = heads.unflatten(-1, (3, self.num_heads, -1))
-        return self.out(mix(heads, self.rate if self.training else 0.0).flatten(-2))
+        return self.out(tokens.attend(heads, self.rate if self.training else 0.0).flatten(-2))

@@ -30,6 +30,18 @@ def attend(block, query, source):
     return linear(f"{block}.out", mixed.transpose(0, 1).flatten(1))
 
 
+def mixed(block, query, source):
+    attended, alpha = attend(block, query, source), about["sasrec"]["alpha"]
+    if not alpha:
+        return attended
+    slots = about["max_seq_length"]
+    terms = torch.fft.rfft(source, n=slots, dim=0)
+    terms[about["sasrec"]["low_frequencies"] :] = 0
+    low = torch.fft.irfft(terms, n=slots, dim=0)[: len(source)]
+    filtered = low + parts[f"{block}.frequencies.root"] ** 2 * (source - low)
+    return torch.lerp(attended, filtered, alpha)
+
+
 def feed(block, x):
     return linear(f"{block}.feed.3", linear(f"{block}.feed.0", x).relu())
 
@@ -37,13 +49,13 @@ def feed(block, x):
 def layer(block, x):
     first, second = f"{block}.attention_norm", f"{block}.feed_norm"
     if about["sasrec"]["norm"] == "post":
-        x = norm(first, x + attend(block, x, x))
+        x = norm(first, x + mixed(block, x, x))
         return norm(second, x + feed(block, x))
     normed = norm(first, x)
     if about["sasrec"]["norm"] == "query":
-        x = norm(second, normed + attend(block, normed, x))
+        x = norm(second, normed + mixed(block, normed, x))
         return x + feed(block, x)
-    x = x + attend(block, normed, normed)
+    x = x + mixed(block, normed, normed)
     return x + feed(block, norm(second, x))
 
 

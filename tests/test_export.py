@@ -177,9 +177,13 @@ def test_the_card_compares_and_says_how_to_feed_the_graph(inside):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm, hid_dim", [("query", 32), ("pre", 128), ("post", 16)])
-def test_sasrec_is_exported_with_code_of_its_own(inside, norm, hid_dim):
+@pytest.mark.parametrize(
+    "norm, hid_dim, alpha",
+    [("query", 32, 0.0), ("pre", 128, 0.0), ("post", 16, 0.0), ("post", 64, 0.7)],
+)
+def test_sasrec_is_exported_with_code_of_its_own(inside, norm, hid_dim, alpha):
     shape = {"norm": norm, "hid_dim": hid_dim, "emb_dim": 128, "num_heads": 2, "max_seq_length": 9}
+    shape |= {"alpha": alpha}
     train_sr_trad.main(**SHORT | shape, learning_rate=0.01, output_dir="s")
     expected = recommend.main(model="s", history=["12", "99"], k=5)
     export.main(model="s", output_dir="o", onnx=True, verify_users=120)

@@ -2,8 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+import extract_emb
+import finetune
+import train_sr_trad
+from datasets.interactions import read_csv
 from models.sasrec import SASRec
-from tests.conftest import histories
+from tests.conftest import SHORT, assert_resumes, histories
 
 SHAPE = {
     "emb_dim": 6,
@@ -58,6 +62,18 @@ def numpy_states(model, items):
                 out[t, part] = weight / weight.sum() @ v[: t + 1, part]
         return linear(out, f"{name}.out")
 
+    def mixed(query, source, name):
+        attended, block = attend(query, source, name), model.blocks[int(name.split(".")[1])]
+        if not block.alpha:
+            return attended
+        slots = np.zeros((model.max_seq_length, source.shape[1]))
+        slots[-n:] = source  # left-padded, as BSARec's
+        terms = np.fft.rfft(slots, axis=0, norm="ortho")
+        terms[2:] = 0
+        low = np.fft.irfft(terms, n=len(slots), axis=0, norm="ortho")[-n:]
+        filtered = low + w[f"{name}.frequencies.root"] ** 2 * (source - low)
+        return (1 - block.alpha) * attended + block.alpha * filtered
+
     def feed(x, name):
         return linear(np.maximum(linear(x, f"{name}.feed.0"), 0), f"{name}.feed.3")
 
@@ -70,22 +86,26 @@ def numpy_states(model, items):
         b = f"blocks.{i}"
         if model.blocks[0].norm == "query":
             q = layer_norm(x, f"{b}.attention_norm")
-            x = layer_norm(q + attend(q, x, b), f"{b}.feed_norm")
+            x = layer_norm(q + mixed(q, x, b), f"{b}.feed_norm")
             x = x + feed(x, b)
         elif model.blocks[0].norm == "pre":
             q = layer_norm(x, f"{b}.attention_norm")
-            x = x + attend(q, q, b)
+            x = x + mixed(q, q, b)
             x = x + feed(layer_norm(x, f"{b}.feed_norm"), b)
         else:
-            x = layer_norm(x + attend(x, x, b), f"{b}.attention_norm")
+            x = layer_norm(x + mixed(x, x, b), f"{b}.attention_norm")
             x = layer_norm(x + feed(x, b), f"{b}.feed_norm")
     return linear(layer_norm(x, "final_norm"), "to_item")
 
 
+FREQUENCIES = {"alpha": 0.7, "low_frequencies": 2}
+
+
 @pytest.mark.parametrize("norm", ["query", "pre", "post"])
 @pytest.mark.parametrize("hid_dim", [4, 6])
-def test_an_independent_numpy_forward_agrees(norm, hid_dim):
-    model = made(norm, hid_dim=hid_dim)
+@pytest.mark.parametrize("more", [{}, FREQUENCIES])
+def test_an_independent_numpy_forward_agrees(norm, hid_dim, more):
+    model = made(norm, hid_dim=hid_dim, **more)
     assert ("to_item.weight" in model.state_dict()) == (hid_dim == 4)
     items = [4, 0, 22, 7, 4]
     padded = torch.tensor([[23, 23, 23, *items]])
@@ -105,8 +125,9 @@ def test_a_later_item_changes_nothing_earlier(norm):
         assert not torch.allclose(own[-2:], other[-2:])
 
 
-def test_padding_length_and_neighbours_change_nothing():
-    model, batch = made(), histories([1, 4, 8])
+@pytest.mark.parametrize("more", [{}, FREQUENCIES])
+def test_padding_length_and_neighbours_change_nothing(more):
+    model, batch = made(**more), histories([1, 4, 8])
     together = model(batch)
     for row, length in enumerate([1, 4, 8]):
         alone = model(batch[row : row + 1, -length:])
@@ -121,10 +142,11 @@ def test_padding_gets_no_gradient_and_is_no_class():
 
 
 @pytest.mark.parametrize("norm", ["query", "pre", "post"])
-def test_packed_states_and_gradients_equal_the_padded_ones(norm):
+@pytest.mark.parametrize("more", [{}, FREQUENCIES])
+def test_packed_states_and_gradients_equal_the_padded_ones(norm, more):
     """More users than a group of attention has, in no order of length."""
     lengths = [1, 8, 3, 3, 5, 2, 8, 1, 4, 6, 7] * 8
-    batch, model = histories(lengths), made(norm)
+    batch, model = histories(lengths), made(norm, **more)
     slope = torch.randn(sum(lengths), 6, dtype=torch.float64)
     found = []
     for states in (model.states(batch), model.padded_states(batch)[batch != 23]):
@@ -148,3 +170,22 @@ def test_dropout_of_packed_attention_drops_weights_by_the_rate(monkeypatch):
     ):
         assert torch.equal(own[-1], other[-1])
         assert not torch.allclose(own[-2], other[-2])
+
+
+@pytest.mark.slow
+def test_with_frequencies_every_prefix_is_a_sample(inside, monkeypatch, capsys):
+    """The layer sees later items, so no earlier state of a history is trained. The run resumes bit
+    for bit, and its vectors and its softmax teach.
+    """
+    monkeypatch.setattr(SASRec, "states", None)
+    flags = SHORT | {"alpha": 0.7, "save_steps": 1}
+    assert_resumes(monkeypatch, train_sr_trad.main, **flags)
+    prefixes = int((np.diff(read_csv("data/demo.csv").offsets) - 3).sum())
+    assert f"{prefixes:,} training samples" in capsys.readouterr().out
+    train_sr_trad.main(**flags, train_targets="last", output_dir="last")
+    assert "120 training samples" in capsys.readouterr().out
+    extract_emb.main(sasrec="whole", item_table="table.pkl")
+    taught = {"sasrec": "whole", "item_table": "table.pkl", "sasrec_lambda": 1.0}
+    first = finetune.main(**SHORT | taught, output_dir="cached")["test"]
+    live = finetune.main(**SHORT | taught, teacher_cache="off", output_dir="live")["test"]
+    assert first["full"] == pytest.approx(live["full"], abs=1e-3)

@@ -26,6 +26,7 @@ from engine.cli import (
     PositiveFloat,
     PositiveInt,
     PositiveOr,
+    Range,
     Seed,
     flag,
 )
@@ -33,7 +34,8 @@ from engine.cli import (
 LAYER_RULES = ("first", "interval", "last")
 SASREC = "the step-1 run, by default output/<domain>/sasrec; a,b for a table of several"
 TARGETS = (
-    "one target per user (last), or one per position (SASRec) or prefix (LLM) of a history (all); "
+    "one target per user (last), or one per position (SASRec) or prefix (LLM, --alpha) of a "
+    "history (all); "
     "by default SASRec takes all, an LLM last unless the users are fewer than two batches"
 )
 EXITS = "weight of the cross-entropy at the inner block ends (lambda3); 0 trains no exits"
@@ -43,6 +45,7 @@ USES_BLOCKS = f"{READS_TEACHER}|cls_multiple_lambda"
 N_TEACHER = 8  # M, without a trained teacher
 STUDENT_STREAM = 0x5EED_0F_57D  # between a student's draws and those of a teacher of equal --seed
 NUMBERS = r"[0-9]+( *, *[0-9]+)*"
+Share = Annotated[float, Range(low=0, high=1)]
 MaxSteps = Annotated[int, PositiveOr(-1, "num_epochs")]  # -1 as in the released scripts
 Interval = Annotated[int, PositiveOr(-1, "every epoch")]
 LayerSelection = Annotated[
@@ -206,6 +209,8 @@ class SASRecModel(Group):
     dropout: DropRate = flag(0.5, "dropout in the transformer")
     norm: Literal["query", "pre", "post"] = flag("query", "where LayerNorm is; released: query")
     init_std: PositiveFloat = flag(0.02, "standard deviation of new embeddings; released: 1")
+    alpha: Share = flag(0.0, "share of BSARec's frequency layer beside attention; 0 leaves it out")
+    low_frequencies: PositiveInt = flag(3, "how many of the lowest it keeps", needs="alpha")
 
     def problems(self, flags: dict[str, Any]) -> list[str]:
         if self.hid_dim % self.num_heads == 0:
