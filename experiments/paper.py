@@ -72,6 +72,8 @@ def label(stage: str, flags: dict[str, Any]) -> str:
 
 def _sasrec(flags: dict[str, Any]) -> str:
     """The first release trains at length 30, the later official script at length 50."""
+    if flags.get("alpha"):
+        return f"SASRec with frequencies, alpha {flags['alpha']:g}"
     if flags["train_targets"] == "all":
         return "SASRec"
     if flags["init_std"] != 1:
