@@ -294,7 +294,7 @@ class Block(nn.Module):
         attended = self.attend(query, source, tokens)
         if not self.alpha:
             return attended
-        return torch.lerp(attended, self.frequencies(source, tokens), self.alpha)
+        return self.alpha * self.frequencies(source, tokens) + (1 - self.alpha) * attended
 
     def attend(self, query: Tensor, source: Tensor, tokens: Tokens) -> Tensor:
         """Multi-head attention, [..., W] x [..., W] -> [..., W]."""

@@ -178,7 +178,7 @@ def test_with_frequencies_every_prefix_is_a_sample(inside, monkeypatch, capsys):
     for bit, and its vectors and its softmax teach.
     """
     monkeypatch.setattr(SASRec, "states", None)
-    flags = SHORT | {"alpha": 0.7, "save_steps": 1}
+    flags = SHORT | {"alpha": 0.7, "save_steps": 1, "bf16": True}
     assert_resumes(monkeypatch, train_sr_trad.main, **flags)
     prefixes = int((np.diff(read_csv("data/demo.csv").offsets) - 3).sum())
     assert f"{prefixes:,} training samples" in capsys.readouterr().out
