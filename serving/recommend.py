@@ -21,15 +21,16 @@ ranked by popularity. As a function:
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from datasets.items import listing_of
 from engine import cli
-from engine.cli import PositiveInt, flag
+from engine.cli import Group, PositiveInt, flag
 from engine.files import check_writable
 from serving.served import Served, ServedFiles, is_export, read_all, refuse_other_domain
 
@@ -40,6 +41,94 @@ if TYPE_CHECKING:
     from serving.recommender import Recommender
 
 LINE = "  {rank:>4}  {score:>9}  {id:>10}  {title}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked(Group):
+    """Whose list: one history on the screen, or those of many users into a file"""
+
+    history: list[str] = flag([], "items in time order, the last one most recent")
+    user: str | None = flag(None, "a user of the domain, by reviewerID")
+    users: str | None = flag(
+        None, "all, a log by original ids, or a CSV with reviewerID and asin (item lists)"
+    )
+    similar: str | None = flag(None, "an item: the items whose vectors are nearest to its own")
+    known: Literal["log", "join"] = flag(
+        "log", "history of a user of --users whom the domain has: the log's alone, or its own first"
+    )
+    output: str | None = flag(None, "the file of --users: .parquet, .csv or .jsonl")
+    overwrite: bool = flag(False, "replace the file of --output")
+
+    @property
+    def one_of_users(self) -> bool:
+        """Whether --users names one user: `--users 196`, where there is no such file."""
+        return not (self.users in (None, "all") or self.output or Path(self.users).exists())
+
+    @property
+    def name(self) -> str | None:
+        """The one user who is named."""
+        return self.users if self.one_of_users else self.user
+
+    @property
+    def target(self) -> Path | None:
+        """The file that is written; a link stays one."""
+        return Path(self.output).resolve() if self.output else None
+
+    def problems(self, flags: dict[str, Any]) -> list[str]:
+        name, target, exported = self.name, self.target, is_export(Path(flags["model"]))
+        users, output = None if self.one_of_users else self.users, f"--output={self.output}"
+        sources = {"history": self.history, "user": name, "users": users, "similar": self.similar}
+        given = [source for source, value in sources.items() if value]
+        rules = [
+            (len(given) < 2, f"--{' and --'.join(given)}: give one of them"),
+            (not (name and exported), f"--user={name}: an export has no users; give --history"),
+            (not users or target, "--users needs --output, the file of the lists"),
+            (not target or users, "--output is of --users; one history is shown"),
+            (users in (None, "all") or Path(users).exists(), f"--users={users}: file not found"),
+            (
+                users != "all" or not exported,
+                f"--users=all: {flags['model']} is an export without users; name a file",
+            ),
+        ]
+        if target is not None:
+            read = [flags[name] for name in ("users", "allow", "deny", "data_path")]
+            read = [Path(name).resolve() for name in read if name]
+            run = is_export(target.parent) or (target.parent / "config.json").is_file()
+            rules += [
+                (target not in read, f"{output} is a file that is read"),
+                (target.parent not in read, f"{output} is in a folder that is read"),
+                (not run, f"{output} is in the folder of a run or an export"),
+                (not target.is_dir(), f"{output} is a folder"),
+                (
+                    self.overwrite or not target.exists(),
+                    f"{output}: already exists; --overwrite true replaces it",
+                ),
+            ]
+        return [message for holds, message in rules if not holds]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offered(Group):
+    """What is recommended"""
+
+    k: PositiveInt = flag(10, "length of a list")
+    by: Literal["auto", "id", "asin", "title"] = flag(
+        "auto",
+        "what names an item: its original id, its title, or its id in the CSV (auto: where there "
+        "are no original ones)",
+    )
+    exclude: Literal["seen", "none"] = flag("seen", "leave out the items of the history")
+    allow: str | None = flag(None, "a file of items, one per line: only these are recommended")
+    deny: str | None = flag(None, "a file of items that are never recommended")
+    unseen: bool = flag(False, "also items that the data lacks, where the table has vectors")
+    unknown: Literal["refuse", "skip"] = flag(
+        "refuse", "items of --users and --allow that are not known: skip leaves them out"
+    )
+    exit: PositiveInt | None = flag(None, "read an LLM at this inner exit, from 1: faster")
+
+    def problems(self, flags: dict[str, Any]) -> list[str]:
+        wrong = self.unseen and is_export(Path(flags["model"]))
+        return ["--unseen: an export has the items that it was made with"] * wrong
 
 
 def recommend(
@@ -124,9 +213,7 @@ def _open_export(
     return recommender, names
 
 
-def allowed_items(
-    names: "Items", by: str, allow: str | None, deny: str | None, skip: bool
-) -> "torch.Tensor | None":
+def allowed_items(names: "Items", offered: Offered) -> "torch.Tensor | None":
     """bool [N], the items that may be recommended; None for all. A denied item that is unknown is
     not recommended anyway.
     """
@@ -134,17 +221,18 @@ def allowed_items(
 
     from datasets.items import Finder, read_items
 
+    allow, deny = offered.allow, offered.deny
     if allow is None and deny is None:
         return None
     allowed = torch.full((len(names.ids),), allow is None)
-    if allow is not None:
-        finder = Finder(names, by, skip=skip)
-        allowed[read_items(Path(allow), finder, "--allow")] = True
-        _report_unknown(finder, "--allow")
-    if deny is not None:
-        finder = Finder(names, by, skip=True)
-        allowed[read_items(Path(deny), finder, "--deny")] = False
-        _report_unknown(finder, "--deny")
+    for source, path, skip in (
+        ("--allow", allow, offered.unknown == "skip"),
+        ("--deny", deny, True),
+    ):
+        if path is not None:
+            finder = Finder(names, offered.by, skip=skip)
+            allowed[read_items(Path(path), finder, source)] = source == "--allow"
+            _report_unknown(finder, source)
     cli.check((bool(allowed.any()), "--allow and --deny leave no item to recommend"))
     return allowed
 
@@ -186,131 +274,109 @@ def show(history: list[int], items: list[int], scores: list[float], names: "Item
 def main(
     *,
     files: ServedFiles,
-    history: list[str] = flag([], "items in time order, the last one most recent"),
-    user: str | None = flag(None, "a user of the domain, by reviewerID"),
-    similar: str | None = flag(None, "an item: the items whose vectors are nearest to its own"),
-    users: str | None = flag(
-        None, "all, a log by original ids, or a CSV with reviewerID and asin (item lists)"
-    ),
-    k: PositiveInt = flag(10, "length of a list"),
-    output: str | None = flag(None, "the file of --users: .parquet, .csv or .jsonl"),
-    by: Literal["auto", "id", "asin", "title"] = flag(
-        "auto",
-        "what names an item: its original id, its title, or its id in the CSV (auto: where there "
-        "are no original ones)",
-    ),
-    exclude: Literal["seen", "none"] = flag("seen", "leave out the items of the history"),
-    allow: str | None = flag(None, "a file of items, one per line: only these are recommended"),
-    deny: str | None = flag(None, "a file of items that are never recommended"),
-    unseen: bool = flag(False, "also items that the data lacks, where the table has vectors"),
-    unknown: Literal["refuse", "skip"] = flag(
-        "refuse", "items of --users and --allow that are not known: skip leaves them out"
-    ),
-    known: Literal["log", "join"] = flag(
-        "log", "history of a user of --users whom the domain has: the log's alone, or its own first"
-    ),
-    exit: PositiveInt | None = flag(None, "read an LLM at this inner exit, from 1: faster"),
+    asked: Asked,
+    offered: Offered,
     batch_size: PositiveInt = flag(512, "users per forward pass"),
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available"),
-    overwrite: bool = flag(False, "replace the file of --output"),
 ) -> list[dict] | None:
     """Recommend for one history, on the screen, or for many, into a file."""
-    from datasets.items import Finder
-
-    exported = is_export(Path(files.model))
-    target = Path(output).resolve() if output else None  # a link stays one
-    read = [Path(name).resolve() for name in (users, allow, deny, files.data_path) if name]
-    inside = target and (is_export(target.parent) or (target.parent / "config.json").is_file())
-    one_user = users not in (None, "all") and not Path(users).exists() and not output
-    user, users = (users, None) if one_user else (user, users)  # --users 196 is the user 196
-    sources = {"history": history, "user": user, "users": users, "similar": similar}
-    given = [name for name, value in sources.items() if value]
-    cli.check(
-        (len(given) < 2, f"--{' and --'.join(given)}: give one of them"),
-        (user is None or not exported, f"--user={user}: an export has no users; give --history"),
-        (users is None or output is not None, "--users needs --output, the file of the lists"),
-        (output is None or users is not None, "--output is of --users; one history is shown"),
-        (users in (None, "all") or Path(users).exists(), f"--users={users}: file not found"),
-        (
-            users != "all" or not exported,
-            f"--users=all: {files.model} is an export without users; name a file",
-        ),
-        (not target or target not in read, f"--output={output} is a file that is read"),
-        (not target or target.parent not in read, f"--output={output} is in a folder that is read"),
-        (not inside, f"--output={output} is in the folder of a run or an export"),
-        (not target or not target.is_dir(), f"--output={output} is a folder"),
-        (
-            not target or overwrite or not target.exists(),
-            f"--output={output}: already exists; --overwrite true replaces it",
-        ),
-        (not (unseen and exported), "--unseen: an export has the items that it was made with"),
-    )
-    if target is not None:
+    if asked.target is not None:
         from serving.lists import check_suffix
 
-        check_writable(target.parent, "--output")
-        check_suffix(Path(output))
-    runs = [] if exported else read_all(files)
-    for served in runs:
-        of_run = [served.csv_path, listing_of(served.csv_path), served.table_path]
-        taken = target and target in [path.resolve() for path in of_run if path]
-        cli.check((not taken, f"--output={output} is a file that the run was made from"))
-    if exported:
-        recommender, names = _open_export(files, exit, device)
+        check_writable(asked.target.parent, "--output")
+        check_suffix(Path(asked.output))
+    if is_export(Path(files.model)):
+        runs, opened = [], _open_export(files, offered.exit, device)
     else:
-        recommender, names = _open_runs(runs, exit, device, unseen)
-    allowed = allowed_items(names, by, allow, deny, unknown == "skip")
-    if users is None:
-        finder = Finder(names, by)
-        if similar is not None:
-            own = [finder.find(similar, "--similar")]
-            items, scores = recommender.similar(own[0], k, allowed)
-        else:
-            own = finder.find_joined(history, "--history")
-            if user is not None:
-                own = history_of(user, runs[0], names, "users" if one_user else "user")
-            items, scores = recommender.recommend([own], k, exclude, allowed)
-        for item, name in zip(own, [similar] if similar else [names.titles[i] for i in own]):
-            same = finder.all_called(item, name) if name in [similar, *history] else []
-            if same[1:]:
-                others = ", ".join(names.name(i) for i in same)
-                print(f"{name!r} is the title of {others}; {names.name(item)} is taken")
-        there = int((items[0] >= 0).sum())
-        if not there:
-            print("no item is left: the history, --allow and --deny take all of them")
-        best, values = items[0, :there].tolist(), scores[0, :there].tolist()
-        show(own, best, values, names)
-        shown = [(int(names.ids[item]), names.titles[item]) for item in best]
-        return [{"item_id": i, "title": t, "score": s} for (i, t), s in zip(shown, values)]
+        runs = read_all(files)
+        for served in runs:
+            of_run = [served.csv_path, listing_of(served.csv_path), served.table_path]
+            taken = asked.target in [path.resolve() for path in of_run if path]
+            why = f"--output={asked.output} is a file that the run was made from"
+            cli.check((not taken, why))
+        opened = _open_runs(runs, offered.exit, device, offered.unseen)
+    allowed = allowed_items(opened[1], offered)
+    if asked.target is None:
+        return one_list(*opened, runs, asked, offered, allowed)
+    write_lists(*opened, runs, asked, offered, allowed, batch_size)
+    return None
 
+
+def one_list(
+    recommender: "Recommender",
+    names: "Items",
+    runs: list[Served],
+    asked: Asked,
+    offered: Offered,
+    allowed: "torch.Tensor | None",
+) -> list[dict]:
+    """One history's list, shown on the screen."""
+    from datasets.items import Finder
+
+    finder, k = Finder(names, offered.by), offered.k
+    if asked.similar is not None:
+        own = [finder.find(asked.similar, "--similar")]
+        items, scores = recommender.similar(own[0], k, allowed)
+    else:
+        own = finder.find_joined(asked.history, "--history")
+        if asked.name is not None:
+            own = history_of(asked.name, runs[0], names, "users" if asked.one_of_users else "user")
+        items, scores = recommender.recommend([own], k, offered.exclude, allowed)
+    similar = asked.similar
+    for item, name in zip(own, [similar] if similar else [names.titles[i] for i in own]):
+        same = finder.all_called(item, name) if name in [similar, *asked.history] else []
+        if same[1:]:
+            others = ", ".join(names.name(i) for i in same)
+            print(f"{name!r} is the title of {others}; {names.name(item)} is taken")
+    there = int((items[0] >= 0).sum())
+    if not there:
+        print("no item is left: the history, --allow and --deny take all of them")
+    best, values = items[0, :there].tolist(), scores[0, :there].tolist()
+    show(own, best, values, names)
+    shown = [(int(names.ids[item]), names.titles[item]) for item in best]
+    return [{"item_id": i, "title": t, "score": s} for (i, t), s in zip(shown, values)]
+
+
+def write_lists(
+    recommender: "Recommender",
+    names: "Items",
+    runs: list[Served],
+    asked: Asked,
+    offered: Offered,
+    allowed: "torch.Tensor | None",
+    batch_size: int,
+) -> None:
+    """The lists of all users of the domain, or of a file, into the file of --output."""
     from tqdm import tqdm
 
+    from datasets.items import Finder
     from serving import histories
     from serving.lists import Writer, as_table
 
-    if users == "all":
+    if asked.users == "all":
         who, lists = histories.of_domain(runs[0].csv_path, names)
     else:
-        finder = Finder(names, by, skip=unknown == "skip")
-        who, lists = histories.of_file(Path(users), finder)
+        finder = Finder(names, offered.by, skip=offered.unknown == "skip")
+        who, lists = histories.of_file(Path(asked.users), finder)
         _report_unknown(finder, "--users")
         nothing = bool(finder.unknown) and not any(lists)
-        cli.check((not nothing, f"--users={users}: none of its items is known, as items are here"))
+        why = f"--users={asked.users}: none of its items is known, as items are here"
+        cli.check((not nothing, why))
         if runs:
-            lists = histories.with_known(who, lists, runs[0].csv_path, names, known == "join")
-    with Writer(target) as writer, tqdm(total=len(who), unit="user", mininterval=1) as bar:
+            join = asked.known == "join"
+            lists = histories.with_known(who, lists, runs[0].csv_path, names, join)
+    with Writer(asked.target) as writer, tqdm(total=len(who), unit="user", mininterval=1) as bar:
         for start in range(0, len(who), batch_size):
             part = slice(start, start + batch_size)
-            items, scores = recommender.recommend(lists[part], k, exclude, allowed)
+            items, scores = recommender.recommend(lists[part], offered.k, offered.exclude, allowed)
             writer.add(as_table(who[part], items.numpy(), scores.numpy(), names))
             bar.update(len(who[part]))
     empty = sum(not own for own in lists)
     if empty:
         print(f"{empty:,} users without history: by popularity")
-    if exclude == "seen":
+    if offered.exclude == "seen":
         print("items of a user's history are left out (--exclude none keeps them)")
-    print(f"wrote {output}: up to {k} items for each of {len(who):,} users")
-    return None
+    print(f"wrote {asked.output}: up to {offered.k} items for each of {len(who):,} users")
 
 
 if __name__ == "__main__":
