@@ -20,7 +20,7 @@ from utils import flags
 def main(*, files: flags.ExtractFiles) -> dict:
     """Write an item table: row i is the vector of item id i, ids that occur nowhere have zeros."""
     # 1. The request.
-    from datasets.domain import LEAVE_ONE_OUT, Domain
+    from datasets.domain import Domain, split_of
     from datasets.inputs import read_sequences
     from engine.files import check_writable, read_json
 
@@ -37,7 +37,7 @@ def main(*, files: flags.ExtractFiles) -> dict:
     )
     check_writable(path.parent, "--item_table")
     there = read_json(path.with_suffix(".json"), "table notes") if path.exists() else {}
-    split = there.get("sasrec_flags", {}).get("split") or LEAVE_ONE_OUT
+    split = split_of(there.get("sasrec_flags", {}))
     same = not there or files.item_table or split == domain.split
     cli.check((same, f"{path} is a table of --split={split}; name another file with --item_table"))
     for run in runs:

@@ -45,7 +45,7 @@ class Domain(NamedTuple):
         Raises:
             UsageError: that step split the data in another way.
         """
-        split = recorded.get("split") or LEAVE_ONE_OUT
+        split = split_of(recorded)
         if recorded and self.split not in (None, split):
             raise UsageError(f"--split={self.split} contradicts the earlier step's {split}")
         ends_are_items = self.ends_are_items or bool(recorded.get("ends_are_items"))
@@ -109,6 +109,11 @@ class Domain(NamedTuple):
             print(f"made the demo domain: {DEMO}", flush=True)
         path = find_csv(self.name, self.data_path)
         return read_csv(path, self.ends_are_items, self.split), path
+
+
+def split_of(flags: dict) -> str:
+    """The split that a run's recorded flags say; older runs do not say it."""
+    return flags.get("split") or LEAVE_ONE_OUT
 
 
 def canonical_domain(domain_type: str) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from datasets.domain import LEAVE_ONE_OUT, Domain
+from datasets.domain import Domain, split_of
 from datasets.interactions import Interactions
 from datasets.items import Items, listing_of
 from engine import checkpoint
@@ -101,8 +101,7 @@ class Inputs(NamedTuple):
         """
         split, source = self.domain.split, Path(files.init_from or "") / CONFIG
         if files.init_from and source.is_file():
-            recorded = read_json(source, "--init_from").get("flags", {})
-            theirs = recorded.get("split") or LEAVE_ONE_OUT
+            theirs = split_of(read_json(source, "--init_from").get("flags", {}))
             if theirs != split:
                 raise UsageError(
                     f"--init_from={files.init_from} was trained with --split={theirs}, this run has"

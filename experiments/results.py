@@ -19,6 +19,7 @@ import numpy as np
 import distill
 import finetune
 import train_sr_trad
+from datasets.domain import LEAVE_ONE_OUT, split_of
 from engine import cli
 from engine.errors import UsageError
 from engine.files import read_json, replacing
@@ -62,7 +63,7 @@ class FinishedRun(NamedTuple):
     @property
     def by_time(self) -> bool:
         """Whether its test targets are split off by time."""
-        return (self.flags.get("split") or "").startswith("time")
+        return split_of(self.flags) != LEAVE_ONE_OUT
 
     @property
     def as_published(self) -> bool:

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from datasets.domain import split_of
 from engine import cli
 from engine.cli import PositiveInt, flag
 from engine.errors import RunError, UsageError
@@ -61,7 +62,7 @@ def model_card(served, code: str) -> str:
         domain=run.config["domain"],
         n_users=f"{data.n_users:,}",
         target=TARGET[data.moment is not None],
-        split=run.flags.get("split") or "leave_one_out",
+        split=split_of(run.flags),
         n_items=f"{data.n_items:,}",
         sha256=data.sha256,
         max_seq_length=recorded["max_seq_length"],
