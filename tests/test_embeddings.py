@@ -130,6 +130,12 @@ CASES = {
     "not a dict": ([table()], "found list"),
     "not a tensor": ({"item_embedding": [[1.0]]}, "found list"),
     "one dimension": ({"item_embedding": torch.ones(5)}, r"found torch.float32 of shape \(5,\)"),
+    "three dimensions": ({"item_embedding": torch.ones(5, 2, 2)}, r"of shape \(5, 2, 2\)"),
+    "numpy integers": ({"item_embedding": np.ones((5, 2), dtype=np.int32)}, "found int32 of shape"),
+    "larger than float32": (
+        {"item_embedding": table().double() * 1e300},
+        "contain NaN or infinity",
+    ),
     "integers": ({"item_embedding": torch.ones(5, 2, dtype=torch.long)}, "found torch.int64"),
     "too few rows": (
         {"item_embedding": torch.ones(4, 2)},

@@ -55,6 +55,7 @@ BAD = {
     "python list": ("reviewerID,asin\nu,\"['a','b']\"\n", "row 2: asin is not a valid JSON list"),
     "empty cell": ('reviewerID,asin\nv,"[1,2,3,4]"\nu,\n', "row 3: asin is empty"),
     "number": ("reviewerID,asin\nu,5\n", "row 2: asin is '5', expected a list"),
+    "text": ('reviewerID,asin\nu,"""x"""\n', "expected a list of whole numbers"),
     "object": ('reviewerID,asin\nu,"{""a"": 1}"\n', "expected a list"),
     "nested": ('reviewerID,asin\nu,"[1,[2]]"\n', "row 2: element 1 of asin is '[2]' (list)"),
     "string ids": ('reviewerID,asin\nu,"[""12""]"\n', "element 0 of asin is '12' (str)"),
@@ -95,6 +96,10 @@ def test_not_utf8_damaged_and_a_directory(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"reviewerID,asin\nu\xff,[1]\n")
     with pytest.raises(UsageError, match="not UTF-8 at byte 17"):
         read_csv(tmp_path / "a.csv")
+    for content in (GOOD.encode("utf-16"), bytes(range(0, 256, 3)) + b"\xff" * 200):
+        (tmp_path / "a.csv").write_bytes(content)
+        with pytest.raises(UsageError, match="not UTF-8 at byte"):
+            read_csv(tmp_path / "a.csv")
     (tmp_path / "b.csv.gz").write_bytes(gzip.compress(GOOD.encode() * 50)[:-20])
     with pytest.raises(UsageError, match="damaged .gz file"):
         read_csv(tmp_path / "b.csv.gz")
