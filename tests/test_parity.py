@@ -1,7 +1,6 @@
 """The fast forward equals the plain padded Hugging Face forward, in float64."""
 
 import copy
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from benchmarks.plain import plain_twin
 from models.attention import attend, attend_on_grids
 from models.packed import Packed
-from tests.conftest import TARGETS, histories, loss_parts, small_config, small_model
+from tests.conftest import TARGETS, histories, loss_parts, small_model
 from utils.flags import StudentLoss
 
 pytestmark = pytest.mark.usefixtures("float64_norm")
@@ -49,14 +48,8 @@ def test_outputs_scores_losses_and_gradients(lengths, kv_heads, strategy):
         guide, plain_guide = teacher(batch), plain_teacher(batch)
     parts = loss_parts(ours, guide, model.item_table, target, LOSS)
     plain_parts = loss_parts(wanted, plain_guide, plain.item_table, target, LOSS)
-    assert set(parts) == {
-        "ce",
-        "exits",
-        "align_cos",
-        "align_norm",
-        "logit_kl",
-        "teacher_ce",
-        "total",
+    assert {*parts} == {
+        *["ce", "exits", "align_cos", "align_norm", "logit_kl", "teacher_ce", "total"]
     }
     for name in parts:
         torch.testing.assert_close(parts[name], plain_parts[name], atol=1e-11, rtol=1e-11)
@@ -76,29 +69,25 @@ def test_outputs_scores_losses_and_gradients(lengths, kv_heads, strategy):
         )
 
 
-@pytest.mark.parametrize("n_prompt, n_response", [(1, 1), (1, 3), (6, 1)])
-def test_short_prompts(n_prompt, n_response):
-    model = small_model(n_prompt=n_prompt, n_response=n_response)
+SHAPES = {
+    "one token before and after": ({"n_prompt": 1, "n_response": 1}, 8),
+    "one token before": ({"n_prompt": 1, "n_response": 3}, 8),
+    "one token after": ({"n_prompt": 6, "n_response": 1}, 8),
+    "one block": ({"n_blocks": 1, "exit_heads": False}, 8),
+    "four blocks": ({"n_blocks": 4}, 8),
+    "one layer": ({"layers": 1, "n_blocks": 1, "exit_heads": False}, 8),
+    "fewer slots": ({}, 4),  # the response's positions shift, as in the plain form
+    "more slots": ({}, 11),
+}
+
+
+@pytest.mark.parametrize("shape, slots", SHAPES.values(), ids=SHAPES.keys())
+def test_every_shape(shape, slots):
+    model, batch = small_model(**shape), histories([1, 4, 3], slots=slots)
     plain, _ = plain_twin(model, None)
-    batch = histories([1, 8, 3])
-    compare_outputs(model(batch), plain(batch))
-    compare_outputs(model.encoder()(batch), plain(batch))
-
-
-@pytest.mark.parametrize("n_blocks", [1, 2, 4])
-def test_block_ends(n_blocks):
-    model = small_model(n_blocks=n_blocks, exit_heads=n_blocks > 1)
-    plain, _ = plain_twin(model, None)
-    batch = histories([2, 5])
-    assert model(batch).states.shape == (2, n_blocks, 32)
-    assert model(batch).exits.shape == (2, n_blocks - 1, 6)
-    compare_outputs(model(batch), plain(batch))
-
-
-def test_one_layer():
-    model = small_model(layers=1, n_blocks=1, exit_heads=False)
-    plain, _ = plain_twin(model, None)
-    batch = histories([2, 8, 1])
+    n_blocks = shape.get("n_blocks", 2)
+    assert model(batch).states.shape == (3, n_blocks, 32)
+    assert model(batch).exits.shape == (3, n_blocks - 1, 6)
     compare_outputs(model(batch), plain(batch))
     compare_outputs(model.encoder()(batch), plain(batch))
 
@@ -110,15 +99,6 @@ def test_a_cached_prompt_is_not_used_up():
     for lengths in ([8, 1], [2, 2, 2], [5]):
         batch = histories(lengths, seed=sum(lengths))
         compare_outputs(encode(batch), model(batch))
-
-
-def test_padding_length_changes_nothing_but_positions():
-    """Fewer slots with the same items shift the response's positions, as in the plain form."""
-    model = small_model()
-    plain, _ = plain_twin(model, None)
-    for slots in (4, 6, 11):
-        batch = histories([4, 2], slots=slots)
-        compare_outputs(model(batch), plain(batch))
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])
@@ -148,81 +128,6 @@ def test_bfloat16_autocast_rounds_no_worse_than_the_plain_form():
     ]
     assert 0 < errors[0] < 1.25 * errors[1] < 0.1, errors
     assert (model.encoder()(batch).user - exact).norm() / exact.norm() < 1e-5
-
-
-def test_scaled_rotary_embeddings_are_honoured():
-    import tests.conftest as shared
-
-    scaled = small_config(
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 1e4,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        }
-    )
-    original, shared.small_config = shared.small_config, lambda *_: scaled
-    try:
-        model = small_model()
-    finally:
-        shared.small_config = original
-    plain, _ = plain_twin(model, None)
-    batch = histories([3, 8])
-    compare_outputs(model(batch), plain(batch))
-    assert not torch.allclose(model(batch).user, small_model()(batch).user)
-
-
-def _one_rank(rank, folder, strategy):
-    """A process of two: its half of the batch through DistributedDataParallel; rank 0 saves the
-    averaged gradients.
-    """
-    from torch import distributed
-    from torch.nn.parallel import DistributedDataParallel
-
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    model = small_model(strategy=strategy, exit_heads=False).train()
-    parallel = DistributedDataParallel(model)
-    parallel(histories(DDP_LENGTHS)[rank::2]).user.square().sum().backward()
-    if rank == 0:
-        torch.save(
-            {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
-            f"{folder}/gradients.pt",
-        )
-    distributed.barrier()
-    os._exit(0)  # gloo's destructors have been seen to wait for ever for a process that is gone
-
-
-DDP_LENGTHS = [8, 1, 5, 3, 3, 2, 8, 8]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["full", "lora"])
-def test_two_processes_give_the_gradients_of_one(tmp_path, strategy):
-    """DDP over halves of a batch; the norms round to float32 here, and rows of a product may differ
-    in their last bits.
-    """
-    processes = torch.multiprocessing.spawn(
-        _one_rank, (str(tmp_path), strategy), nprocs=2, join=False
-    )
-    ended = processes.join(timeout=60) or processes.join(timeout=60)  # it returns whenever one ends
-    for process in processes.processes:
-        process.kill()
-    assert ended, "a process did not end"
-    given = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    model = small_model(strategy=strategy, exit_heads=False).train()
-    model(histories(DDP_LENGTHS)).user.square().sum().backward()
-    # DDP averages
-    wanted = {name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None}
-    assert set(given) == set(wanted) and len(wanted) > 10
-    for name in wanted:
-        torch.testing.assert_close(
-            given[name], wanted[name], atol=1e-5, rtol=1e-5, msg=lambda text: f"{name}: {text}"
-        )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

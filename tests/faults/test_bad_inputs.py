@@ -28,6 +28,7 @@ MAINS = {"T": train_sr_trad.main, "E": extract_emb.main, "F": finetune.main, "D"
 PKL, NOTES = Path("output/demo/sasrec_item.pkl"), Path("output/demo/sasrec_item.json")
 # rows about the item table, the base and the prompt: a teacher's would tell first
 ALONE = (*range(20, 38), *range(54, 58), 64, 73)
+REPLACES = {"overwrite": True}
 EVALUATES = {"eval_only": True, "output_dir": "output/demo/teacher"}
 
 
@@ -148,6 +149,13 @@ CASES = [
     (6, "TFD", text('reviewerID;asin\na;"[1,2]"\n'), "looks ';'-separated"),
     (28, "FD", lambda: (PKL.unlink(), {})[1], "sasrec_item.pkl; extract_emb.py writes it"),
     (29, "FD", table(Runs()), "refused, not a plain tensor (forbidden global posix.system)"),
+    (28, "F", spoiled(NOTES, lambda _: b"{"), "sasrec_item.json: damaged, not JSON"),
+    (
+        28,
+        "F",
+        spoiled(PKL, lambda data: data + b" "),
+        "is not the table that output/demo/sasrec_item",
+    ),
     (33, "F", table(torch.randn(160, 128)), "max id 160 but the item table has 160 rows"),
     (38, "E", flags(sasrec="nowhere"), "--sasrec=nowhere: no sasrec run there; train_sr_trad.py"),
     (38, "D", flags(teacher="nowhere", teacher_cache="off"), "no teacher run there; finetune.py"),
@@ -158,6 +166,7 @@ CASES = [
     (42, "E", spoiled("output/demo/sasrec/best/weights.safetensors", lambda _: b"x"), "its sha256"),
     (43, "E", without_item_embedding, "no item_embedding.weight; not a SASRec run"),
     (44, "D", edited_teacher(strategy="lora"), "does not fit the model"),
+    (44, "F", lambda: EVALUATES | {"num_candidates": 50}, "--num_candidates=50 contradicts the"),
     (44, "F", lambda: EVALUATES | {"lora_r": 8}, "--lora_r=8 contradicts the teacher run in"),
     (
         45,
@@ -181,6 +190,11 @@ CASES = [
         "does not divide llama_decoder_nums_student 4 (4 % 3 = 1); use",
     ),
     (50, "D", flags(distill_block=3, llama_decoder_nums_student=3), "llama_decoder_nums_teacher 8"),
+    (44, "T", lambda: REPLACES | {"output_dir": TEACHER}, "holds a teacher run, not a sasrec run"),
+    (44, "D", lambda: REPLACES | {"output_dir": TEACHER}, "holds a teacher run, not a student run"),
+    (44, "D", flags(teacher="output/demo/student"), "holds a student run, expected a teacher run"),
+    (51, "D", flags(max_seq_length=20), "--max_seq_length=20 contradicts the teacher run in"),
+    (51, "D", flags(llama_decoder_nums_teacher=4), "contradicts the teacher run in output/demo"),
     (51, "D", flags(base_model="small"), "--base_model=small contradicts the teacher run in"),
     (56, "F", base(config=b"[1]"), "model_type None unsupported, expected llama, mistral,"),
     (56, "F", base(config={"num_attention_heads": "many"}), "not a llama's configuration"),
