@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,17 +14,18 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # the same in eve
 
 import pytest
 import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
+from transformers import LlamaConfig, PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from datasets.demo import write_demo
 from engine import cpu
-from engine.errors import RunError
+from engine.errors import RunError, UsageError
 from engine.log import SPEED
 from models import losses
+from models.base import new_decoder
 from models.llm4rec import LLM4Rec, assemble
 
 cpu.choose_products()  # as every command does; in all tests alike, whichever runs first
@@ -31,6 +33,7 @@ cpu.choose_products()  # as every command does; in all tests alike, whichever ru
 ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
+OFF = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
 SHORT = {"max_steps": 3, "eval_batch_size": 64, "batch_size": 32}
 
 
@@ -70,6 +73,8 @@ def small_model(
     seed: int = 0,
     n_prompt: int = 5,
     n_response: int = 3,
+    config: PreTrainedConfig | None = None,
+    targets: list[str] = TARGETS,
     **extra,
 ) -> LLM4Rec:
     torch.manual_seed(seed)
@@ -82,9 +87,9 @@ def small_model(
         "lora_r": 3,
         "lora_alpha": 5,
         "lora_dropout": 0.0,
-        "lora_target_modules": TARGETS,
+        "lora_target_modules": targets,
     }
-    llama = LlamaModel(small_config(layers, kv_heads))
+    llama = new_decoder(config or small_config(layers, kv_heads))
     model = assemble(llama, torch.randn(n_items, dim), spec, **extra)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -113,6 +118,11 @@ def loss_parts(student, teacher, table, target, loss, online=False, sasrec=None)
         kl = losses.user_kl(sasrec, student.user, table, loss.sasrec_temperature)
         parts["sasrec_kl"] = loss.sasrec_lambda, kl
     return losses.weighted_sum(parts)
+
+
+def refused(words: str):
+    """Expect a UsageError with these words."""
+    return pytest.raises(UsageError, match=re.escape(words))
 
 
 def histories(lengths: list[int], n_items: int = 23, slots: int = 8, seed: int = 1) -> torch.Tensor:

@@ -239,60 +239,6 @@ def test_what_has_no_effect_is_said(capsys):
     assert capsys.readouterr().out == ""
 
 
-BAD_REQUESTS = {
-    "train_sr_trad.py": [
-        ("--domain_type=nope", "available: "),
-        ("--hid_dim=30 --num_heads=4", "--num_heads=4 does not divide --hid_dim=30"),
-        ("--micro_batch_size=100", "--batch_size=256 is not a multiple of --micro_batch_size=100"),
-        ("--dropout=1.5", "--dropout=1.5: expected a number >= 0 and < 1"),
-        ("--domain_type=../x", "must be a plain name"),
-        ("--output_dir=file.txt/run", "file.txt is a file, not a folder"),
-        ("--eval_only", "no checkpoint output/demo/sasrec/best"),
-    ],
-    "extract_emb.py": [
-        ("", "--sasrec=output/demo/sasrec: no sasrec run there; train_sr_trad.py makes one"),
-        ("--sasrec=nowhere", "--sasrec=nowhere: no sasrec run there"),
-    ],
-    "finetune.py": [
-        ("", "item table not found: output/demo/sasrec_item.pkl; extract_emb.py writes it"),
-        ("--prompt_template_name=nope", "available: alpaca"),
-        ("--lora_dropout=1", "expected a number >= 0 and < 1"),
-        (
-            "--cls_multiple_lambda=1 --distill_block=3",
-            "--distill_block=3 does not divide llama_decoder_nums 8",
-        ),
-    ],
-    "distill.py": [
-        ("", "--teacher=output/demo/teacher: no teacher run there; finetune.py makes one"),
-        (
-            "--distill_block=3 --distill_lambda=0 --norm_lambda=0",
-            "--distill_block=3 does not divide llama_decoder_nums_student 4 (4 % 3 = 1); use one "
-            "of 1, 2, 4",
-        ),
-        ("--distill_lambda=-1", "expected a number >= 0"),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    "script, line, message",
-    [(s, line, m) for s, cases in BAD_REQUESTS.items() for line, m in cases],
-)
-def test_bad_requests(script, line, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("file.txt").write_text("")
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(SCRIPTS[script].main, line.split(" ") if line else [])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert (
-        message in printed.err
-        and printed.err.startswith("error: ")
-        and printed.err.count("\n") == 1
-    )
-    assert not Path("output").exists()
-
-
 @pytest.mark.slow
 def test_a_runs_config_repeats_it_and_flags_beside_it_come_first(inside):
     train_sr_trad.main(**SHORT, hid_dim=16, norm="pre", output_dir="one")

@@ -15,9 +15,8 @@ from benchmarks.plain import plain_twin
 from engine.errors import UsageError
 from models import base, llm4rec
 from models.builtin import ensure_built_in
-from models.llm4rec import assemble
 from serving import export, recommend
-from tests.conftest import SHORT, TARGETS, histories
+from tests.conftest import SHORT, TARGETS, histories, refused, small_model
 
 SHAPE = {
     "hidden_size": 32,
@@ -32,7 +31,6 @@ SHAPE = {
 ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0}
 ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 CONFIGS = {
-    "llama 2": LlamaConfig(**SHAPE | {"num_key_value_heads": 4}),
     "llama 3.2": LlamaConfig(**SHAPE, rope_parameters=ROPE, tie_word_embeddings=True),
     "smollm2": LlamaConfig(**SHAPE | {"num_attention_heads": 8}, tie_word_embeddings=True),
     "mistral": MistralConfig(**SHAPE, sliding_window=300),
@@ -45,29 +43,12 @@ LORA = ["q_proj", "v_proj", *TARGETS]
 
 def build(name: str, strategy: str):
     """A model around a random decoder whose biases and norms do something."""
-    torch.manual_seed(0)
-    llama = base.new_decoder(CONFIGS[name])
-    with torch.no_grad():
-        for parameter_name, parameter in llama.named_parameters():
-            if parameter_name.endswith("bias") or "norm" in parameter_name:
-                parameter.uniform_(0.5, 1.5)
-    spec = {
-        "prompt_ids": [1, 2, 3, 4, 5],
-        "response_ids": [6, 7],
-        "n_blocks": 2,
-        "exit_heads": True,
-        "strategy": strategy,
-        "lora_r": 3,
-        "lora_alpha": 5,
-        "lora_dropout": 0.0,
-        "lora_target_modules": LORA,
-    }
-    model = assemble(llama, torch.randn(23, 6), spec)
+    model = small_model(config=CONFIGS[name], strategy=strategy, targets=LORA)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if "lora_B" in parameter_name:
-                parameter.normal_(std=0.3)
-    return model.double()
+            if parameter_name.endswith("q_proj.bias") or "norm" in parameter_name:
+                parameter.uniform_(0.5, 1.5)
+    return model
 
 
 @pytest.mark.usefixtures("float64_norm")
@@ -112,9 +93,13 @@ def save_base(name: str, folder: Path, tmp_path: Path) -> None:
 def test_every_step_runs_on_it(inside, tmp_path, name):
     save_base(name, Path("mine"), tmp_path)
     flags = SHORT | {"base_model": "mine", "lora_dropout": 0.0}
-    taught = finetune.main(**flags, llama_decoder_nums=4, output_dir="t")
+    chosen = {"layer_selection": "interval", "interval_nums": 2, "llama_decoder_nums": 3}
+    taught = finetune.main(**flags, **chosen, output_dir="t")
+    config = json.loads(Path("t/config.json").read_text())
+    assert config["model"]["layers"] == [0, 1, 3] and config["model"]["strategy"] == "lora"
+    assert not config["random_base"]
     assert finetune.main(eval_only=True, output_dir="t")["test"] == taught["test"]
-    student = {"llama_decoder_nums_student": 2, "distill_block": 2}
+    student = {"llama_decoder_nums_student": 2, "block_map": "1:1,2:3"}
     for cache in ("auto", "off"):  # the cached teacher and the running one
         distill.main(**SHORT, teacher="t", **student, teacher_cache=cache, output_dir=f"s_{cache}")
     cached, live = (json.loads(Path(f"s_{c}/results.json").read_text()) for c in ("auto", "off"))
@@ -129,20 +114,14 @@ def test_a_window_shorter_than_the_sequence_is_refused(inside, tmp_path):
     save_base("mistral", Path("mine"), tmp_path)
     config = json.loads(Path("mine/config.json").read_text()) | {"sliding_window": 90}
     Path("mine/config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        UsageError,
-        match="prompt, items and response are 99 tokens, the base has 90 tokens in its attention"
-        " window; lower --max_seq_length",
-    ):
+    with refused("are 99 tokens, the base has 90 tokens in its attention window; lower --max_seq"):
         finetune.main(**SHORT, base_model="mine", llama_decoder_nums=2, output_dir="t")
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "mixtral", "qwen2_moe", "bert", "gpt2"])
 def test_what_is_not_supported_names_what_is(tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(
-        UsageError, match=f"model_type {kind} unsupported, expected llama, mistral, qwen2 or qwen3"
-    ):
+    with refused(f"model_type {kind} unsupported, expected llama, mistral, qwen2 or qwen3"):
         base.read_config(str(tmp_path))
 
 

@@ -110,3 +110,11 @@ def test_a_list_of_sasrec_does_without_transformers():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_nothing_but_tensors_is_ever_unpickled():
+    for path in CODE:
+        text = path.read_text()
+        assert "pickle.load" not in text and "trust_remote_code=True" not in text, path
+        assert text.count("torch.load(") == text.count("weights_only=True"), path
+        assert text.count("np.load(") == text.count("allow_pickle=False"), path

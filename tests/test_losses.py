@@ -16,8 +16,6 @@ from models.losses import (
     user_kl,
     weighted_sum,
 )
-from tests.conftest import histories, loss_parts, small_model
-from utils.flags import StudentLoss
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (3, 4), (256, 2048)])
@@ -168,18 +166,14 @@ def test_alignment_by_hand():
     assert float(block_cosine(TEACHER, STUDENT, "sum")) == pytest.approx(1.0)
     assert float(block_cosine(TEACHER, STUDENT, "mean")) == pytest.approx(0.5)
     assert float(block_distance(TEACHER, STUDENT, "sum", "l2")) == pytest.approx(math.sqrt(5) + 5)
-    assert float(block_distance(TEACHER, STUDENT, "mean", "squared_l2")) == pytest.approx(
-        (5 + 25) / 2
-    )
+    assert float(block_distance(TEACHER, STUDENT, "mean", "squared_l2")) == pytest.approx(15)
 
 
 def test_equal_models_align_perfectly_and_pull_nowhere():
     states = torch.randn(4, 3, 5, dtype=torch.float64).float()
     student = states.clone().requires_grad_()
-    cosine, distance = (
-        block_cosine(states, student, "sum"),
-        block_distance(states, student, "sum", "l2"),
-    )
+    cosine = block_cosine(states, student, "sum")
+    distance = block_distance(states, student, "sum", "l2")
     assert float(cosine.detach()) == pytest.approx(0.0, abs=1e-6)
     assert float(distance.detach()) == 0.0
     (slope,) = torch.autograd.grad(cosine + distance, student)
@@ -190,89 +184,16 @@ def test_exits_by_hand():
     table, target = torch.eye(2), torch.tensor([0])
     exits = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])  # one user, two exits
     each = [math.log(math.e + 1) - 1, math.log(1 + math.e**2)]
-    assert float(exit_supervision(exits, table, target, "sum")) == pytest.approx(
-        sum(each), rel=1e-6
-    )
-    assert float(exit_supervision(exits, table, target, "mean")) == pytest.approx(
-        sum(each) / 2, rel=1e-6
-    )
-
-
-def test_user_kl_by_hand_and_without_gradient_to_the_teacher():
-    teacher = torch.tensor([[[math.log(3.0), 0.0]]], requires_grad=True)  # probabilities 3/4, 1/4
-    student = torch.zeros(1, 1, 2, requires_grad=True)  # 1/2, 1/2
-    value = user_kl(teacher, student, torch.eye(2), 1.0, "sum")
-    assert float(value.detach()) == pytest.approx(
-        0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6
-    )
-    value.backward()
-    assert teacher.grad is None and student.grad.abs().sum() > 0
-    warm = user_kl(teacher, student, torch.eye(2), 2.0, "sum")
-    p = math.sqrt(3) / (1 + math.sqrt(3))
-    assert float(warm.detach()) == pytest.approx(
-        4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))), rel=1e-5
-    )
-
-
-EVERY = StudentLoss()  # distill.py's defaults
-
-
-def outputs(train_teacher):
-    teacher, student = small_model(seed=1).train(), small_model(layers=2, seed=2).train()
-    batch = histories([3, 8, 1, 5])
-    with torch.set_grad_enabled(train_teacher):
-        wanted = teacher(batch)
-    return (
-        teacher,
-        student,
-        loss_parts(
-            student(batch),
-            wanted,
-            student.item_table,
-            torch.tensor([1, 2, 3, 4]),
-            EVERY,
-            online=train_teacher,
-        ),
-    )
-
-
-def test_every_part_is_there_with_default_weights_and_the_total_adds_up():
-    _, _, parts = outputs(train_teacher=False)
-    parts.pop("logit_kl")
-    assert set(parts) == {"ce", "exits", "align_cos", "align_norm", "teacher_ce", "total"}
-    assert all(float(value.detach()) > 0 for value in parts.values())
-    expected = parts["ce"] + parts["exits"] + parts["align_cos"] + 0.1 * parts["align_norm"]
-    torch.testing.assert_close(parts["total"], expected)
-
-
-def test_offline_no_gradient_reaches_the_teacher_online_it_reaches_both():
-    teacher, student, parts = outputs(train_teacher=False)
-    parts["total"].backward()
-    assert all(p.grad is None for p in teacher.parameters())
-    assert all(p.grad is not None for p in student.parameters())
-    teacher, student, parts = outputs(train_teacher=True)
-    parts["total"].backward()
-    assert all(p.grad is not None for p in [*teacher.parameters(), *student.parameters()])
-    expected = (
-        parts["ce"]
-        + parts["teacher_ce"]
-        + parts["exits"]
-        + parts["teacher_exits"]
-        + parts["align_cos"]
-        + 0.1 * parts["align_norm"]
-    )
-    torch.testing.assert_close(parts["total"], expected)
+    for how, expected in (("sum", sum(each)), ("mean", sum(each) / 2)):
+        found = float(exit_supervision(exits, table, target, how))
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_part_of_weight_zero_is_logged_alone():
     two, three = torch.tensor(2.0), torch.tensor(3.0)
     parts = weighted_sum({"ce": (1.0, two), "kl": (0.5, three), "teacher_ce": (0.0, three)})
-    assert {name: float(value) for name, value in parts.items()} == {
-        "ce": 2.0,
-        "kl": 3.0,
-        "teacher_ce": 3.0,
-        "total": 3.5,
-    }
+    found = {name: float(value) for name, value in parts.items()}
+    assert found == {"ce": 2.0, "kl": 3.0, "teacher_ce": 3.0, "total": 3.5}
 
 
 def test_logit_kl_is_per_block_only_where_both_have_exits():

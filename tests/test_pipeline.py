@@ -16,12 +16,11 @@ import train_sr_trad
 from datasets.demo import write_demo
 from engine import checkpoint
 from engine.errors import UsageError
-from tests.conftest import SHORT, files, hashes, log_of, trained_lines
+from tests.conftest import OFF, SHORT, files, hashes, log_of, trained_lines
 
 pytestmark = pytest.mark.slow
 CHECKPOINT = ("weights.safetensors", "state.safetensors", "meta.json", "manifest.json")
 METRICS = "HR@1 HR@5 HR@10 HR@20 NDCG@5 NDCG@10 NDCG@20 MRR"
-OFF = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
 RUN = {"config.json", "metrics.jsonl", "results.json", "ranks.npz"}
 RUN |= {f"{kind}/{name}" for kind in ("best", "last") for name in CHECKPOINT}
 BASE = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}

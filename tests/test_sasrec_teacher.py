@@ -21,6 +21,7 @@ from engine.run import Run
 from models.llm4rec import LLM4Rec
 from models.sasrec import SASRec
 from tests.conftest import (
+    OFF,
     SHORT,
     assert_resumes,
     hashes,
@@ -32,7 +33,6 @@ from tests.conftest import (
 from utils.flags import STUDENT_STREAM, Data, StudentLoss
 from utils.training import _batches
 
-OFF = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
 ALONE = OFF | {"sasrec_lambda": 3.0, "sasrec_temperature": 2.0}
 
 

@@ -20,11 +20,9 @@ from engine import checkpoint, tensor_cache
 from engine.errors import UsageError
 from models import teachers
 from models.losses import Output
-from tests.conftest import SHORT, hashes, log_of, loss_parts, small_model
-from utils.flags import StudentLoss
+from tests.conftest import SHORT, hashes, log_of, refused
 
 CPU = torch.device("cpu")
-LOSS = StudentLoss(cls_multiple_lambda=0.7, logit_lambda=0.5, temperature=2.0)
 
 
 def samples(n=50, n_items=23, slots=8):
@@ -33,67 +31,6 @@ def samples(n=50, n_items=23, slots=8):
     end = np.cumsum(length + 1) - 1
     items = rng.integers(0, n_items, end[-1] + 1).astype(np.int32)
     return Samples(SimpleNamespace(items=items, n_items=n_items), end, length, slots)
-
-
-def never():
-    raise AssertionError("the teacher was loaded")
-
-
-def trained(student, wanted, data, steps=20):
-    """`steps` steps of the whole loss; every part at every step."""
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    rng, log = np.random.default_rng(1), []
-    for _ in range(steps):
-        rows = rng.choice(len(data), 16, replace=False)
-        parts = loss_parts(
-            student(data.histories(rows)),
-            wanted(rows),
-            student.item_table,
-            data.targets(rows),
-            LOSS,
-        )
-        parts["total"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log.append({name: float(value.detach()) for name, value in parts.items()})
-    return log
-
-
-@pytest.mark.usefixtures("float64_norm")
-@pytest.mark.parametrize("batch_size", [7, 64])
-def test_cached_and_live_teacher_give_the_same_losses_over_20_steps(tmp_path, batch_size):
-    data = samples()
-    encode = small_model(layers=4, n_blocks=2, seed=9).requires_grad_(False).encoder()
-    live = trained(
-        small_model(layers=2, n_blocks=2).train(), lambda rows: encode(data.histories(rows)), data
-    )
-    states = tensor_cache.open_or_build(tmp_path, {"a": 1}, lambda: encode, data, batch_size)
-    cached = trained(
-        small_model(layers=2, n_blocks=2).train(),
-        lambda rows: Output(**states.rows(rows, CPU)),
-        data,
-    )
-    assert set(live[0]) == {
-        "ce",
-        "exits",
-        "align_cos",
-        "align_norm",
-        "logit_kl",
-        "teacher_ce",
-        "total",
-    }
-    assert live[0]["total"] != live[-1]["total"]
-    for one, other in zip(live, cached):
-        assert one == pytest.approx(other, rel=1e-10)
-    again = tensor_cache.open_or_build(tmp_path, {"a": 1}, never, data, batch_size)
-    assert (
-        trained(
-            small_model(layers=2, n_blocks=2).train(),
-            lambda rows: Output(**again.rows(rows, CPU)),
-            data,
-        )
-        == cached
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -140,11 +77,11 @@ def made(tmp_path, data, identity=None, encode=None, calls=None):
     def teacher():
         if calls is not None:
             calls.append(1)
-        return encode or (
-            lambda history: Output(
-                history[:, -1:].float(), history[:, None].float(), history[:, None, :0].float()
-            )
-        )
+        return encode or plain
+
+    def plain(history):
+        history = history.float()
+        return Output(history[:, -1:], history[:, None], history[:, None, :0])
 
     return tensor_cache.open_or_build(tmp_path, identity or {"teacher": "one"}, teacher, data, 8)
 
@@ -194,18 +131,19 @@ def test_another_identity_has_another_folder(tmp_path):
     assert len(calls) == 2 and len(list(tmp_path.glob("[!.]*"))) == 2
 
 
-def test_a_teacher_that_fails_half_way_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_teacher_that_fails_half_way_leaves_nothing(tmp_path, error):
     looks = []
 
     def encode(history):
         looks.append(1)
         if len(looks) == 4:
-            raise KeyboardInterrupt
+            raise error
         return Output(
             history[:, :2].float(), history[:, None].float(), history[:, None, :0].float()
         )
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(error)):
         made(tmp_path, samples(), encode=encode)
     assert [path.name for path in tmp_path.glob("[!.]*")] == []
 
@@ -213,13 +151,7 @@ def test_a_teacher_that_fails_half_way_leaves_nothing(tmp_path):
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
-    with pytest.raises(
-        UsageError,
-        match=(
-            r"--teacher_cache: .* has 0.00 GiB free, the teacher's states need 0.00 GiB; name a "
-            r"folder .* or use off"
-        ),
-    ):
+    with refused("has 0.00 GiB free, the teacher's states need 0.00 GiB; name a folder"):
         made(tmp_path / "cache", samples())
     assert list((tmp_path / "cache").glob("[!.]*")) == []
 
@@ -233,10 +165,8 @@ def test_a_folder_under_another_identitys_name_is_not_used(tmp_path, capsys):
     shutil.rmtree(second)
     first.rename(second)
     made(tmp_path, data, {"weights": "b"})
-    assert (
-        f"{second} belongs to another teacher or other samples; computing them again"
-        in capsys.readouterr().out
-    )
+    said = f"{second} belongs to another teacher or other samples; computing them again"
+    assert said in capsys.readouterr().out
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
@@ -257,14 +187,6 @@ def test_a_disk_that_fills_up_is_an_error_and_leaves_nothing(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_altered_teacher_weights_are_refused_though_the_states_are_there(inside):
-    path = Path("output/demo/teacher/best/weights.safetensors")
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(UsageError, match="best: weights.safetensors does not match its sha256"):
-        distill.main(**SHORT, output_dir="other")
-
-
-@pytest.mark.slow
 def test_a_checkpoint_caught_between_two_renames_still_evaluates(inside):
     Path("output/demo/student/best").rename("output/demo/student/.old-best")
     Path("output/demo/student/results.json").unlink()
@@ -278,19 +200,14 @@ def test_a_second_run_needs_no_teacher_weights_and_says_so(inside, capsys):
     distill.main(**SHORT, overwrite=True)
     said = capsys.readouterr().out
     assert "120 samples, 0.00 GiB to output/demo/teacher_states/" in said
-    for name in (
-        "output/demo/teacher/best/weights.safetensors",
-        "output/demo/teacher/best",
-        "output/demo/teacher/last",
-    ):
-        Path(name).unlink() if Path(name).is_file() else shutil.rmtree(name)
+    for name in ("best/weights.safetensors", "best", "last"):
+        path = Path("output/demo/teacher") / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
         other = {"distill_lambda": 0.3, "seed": 5, "output_dir": "other", "overwrite": True}
         distill.main(**SHORT, **other, student_init="base")
         said = capsys.readouterr().out
-        assert (
-            "teacher states: read from output/demo/teacher_states/" in said
-            and "the teacher is not loaded" in said
-        )
+        assert "teacher states: read from output/demo/teacher_states/" in said
+        assert "the teacher is not loaded" in said
     with pytest.raises(UsageError, match="starts from its weights, unless --student_init=base"):
         distill.main(**SHORT, output_dir="third")
     shutil.rmtree("output/demo/teacher_states")
@@ -303,25 +220,16 @@ def test_a_second_run_needs_no_teacher_weights_and_says_so(inside, capsys):
 def test_the_scripts_losses_are_those_of_the_live_teacher(inside, strategy):
     short = SHORT | {"max_steps": 20, "log_steps": 1, "eval_steps": 20, "logit_lambda": 0.5}
     finetune.main(**SHORT, train_strategy=strategy, output_dir="guide/teacher")
-    distill.main(
-        **short,
-        teacher="guide/teacher",
-        train_strategy=strategy,
-        teacher_cache="off",
-        output_dir="live",
-    )
+    short |= {"teacher": "guide/teacher", "train_strategy": strategy}
+    distill.main(**short, teacher_cache="off", output_dir="live")
     assert not Path("guide/teacher_states").exists()
     for run in ("cached", "again"):
-        distill.main(**short, teacher="guide/teacher", train_strategy=strategy, output_dir=run)
+        distill.main(**short, output_dir=run)
     logs = [log_of(run) for run in ("live", "cached", "again")]
-    assert (
-        [line.pop("event") for line in logs[0]]
-        == [line.pop("event") for line in logs[1]]
-        == ["train"] * 20 + ["valid"]
-    )
-    for one, other in zip(
-        *logs[:2]
-    ):  # the KL of two near models is a small difference of large float32 numbers
+    for log in logs[:2]:
+        assert [line.pop("event") for line in log] == ["train"] * 20 + ["valid"]
+    # the KL of two near models is a small difference of large float32 numbers
+    for one, other in zip(*logs[:2]):
         assert one.pop("logit_kl", 0.0) == pytest.approx(other.pop("logit_kl", 0.0), abs=1e-5)
         assert one == pytest.approx(other, rel=1e-5)
     assert log_of("cached") == log_of("again")
@@ -333,10 +241,8 @@ def test_a_teacher_trained_again_is_not_taken_for_the_first(inside, capsys):
     finetune.main(**SHORT, seed=7, overwrite=True)
     capsys.readouterr()
     distill.main(**SHORT, overwrite=True)
-    assert (
-        "teacher states: none in output/demo/teacher_states for this teacher"
-        in capsys.readouterr().out
-    )
+    said = "teacher states: none in output/demo/teacher_states for this teacher"
+    assert said in capsys.readouterr().out
     assert len(list(Path("output/demo/teacher_states").glob("*/meta.json"))) == 2
 
 
@@ -346,17 +252,8 @@ def test_a_named_folder_is_used_and_a_file_refused(inside):
     assert len(list(Path("my states").glob("[!.]*"))) == 1
     with pytest.raises(UsageError, match="--teacher_cache=: expected a folder, auto or off"):
         distill.main(**SHORT, teacher_cache="", output_dir="t")
-    with pytest.raises(
-        UsageError, match="--teacher_cache=data/demo.csv: expected a folder, auto or off"
-    ):
+    with refused("--teacher_cache=data/demo.csv: expected a folder, auto or off"):
         distill.main(**SHORT, teacher_cache="data/demo.csv", output_dir="t")
-
-
-@pytest.mark.slow
-def test_weights_of_the_run_are_named_in_its_results(inside):
-    results = json.loads(Path("output/demo/teacher/results.json").read_text())
-    manifest = json.loads(Path("output/demo/teacher/best/manifest.json").read_text())
-    assert results["weights_sha256"] == manifest[checkpoint.WEIGHTS]
 
 
 @pytest.mark.slow
