@@ -23,7 +23,7 @@ import train_sr_trad
 from datasets import process
 from engine import cli
 from experiments import bases, paper, report, results, significance, titles
-from tests.conftest import ROOT
+from tests.conftest import OFF, ROOT, refused
 
 STUDENT = cli.defaults(distill.main) | {
     "llama_decoder_nums_teacher": 8,
@@ -31,10 +31,14 @@ STUDENT = cli.defaults(distill.main) | {
     "max_seq_length": 30,
     "prompt_template_name": "alpaca",
 }
-SHORT = "--max_steps 3 --eval_batch_size 64 --batch_size 32"
+FIRST_STEPS = ["train_sr_trad.py", "extract_emb.py", "finetune.py"]
 PAPERS = ("cloth", "movie", "music", "sport")
-OFF = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
-COS = {"norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
+TEACHER = cli.defaults(finetune.main)
+RELEASED_SASREC = {"train_targets": "last", "init_std": 1.0}
+COPIED = STUDENT | OFF | {"student_init": "teacher"}
+ADAPTER = STUDENT | {"student_init": "adapter"}
+TWO_LAYERS = {"llama_decoder_nums_student": 2, "distill_block": 2, "train_targets": "all"}
+TWO_LAYERS = STUDENT | TWO_LAYERS
 SASREC_KL = {"sasrec_lambda": 3.0, "sasrec_temperature": 2.0}
 
 
@@ -42,43 +46,24 @@ SASREC_KL = {"sasrec_lambda": 3.0, "sasrec_temperature": 2.0}
     "step, flags, expected",
     [
         ("sasrec", {"train_targets": "all", "init_std": 0.02}, "SASRec"),
-        ("sasrec", {"train_targets": "last", "init_std": 1.0}, "SASRec, as released"),
-        (
-            "sasrec",
-            {"train_targets": "last", "init_std": 1.0, "max_seq_length": 50},
-            "SASRec, as released later",
-        ),
+        ("sasrec", RELEASED_SASREC, "SASRec, as released"),
+        ("sasrec", RELEASED_SASREC | {"max_seq_length": 50}, "SASRec, as released later"),
         ("sasrec", {"train_targets": "last", "init_std": 0.02}, "SASRec, one target per user"),
-        ("teacher", cli.defaults(finetune.main), "E4SRec-like, 8 layers"),
-        (
-            "teacher",
-            cli.defaults(finetune.main) | {"cls_multiple_lambda": 1.0},
-            "8 layers: CE + L_ms",
-        ),
+        ("sasrec", {"alpha": 0.7}, "SASRec with frequencies, alpha 0.7"),
+        ("teacher", TEACHER, "E4SRec-like, 8 layers"),
+        ("teacher", TEACHER | {"cls_multiple_lambda": 1.0}, "8 layers: CE + L_ms"),
         ("student", STUDENT, "SLMRec 4 <- 8"),
         ("student", STUDENT | OFF, "E4SRec-like, 4 layers"),
-        (
-            "student",
-            STUDENT | OFF | {"student_init": "teacher"},
-            "4 layers: CE, from the teacher's layers",
-        ),
+        ("student", COPIED, "4 layers: CE, from the teacher's layers"),
         ("student", STUDENT | {"norm_lambda": 0.0}, "4 <- 8: D_cos + L_ms"),
         ("student", STUDENT | {"distill_lambda": 0.0, "norm_lambda": 0.0}, "4 layers: CE + L_ms"),
         ("student", STUDENT | OFF | {"logit_lambda": 1.0}, "4 <- 8: logit KL"),
         ("student", STUDENT | OFF | SASREC_KL, "4 layers: CE + SASRec KL"),
         ("student", STUDENT | SASREC_KL, "SLMRec 4 <- 8 + SASRec KL"),
         ("student", STUDENT | {"exit_norm": True}, "SLMRec 4 <- 8, normed exits"),
-        (
-            "student",
-            STUDENT | {"student_init": "adapter"},
-            "SLMRec 4 <- 8, from the teacher's adapter and head",
-        ),
+        ("student", ADAPTER, "SLMRec 4 <- 8, from the teacher's adapter and head"),
         ("student", STUDENT | {"distill_mode": "online"}, "SLMRec 4 <- 8, online"),
-        (
-            "student",
-            STUDENT | {"llama_decoder_nums_student": 2, "distill_block": 2, "train_targets": "all"},
-            "SLMRec 2 <- 8, B = 2, every prefix",
-        ),
+        ("student", TWO_LAYERS, "SLMRec 2 <- 8, B = 2, every prefix"),
     ],
 )
 def test_rows_are_called_what_they_are(step, flags, expected):
@@ -88,11 +73,7 @@ def test_rows_are_called_what_they_are(step, flags, expected):
 def test_every_row_of_the_ablation_binds_and_has_a_name_of_its_own():
     script, names = ROOT / "experiments/domains/ablation.sh", {}
     every = commands(script)
-    assert [words[0] for words in every[:3]] == [
-        "train_sr_trad.py",
-        "extract_emb.py",
-        "finetune.py",
-    ]
+    assert [words[0] for words in every[:3]] == FIRST_STEPS
     for script_name, *rest in every[3:-1]:
         assert script_name == "distill.py"
         flags = cli.bind(distill.main, rest)
@@ -128,10 +109,7 @@ def test_the_papers_figures_are_those_of_its_page():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 5 and cells[0] in names:
             for domain, cell in zip(PAPERS, cells[1:]):
-                assert paper.PAPER[domain][names[cells[0]]] == tuple(map(float, cell.split())), (
-                    domain,
-                    cells[0],
-                )
+                assert paper.PAPER[domain][names[cells[0]]] == tuple(map(float, cell.split()))
                 found += 1
     assert found == 8 * 4
 
@@ -152,9 +130,8 @@ def test_paired_bootstrap_on_what_can_be_worked_out():
     # the normal interval, which the bootstrap's must come near
     error = difference.std() / math.sqrt(len(difference))
     assert mean == difference.mean()
-    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error) and high == pytest.approx(
-        mean + 1.96 * error, abs=0.1 * error
-    )
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
     assert p == pytest.approx(math.erfc(mean / error / math.sqrt(2)), abs=0.03)
     assert of_users(-difference, 4000)[3] == pytest.approx(p, abs=1e-9)
     whole, chunk = of_users(difference, 64), significance.CHUNK
@@ -187,51 +164,27 @@ def test_holms_correction_by_hand():
     assert significance.holm([0.9, 0.8]) == [1.0, 1.0] and significance.holm([]) == []
 
 
-def test_mean_and_spread():
-    assert report.spread([0.1, 0.2, 0.3]) == "0.2000 ± 0.1000"
-    assert (report.spread([0.25]), report.spread([])) == ("0.2500", "-")
-
-
-def fake_run(folder, step, flags, seed, ranks, domain="cloth", settings=None, **extra):
-    """A finished run with the given test ranks under every protocol."""
+def fake_run(folder, flags=STUDENT, ranks=(1, 2), seed=0, domain="cloth", settings=(), **extra):
+    """A finished run with the given test ranks under every protocol; a teacher's by its flags."""
     from utils.metrics import summarise
 
     folder.mkdir(parents=True)
-    flags = flags | {"seed": seed}
-    metrics = {
-        protocol: summarise(np.array(ranks), (1, 5, 10, 20))
-        for protocol in ("sampled", "full", "full_all")
-    }
-    found = {
-        "seed": seed,
-        "users": len(ranks),
-        "test": metrics,
-        "valid": metrics,
-        "parameters": 10,
-        "trainable_parameters": 4,
-        "steps": 2,
-        "best_step": 2,
-        "train_seconds": 1.5,
-        "inference_users_per_second": 7.0,
-        "random_base": step != "sasrec",
-        **extra,
-    }
-    layers = [*range(flags.get("llama_decoder_nums", flags.get("llama_decoder_nums_student", 0)))]
-    config = {
-        "step": step,
-        "domain": domain,
-        "data_sha256": "d" * 64,
-        "flags": flags,
-        "model": {"layers": layers},
-    }
+    ranks, flags = np.array(ranks), flags | {"seed": seed}
+    step = "student" if "llama_decoder_nums_student" in flags else "teacher"
+    metrics = summarise(ranks, (1, 5, 10, 20))
+    metrics = dict.fromkeys(("sampled", "full", "full_all"), metrics)
+    found = {"seed": seed, "users": len(ranks), "test": metrics, "valid": metrics, "steps": 2}
+    found |= {"parameters": 10, "trainable_parameters": 4, "best_step": 2, "train_seconds": 1.5}
+    found |= {"inference_users_per_second": 7.0, "random_base": True} | extra
+    layers = [*range(flags.get("llama_decoder_nums", flags.get("llama_decoder_nums_student")))]
+    config = {"step": step, "domain": domain, "data_sha256": "d" * 64, "flags": flags}
+    config["model"] = {"layers": layers}
     if step == "student" and not paper.plain_ce(flags):
         config["teacher"] = f"output/seed{seed}/teacher"
-    (folder / "config.json").write_text(json.dumps(config | (settings or {})))
+    (folder / "config.json").write_text(json.dumps(config | dict(settings)))
     (folder / "results.json").write_text(json.dumps(found))
-    (folder / "metrics.jsonl").write_text(
-        json.dumps({"event": "train", "step": 2, "ce": 3.0, "total": 3.0}) + "\n"
-    )
-    np.savez(folder / "ranks.npz", test_sampled=np.array(ranks), test_full=np.array(ranks))
+    (folder / "metrics.jsonl").write_text('{"event": "train", "step": 2, "ce": 3, "total": 3}\n')
+    np.savez(folder / "ranks.npz", test_sampled=ranks, test_full=ranks)
 
 
 def test_another_item_table_or_another_sasrec_more_makes_another_row(tmp_path):
@@ -242,7 +195,7 @@ def test_another_item_table_or_another_sasrec_more_makes_another_row(tmp_path):
         "titles": {"sasrec_sha256": "a", "items_from": "titles"},
     }
     for name, settings in made.items():
-        fake_run(tmp_path / name, "student", flags, 0, [1, 2], settings=settings)
+        fake_run(tmp_path / name, flags, settings=settings)
     runs, _ = results.read_runs(tmp_path)
     found = {run.name: run.label for run in runs}
     assert found["two"] == found["one"] + ", of 2 SASRecs"
@@ -251,14 +204,14 @@ def test_another_item_table_or_another_sasrec_more_makes_another_row(tmp_path):
 
 
 def test_the_report_over_seeds_beside_the_paper(tmp_path):
-    teacher = cli.defaults(finetune.main) | {"domain_type": "cloth"}
+    teacher = TEACHER | {"domain_type": "cloth"}
     for seed, ranks in ((0, [1, 1, 2, 20]), (1, [1, 2, 4, 20])):
-        fake_run(tmp_path / f"seed{seed}/slmrec", "student", STUDENT, seed, ranks)
-        fake_run(tmp_path / f"seed{seed}/ce", "student", STUDENT | OFF, seed, [2, 2, 4, 20])
-        fake_run(tmp_path / f"seed{seed}/teacher", "teacher", teacher, seed, [1, 1, 1, 1])
+        fake_run(tmp_path / f"seed{seed}/slmrec", STUDENT, ranks, seed=seed)
+        fake_run(tmp_path / f"seed{seed}/ce", STUDENT | OFF, [2, 2, 4, 20], seed=seed)
+        fake_run(tmp_path / f"seed{seed}/teacher", teacher, [1, 1, 1, 1], seed=seed)
     # the same as ce of seed 0
-    fake_run(tmp_path / "four", "teacher", teacher | {"llama_decoder_nums": 4}, 0, [2, 2, 4, 20])
-    fake_run(tmp_path / "slow", "student", STUDENT | {"learning_rate": 1e-5}, 0, [20, 20, 20, 20])
+    fake_run(tmp_path / "four", teacher | {"llama_decoder_nums": 4}, [2, 2, 4, 20])
+    fake_run(tmp_path / "slow", STUDENT | {"learning_rate": 1e-5}, [20, 20, 20, 20])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text('{"step": "student"}')
     for name, config, found in (
@@ -277,36 +230,24 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
     table = [line.strip("|").split("|") for line in above if line.startswith("| ")]
     lines = {cells[0].strip(): [cell.strip() for cell in cells] for cells in table}
     # HR@1: 2/4 and 1/4; MRR: (1 + 1 + 1/2 + 1/20)/4 = .6375, (1 + 1/2 + 1/4 + 1/20)/4 = .45
-    assert (
-        lines["SLMRec 4 <- 8"][1:3] == ["0, 1", "0.3750 ± 0.1768"]
-        and lines["SLMRec 4 <- 8"][7] == "0.5437 ± 0.1326"
-    )
+    assert lines["SLMRec 4 <- 8"][1:3] == ["0, 1", "0.3750 ± 0.1768"]
+    assert lines["SLMRec 4 <- 8"][7] == "0.5437 ± 0.1326"
     assert lines["SLMRec 4 <- 8"][-4:] == ["0.1669", "0.1947", "0.1807", "0.1874"]
-    assert (
-        lines["E4SRec-like, 4 layers"][1] == "0, 1" and lines["E4SRec-like, 8 layers"][1] == "0, 1"
-    )
-    assert (
-        lines["SASRec"][1] == "not run"
-        and lines["SASRec"][2] == "-"
-        and lines["SASRec"][-4] == "0.1308"
-    )
+    assert lines["E4SRec-like, 4 layers"][1] == lines["E4SRec-like, 8 layers"][1] == "0, 1"
+    assert lines["SASRec"][1:3] == ["not run", "-"] and lines["SASRec"][-4] == "0.1308"
     assert lines["SLMRec 4 <- 8 [learning_rate=1e-05]"][1] == "0"
     assert lines["SASRec, as released"][-4] == "0.1308"
-    assert (
-        "random base" in text
-        and "broken is unfinished" in text
-        and "has the flags and the seed of" in text
-    )
-    assert (
-        "bare: its config.json or results.json lacks something" in text
-        and "list/config.json: damaged" in text
-    )
+    for said in (
+        "random base",
+        "broken is unfinished",
+        "has the flags and the seed of",
+        "bare: its config.json or results.json lacks something",
+        "list/config.json: damaged",
+    ):
+        assert said in text
     # the ranks of one seed are torn
     assert "| SLMRec 4 <- 8 | E4SRec-like, 4 layers |" not in text.split("### Significance")[1]
-    assert (
-        "SLMRec 4 <- 8 against E4SRec-like, 4 layers: ranks.npz of seed1/slmrec or seed1/ce is "
-        "missing or torn" in text
-    )
+    assert "4 layers: ranks.npz of seed1/slmrec or seed1/ce is missing or torn" in text
     shutil.copyfile(tmp_path / "seed0/ce/ranks.npz", tmp_path / "seed1/ce/ranks.npz")
     text = report.main(runs=str(tmp_path), resamples=50).read_text()
     # slmrec against ce: (1 - 1/2) + (1 - 1/2) + (1/2 - 1/4) + 0 = 1.25 and 0.5 + 0 + 0 + 0; mean
@@ -332,7 +273,7 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
 def test_rows_of_the_paper_that_were_not_run_stand_there_with_its_figures(tmp_path):
     for domain in ("games", "cloth"):
         for name, weights in (("slmrec", {}), ("ce", OFF)):
-            fake_run(tmp_path / domain / name, "student", STUDENT | weights, 0, [1, 2], domain)
+            fake_run(tmp_path / domain / name, STUDENT | weights, domain=domain)
     texts = {
         domain: report.main(runs=str(tmp_path / domain), resamples=50).read_text()
         for domain in ("games", "cloth")
@@ -350,9 +291,7 @@ def rows_of(root):
 
 def test_no_row_is_lost_and_none_is_mixed(tmp_path):
     for name, norm in (("a", 0.1), ("b", 0.2), ("c", 0.3)):
-        fake_run(
-            tmp_path / name / "seed0/slmrec", "student", STUDENT | {"norm_lambda": norm}, 0, [1, 2]
-        )
+        fake_run(tmp_path / name / "seed0/slmrec", STUDENT | {"norm_lambda": norm})
     labels, _ = rows_of(tmp_path)
     assert set(labels) == {
         "SLMRec 4 <- 8",
@@ -365,14 +304,8 @@ def test_no_row_is_lost_and_none_is_mixed(tmp_path):
         (0, 1e-3),
         (1, 1e-5),
     ):  # students of equal flags whose teachers differ are not seeds of one row
-        fake_run(
-            tmp_path / f"seed{seed}/teacher",
-            "teacher",
-            cli.defaults(finetune.main) | {"learning_rate": rate},
-            seed,
-            [1, 2],
-        )
-        fake_run(tmp_path / f"seed{seed}/slmrec", "student", STUDENT, seed, [1, 2])
+        fake_run(tmp_path / f"seed{seed}/teacher", TEACHER | {"learning_rate": rate}, seed=seed)
+        fake_run(tmp_path / f"seed{seed}/slmrec", STUDENT, seed=seed)
     labels, _ = rows_of(tmp_path)
     assert sorted(labels) == [
         "E4SRec-like, 8 layers",
@@ -383,10 +316,8 @@ def test_no_row_is_lost_and_none_is_mixed(tmp_path):
     shutil.rmtree(tmp_path / "seed1")
     fake_run(
         tmp_path / "two/slmrec",
-        "student",
         STUDENT,
-        1,
-        [1, 2],
+        seed=1,
         settings={"bf16": True, "teacher": "output/seed0/teacher"},
     )
     # computed in bfloat16 on another machine
@@ -394,14 +325,9 @@ def test_no_row_is_lost_and_none_is_mixed(tmp_path):
 
 
 def test_a_flag_that_came_later_has_its_default_in_older_runs(tmp_path):
-    fake_run(
-        tmp_path / "seed0/slmrec",
-        "student",
-        {name: value for name, value in STUDENT.items() if name != "temperature"},
-        0,
-        [1, 2],
-    )
-    fake_run(tmp_path / "seed1/slmrec", "student", STUDENT, 1, [1, 2])
+    older = {name: value for name, value in STUDENT.items() if name != "temperature"}
+    fake_run(tmp_path / "seed0/slmrec", older)
+    fake_run(tmp_path / "seed1/slmrec", STUDENT, seed=1)
     assert list(rows_of(tmp_path)[0]["SLMRec 4 <- 8"].runs) == [0, 1]
 
 
@@ -422,23 +348,18 @@ def test_the_t_test_of_equal_differences():
     assert significance.t_test(np.full(3, 0.25)) == 0.0
 
 
-@pytest.mark.parametrize(
-    "flags, settings, why",
-    [({}, {"table_sha256": "other"}, "seed0/slmrec and seed0/ce use different item tables")],
-)
-def test_what_cannot_be_paired_is_not(tmp_path, flags, settings, why):
-    fake_run(tmp_path / "seed0/slmrec", "student", STUDENT | flags, 0, [1, 2], settings=settings)
-    fake_run(
-        tmp_path / "seed0/ce", "student", STUDENT | OFF, 0, [1, 2], settings={"table_sha256": "one"}
-    )
+def test_what_cannot_be_paired_is_not(tmp_path):
+    fake_run(tmp_path / "seed0/slmrec", settings={"table_sha256": "other"})
+    fake_run(tmp_path / "seed0/ce", STUDENT | OFF, settings={"table_sha256": "one"})
     labels, notes = rows_of(tmp_path)
     assert significance.compare(list(labels.values()), 10, notes) == []
-    assert notes == [f"SLMRec 4 <- 8 against E4SRec-like, 4 layers: {why}"]
+    assert len(notes) == 1
+    assert notes[0].endswith(": seed0/slmrec and seed0/ce use different item tables")
 
 
 def test_other_candidates_are_a_table_of_their_own(tmp_path):
     for name, flags in (("a", {}), ("b", {"num_candidates": 99})):
-        fake_run(tmp_path / name, "student", STUDENT | flags, 0, [1, 2])
+        fake_run(tmp_path / name, STUDENT | flags)
     runs, notes = results.read_runs(tmp_path)
     assert list(results.by_domain(runs, notes)) == ["cloth", "cloth (candidates 99, seed 42)"]
 
@@ -448,28 +369,21 @@ def test_tables_of_other_sasrecs_are_rows_of_their_own(tmp_path):
     released = {"train_targets": "last", "init_std": 1.0}
     for name, flags in (("a", {"train_targets": "all"}), ("b", released)):
         settings = {"items_from": "SASRec", "items_flags": flags}
-        fake_run(tmp_path / name, "student", STUDENT, 0, [1, 2], settings=settings)
+        fake_run(tmp_path / name, STUDENT, settings=settings)
     labels, notes = rows_of(tmp_path)
     assert sorted(labels) == ["SLMRec 4 <- 8", "SLMRec 4 <- 8, items from SASRec, as released"]
     assert not notes
 
 
 def test_rows_are_compared_with_their_like(tmp_path):
-    teacher = cli.defaults(finetune.main)
+    teacher = TEACHER
     for seed in (0, 1):
-        fake_run(tmp_path / f"seed{seed}/teacher", "teacher", teacher, seed, [2, 2])
-        fake_run(tmp_path / f"seed{seed}/ce", "student", STUDENT | OFF, seed, [4, 4])
-    fake_run(tmp_path / "search", "teacher", teacher | {"learning_rate": 1e-5}, 7, [1, 1])
+        fake_run(tmp_path / f"seed{seed}/teacher", teacher, [2, 2], seed=seed)
+        fake_run(tmp_path / f"seed{seed}/ce", STUDENT | OFF, [4, 4], seed=seed)
+    fake_run(tmp_path / "search", teacher | {"learning_rate": 1e-5}, [1, 1], seed=7)
     every = {"train_targets": "all"}
-    fake_run(
-        tmp_path / "seed0/slmrec_all",
-        "student",
-        STUDENT | every,
-        0,
-        [1, 1],
-        settings={"teacher": None},
-    )
-    fake_run(tmp_path / "seed0/ce_all", "student", STUDENT | OFF | every, 0, [2, 2])
+    fake_run(tmp_path / "seed0/slmrec_all", STUDENT | every, [1, 1], settings={"teacher": None})
+    fake_run(tmp_path / "seed0/ce_all", STUDENT | OFF | every, [2, 2])
     labels, notes = rows_of(tmp_path)
     pairs = {
         tuple(line[:3]): line[-1] for line in significance.compare(list(labels.values()), 10, notes)
@@ -490,12 +404,12 @@ def test_rows_are_compared_with_their_like(tmp_path):
 def test_older_runs_without_a_metric_and_a_runs_own_folder_are_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "SAMPLED", (*report.SAMPLED, "MAP@10"))
     flags = STUDENT | {"block_map": "2:4,4:8"}
-    fake_run(tmp_path / "one", "student", flags, 0, [1, 2])
+    fake_run(tmp_path / "one", flags)
     path = tmp_path / "one/results.json"
     found = json.loads(path.read_text())
     found["test"]["sampled"]["MAP@10"] = 0.75
     path.write_text(json.dumps(found))
-    fake_run(tmp_path / "older", "student", STUDENT, 0, [1, 2])
+    fake_run(tmp_path / "older", STUDENT)
     lines = report.main(runs=str(tmp_path), resamples=10).read_text().splitlines()
     rows = {line.split(" | ")[0]: line.split(" | ")[8] for line in lines if " | 0 | " in line}
     assert rows["| SLMRec 4 <- 8"] == "-"
@@ -504,28 +418,20 @@ def test_older_runs_without_a_metric_and_a_runs_own_folder_are_shown(tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "name, old, new",
     [
-        lambda run: np.savez(run / "ranks.npz", test_sampled=np.array([1, 2])),
-        lambda run: (run / "ranks.npz").write_bytes(b""),
-        lambda run: (run / "metrics.jsonl").write_text(
-            '12\n{}\n{"event": "train", "step": 1, "ce": 2}\n'
-        ),
-        lambda run: (run / "config.json").write_text(
-            (run / "config.json").read_text().replace('"data_sha256"', '"sha"')
-        ),
-        lambda run: (run / "results.json").write_text(
-            (run / "results.json").read_text().replace('"full_all"', '"half"')
-        ),
-        lambda run: (run / "results.json").write_text(
-            (run / "results.json").read_text().replace('"steps": 2', '"steps": 0')
-        ),
+        ("ranks.npz", None, ""),
+        ("metrics.jsonl", None, '12\n{}\n{"event": "train", "step": 1, "ce": 2}\n'),
+        ("config.json", '"data_sha256"', '"sha"'),
+        ("results.json", '"full_all"', '"half"'),
+        ("results.json", '"steps": 2', '"steps": 0'),
     ],
 )
-def test_one_odd_run_does_not_take_the_report_down(tmp_path, damage):
-    fake_run(tmp_path / "seed0/slmrec", "student", STUDENT, 0, [1, 2])
-    fake_run(tmp_path / "seed0/ce", "student", STUDENT | OFF, 0, [1, 2])
-    damage(tmp_path / "seed0/slmrec")
+def test_one_odd_run_does_not_take_the_report_down(tmp_path, name, old, new):
+    fake_run(tmp_path / "seed0/slmrec")
+    fake_run(tmp_path / "seed0/ce", STUDENT | OFF)
+    path = tmp_path / "seed0/slmrec" / name
+    path.write_text(path.read_text().replace(old, new) if old else new)
     assert "E4SRec-like, 4 layers" in report.main(runs=str(tmp_path), resamples=10).read_text()
 
 
@@ -535,16 +441,9 @@ def test_a_teacher_is_found_by_its_weights_and_other_depths_have_their_tables(tm
         "llama_decoder_nums_teacher": 32,
         "distill_block": 1,
     }
-    fake_run(
-        tmp_path / "t/deep",
-        "teacher",
-        cli.defaults(finetune.main) | {"llama_decoder_nums": 32},
-        0,
-        [1, 1],
-        weights_sha256="w",
-    )
-    fake_run(tmp_path / "s/slmrec", "student", deep, 0, [2, 2], settings={"teacher_sha256": "w"})
-    fake_run(tmp_path / "s/ce", "student", deep | OFF, 0, [4, 4])
+    fake_run(tmp_path / "t/deep", TEACHER | {"llama_decoder_nums": 32}, [1, 1], weights_sha256="w")
+    fake_run(tmp_path / "s/slmrec", deep, [2, 2], settings={"teacher_sha256": "w"})
+    fake_run(tmp_path / "s/ce", deep | OFF, [4, 4])
     labels, notes = rows_of(tmp_path)
     found_pairs = [line[:3] for line in significance.compare(list(labels.values()), 10, notes)]
     assert ["SLMRec 1 <- 32, B = 1", "E4SRec-like, 1 layer", "+0.2500"] in found_pairs
@@ -553,7 +452,7 @@ def test_a_teacher_is_found_by_its_weights_and_other_depths_have_their_tables(tm
 
 def test_what_the_report_reads_is_kept(tmp_path):
     runs, kept = tmp_path / "runs", tmp_path / "kept"
-    fake_run(runs / "seed0/slmrec", "student", STUDENT, 0, [1, 300], domain="x")
+    fake_run(runs / "seed0/slmrec", STUDENT, [1, 300], domain="x")
     archive = str(kept / "x.zip")
     plain = report.main(runs=str(runs), keep=archive, resamples=10).read_text()
     with zipfile.ZipFile(archive) as file:
@@ -581,30 +480,37 @@ def test_what_the_report_reads_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module, flags, line",
+    "flags, line",
     [
-        (report, {"runs": "nowhere"}, "--runs=nowhere: no such folder"),
-        (report, {"runs": "."}, "no finished run below it"),
-        (report, {"runs": ".", "keep": "kept"}, "--keep=kept: expected a name ending in .zip"),
+        ({"runs": "nowhere"}, "--runs=nowhere: no such folder"),
+        ({"runs": "."}, "no finished run below it"),
+        ({"runs": ".", "keep": "kept"}, "--keep=kept: expected a name ending in .zip"),
     ],
 )
-def test_wrong_requests_are_refused_before_any_work(module, flags, line, tmp_path, monkeypatch):
+def test_wrong_requests_are_refused_before_any_work(flags, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(cli.UsageError) as error:
-        module.main(**flags)
-    assert line in str(error.value)
+    with refused(line):
+        report.main(**flags)
     assert not Path("output").exists()
 
 
 def commands(script, **environment):
-    done = subprocess.run(
-        ["bash", script],
-        capture_output=True,
-        text=True,
-        env={"PATH": "/usr/bin:/bin", "DRY": "1", **environment},
-    )
+    environment |= {"PATH": "/usr/bin:/bin", "DRY": "1"}
+    done = subprocess.run(["bash", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return [shlex.split(line[2:])[1:] for line in done.stdout.splitlines() if line.startswith("+ ")]
+
+
+MAINS = {"train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main}
+MAINS |= {"finetune.py": finetune.main, "distill.py": distill.main}
+MAINS |= {"datasets.process": process.main, "experiments.report": report.main}
+MAINS |= {"experiments.bases": bases.main, "experiments.titles": titles.main}
+
+
+def bound(words):
+    """The name of a command of ours and its flags."""
+    name, *rest = words[1:] if words[0] == "-m" else words
+    return name, cli.bind(MAINS[name], rest)
 
 
 @pytest.mark.parametrize("smoke", ["", "1"])
@@ -614,20 +520,9 @@ def test_a_reproductions_flags_bind_and_its_paths_agree(domain, smoke, condition
     """Every file that a command reads is one that an earlier command wrote, and the student gets
     the paper's settings; with PAPER=1 also from SASRec as released and by the text's loss.
     """
-    mains = {
-        "train_sr_trad.py": train_sr_trad.main,
-        "extract_emb.py": extract_emb.main,
-        "finetune.py": finetune.main,
-        "distill.py": distill.main,
-        "datasets.process": process.main,
-        "experiments.report": report.main,
-    }
-    written, bound = set(), []
-    for words in commands(
-        ROOT / f"experiments/domains/{domain}.sh", SEEDS="0 1", SMOKE=smoke, PAPER=conditions
-    ):
-        name, *rest = words[1:] if words[0] == "-m" else words
-        flags = cli.bind(mains[name], rest)
+    script, written = ROOT / f"experiments/domains/{domain}.sh", set()
+    every = [*map(bound, commands(script, SEEDS="0 1", SMOKE=smoke, PAPER=conditions))]
+    for name, flags in every:
         for place in ("sasrec", "teacher"):
             assert flags.get(place) is None or flags[place] in written, (place, flags[place])
         if name in ("finetune.py", "distill.py"):
@@ -637,48 +532,35 @@ def test_a_reproductions_flags_bind_and_its_paths_agree(domain, smoke, condition
         else:
             written.add(flags.get("output_dir") or flags.get("item_table") or "output")
             written.discard("output")
-        bound.append((name, flags))
-    assert [name for name, _ in bound][-1] == "experiments.report"
-    student = [flags for name, flags in bound if name == "distill.py"][-1]
+    assert every[-1][0] == "experiments.report"
+    student = [flags for name, flags in every if name == "distill.py"][-1]
     if conditions:
         assert student["block_reduction"] == "mean" and student["norm_form"] == "squared_l2"
-        assert student["item_table"].endswith(
-            "seed42/released_item.pkl" if smoke else "seed1/released_item.pkl"
-        )
+        assert student["item_table"].endswith(f"seed{42 if smoke else 1}/released_item.pkl")
         assert student["teacher"].endswith("released_teacher")
     else:
         assert "block_reduction" not in student
     if smoke:
         assert student["domain_type"] == "demo"
     else:
-        assert bound[0][0] == "datasets.process" and bound[0][1]["domain_type"] == domain
+        assert every[0][0] == "datasets.process" and every[0][1]["domain_type"] == domain
         paper = {
             "cloth": (3e-3, 1500, 50, 1.0),
             "movie": (1e-3, None, 50, 1.0),
             "music": (2e-3, 800, 100, 0.01),
             "sport": (2e-3, 2000, 50, 0.1),
         }
-        assert (
-            student["learning_rate"],
-            student.get("max_steps"),
-            student["warmup_steps"],
-            student["cls_multiple_lambda"],
-        ) == paper[domain]
+        names = ("learning_rate", "max_steps", "warmup_steps", "cls_multiple_lambda")
+        assert tuple(student.get(name) for name in names) == paper[domain]
 
 
 @pytest.mark.parametrize("domain", ["beauty", "games", "toys"])
 def test_our_own_domains_commands_bind(domain):
-    bound = commands(ROOT / f"experiments/domains/{domain}.sh", SEEDS="0")
-    mains = {"train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main}
-    mains |= {"finetune.py": finetune.main, "distill.py": distill.main}
-    names = [words[0] for words in bound]
-    start = ["train_sr_trad.py", "extract_emb.py", "finetune.py"]
+    every = commands(ROOT / f"experiments/domains/{domain}.sh", SEEDS="0")
+    names, start = [words[0] for words in every], FIRST_STEPS
     assert names[: len(start) + (domain != "toys")] == start[: domain != "toys"] + start
     assert names.count("distill.py") == {"beauty": 13, "games": 5, "toys": 5}[domain]
-    for words in bound[:-1]:
-        name, *rest = words[1:] if words[0] == "-m" else words
-        flags = cli.bind(mains[name], rest)
-        assert flags["data_path"].startswith("data/amazon")
+    assert all(bound(words)[1]["data_path"].startswith("data/amazon") for words in every[:-1])
 
 
 @pytest.mark.parametrize("after", ["beauty_titles", "beauty_smollm2"])
@@ -687,14 +569,8 @@ def test_commands_after_beautys_bind_and_read_what_stands_there(after):
         commands(ROOT / f"experiments/domains/{name}.sh", SEEDS="0 1 2")
         for name in (after, "beauty")
     )
-    mains = {"train_sr_trad.py": train_sr_trad.main, "extract_emb.py": extract_emb.main}
-    mains |= {"distill.py": distill.main, "finetune.py": finetune.main}
-    mains |= {"experiments.report": report.main}
-    mains |= {"experiments.bases": bases.main, "experiments.titles": titles.main}
     written = set()
-    for words in drawn + own:
-        name, *rest = words[1:] if words[0] == "-m" else words
-        flags = cli.bind(mains[name], rest)
+    for name, flags in map(bound, drawn + own):
         read = [flags.get(place) for place in ("init_table", "sasrec", "model", "teacher")]
         read += [flags.get("item_table")] if name == "distill.py" else []
         assert {path for paths in read if paths for path in paths.split(",")} <= written
@@ -703,15 +579,10 @@ def test_commands_after_beautys_bind_and_read_what_stands_there(after):
 
 def test_a_reproduction_without_its_raw_files_says_where_to_get_them(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "RAW": str(tmp_path)}
-    done = subprocess.run(
-        ["bash", ROOT / "experiments/domains/music.sh"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 2 and re.search(
-        r"error: neither data/music.csv nor .*CDs_and_Vinyl_5.json.gz is there; get it", done.stderr
-    )
+    command = ["bash", ROOT / "experiments/domains/music.sh"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    told = r"error: neither data/music.csv nor .*CDs_and_Vinyl_5.json.gz is there; get it"
+    assert done.returncode == 2 and re.search(told, done.stderr)
 
 
 ROWS = {
@@ -778,37 +649,3 @@ def test_the_page_of_results_says_what_the_kept_runs_say(heading, kept, names, s
         for shown, column in zip(cells[1:], COLUMNS, strict=True):
             mean = sum(float(line[column]) for line in mine) / len(mine)
             assert abs(float(shown) - mean) < 0.5001e-4, (name, column, mean)
-
-
-@pytest.mark.slow
-def test_a_finished_run_is_only_taken_for_what_it_is(inside, capsys):
-    """The same command prints the results; other flags or files are refused."""
-    common = cli.bind(finetune.main, SHORT.split()) | {"item_table": "output/demo/sasrec_item.pkl"}
-    teacher = common | {"output_dir": "mine"}
-    first = finetune.main(**teacher)
-    stamp = Path("mine/results.json").stat().st_mtime_ns
-    capsys.readouterr()
-    assert finetune.main(**teacher) == first
-    printed = capsys.readouterr().out
-    assert "mine holds this command's finished run" in printed and "test sampled  HR@1" in printed
-    assert Path("mine/results.json").stat().st_mtime_ns == stamp
-    other = r"mine holds a finished run with other flags: --learning_rate=0.5 \(the run has 0.001\)"
-    with pytest.raises(cli.UsageError, match=other):
-        finetune.main(**teacher, learning_rate=0.5)
-    student = common | {"teacher": "mine", "output_dir": "student"}
-    first = distill.main(**student)
-    assert distill.main(**student) == first
-    finetune.main(**teacher, seed=7, overwrite=True)
-    with pytest.raises(
-        cli.UsageError, match="student holds a finished run from something else: teacher_sha256"
-    ):
-        distill.main(**student)
-    with pytest.raises(cli.UsageError, match="mine holds a teacher run, not a student run"):
-        distill.main(**student | {"output_dir": "mine"}, distill_lambda=0.0)
-    with pytest.raises(cli.UsageError, match="item table not found: nowhere.pkl; extract_emb.py"):
-        finetune.main(**teacher | {"item_table": "nowhere.pkl"}, seed=7)
-    plain = common | OFF | {"output_dir": "plain"}
-    distill.main(**plain, max_seq_length=20)
-    assert distill.main(**plain, max_seq_length=20)["steps"] == 3
-    with pytest.raises(cli.UsageError, match=r"--max_seq_length=30 \(the run has 20\)"):
-        distill.main(**plain)  # 30 where it is not given
