@@ -50,7 +50,7 @@ def main(
     # 1. The request. No torch yet: a wrong one ends here, in one line.
     from datasets.domain import Domain, cache_folder
     from datasets.inputs import read_inputs
-    from datasets.prompts import prompt_ids, read_template
+    from datasets.prompts import read_template, tokenise
     from engine.run import Run
     from models.selection import block_map
 
@@ -66,8 +66,8 @@ def main(
     folder = domain.run_folder("student", files.output_dir)
     cache = cache_folder(files.teacher_cache, domain.run_folder("teacher", files.teacher))
     inputs = read_inputs(files)
-    settled = inputs.settled_files(files), inputs.settled(training)
-    groups = settled[0], prompt, llm, lora, loss, settled[1], evaluation, runtime
+    files, training = inputs.settled(files, training)
+    groups = files, prompt, llm, lora, loss, training, evaluation, runtime
     earlier = {"teacher": [teacher_run] if teacher_run else [], "sasrec": sasrec_runs}
     run = Run.open("student", folder, groups, inputs, earlier)
     if run.finished and not run.eval_only:
@@ -92,7 +92,8 @@ def main(
     # 3. The student, and where its teachers' outputs come from.
     base = open_base(prompt.base_model)
     taught = teacher_run.config["model"] if teacher_run else None
-    ids = prompt_ids(taught, template, base.location)
+    ids = taught and (taught["prompt_ids"], taught["response_ids"])
+    ids = ids or tokenise(template, base.location)
     same_exits = taught is not None and teachers.exit_ends(taught) == teacher_ends
     use_exits = loss.uses_exits or (loss.logit_lambda > 0 and same_exits)
     spec = specify(

@@ -64,9 +64,6 @@ def main(*, files: flags.ExtractFiles) -> dict:
     rows = torch.cat([table / scale for table, scale in zip(tables, scales)], dim=1)
 
     # 3. The file.
-    n_rows = int(data.item_ids[-1]) + 1
-    table = torch.zeros(n_rows, rows.shape[1])
-    table[torch.from_numpy(data.item_ids)] = rows
     started = sum(bool(run.flags.get("init_table")) for run in runs)
     whole = {0: "SASRec", len(runs): "SASRec started from a table"}
     about = {
@@ -76,16 +73,11 @@ def main(*, files: flags.ExtractFiles) -> dict:
         "sasrec_flags": runs[0].flags,
         "scales": scales,
         "domain": domain.name,
-        "dim": table.shape[1],
-        "rows": n_rows,
-        "items": data.n_items,
         "data_sha256": data.sha256,
         "items_sha256": inputs.items_sha256(),
     }
-    write_table(path, table, about)
     print(f"from {about['sasrec']}")
-    print(f"wrote {path}: {n_rows:,} rows x {table.shape[1]}, {data.n_items:,} of them items")
-    return about
+    return write_table(path, data.item_ids, rows, about)
 
 
 if __name__ == "__main__":

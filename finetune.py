@@ -31,7 +31,7 @@ def main(
     # 1. The request. No torch yet: a wrong one ends here, in one line.
     from datasets.domain import Domain, cache_folder
     from datasets.inputs import read_inputs
-    from datasets.prompts import prompt_ids, read_template
+    from datasets.prompts import read_template, tokenise
     from engine.run import Run
     from models.selection import equal_blocks
 
@@ -42,8 +42,8 @@ def main(
     folder = domain.run_folder("teacher", files.output_dir)
     cache = cache_folder(files.teacher_cache, folder)
     inputs = read_inputs(files)
-    settled = inputs.settled_files(files), inputs.settled(training)
-    groups = settled[0], prompt, llm, lora, loss, settled[1], evaluation, runtime
+    files, training = inputs.settled(files, training)
+    groups = files, prompt, llm, lora, loss, training, evaluation, runtime
     run = Run.open("teacher", folder, groups, inputs, {"sasrec": sasrec_runs})
     if run.finished and not run.eval_only:
         return run.print_results()
@@ -66,7 +66,7 @@ def main(
 
     # 3. The model, and SASRec where it is a teacher.
     base = open_base(prompt.base_model)
-    ids = prompt_ids(None, template, base.location)
+    ids = tokenise(template, base.location)
     spec = specify(base, prompt, ids, llm, lora, ends, loss.uses_exits, loss.exit_norm)
     flags.report_lora(lora, llm, spec)
     run.prepare(**inputs.about, **base.describe(), model=spec)

@@ -33,8 +33,8 @@ def main(
 
     inputs = read_sequences(files)
     folder = inputs.domain.run_folder("sasrec", files.output_dir)
-    settled = inputs.settled_files(files), inputs.settled(training)
-    groups = settled[0], sequence, sasrec, settled[1], evaluation, runtime
+    files, training = inputs.settled(files, training)
+    groups = files, sequence, sasrec, training, evaluation, runtime
     run = Run.open("sasrec", folder, groups, inputs)
     if run.finished and not run.eval_only:
         return run.print_results()

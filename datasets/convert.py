@@ -26,8 +26,8 @@ from datasets.domain import canonical_domain
 from datasets.filters import Reviews, often, print_counts
 from datasets.interactions import MINIMUM_LENGTH
 from datasets.items import listing_of
-from datasets.logs import NAMES, canonical, choose_columns, id_order, read_log, report_columns
-from datasets.tables import Table, bare, open_table
+from datasets.logs import NAMES, canonical, choose_columns, read_log, report_columns
+from datasets.tables import bare, open_table
 from engine import cli
 from engine.cli import NonNegativeInt, PositiveInt, flag
 from engine.errors import UsageError
@@ -56,9 +56,9 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
     pair = [(by_name[a], by_name[b]) for a, b in ITEM_LISTS if {a, b} <= by_name.keys()]
     if not table.header and table.separator == "::":  # MovieLens' movies.dat
         pair += [(table.columns[0], table.columns[1])]
-    pair.sort(key=lambda names: -_known_items(names, table, kept))
-    pair = [tuple(named)] if named else pair
-    if not pair or not set(pair[0]) <= set(table.columns):
+    known = {names: sum(canonical(c) in kept for c in table.cells(names[0])) for names in pair}
+    pair = tuple(named) or max(pair, key=known.get, default=())
+    if not pair or not set(pair) <= set(table.columns):
         if named:
             raise UsageError(
                 f"--items_columns={','.join(named)}: not in {path}, which has {table.shown()}"
@@ -69,8 +69,8 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
         )
     titles: dict[str, str] = {}
     found, name = 0, ""
-    for frame in table.frames([*pair[0]]):
-        for cell, text in zip(frame[pair[0][0]], frame[pair[0][1]]):
+    for frame in table.frames([*pair]):
+        for cell, text in zip(frame[pair[0]], frame[pair[1]]):
             name = canonical(cell)
             found += name in kept
             title = clean_title(text) if name in kept and name not in titles else ""
@@ -81,11 +81,6 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
             f"--items={path}: none of its items is in the log: {name!r} there, {min(kept)!r} here"
         )
     return titles
-
-
-def _known_items(names: tuple[str, str], table: Table, kept: set[str]) -> int:
-    """How many of the first cells of a list's item column name items that are left."""
-    return sum(canonical(cell) in kept for cell in table.cells(names[0]))
 
 
 def filter_log(
@@ -107,25 +102,16 @@ def filter_log(
         same = ("user", "item", "time") if dedup == "rows" else ("user", "item")
         log = log.keep(~log.repeated(*same))
         print_counts(f"repeated {dedup} dropped", log)
-    rules = [
-        ("users", "user", min_user),
-        ("items", "item", min_item),
-        ("lists", "user", min_length),
-    ]
-    flags = {"users": "min_user", "items": "min_item", "lists": "min_length"}
+    rules = [("users", "user", min_user, "min_user"), ("items", "item", min_item, "min_item")]
+    rules.append(("lists", "user", min_length, "min_length"))
     changes = True
     while changes:
         changes = False
-        for what, column, least in rules:
+        for what, column, least, flag_name in rules:
             kept = often(getattr(log, column), least)
-            if kept.all():
-                continue
-            log, changes = log.keep(kept), True
-            print_counts(f"{what} with >= {least} interactions", log)
-            if not len(log.user):
-                raise UsageError(
-                    f"nothing is left after '{what} with >= {least}'; lower --{flags[what]}"
-                )
+            if not kept.all():
+                changes, stage = True, f"{what} with >= {least} interactions"
+                log = filters.keep(log, kept, stage, flag_name)
     return log
 
 
@@ -186,25 +172,23 @@ def main(
     if min_rating is not None and columns.rating is None:
         raise UsageError(f"--min_rating={min_rating}: {input} has no rating; name it with --rating")
     report_columns(table, columns, min_rating)
-    log = read_log(table, columns, min_rating, drop_missing)
-    print_counts("read", log.reviews)
-    twice = int(log.reviews.repeated("user", "item", "time").sum()) if log.dated else 0
+    log, titles = read_log(table, columns, min_rating, drop_missing)
+    dated = columns.time is not None
+    print_counts("read", log)
+    twice = int(log.repeated("user", "item", "time").sum()) if dated else 0
     if twice:
         print(f"{twice:,} rows repeat user, item and time of another; --dedup rows drops them")
-    by_hash = filters.tie_order(log.reviews, tie_seed) if ties == "hash" else None
-    kept = filter_log(log.reviews, by_hash, dedup, min_user, min_item, min_length)
-    if log.dated:
+    by_hash = filters.tie_order(log, tie_seed) if ties == "hash" else None
+    kept = filter_log(log, by_hash, dedup, min_user, min_item, min_length)
+    if dated:
         filters.print_ties(kept, "interactions", ties, tie_seed)
-    titles, there = log.titles, filters.occurring(kept)
     if items is not None:
-        titles |= read_titles(Path(items), items_columns, there)
-    filters.write_domain(kept, titles, path, id_order(kept.items), log.dated)
+        titles |= read_titles(Path(items), items_columns, filters.occurring(kept))
     lengths = np.bincount(kept.user)
     short = int(((lengths > 0) & (lengths < MINIMUM_LENGTH)).sum())
     if short:
         print(f"{short:,} users have fewer than {MINIMUM_LENGTH} items: they are not evaluated")
-    print(f"titles: {sum(bool(titles.get(name)) for name in there):,} items have one")
-    print(f"wrote {path} and {listing}")
+    filters.write_domain(kept, titles, path, dated)
 
 
 if __name__ == "__main__":

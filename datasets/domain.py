@@ -72,29 +72,17 @@ class Domain(NamedTuple):
         return f"where the data has changed, {REBUILD}"
 
     def earlier_run(self, stage: str, given: str | None) -> Run:
-        """The run of an earlier stage that `--<stage>` names, by default the domain's.
-
-        Raises:
-            UsageError: there is no such run.
-        """
+        """The run of an earlier stage that `--<stage>` names, by default the domain's."""
         return Run.read(stage, self.run_folder(stage, given), f"--{stage}", STAGES[stage])
 
     def sasrec_runs(self, files: TeacherFiles, loss: TeacherLoss, runtime: Runtime) -> list[Run]:
-        """The runs of step 1 that teach; none where SASRec's KL has no weight.
-
-        Raises:
-            UsageError: there is no such run.
-        """
+        """The runs of step 1 that teach; none where SASRec's KL has no weight."""
         if not loss.sasrec_lambda or runtime.eval_only:
             return []
         return self.sasrecs(files.sasrec)
 
     def sasrecs(self, named: str | None) -> list[Run]:
-        """The runs of step 1 that `--sasrec` names, separated by commas.
-
-        Raises:
-            UsageError: there is no such run.
-        """
+        """The runs of step 1 that `--sasrec` names, separated by commas."""
         names = named.split(",") if named else [None]
         return [self.earlier_run("sasrec", name and name.strip()) for name in names]
 
@@ -139,7 +127,9 @@ def find_csv(domain: str, data_path: str | None = None) -> Path:
         if not path.exists():
             raise UsageError(f"data file not found: {path} (from --data_path)")
         return path
-    looked = candidates(domain)
+    names = [domain, *(alias for alias, name in ALIASES.items() if name == domain)]
+    paths = [Path(folder) / name for name in names for folder in FOLDERS]
+    looked = [path.with_name(path.name + suffix) for path in paths for suffix in SUFFIXES]
     present = [path for path in looked if path.exists()]
     if present:
         if present[1:]:
@@ -153,13 +143,6 @@ def find_csv(domain: str, data_path: str | None = None) -> Path:
         f" looked in {', '.join(FOLDERS)}; available: {', '.join(domains) or 'none'};"
         " --data_path names a file elsewhere"
     )
-
-
-def candidates(domain: str) -> list[Path]:
-    """Where a domain's CSV may be, the first place first."""
-    names = [domain, *(alias for alias, name in ALIASES.items() if name == domain)]
-    paths = [Path(folder) / name for name in names for folder in FOLDERS]
-    return [path.with_name(path.name + suffix) for path in paths for suffix in SUFFIXES]
 
 
 def cache_folder(given: str, teacher: Path) -> Path | None:

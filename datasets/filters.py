@@ -1,9 +1,9 @@
 """The interactions of a log in columns: sorting, filtering, and a domain's files made of them."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ import pandas as pd
 from datasets.domain import SUFFIXES
 from datasets.interactions import write_csv
 from datasets.items import Items, listing_of
+from engine.errors import UsageError
 
 
 class Reviews(NamedTuple):
@@ -25,10 +26,6 @@ class Reviews(NamedTuple):
     def keep(self, mask: np.ndarray) -> "Reviews":
         return self._replace(user=self.user[mask], item=self.item[mask], time=self.time[mask])
 
-    def counts(self) -> tuple[int, int, int]:
-        """Users, items, interactions."""
-        return len(np.unique(self.user)), len(np.unique(self.item)), len(self.user)
-
     def repeated(self, *columns: str) -> np.ndarray:
         """Mask of the rows that an earlier one equals in these columns, bool [n]."""
         return pd.DataFrame({name: getattr(self, name) for name in columns}).duplicated().to_numpy()
@@ -41,8 +38,24 @@ class Reviews(NamedTuple):
 
 def print_counts(stage: str, reviews: Reviews) -> None:
     """One line: the stage and how many users, items and interactions are left."""
-    users, items, rows = reviews.counts()
+    users, items = (len(np.unique(codes)) for codes in (reviews.user, reviews.item))
+    rows = len(reviews.user)
     print(f"{stage:34s} {users:>11,} users {items:>10,} items {rows:>12,} interactions", flush=True)
+
+
+def keep(log: Reviews, mask: np.ndarray, stage: str, flag: str) -> Reviews:
+    """The rows of a mask. Prints what is left.
+
+    Args:
+        flag: the one that loosens the filter.
+    Raises:
+        UsageError: nothing is left.
+    """
+    left = log.keep(mask)
+    print_counts(stage, left)
+    if not len(left.user):
+        raise UsageError(f"nothing is left of {len(log.user):,} after '{stage}'; lower --{flag}")
+    return left
 
 
 def often(codes: np.ndarray, least: int) -> np.ndarray:
@@ -73,39 +86,29 @@ def _hashed(text: str) -> int:
 
 
 def print_ties(reviews: Reviews, what: str, ties: Literal["hash", "file"], tie_seed: int) -> None:
-    """One line: how many neighbours share a time, and what orders them."""
-    how = f"by a hash with --tie_seed={tie_seed}" if ties == "hash" else "in file order"
-    print(f"{share_of_ties(reviews):.1%} of a user's neighbouring {what} share a time: {how}")
-
-
-def share_of_ties(reviews: Reviews) -> float:
-    """Share of a user's neighbouring reviews of equal time. Reviews are sorted by user."""
+    """One line: the share of a user's neighbouring reviews of equal time, and what orders them.
+    Reviews are sorted by user.
+    """
     same_user = reviews.user[1:] == reviews.user[:-1]
     same_time = reviews.time[1:] == reviews.time[:-1]
-    return float((same_user & same_time).sum() / max(1, same_user.sum()))
+    share = float((same_user & same_time).sum() / max(1, same_user.sum()))
+    how = f"by a hash with --tie_seed={tie_seed}" if ties == "hash" else "in file order"
+    print(f"{share:.1%} of a user's neighbouring {what} share a time: {how}")
 
 
 def write_domain(
-    reviews: Reviews,
-    titles: dict[str, str],
-    path: str | Path,
-    key: Callable[[str], Any] | None = None,
-    dated: bool = True,
+    reviews: Reviews, titles: dict[str, str], path: str | Path, dated: bool = True
 ) -> None:
     """Write <domain>.csv and, beside it, <domain>.items.csv (item_id, asin, title).
 
-    Items are numbered from 0 in the order of their ASINs.
+    Items are numbered from 0 in the order of their codes.
 
     Args:
-        key: of that order; text by default.
         dated: whether the reviews have times, which are written then.
     """
     path = Path(path)
-    kept = np.unique(reviews.item)
-    asins = sorted((reviews.items[code] for code in kept), key=key)
-    number = {asin: i for i, asin in enumerate(asins)}
-    of_code = np.zeros(len(reviews.items), dtype=np.int64)
-    of_code[kept] = [number[reviews.items[code]] for code in kept]
+    kept, number = np.unique(reviews.item, return_inverse=True)
+    asins = [reviews.items[code] for code in kept]
     bounds = np.flatnonzero(np.diff(reviews.user, prepend=-1, append=-1))
     names = [titles.get(asin, "") for asin in asins]
     whole = np.array_equal(reviews.time, np.floor(reviews.time))
@@ -113,12 +116,14 @@ def write_domain(
 
     def rows() -> Iterator[tuple[str, list, list, list]]:
         for a, b in zip(bounds[:-1], bounds[1:]):
-            items = of_code[reviews.item[a:b]].tolist()
+            items = number[a:b].tolist()
             shown = [names[item] for item in items]
             yield reviews.users[reviews.user[a]], items, shown, time[a:b].tolist()
 
     write_csv(path, rows(), dated)
     Items(np.arange(len(asins)), asins, names).write(listing_of(path))
+    print(f"titles: {sum(map(bool, names)):,} of {len(names):,} items have one")
+    print(f"wrote {path} and {listing_of(path)}")
 
 
 def may_write(path: Path, overwrite: bool) -> tuple[bool, str]:

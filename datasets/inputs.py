@@ -87,14 +87,8 @@ class Inputs(NamedTuple):
             return None
         return Items.of(self.csv_path, self.data.item_ids).sha256()
 
-    def settled(self, training: T) -> T:
-        """With training targets that fit the data, where no flag names them."""
-        few = self.data.n_trained < FEW_BATCHES * training.batch_size
-        usual = "all" if few else "last"
-        return dataclasses.replace(training, train_targets=training.train_targets or usual)
-
-    def settled_files(self, files: F) -> F:
-        """With how lists are read, where an earlier step says it and no flag does.
+    def settled(self, files: F, training: T) -> tuple[F, T]:
+        """With how lists are read, and training targets that fit the data, where no flag says it.
 
         Raises:
             UsageError: --init_from names a run of another split.
@@ -108,7 +102,10 @@ class Inputs(NamedTuple):
                     f" {split}: its weights may know what comes after the moment"
                 )
         ends = self.domain.ends_are_items
-        return dataclasses.replace(files, split=split, ends_are_items=ends)
+        files = dataclasses.replace(files, split=split, ends_are_items=ends)
+        few = self.data.n_trained < FEW_BATCHES * training.batch_size
+        targets = training.train_targets or ("all" if few else "last")
+        return files, dataclasses.replace(training, train_targets=targets)
 
     def with_items(self, notes: dict) -> "Inputs":
         """With the hash of items.csv among the hashes.

@@ -16,14 +16,14 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from datasets.cells import parsed
+from datasets.cells import parsed, title_list
 from engine.errors import UsageError
 from engine.files import Watched, replacing
 
@@ -92,9 +92,9 @@ def read_csv(
     path, by_time = Path(path), (split or "").startswith("time:")
     names: dict[str, int] = {}  # reviewerID -> row
     flat, lengths, times = [], [], []
-    ends = _Ends()
     digest = hashlib.sha256()
-    for row, user, ids, cell in _rows(path, digest):
+    for row, cells, ids in _rows(path, digest.update):
+        user = cells["reviewerID"]
         if user in names:
             raise UsageError(
                 f"{path}: reviewerID {user!r} appears in rows {names[user]} and {row};"
@@ -105,30 +105,30 @@ def read_csv(
         names[user] = row
         flat.extend(ids)
         lengths.append(len(ids))
-        ends.look(ids)
         if by_time:
-            times.extend(_times(path, row, cell, len(ids)))
+            times.extend(_times(path, row, cells.get("time"), len(ids)))
     if not names:
         raise UsageError(f"{path}: 0 users; the file has a header and no rows")
     if not flat:
         raise UsageError(f"{path}: every user's list is empty")
-    length, moments = np.array(lengths, dtype=np.int64), np.array(times) if by_time else None
-    data = _packed(path, names, flat, length, digest.hexdigest(), moments, split or "")
+    ids, length = np.array(flat, dtype=np.int64), np.array(lengths, dtype=np.int64)
+    moments = np.array(times) if by_time else None
+    data = _packed(path, names, ids, length, digest.hexdigest(), moments, split or "")
     if data.n_items == 1:
         raise UsageError(f"{path}: item {data.item_ids[0]} is the only one; there is no choice")
     if not ends_are_items:
-        ends.check(path)
+        _check_ends(path, ids, length)
     return data
 
 
 def _packed(
     path: Path,
     names: dict[str, int],
-    flat: list[int],
+    flat: np.ndarray,
     length: np.ndarray,
     sha256: str,
-    times: np.ndarray | None = None,
-    split: str = "",
+    times: np.ndarray | None,
+    split: str,
 ) -> Interactions:
     """Users' lists of `length` items [U], one after the other in `flat`, as Interactions.
 
@@ -137,14 +137,17 @@ def _packed(
     Raises:
         UsageError: nobody can be evaluated.
     """
-    item_ids, items = np.unique(np.array(flat, dtype=np.int64), return_inverse=True)
+    item_ids, items = np.unique(flat, return_inverse=True)
     moment, enough, needs = None, length >= MINIMUM_LENGTH, f"{MINIMUM_LENGTH} items or more"
     if times is not None:
-        moment, before = _before(times, length, Fraction(split.partition(":")[2]))
+        share = Fraction(split.partition(":")[2])
+        moment = np.sort(times)[int(share * len(times))].item()
+        owner = np.repeat(np.arange(len(length)), length)
+        before = np.bincount(owner[times < moment], minlength=len(length))
         enough = (length > before) & (before + 1 >= MINIMUM_LENGTH)
-        position = np.arange(len(items)) - np.repeat(np.cumsum(length) - length, length)
+        position = np.arange(len(items)) - (np.cumsum(length) - length)[owner]
         kept = before + enough
-        items, length = items[position < np.repeat(kept, length)], kept
+        items, length = items[position < kept[owner]], kept
         sha256 = hashlib.sha256(f"{sha256} {split}".encode()).hexdigest()
         needs = f"{MINIMUM_LENGTH - 1} items before time {moment:.15g} and one after (--split)"
     if not enough.any():
@@ -163,15 +166,6 @@ def _packed(
         sha256=sha256,
         moment=moment,
     )
-
-
-def _before(times: np.ndarray, length: np.ndarray, share: Fraction) -> tuple[float, np.ndarray]:
-    """The moment before which a share of all times lies, and how many of each user's are before it,
-    int64 [U].
-    """
-    moment = np.sort(times)[int(share * len(times))].item()
-    owner = np.repeat(np.arange(len(length)), length)
-    return moment, np.bincount(owner[times < moment], minlength=len(length))
 
 
 def _is_time(value: object) -> bool:
@@ -199,38 +193,29 @@ def _times(path: Path, row: int, cell: str | None, n: int) -> list[float]:
     return times
 
 
-class _Ends:
-    """Counts the items at the ends of lists, to detect padding and markers."""
-
-    def __init__(self) -> None:
-        self.runs = {"start": 0, "end": 0}  # lists with a run of item 0
-        self.items = {"start": Counter(), "end": Counter()}
-        self.lists = 0
-
-    def look(self, ids: list[int]) -> None:
-        if not ids:
-            return
-        self.lists += 1
-        for end, pair in (("start", ids[:2]), ("end", ids[:-3:-1])):
-            self.runs[end] += pair == [0, 0]
-            self.items[end][pair[0]] += 1
-
-    def check(self, path: Path) -> None:
-        """Raise UsageError where too many lists end alike."""
-        mend = "remove it, or say --ends_are_items if it is meant"
-        for end, count in self.runs.items():
-            if count >= max(3, PADDED_SHARE * self.lists):
-                raise UsageError(
-                    f"{path}: item 0 appears in a run at the {end} of {count} of {self.lists}"
-                    f" lists: padding? {mend}"
-                )
-        for end, counts in self.items.items():
-            item, count = counts.most_common(1)[0]
-            if self.lists >= FEW_USERS and count > ALIKE_SHARE * self.lists:
-                raise UsageError(
-                    f"{path}: item {item} appears at the {end} of {count} of {self.lists} lists:"
-                    f" padding, or a marker? {mend}"
-                )
+def _check_ends(path: Path, flat: np.ndarray, length: np.ndarray) -> None:
+    """Refuse lists of which too many have the same item, or a run of item 0, at an end: padding,
+    or markers.
+    """
+    length = length[length > 0]
+    first, n = np.cumsum(length) - length, len(length)
+    ends = {"start": (first, 1), "end": (first + length - 1, -1)}
+    mend = "remove it, or say --ends_are_items if it is meant"
+    for end, (at, inward) in ends.items():
+        beside = flat[np.where(length > 1, at + inward, at)]
+        count = int(((flat[at] == 0) & (beside == 0) & (length > 1)).sum())
+        if count >= max(3, PADDED_SHARE * n):
+            raise UsageError(
+                f"{path}: item 0 appears in a run at the {end} of {count} of {n} lists: padding?"
+                f" {mend}"
+            )
+    for end, (at, _) in ends.items():
+        item, count = Counter(flat[at].tolist()).most_common(1)[0]
+        if n >= FEW_USERS and count > ALIKE_SHARE * n:
+            raise UsageError(
+                f"{path}: item {item} appears at the {end} of {count} of {n} lists: padding, or a"
+                f" marker? {mend}"
+            )
 
 
 def open_bytes(path: Path) -> io.BufferedIOBase:
@@ -245,8 +230,8 @@ def read_histories(path: Path) -> Iterator[tuple[str, list[int]]]:
     Raises:
         UsageError: as `read_csv`.
     """
-    for _, user, ids, _ in _rows(path, hashlib.sha256()):
-        yield user, ids
+    for _, cells, ids in _rows(path):
+        yield cells["reviewerID"], ids
 
 
 def read_titles(path: Path) -> dict[int, str]:
@@ -255,43 +240,40 @@ def read_titles(path: Path) -> dict[int, str]:
     An item without a title, or a row whose lists differ in length, adds none.
     """
     titles: dict[int, str] = {}
-    for row, header, fields in _records(path, hashlib.sha256()):
-        names = [name.strip() for name in header]
-        if "title" not in names:
-            return {}
-        ids = _item_ids(path, row, fields[names.index("asin")])
-        shown = parsed(fields[names.index("title")])
-        if isinstance(shown, list) and len(shown) == len(ids):
-            for item, title in zip(ids, shown):
-                if isinstance(title, str) and title and item not in titles:
-                    titles[item] = title
+    for _, cells, ids in _rows(path):
+        if "title" not in cells:
+            break
+        for item, title in zip(ids, title_list(cells["title"], len(ids))):
+            if title:
+                titles.setdefault(item, title)
     return titles
 
 
-def _rows(path: Path, digest) -> Iterator[tuple[int, str, list[int], str | None]]:
-    """(row number, reviewerID, item ids, the text of the times) of every data row."""
-    columns = None
-    for row, header, fields in _records(path, digest):
-        if columns is None:
-            columns = _columns(path, header)
-            names = [name.strip() for name in header]
-            _refuse_twice(path, names, "time")
-            time = names.index("time") if "time" in names else None
-        user, items = (fields[column] for column in columns)
-        times = None if time is None else fields[time]
-        yield row, user, _item_ids(path, row, items), times
+def _rows(
+    path: Path, show: Callable[[bytes], object] = len
+) -> Iterator[tuple[int, dict[str, str], list[int]]]:
+    """(row number, cell by column, item ids) of every data row.
 
-
-def _records(path: Path, digest) -> Iterator[tuple[int, list[str], list[str]]]:
-    """(row number, header, fields) of every data row."""
+    Args:
+        show: is given every block of the uncompressed file.
+    """
     if path.is_dir():
         raise UsageError(f"{path} is a directory, expected a CSV file")
     csv.field_size_limit(2**31 - 1)
     try:
         with open_bytes(path) as raw:
-            buffered = io.BufferedReader(Watched(raw, digest.update), 2**20)
-            text = io.TextIOWrapper(buffered, encoding="utf-8-sig", newline="")
-            yield from _parse(path, text)
+            buffered = io.BufferedReader(Watched(raw, show), 2**20)
+            reader = csv.reader(io.TextIOWrapper(buffered, encoding="utf-8-sig", newline=""))
+            names = _columns(path, next(reader, []))
+            for row, fields in enumerate(reader, start=2):
+                if len(fields) not in (0, len(names)):
+                    raise UsageError(
+                        f"{path}: row {row} has {len(fields)} fields, expected {len(names)};"
+                        " quote the list"
+                    )
+                if fields:
+                    cells = dict(zip(names[::-1], fields[::-1]))  # of equal names the first
+                    yield row, cells, _item_ids(path, row, cells["asin"])
     except UnicodeDecodeError:
         raise UsageError(
             f"{path}: not UTF-8 at byte {_first_bad_byte(path)}{_looks_like(path)};"
@@ -322,42 +304,24 @@ def _looks_like(path: Path) -> str:
 
 def _first_bad_byte(path: Path) -> int:
     """Offset of the first byte that is not UTF-8, in the uncompressed file."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
     with open_bytes(path) as raw:
-        while block := raw.read(2**20):
-            pending = len(decoder.getstate()[0])
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError as error:
-                return offset - pending + error.start
-            offset += len(block)
-    return offset
+        try:
+            return len(raw.read().decode())
+        except UnicodeDecodeError as error:
+            return error.start
 
 
-def _parse(path: Path, text: io.TextIOBase) -> Iterator[tuple[int, list[str], list[str]]]:
-    reader = csv.reader(text)
-    header = next(reader, None)
+def _columns(path: Path, header: list[str]) -> list[str]:
+    """The names of the columns, after it is clear that the needed ones are there once."""
     if not header:
         raise UsageError(f"{path} is empty; expected a header with reviewerID,asin")
-    _columns(path, header)
-    for row, fields in enumerate(reader, start=2):
-        if not fields:
-            continue
-        if len(fields) != len(header):
-            raise UsageError(
-                f"{path}: row {row} has {len(fields)} fields, expected {len(header)};"
-                " quote the list"
-            )
-        yield row, header, fields
-
-
-def _columns(path: Path, header: list[str]) -> tuple[int, int]:
     names = [name.strip() for name in header]
     missing = [name for name in ("reviewerID", "asin") if name not in names]
-    for name in ("reviewerID", "asin"):
-        _refuse_twice(path, names, name)
+    for name in ("reviewerID", "asin", "time"):
+        if names.count(name) > 1:
+            raise UsageError(f"{path}: column {name} appears {names.count(name)} times")
     if not missing:
-        return names.index("reviewerID"), names.index("asin")
+        return names
     for separator in (";", "\t"):
         if len(names) == 1 and separator in names[0]:
             raise UsageError(
@@ -369,11 +333,6 @@ def _columns(path: Path, header: list[str]) -> tuple[int, int]:
         f"{path}: missing column {', '.join(missing)};"
         f" found {', '.join(names)[:100]}{''.join(hints)}; {_converts(path)}"
     )
-
-
-def _refuse_twice(path: Path, names: list[str], name: str) -> None:
-    if names.count(name) > 1:
-        raise UsageError(f"{path}: column {name} appears {names.count(name)} times")
 
 
 def _item_ids(path: Path, row: int, cell: str) -> list[int]:

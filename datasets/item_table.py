@@ -10,6 +10,7 @@ import collections
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,19 +84,31 @@ class _SameBytes(pickle.Pickler):
         return torch.storage._load_from_bytes, (stored.getvalue(),)
 
 
-def write_table(path: str | Path, table: Tensor, about: dict) -> None:
-    """Write the table and, beside it as .json, what it is (`about`, sha256); atomically.
+def write_table(
+    path: str | Path, item_ids: np.ndarray, vectors: Tensor, about: dict
+) -> dict[str, Any]:
+    """Write a table, zeros in the rows of ids that do not occur, and beside it as .json what it is;
+    atomically.
 
     Args:
-        table: float32 [max_id + 1, dim], row = item id, zeros where the id does not occur.
+        item_ids: int64 [N], ascending.
+        vectors: [N, dim].
+    Returns:
+        `about`, with the table's size and sha256.
     """
-    path = Path(path)
+    path, rows = Path(path), int(item_ids[-1]) + 1
+    table = torch.zeros(rows, vectors.shape[1])
+    table[torch.from_numpy(item_ids)] = vectors.detach().cpu().float()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         with open(partial, "wb") as file:
-            _SameBytes(file, protocol=4).dump({KEY: table.detach().cpu().float().contiguous()})
+            _SameBytes(file, protocol=4).dump({KEY: table})
         sha256 = file_sha256(partial)
-    write_json(path.with_suffix(".json"), about | {"table_sha256": sha256})
+    about = about | {"dim": table.shape[1], "rows": rows, "items": len(item_ids)}
+    about["table_sha256"] = sha256
+    write_json(path.with_suffix(".json"), about)
+    print(f"wrote {path}: {rows:,} rows x {table.shape[1]}, {len(item_ids):,} of them items")
+    return about
 
 
 def check_size(path: Path, item_ids: np.ndarray, dim: int) -> None:
@@ -124,19 +137,10 @@ def read_table(path: str | Path, item_ids: np.ndarray, largest: int | None = Non
     Args:
         largest: the largest id that anything names; a table with more rows is numbered otherwise.
     Raises:
-        UsageError: no such file, a pickle that holds anything but tensors, a wrong key, shape or
-            dtype, too few rows, or rows of occurring items that are all zero or not finite.
+        UsageError: a pickle that holds anything but tensors, a wrong key, shape or dtype, too few
+            rows, or rows of occurring items that are all zero or not finite.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UsageError(
-            f"item table not found: {path}; extract_emb.py writes it"
-            " (or name one with --item_table)"
-        )
-    table = _the_table(path, _content(path))
-    if isinstance(table, np.ndarray) and table.dtype.kind == "f" and table.dtype.itemsize <= 8:
-        table = torch.as_tensor(table.astype(table.dtype.newbyteorder("="), copy=False))
-    _check_form(path, table)
+    path, table = Path(path), _opened(Path(path))
     if item_ids[-1] >= len(table):
         raise UsageError(
             f"{path}: max id {item_ids[-1]} but the item table has {len(table)} rows"
@@ -150,7 +154,7 @@ def read_table(path: str | Path, item_ids: np.ndarray, largest: int | None = Non
     rows = torch.empty(len(item_ids), table.shape[1])
     finite, empty = [], 0
     for ids, part in zip(torch.from_numpy(item_ids).split(ROWS), rows.split(ROWS)):
-        part.copy_(table.detach()[ids])
+        part.copy_(table[ids])
         finite.append(torch.isfinite(part).all(1))
         empty += int((~part.any(1)).sum())
     broken = item_ids[~torch.cat(finite).numpy()]
@@ -171,15 +175,14 @@ def ids_with_vectors(path: str | Path) -> np.ndarray:
     Raises:
         UsageError: as `read_table`, for what the file holds.
     """
-    path = Path(path)
+    return (_opened(Path(path)) != 0).any(1).nonzero().flatten().numpy()
+
+
+def _opened(path: Path) -> Tensor:
+    """The table of a file, floating point [rows, dim]; maybe mapped into memory."""
     table = _the_table(path, _content(path))
-    if not isinstance(table, np.ndarray):
-        _check_form(path, table)
-        table = table.detach().float().numpy()
-    return np.flatnonzero((table != 0).any(axis=1))
-
-
-def _check_form(path: Path, table: object) -> None:
+    if isinstance(table, np.ndarray) and table.dtype.kind == "f" and table.dtype.itemsize <= 8:
+        table = torch.as_tensor(table.astype(table.dtype.newbyteorder("="), copy=False))
     if isinstance(table, np.ndarray):
         found = f"{table.dtype} of shape {table.shape}"
     elif not isinstance(table, Tensor):
@@ -187,7 +190,7 @@ def _check_form(path: Path, table: object) -> None:
     elif table.layout != torch.strided or table.dim() != 2 or not table.is_floating_point():
         found = f"{table.dtype} of shape {tuple(table.shape)}"
     else:
-        return
+        return table.detach()
     raise UsageError(
         f"{path}: the item table must be floating point of shape [items, dim], found {found}"
     )

@@ -5,7 +5,6 @@ Published formats and plain names of columns are known; nothing else is guessed.
 
 import re
 import shlex
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,10 +35,16 @@ HINTS = {  # for the command that a refusal offers; nothing is read by them
 }
 NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
 WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
-CUT = re.compile(r"-?\d(\.\d+)?[eE]\+\d+")  # a number that went through a spreadsheet
 ZONE, AWAY = r"(?:[zZ]|[+-]\d\d:?\d\d)\s*$", r"[+-](?!00:?00)\d\d:?\d\d\s*$"  # any; not UTC
-LIST = re.compile(r"\s*[\[(].*[\])]\s*", re.DOTALL)
-OBJECT = re.compile(r"\{.*:.*\}", re.DOTALL)
+SHAPES = {  # of names that are none
+    re.compile(r"-?\d(\.\d+)?[eE]\+\d+"): (
+        "was cut by a spreadsheet or a float; save the ids as text, from their source"
+    ),
+    re.compile(r"\{.*:.*\}", re.DOTALL): "is an object; write its id alone as text",
+}
+AN_ITEM = {
+    re.compile(r"\s*[\[(].*[\])]\s*", re.DOTALL): "looks like a list; --lists yes reads lists"
+}
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
 UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
@@ -56,17 +61,6 @@ class Columns(NamedTuple):
     rating: str | None
     title: str | None
     lists: bool
-
-
-class Log(NamedTuple):
-    """A log as it was read: names, and codes in file order.
-
-    reviews: user and item codes, times. titles: item -> title. dated: whether there are times.
-    """
-
-    reviews: Reviews
-    titles: dict[str, str]
-    dated: bool
 
 
 def canonical(name: object) -> str:
@@ -187,19 +181,20 @@ def read_log(
     drop_missing: bool = False,
     one_user: bool = False,
     mend: str = "--drop_missing true",
-) -> Log:
+) -> tuple[Reviews, dict[str, str]]:
     """Read a log of interactions, or of lists, and judge what was read.
 
     Args:
         one_user: a log of one user, or of one item, is fine.
         mend: the flag that leaves out rows without a user or an item.
+    Returns:
+        the interactions in file order, and item -> title.
     Raises:
         UsageError: the file is damaged, a cell is wrong (its row is named), or what was read is no
             log of several users and items.
     """
     users, items = Names(canonical), Names(canonical)
-    parts: list[tuple[np.ndarray, ...]] = []
-    titles: dict[str, str] = {}
+    parts, titles = [], {}  # titles by code
     missing: dict[str, list[int]] = {"user": [], "item": []}  # rows
     low, n_rows, dates = 0, 0, None
     asins = original_ids(table.path) if columns.lists else {}
@@ -223,7 +218,7 @@ def read_log(
             dates = _are_dates(cells) if dates is None else dates
             time = _times(table.path, cells, rows, dates)
         if columns.title is not None:
-            _take_titles(titles, [*items.codes], frame[columns.title], item)
+            _take_titles(titles, item, frame[columns.title])
         parts.append((user[kept], item[kept], time[kept], rows[kept]))
     if not n_rows:
         raise UsageError(f"{table.path}: holds no interaction")
@@ -234,12 +229,11 @@ def read_log(
         cli.check((len(user) > 0, f"nothing is left of {n_rows:,} rows; lower --min_rating"))
     _judge(table.path, [*users.codes], [*items.codes], user, item, columns, one_user)
     if columns.time is not None:
-        if not dates:
-            _judge_times(table.path, time, rows)
-        _judge_missing_times(table.path, time, rows, dates)
-    names, user = _sorted_codes(users.codes, user)
-    ids, item = _sorted_codes(items.codes, item)
-    return Log(Reviews(names, ids, user, item, time), titles, columns.time is not None)
+        _judge_times(table.path, time, rows, dates)
+    named = {name: titles.get(code, "") for name, code in items.codes.items()}
+    names, user = users.in_order(user, by_value=True)
+    ids, item = items.in_order(item, by_value=True)
+    return Reviews(names, ids, user, item, time), named
 
 
 def original_ids(path: Path) -> dict[str, str]:
@@ -286,13 +280,11 @@ def _unrolled(
     return long, rows[owner]
 
 
-def _take_titles(
-    titles: dict[str, str], names: list[str], cells: pd.Series, item: np.ndarray
-) -> None:
-    """The first title of each item that has one."""
+def _take_titles(titles: dict[int, str], item: np.ndarray, cells: pd.Series) -> None:
+    """The first title of each item that has one, by the item's code."""
     for code, cell in zip(item.tolist(), cells):
-        if code >= 0 and not titles.get(names[code]):
-            titles[names[code]] = clean_title(cell)
+        if code >= 0 and not titles.get(code):
+            titles[code] = clean_title(cell)
 
 
 def _numbers(path: Path, cells: pd.Series, rows: np.ndarray, role: str) -> np.ndarray:
@@ -360,27 +352,16 @@ def _judge(
 ) -> None:
     """Refuse what is no log of several users and items; say what is unusual."""
     for role, names, codes in (("user", users, user), ("item", items, item)):
-        cut = next((name for name in names if CUT.fullmatch(name)), None)
-        if cut is not None:
-            raise UsageError(
-                f"{path}: the {role} {cut!r} was cut by a spreadsheet or a float; save the ids as"
-                " text, from their source"
-            )
+        wrong = SHAPES if role == "user" or c.lists else SHAPES | AN_ITEM
+        for shape, what in wrong.items():
+            name = next(filter(shape.fullmatch, names), None)
+            if name is not None:
+                raise UsageError(f"{path}: the {role} {name[:40]!r} {what}")
         if len(np.unique(codes)) == 1 and not one_user:
             raise UsageError(
                 f"{path}: one {role} in all, {names[codes[0]][:40]!r}: is column"
                 f" {getattr(c, role)} the {role}? --{role} names another"
             )
-        object_ = next((name for name in names if OBJECT.fullmatch(name)), None)
-        if object_ is not None:
-            raise UsageError(
-                f"{path}: the {role} {object_[:40]!r} is an object; write its id alone as text"
-            )
-    lists = None if c.lists else next((name for name in items if LIST.fullmatch(name)), None)
-    if lists is not None:
-        raise UsageError(
-            f"{path}: the item {lists[:40]!r} looks like a list; --lists yes reads lists"
-        )
     counts = np.bincount(user)
     most = int(counts.argmax())
     if len(users) >= FEW_USERS and counts[most] > LARGE_SHARE * len(user):
@@ -390,8 +371,12 @@ def _judge(
         )
 
 
-def _judge_missing_times(path: Path, time: np.ndarray, rows: np.ndarray, dates: bool) -> None:
-    """Refuse a 0, a -1, 1970, or a number that was cut, among dates: they would come first."""
+def _judge_times(path: Path, time: np.ndarray, rows: np.ndarray, dates: bool) -> None:
+    """Refuse times that do not sort, and a 0, a -1, 1970, or a number that was cut, among dates:
+    they would come first.
+    """
+    if not dates:
+        _judge_numbers(path, time, rows)
     unknown = np.isin(time, UNKNOWN_TIMES)
     if not dates and np.median(time) >= EPOCH:
         unknown |= time < EPOCH
@@ -405,7 +390,7 @@ def _judge_missing_times(path: Path, time: np.ndarray, rows: np.ndarray, dates: 
         )
 
 
-def _judge_times(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
+def _judge_numbers(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
     """Refuse numbers that do not sort as times: two units or two forms in one column, a clock
     without a date, days before years.
     """
@@ -440,17 +425,3 @@ def _judge_times(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
             f"{path}: times such as {time[0]:.0f} look like days before years and do not sort;"
             " write 2024-04-25 or 20240425"
         )
-
-
-def _sorted_codes(codes: dict[str, int], column: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """The names in order, whole numbers by value, and the column with their new codes."""
-    names = sorted(codes, key=id_order(codes))
-    new = np.empty(len(codes), dtype=np.int32)
-    new[[codes[name] for name in names]] = np.arange(len(codes), dtype=np.int32)
-    return names, new[column]
-
-
-def id_order(names: Iterable[str]) -> Callable[[str], tuple[int, str]] | None:
-    """The key to sort ids by: whole numbers by value, else None for text."""
-    numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in names)
-    return (lambda name: (int(name), name)) if numbers else None

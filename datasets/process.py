@@ -13,7 +13,7 @@ of users and items stay in memory.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +23,7 @@ import pandas as pd
 from datasets import filters
 from datasets.cells import clean_title
 from datasets.domain import canonical_domain
-from datasets.filters import Reviews, often, print_counts
-from datasets.items import listing_of
+from datasets.filters import Reviews, keep, often, print_counts
 from datasets.tables import Names, open_table
 from engine import cli
 from engine.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
@@ -34,10 +33,6 @@ from engine.files import check_writable
 TEXTS, NUMBERS = ("reviewerID", "asin"), ("overall", "unixReviewTime")
 BROKEN_SHARE = 0.01  # more broken lines than this are an error
 SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written
-Order = Literal["time", "file"]
-
-
-Report = Callable[[str, Reviews], None]
 
 
 def read_reviews(path: str | Path, min_rating: float) -> tuple[Reviews, int]:
@@ -56,7 +51,8 @@ def read_reviews(path: str | Path, min_rating: float) -> tuple[Reviews, int]:
         codes = users.encode(rated["reviewerID"]), items.encode(rated["asin"])
         parts.append((*codes, rated["unixReviewTime"].to_numpy(np.float64).astype(np.int64)))
     user, item, time = (np.concatenate(column) for column in zip(*parts))
-    return Reviews([*users.codes], [*items.codes], user, item, time), low
+    asins, item = items.in_order(item)
+    return Reviews([*users.codes], asins, user, item, time), low
 
 
 def filter_reviews(
@@ -65,24 +61,17 @@ def filter_reviews(
     min_item: int,
     min_length: int,
     ties: np.ndarray | None,
-    report: Report,
     by_time: bool = True,
 ) -> Reviews:
     """The released filters in their order. The result is sorted as `Reviews.ordered` says."""
-    reviews = reviews.ordered(ties, by_time)
-
-    def keep(mask: np.ndarray, stage: str) -> None:
-        nonlocal reviews
-        reviews = reviews.keep(mask)
-        report(stage, reviews)
-
-    keep(~reviews.repeated("user", "item", "time"), "duplicate reviews dropped")
-    keep(often(reviews.user, min_user), f"users with >= {min_user} reviews")
-    keep(often(reviews.item, min_item), f"items with >= {min_item} reviews")
-    keep(often(reviews.user, min_length), f"sequences of >= {min_length}")
-    keep(~reviews.repeated("user", "item"), "repeats inside a user dropped")
-    keep(often(reviews.user, min_length), f"sequences of >= {min_length} again")
-    return reviews
+    log = reviews.ordered(ties, by_time)
+    log = keep(log, ~log.repeated("user", "item", "time"), "duplicate reviews dropped", "min_user")
+    log = keep(log, often(log.user, min_user), f"users with >= {min_user} reviews", "min_user")
+    log = keep(log, often(log.item, min_item), f"items with >= {min_item} reviews", "min_item")
+    log = keep(log, often(log.user, min_length), f"sequences of >= {min_length}", "min_length")
+    log = keep(log, ~log.repeated("user", "item"), "repeats inside a user dropped", "min_length")
+    stage = f"sequences of >= {min_length} again"
+    return keep(log, often(log.user, min_length), stage, "min_length")
 
 
 def read_titles(path: str | Path, items: set[str]) -> tuple[dict[str, str], int]:
@@ -139,19 +128,6 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < 2**53  # NaN is not
 
 
-def _emptied(counts: dict[str, int], low: int) -> str:
-    """Which filter left nothing, and the flag that loosens it."""
-    mends = {"rating": "min_rating", "users": "min_user", "items": "min_item"}
-    mends["sequences"] = "min_length"
-    before = low + next(iter(counts.values()))
-    for stage, left in counts.items():
-        if not left:
-            mend = mends.get(stage.split()[0], "min_user")
-            return f"nothing is left of {before:,} reviews after '{stage}'; lower --{mend}"
-        before = left
-    return "nothing is left"
-
-
 @cli.command
 def main(
     *,
@@ -162,7 +138,9 @@ def main(
     min_user: PositiveInt = flag(5, "fewest reviews of a user"),
     min_item: PositiveInt = flag(20, "fewest reviews of an item"),
     min_length: PositiveInt = flag(5, "shortest sequence"),
-    order: Order = flag("time", "sequences by time, or in file order as released"),
+    order: Literal["time", "file"] = flag(
+        "time", "sequences by time, or in file order as released"
+    ),
     ties: Literal["hash", "file"] = flag(
         "hash", "reviews of one user and time: by a hash of user and item, or in file order"
     ),
@@ -181,28 +159,16 @@ def main(
     raw, low = read_reviews(reviews, min_rating)
     print(f"{low:,} reviews rated below {min_rating:g} left out")
     print_counts(f"rating >= {min_rating:g}", raw)
-    counts: dict[str, int] = {f"rating >= {min_rating:g}": len(raw.user)}
-
-    def report(stage: str, left: Reviews) -> None:
-        counts[stage] = len(left.user)
-        print_counts(stage, left)
-
+    cli.check((len(raw.user) > 0, f"{reviews}: nothing is left of {low:,}; lower --min_rating"))
     by_hash = filters.tie_order(raw, tie_seed) if ties == "hash" else None
     by_time = order == "time"
-    kept = filter_reviews(raw, min_user, min_item, min_length, by_hash, report, by_time)
-    if not len(kept.user):
-        raise UsageError(f"{reviews}: {_emptied(counts, low)}")
+    kept = filter_reviews(raw, min_user, min_item, min_length, by_hash, by_time)
     if by_time:
         filters.print_ties(kept, "reviews", ties, tie_seed)
-    left = filters.occurring(kept)
-    titles, repeats = read_titles(meta, left) if meta else ({}, 0)
+    titles, repeats = read_titles(meta, filters.occurring(kept)) if meta else ({}, 0)
+    if repeats:
+        print(f"{repeats:,} repeated metadata records ignored")
     filters.write_domain(kept, titles, path)
-    named = sum(bool(title) for title in titles.values())
-    print(
-        f"titles: {named:,} of {len(left):,} items have one;"
-        f" {repeats:,} repeated metadata records ignored"
-    )
-    print(f"wrote {path} and {listing_of(path)}")
 
 
 if __name__ == "__main__":

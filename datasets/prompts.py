@@ -45,18 +45,6 @@ def read_template(name: str) -> Template:
     return Template(*texts)
 
 
-def prompt_ids(taught: dict | None, template: Template, base: str) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and the response: a teacher's, else the template's.
-
-    Args:
-        taught: the teacher's model, as its config.json has it.
-        base: a local folder or a Hugging Face id.
-    """
-    if taught is not None:
-        return taught["prompt_ids"], taught["response_ids"]
-    return tokenise(template, base)
-
-
 def tokenise(texts: Template, base: str) -> tuple[list[int], list[int]]:
     """Token ids of the two texts, each alone and without special tokens, by `base`'s tokenizer.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from datasets.candidates import draw
 from datasets.interactions import MINIMUM_LENGTH, Interactions
+from utils.evaluation import Batch
 from utils.flags import Evaluation
 
 TrainTargets = Literal["last", "all"]
@@ -126,15 +127,6 @@ def training_samples(
     return Samples(data, final, final - first, max_seq_length, every_position)
 
 
-class EvaluationBatch(NamedTuple):
-    """See utils.evaluation.Batch."""
-
-    history: Tensor
-    target: Tensor
-    seen: Tensor
-    candidates: Tensor
-
-
 @dataclass(frozen=True)
 class EvaluationSplit:
     """items[:-2] -> items[-2] (valid) or items[:-1] -> items[-1] (test) of every user, with its
@@ -174,14 +166,11 @@ class EvaluationSplit:
 
     def repeated(self) -> np.ndarray:
         """Whether the user had met the target before, bool [U]."""
-        samples, starts = self.samples, self.data.offsets[:-1]
-        owner = np.repeat(np.arange(len(samples)), samples.length)
-        position = np.arange(len(owner)) - np.repeat(
-            np.cumsum(samples.length) - samples.length, samples.length
-        )
-        seen = self.data.items[starts[owner] + position]
-        again = seen == self.data.items[samples.end][owner]
-        return np.bincount(owner[again], minlength=len(samples)) > 0
+        data = self.data
+        owner = np.repeat(np.arange(data.n_users), np.diff(data.offsets))
+        place, end = np.arange(len(owner)), self.samples.end[owner]
+        again = (data.items[: len(owner)] == data.items[end]) & (place < end)
+        return np.bincount(owner[again], minlength=data.n_users) > 0
 
     def n_batches(self, batch_size: int, limit: int | None = None) -> int:
         """Of all users, at most `limit`."""
@@ -194,7 +183,7 @@ class EvaluationSplit:
         device: str | torch.device = "cpu",
         limit: int | None = None,
         share: tuple[int, int] = (0, 1),
-    ) -> Iterator[EvaluationBatch]:
+    ) -> Iterator[Batch]:
         """All users in order, `batch_size` at a time; at most `limit` batches.
 
         Args:
@@ -213,7 +202,7 @@ class EvaluationSplit:
                 torch.from_numpy(self.candidates(users)),
             )
             moved = (tensor.to(device, non_blocking=True) for tensor in on_device)
-            yield EvaluationBatch(samples.histories(users), *moved)
+            yield Batch(samples.histories(users), *moved)
 
     def candidates(self, users: np.ndarray) -> np.ndarray:
         """Negatives of users (indices into data.users), int64 [B, K], filled up with -1."""
@@ -278,19 +267,21 @@ def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationS
             f"{share:.0%} of the interactions before validation are training targets;"
             " --train_targets all takes every one"
         )
-    if data.n_short:
-        trains = samples.every_position or data.moment is not None
-        used = "popularity and training use" if trains else "popularity uses"
-        who = f"fewer than {MINIMUM_LENGTH} items; {used} their items"
-        if data.moment is not None:
-            who = (
-                f"fewer than {MINIMUM_LENGTH - 1} items before that time, or none after it; {used}"
-            )
-            who += " what is before"
-        lines.append(f"not evaluated: {data.n_short:,} users with {who}")
-    new = splits["test"].popularity()[splits["test"].targets()] == 0
-    if data.moment is not None and new.any():
-        lines.append(f"{new.mean():.1%} of the test targets occur nowhere in training")
+    if data.n_short and data.moment is None:
+        used = "popularity and training use" if samples.every_position else "popularity uses"
+        lines.append(
+            f"not evaluated: {data.n_short:,} users with fewer than {MINIMUM_LENGTH} items; {used}"
+            " their items"
+        )
+    elif data.n_short:
+        lines.append(
+            f"not evaluated: {data.n_short:,} users with fewer than {MINIMUM_LENGTH - 1} items"
+            " before that time, or none after it; popularity and training use what is before"
+        )
+    if data.moment is not None:
+        new = splits["test"].popularity()[splits["test"].targets()] == 0
+        if new.any():
+            lines.append(f"{new.mean():.1%} of the test targets occur nowhere in training")
     few = splits["test"].fewest_candidates()
     if few < splits["test"].n_candidates:
         lines.append(

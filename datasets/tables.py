@@ -162,6 +162,19 @@ class Names:
             own.append(self.codes.setdefault(name, len(self.codes)) if name else -1)
         return np.array(own, dtype=np.int32)[coded]
 
+    def in_order(self, column: np.ndarray, by_value: bool = False) -> tuple[list[str], np.ndarray]:
+        """The names in order, and a column of codes with new ones that are in this order.
+
+        Args:
+            by_value: whole numbers by their value, where all names are such.
+        """
+        numbers = by_value and all(re.fullmatch(r"-?[0-9]+", name) for name in self.codes)
+        key = (lambda name: (int(name), name)) if numbers else None
+        names = sorted(self.codes, key=key)
+        new = np.empty(len(names), dtype=np.int32)
+        new[[self.codes[name] for name in names]] = np.arange(len(names), dtype=np.int32)
+        return names, new[column]
+
 
 def open_table(
     path: Path,

@@ -114,9 +114,7 @@ def main(
     cli.check((dim <= width, f"--dim={dim}: {text_model} gives {width} numbers per title"))
     if untitled:
         print(f"{untitled:,} items without a title share one vector")
-    n_rows = int(items.ids[-1]) + 1
-    rows = torch.zeros(n_rows, dim)
-    rows[torch.from_numpy(items.ids)] = principal_parts(vectors, torch.from_numpy(known), dim)
+    parts = principal_parts(vectors, torch.from_numpy(known), dim)
     about = {
         "items_from": "titles",
         "text_model": text_model,
@@ -124,15 +122,10 @@ def main(
         "ends_are_items": domain.ends_are_items,
         "split": domain.split,
         "domain": domain.name,
-        "dim": dim,
-        "rows": n_rows,
-        "items": len(items.ids),
         "data_sha256": sequences.sha256,
         "items_sha256": inputs.items_sha256(),
     }
-    write_table(path, rows, about)
-    print(f"wrote {path}: {n_rows:,} rows x {dim}, {len(items.ids):,} of them items")
-    return about
+    return write_table(path, items.ids, parts, about)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from serving.served import ServedFiles, is_export, read
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SHOWN = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
 HERE = Path(__file__).parent
-TARGET = {  # by whether the split is by time
-    False: "The last item of every user is the target.",
-    True: "The first item of every user after one moment is the target; later ones are not used.",
-}
+LAST = "The last item of every user is the target."
+FIRST_AFTER = (
+    "The first item of every user after one moment is the target; later ones are not used."
+)
 RANKED = {
     "sampled": "the target among {candidates} items that the user had not met",
     "full": "the whole catalogue, without the user's history",
@@ -61,7 +61,7 @@ def model_card(served, code: str) -> str:
         **described(run),
         domain=run.config["domain"],
         n_users=f"{data.n_users:,}",
-        target=TARGET[data.moment is not None],
+        target=LAST if data.moment is None else FIRST_AFTER,
         split=split_of(run.flags),
         n_items=f"{data.n_items:,}",
         sha256=data.sha256,
@@ -158,12 +158,13 @@ def main(
     from models.sasrec import SASRec
     from serving import exported
 
+    ids = served.item_ids()
     slots, of_sasrec = run.flags["max_seq_length"], run.stage == "sasrec"
     if of_sasrec:
         model = SASRec.load(run)
         table, graph = model.item_table.detach(), exported.SASRecGraph(model)
     else:
-        table = served.item_table()
+        table = served.item_table(ids)
         model = LLM4Rec.load(run, table, bf16=False)
         graph = exported.Graph(model, slots)
     split = EvaluationSplit(served.data, TEST, slots, 0, 1)
@@ -175,15 +176,10 @@ def main(
     partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        item_ids = torch.from_numpy(served.data.item_ids)
-        names = served.names()
+        item_ids, names = torch.from_numpy(ids), served.names(ids)
         about = {"domain": run.config["domain"], "items_sha256": names.sha256()}
-        about["max_seq_length"] = slots
-        if of_sasrec:
-            about["sasrec"] = SASRec.shape(run)
-            exported.save_sasrec(partial, model, item_ids, served.popularity(), about)
-        else:
-            exported.save(partial, model, item_ids, served.popularity(), about)
+        about |= {"max_seq_length": slots} | ({"sasrec": SASRec.shape(run)} if of_sasrec else {})
+        exported.save(partial, model, item_ids, served.popularity(ids), about)
         names.write(partial / "items.csv")
         name = "scores_sasrec.py" if of_sasrec else "scores.py"
         code = (HERE / name).read_text(encoding="utf-8")

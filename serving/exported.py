@@ -34,49 +34,41 @@ LARGEST_ONNX = 2**30  # bytes of weights in one file; more are written beside it
 
 
 def save(
-    folder: Path, model: LLM4Rec, item_ids: Tensor, popularity: Tensor, about: dict[str, Any]
+    folder: Path,
+    model: LLM4Rec | SASRec,
+    item_ids: Tensor,
+    popularity: Tensor,
+    about: dict[str, Any],
 ) -> None:
-    """Write the model's files into an existing folder. LoRA of `model` is merged.
+    """Write the model's files into an existing folder. LoRA of an LLM is merged.
 
     Args:
         model: in float32.
         item_ids: int64 [N], by catalogue index.
         popularity: float [N].
-        about: what else recommender.json says: L (max_seq_length), and whose items these are.
+        about: what else recommender.json says: L (max_seq_length), whose items these are, and of
+            SASRec its arguments beside N and L, under `sasrec`.
     """
-    decoder = model.decoder
-    merge_lora(decoder.llama)
-    decoder.llama.config.architectures = [type(decoder.llama).__name__]
-    decoder.llama.save_pretrained(folder)
-    spell_for_older(folder / "config.json")
-    names = ("adapter.", "head.", "exit_heads.")
-    tensors = {name: t for name, t in model.state_dict().items() if name.startswith(names)}
-    tensors |= {"item_table": model.item_table, "item_ids": item_ids, "popularity": popularity}
-    shape = {
-        "prompt_ids": decoder.prompt_ids.tolist(),
-        "response_ids": decoder.response_ids.tolist(),
-        "block_ends": decoder.block_ends,
-        "exit_norm": model.exit_norm,
-    }
-    _write(folder, tensors, shape | about)
-
-
-def save_sasrec(
-    folder: Path, model: SASRec, item_ids: Tensor, popularity: Tensor, about: dict[str, Any]
-) -> None:
-    """As `save`, of SASRec.
-
-    Args:
-        about: also the arguments of `SASRec` beside N and L, under `sasrec`.
-    """
-    tensors = model.state_dict() | {"item_ids": item_ids, "popularity": popularity}
-    _write(folder, tensors, about)
-
-
-def _write(folder: Path, tensors: dict[str, Tensor], shape: dict[str, Any]) -> None:
+    tensors = model.state_dict()
+    if isinstance(model, LLM4Rec):
+        decoder = model.decoder
+        merge_lora(decoder.llama)
+        decoder.llama.config.architectures = [type(decoder.llama).__name__]
+        decoder.llama.save_pretrained(folder)
+        spell_for_older(folder / "config.json")
+        around = ("adapter.", "head.", "exit_heads.")
+        tensors = {name: t for name, t in tensors.items() if name.startswith(around)}
+        tensors["item_table"] = model.item_table
+        about = about | {
+            "prompt_ids": decoder.prompt_ids.tolist(),
+            "response_ids": decoder.response_ids.tolist(),
+            "block_ends": decoder.block_ends,
+            "exit_norm": model.exit_norm,
+        }
+    tensors |= {"item_ids": item_ids, "popularity": popularity}
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / SHAPE, shape)
+    write_json(folder / SHAPE, about)
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors are written for the owner alone
 
@@ -118,45 +110,34 @@ def load(
     shape = read_json(folder / SHAPE, "exported recommender")
     try:
         tensors = load_file(folder / WEIGHTS)
-        if "sasrec" in shape:
-            return _load_sasrec(tensors, shape, device, exit)
-        options = {"local_files_only": True, "output_loading_info": True}
-        llama, about = AutoModel.from_pretrained(folder, dtype=torch.float32, **options)
-        if about["missing_keys"]:
-            raise KeyError(*sorted(about["missing_keys"])[:3])
-        ends = shape["block_ends"]
-        decoder = Decoder(llama, shape["prompt_ids"], shape["response_ids"], ends)
         item_ids, popularity = tensors.pop("item_ids"), tensors.pop("popularity")
-        table = tensors.pop("item_table")
-        heads = any(name.startswith("exit_heads.") for name in tensors)
-        model = LLM4Rec(decoder, table, heads, shape["exit_norm"])
-        around = {name for name in model.state_dict() if not name.startswith("decoder.")}
-        if around != set(tensors):
-            raise KeyError(*sorted(around ^ set(tensors)))
-        model.load_state_dict(tensors, strict=False)
+        if "sasrec" in shape:
+            model = SASRec(len(item_ids), shape["max_seq_length"], **shape["sasrec"])
+            model.load_state_dict(tensors)
+        else:
+            model = _load_llm(folder, tensors, shape)
     except (OSError, KeyError, SafetensorError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UsageError(f"{folder}: damaged, not a folder of serving.export ({reason})") from None
-    model = model.to(device)
-    if exit is not None:
-        model.read_at_exit(exit)
     slots = shape["max_seq_length"]
-    recommender = Recommender(model.user_encoder(), model.item_table, popularity, slots)
-    return recommender, item_ids.numpy()
+    return Recommender.of(model.to(device), popularity, slots, exit), item_ids.numpy()
 
 
-def _load_sasrec(
-    tensors: dict[str, Tensor], shape: dict[str, Any], device: torch.device, exit: int | None
-) -> tuple[Recommender, "torch.Tensor"]:
-    if exit is not None:
-        raise UsageError(f"--exit={exit}: SASRec has no exits")
-    item_ids, popularity = tensors.pop("item_ids"), tensors.pop("popularity")
-    slots = shape["max_seq_length"]
-    model = SASRec(len(item_ids), slots, **shape["sasrec"])
-    model.load_state_dict(tensors)
-    model = model.to(device)
-    encode = model.user_encoder()
-    return Recommender(encode, model.item_table, popularity, slots), item_ids.numpy()
+def _load_llm(folder: Path, tensors: dict[str, Tensor], shape: dict[str, Any]) -> LLM4Rec:
+    """Raises KeyError where a tensor is missing or unknown."""
+    options = {"local_files_only": True, "output_loading_info": True}
+    llama, about = AutoModel.from_pretrained(folder, dtype=torch.float32, **options)
+    if about["missing_keys"]:
+        raise KeyError(*sorted(about["missing_keys"])[:3])
+    ends = shape["block_ends"]
+    decoder = Decoder(llama, shape["prompt_ids"], shape["response_ids"], ends)
+    heads = any(name.startswith("exit_heads.") for name in tensors)
+    model = LLM4Rec(decoder, tensors.pop("item_table"), heads, shape["exit_norm"])
+    around = {name for name in model.state_dict() if not name.startswith("decoder.")}
+    if around != set(tensors):
+        raise KeyError(*sorted(around ^ set(tensors)))
+    model.load_state_dict(tensors, strict=False)
+    return model
 
 
 def card_scores(code: str, folder: Path) -> Callable[[list[int]], Tensor]:

@@ -7,39 +7,34 @@ import numpy as np
 from datasets.interactions import read_histories
 from datasets.items import Finder, Items, listing_of
 from datasets.logs import NAMES, ROLES, choose_columns, list_of_items, original_ids, read_log
-from datasets.tables import open_table
+from datasets.tables import Table, open_table
 from engine.errors import UsageError
 
-Histories = tuple[list[str], list[list[int]]]  # users' names, and their catalogue indices
+Histories = dict[str, list[int]]  # user -> catalogue indices
 
 
 def of_domain(csv_path: Path, names: Items) -> Histories:
     """The domain's own users."""
-    users, histories = [], []
-    for user, ids in read_histories(csv_path):
-        users.append(user)
-        histories.append(np.searchsorted(names.ids, ids).tolist())
-    return users, histories
+    rows = read_histories(csv_path)
+    return {user: np.searchsorted(names.ids, ids).tolist() for user, ids in rows}
 
 
-def with_known(
-    who: list[str], lists: list[list[int]], csv_path: Path, names: Items, join: bool
-) -> list[list[int]]:
-    """The lists, and how many are of the domain's own users, who also have a history there.
+def with_known(own: Histories, csv_path: Path, names: Items, join: bool) -> Histories:
+    """The histories, and how many are of the domain's own users, who also have one there.
 
     Args:
-        join: put that history first.
+        join: put that one first.
     """
-    stored = dict(zip(*of_domain(csv_path, names)))
-    there = sum(user in stored for user in who)
+    stored = of_domain(csv_path, names)
+    there = len(own.keys() & stored.keys())
     if there and not join:
         print(
             f"{there:,} users are users of {csv_path} too; the history read is the file's alone"
             " (--known join puts their own first)"
         )
     if not join:
-        return lists
-    return [stored.get(user, []) + own for user, own in zip(who, lists)]
+        return own
+    return {user: stored.get(user, []) + items for user, items in own.items()}
 
 
 def of_file(path: Path, finder: Finder) -> Histories:
@@ -54,31 +49,31 @@ def of_file(path: Path, finder: Finder) -> Histories:
     names = {name.lower() for name in table.columns}
     if not {"reviewerid", "asin"} <= names or "unixreviewtime" in names:
         columns = choose_columns(table, given, "auto", "")
-        skip = "--unknown skip"
-        log = read_log(table, columns, drop_missing=finder.skip, one_user=True, mend=skip)
-        reviews = log.reviews.keep(np.lexsort((log.reviews.time, log.reviews.user)))
+        reviews, _ = read_log(
+            table, columns, drop_missing=finder.skip, one_user=True, mend="--unknown skip"
+        )
+        reviews = reviews.ordered(None)
         ids = np.split(reviews.item, np.flatnonzero(np.diff(reviews.user)) + 1)
         users = [reviews.users[code] for code in np.unique(reviews.user)]
-        found = [[reviews.items[code] for code in codes] for codes in ids]
+        found = {user: [reviews.items[i] for i in codes] for user, codes in zip(users, ids)}
     else:
-        users, found = _lists(path, table)
+        found = _lists(path, table)
         if not listing_of(path).is_file():
-            finder.refuse_ambiguous(found, f"--users={path}")
+            finder.refuse_ambiguous([*found.values()], f"--users={path}")
         else:  # its numbers were mapped to original ids
             finder = finder.by_asin()
     source = f"--users={path}"
-    histories = [finder.find_all(names, f"{source}: {user}") for user, names in zip(users, found)]
-    return users, histories
+    return {user: finder.find_all(names, f"{source}: {user}") for user, names in found.items()}
 
 
-def _lists(path: Path, table) -> tuple[list[str], list[list[str]]]:
+def _lists(path: Path, table: Table) -> dict[str, list[str]]:
     user_column, item_column = (
         next(name for name in table.columns if name.lower() == bare)
         for bare in ("reviewerid", "asin")
     )
     asins = original_ids(path)
     rows: dict[str, int] = {}
-    lists = []
+    lists: dict[str, list[str]] = {}
     for frame in table.frames([user_column, item_column]):
         cells = zip(frame.index, frame[user_column].astype(str), frame[item_column])
         for row, user, cell in cells:
@@ -86,5 +81,5 @@ def _lists(path: Path, table) -> tuple[list[str], list[list[str]]]:
                 raise UsageError(
                     f"--users={path}: reviewerID {user!r} appears in rows {rows[user]} and {row}"
                 )
-            lists.append(list_of_items(path, row, cell, asins))
-    return list(rows), lists
+            lists[user] = list_of_items(path, row, cell, asins)
+    return lists

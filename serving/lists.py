@@ -1,7 +1,8 @@
 """Recommendation lists as a file: a row per user and rank, as CSV, JSON lines or parquet."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,6 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from datasets.items import Items
-from engine.errors import UsageError
 from engine.files import replacing
 
 SCHEMA = pa.schema(
@@ -22,13 +22,6 @@ SCHEMA = pa.schema(
         ("score", pa.float32()),
     ]
 )
-SUFFIXES = (".csv", ".jsonl", ".parquet")
-
-
-def check_suffix(path: Path) -> None:
-    """Raise UsageError where the suffix says no known form."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"--output={path}: must end in {', '.join(SUFFIXES)}")
 
 
 def as_table(users: list[str], items: np.ndarray, scores: np.ndarray, names: Items) -> pa.Table:
@@ -51,33 +44,19 @@ def as_table(users: list[str], items: np.ndarray, scores: np.ndarray, names: Ite
     return pa.table(columns, schema=SCHEMA)
 
 
-class Writer:
-    """Writes tables to a file that appears only when it is complete."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.form = path, path.suffix
-        self.replacing = replacing(path)
-        self.file: Any = None
-
-    def __enter__(self) -> "Writer":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.replacing.__enter__()
-        if self.form == ".parquet":
-            self.file = pa.parquet.ParquetWriter(partial, SCHEMA)
-        elif self.form == ".csv":
-            options = pa.csv.WriteOptions(quoting_style="needed")
-            self.file = pa.csv.CSVWriter(partial, SCHEMA, write_options=options)
+@contextmanager
+def writing(path: Path) -> Iterator[Callable[[pa.Table], object]]:
+    """What adds a table to a file, by its suffix; the file appears only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        if path.suffix == ".jsonl":
+            options = {"orient": "records", "lines": True, "force_ascii": False}
+            with open(partial, "w", encoding="utf-8") as file:
+                yield lambda table: file.write(table.to_pandas().to_json(**options))
+        elif path.suffix == ".csv":
+            quoting = pa.csv.WriteOptions(quoting_style="needed")
+            with pa.csv.CSVWriter(partial, SCHEMA, write_options=quoting) as file:
+                yield file.write_table
         else:
-            self.file = open(partial, "w", encoding="utf-8")
-        return self
-
-    def add(self, table: pa.Table) -> None:
-        if self.form == ".jsonl":
-            frame = table.to_pandas()
-            self.file.write(frame.to_json(orient="records", lines=True, force_ascii=False))
-        else:
-            self.file.write_table(table)
-
-    def __exit__(self, *failed) -> None:
-        self.file.close()
-        self.replacing.__exit__(*failed)
+            with pa.parquet.ParquetWriter(partial, SCHEMA) as file:
+                yield file.write_table

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from datasets.items import Finder, Items
     from serving.recommender import Recommender
 
+SUFFIXES = (".csv", ".jsonl", ".parquet")  # of files of lists
 LINE = "  {rank:>4}  {score:>9}  {id:>10}  {title}"
 
 
@@ -99,6 +100,7 @@ class Asked(Group):
                 (target.parent not in read, f"{output} is in a folder that is read"),
                 (not run, f"{output} is in the folder of a run or an export"),
                 (not target.is_dir(), f"{output} is a folder"),
+                (target.suffix in SUFFIXES, f"{output}: must end in {', '.join(SUFFIXES)}"),
                 (
                     self.overwrite or not target.exists(),
                     f"{output}: already exists; --overwrite true replaces it",
@@ -245,12 +247,12 @@ def history_of(user: str, served: Served, names: "Items", flag: str) -> list[int
     """
     from serving.histories import of_domain
 
-    who, lists = of_domain(served.csv_path, names)
-    near = [] if user.isdigit() else difflib.get_close_matches(user, who, n=1)
+    own = of_domain(served.csv_path, names)
+    near = [] if user.isdigit() else difflib.get_close_matches(user, own, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     file = "no such file, and " if flag == "users" else ""
-    cli.check((user in who, f"--{flag}={user}: {file}{served.csv_path} has no such user{hint}"))
-    return lists[who.index(user)]
+    cli.check((user in own, f"--{flag}={user}: {file}{served.csv_path} has no such user{hint}"))
+    return own[user]
 
 
 def _report_unknown(finder: "Finder", source: str) -> None:
@@ -281,10 +283,7 @@ def main(
 ) -> list[dict] | None:
     """Recommend for one history, on the screen, or for many, into a file."""
     if asked.target is not None:
-        from serving.lists import check_suffix
-
         check_writable(asked.target.parent, "--output")
-        check_suffix(Path(asked.output))
     if is_export(Path(files.model)):
         runs, opened = [], _open_export(files, offered.exit, device)
     else:
@@ -351,27 +350,28 @@ def write_lists(
 
     from datasets.items import Finder
     from serving import histories
-    from serving.lists import Writer, as_table
+    from serving.lists import as_table, writing
 
     if asked.users == "all":
-        who, lists = histories.of_domain(runs[0].csv_path, names)
+        lists = histories.of_domain(runs[0].csv_path, names)
     else:
         finder = Finder(names, offered.by, skip=offered.unknown == "skip")
-        who, lists = histories.of_file(Path(asked.users), finder)
+        lists = histories.of_file(Path(asked.users), finder)
         _report_unknown(finder, "--users")
-        nothing = bool(finder.unknown) and not any(lists)
+        nothing = bool(finder.unknown) and not any(lists.values())
         why = f"--users={asked.users}: none of its items is known, as items are here"
         cli.check((not nothing, why))
         if runs:
             join = asked.known == "join"
-            lists = histories.with_known(who, lists, runs[0].csv_path, names, join)
-    with Writer(asked.target) as writer, tqdm(total=len(who), unit="user", mininterval=1) as bar:
+            lists = histories.with_known(lists, runs[0].csv_path, names, join)
+    who, own = [*lists], [*lists.values()]
+    with writing(asked.target) as write, tqdm(total=len(who), unit="user", mininterval=1) as bar:
         for start in range(0, len(who), batch_size):
             part = slice(start, start + batch_size)
-            items, scores = recommender.recommend(lists[part], offered.k, offered.exclude, allowed)
-            writer.add(as_table(who[part], items.numpy(), scores.numpy(), names))
+            items, scores = recommender.recommend(own[part], offered.k, offered.exclude, allowed)
+            write(as_table(who[part], items.numpy(), scores.numpy(), names))
             bar.update(len(who[part]))
-    empty = sum(not own for own in lists)
+    empty = own.count([])
     if empty:
         print(f"{empty:,} users without history: by popularity")
     if offered.exclude == "seen":

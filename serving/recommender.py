@@ -5,7 +5,7 @@ Legend: B batch, L item slots, N items (also the padding index), D item width, k
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,21 @@ class Recommender:
     item_table: Tensor
     popularity: Tensor
     max_seq_length: int
+
+    @classmethod
+    def of(cls, model: Any, popularity: Tensor, slots: int, exit: int | None) -> "Recommender":
+        """Of a SASRec or an LLM.
+
+        Args:
+            exit: of an LLM trained with exits, the inner exit to read, from 1.
+        Raises:
+            UsageError: there is no such exit.
+        """
+        if exit is not None and isinstance(model, SASRec):
+            raise UsageError(f"--exit={exit}: SASRec has no exits")
+        if exit is not None:
+            model.read_at_exit(exit)
+        return cls(model.user_encoder(), model.item_table, popularity, slots)
 
     def user_encoder(self) -> Callable[[Tensor], Tensor]:
         return self.encode
@@ -177,21 +192,11 @@ def of_run(
 
     Args:
         item_table: [N, D] that an LLM run was made from; of a SASRec run None.
-        popularity: [N].
-        exit: of an LLM trained with exits, the inner exit to read, from 1.
-    Raises:
-        UsageError: the checkpoint or the exit is missing.
     """
-    slots = run.flags["max_seq_length"]
     if run.stage == "sasrec":
-        if exit is not None:
-            raise UsageError(f"--exit={exit}: SASRec has no exits")
-        sasrec = SASRec.load(run).to(device)
-        return Recommender(sasrec.user_encoder(), sasrec.item_table, popularity, slots)
-    from models.llm4rec import LLM4Rec  # transformers takes longer than a list of SASRec's
+        model = SASRec.load(run).to(device)
+    else:
+        from models.llm4rec import LLM4Rec  # transformers takes longer than a list of SASRec's
 
-    table = item_table.to(device)
-    model = LLM4Rec.load(run, table, run.bf16).to(device)
-    if exit is not None:
-        model.read_at_exit(exit)
-    return Recommender(model.user_encoder(), table, popularity, slots)
+        model = LLM4Rec.load(run, item_table.to(device), run.bf16).to(device)
+    return Recommender.of(model, popularity, run.flags["max_seq_length"], exit)

@@ -55,33 +55,29 @@ class Served(NamedTuple):
             return self.data.item_ids
         return np.union1d(self.data.item_ids, ids_with_vectors(self.table_path))
 
-    def popularity(self, item_ids: np.ndarray | None = None) -> "Tensor":
-        """How often each item occurs, by default of the data's; float32 [N]."""
+    def popularity(self, item_ids: np.ndarray) -> "Tensor":
+        """How often each item occurs; float32 [N]."""
         import torch
 
         data = self.data
         if data.moment is not None:  # lists are for now: all interactions count
             data, _ = self.domain._replace(split=None).read()
-        counts = np.bincount(data.items, minlength=data.n_items).astype(np.float32)
-        if item_ids is not None:
-            known = np.zeros(len(item_ids), dtype=np.float32)
-            known[np.searchsorted(item_ids, self.data.item_ids)] = counts
-            counts = known
+        counts = np.zeros(len(item_ids), dtype=np.float32)
+        place = np.searchsorted(item_ids, self.data.item_ids)
+        counts[place] = np.bincount(data.items, minlength=data.n_items)
         return torch.from_numpy(counts)
 
-    def names(self, item_ids: np.ndarray | None = None) -> Items:
+    def names(self, item_ids: np.ndarray) -> Items:
         """What items are called: as items.csv beside the CSV says, else as the run's own does."""
-        item_ids = self.data.item_ids if item_ids is None else item_ids
         own = self.run.folder / "items.csv"
         if own.is_file() and not listing_of(self.csv_path).is_file():
             return Items.read(own, item_ids)
         return Items.of(self.csv_path, item_ids)
 
-    def item_table(self, item_ids: np.ndarray | None = None) -> "Tensor | None":
-        """The items' rows, by default the data's in catalogue order; float32 [N, D]."""
+    def item_table(self, item_ids: np.ndarray) -> "Tensor | None":
+        """The items' rows; float32 [N, D]."""
         from datasets.item_table import read_table
 
-        item_ids = self.data.item_ids if item_ids is None else item_ids
         return self.table_path and read_table(self.table_path, item_ids)
 
 

@@ -13,11 +13,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import efficiency, first_gpu, measure, plain, throughput
-from datasets import process, sequences
+from datasets import process
 from datasets.demo import write_demo
 from engine.errors import UsageError
 from models.catalogue import catalogue_cross_entropy
 from tests.conftest import ROOT, histories, small_config, small_model
+from utils import evaluation
 from utils.evaluation import rank_all
 
 
@@ -44,7 +45,7 @@ def test_plain_ranks_agree_with_ours():
     torch.manual_seed(0)
     users, table, target = torch.randn(9, 4), torch.randn(50, 4), torch.randint(50, (9,))
     seen = [[int(t), (int(t) + 7) % 50, 3] for t in target]
-    batch = sequences.EvaluationBatch(users, target, torch.tensor(seen), torch.randint(50, (9, 5)))
+    batch = evaluation.Batch(users, target, torch.tensor(seen), torch.randint(50, (9, 5)))
     ours = rank_all(lambda vectors: vectors, table, [batch])
     assert plain.plain_ranks(users, table, target, seen).tolist() == ours.full.tolist()
 

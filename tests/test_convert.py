@@ -371,7 +371,10 @@ def test_bad_requests_are_refused():
         ({"user": "buyer"}, "--user=buyer: a.csv has no such column; it has user_id ('a', 'b'),"),
         ({"min_rating": 3.0}, "--min_rating=3.0: a.csv has no rating; name it with --rating"),
         ({"items": "none.csv"}, "--items=none.csv: file not found"),
-        ({"min_user": 9}, "nothing is left after 'users with >= 9'; lower --min_user"),
+        (
+            {"min_user": 9},
+            "nothing is left of 2 after 'users with >= 9 interactions'; lower --min_user",
+        ),
         ({"user": "item_id"}, "cannot be both user and item"),
     ):
         with pytest.raises(UsageError) as refused:

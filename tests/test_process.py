@@ -162,8 +162,7 @@ def test_refusals(tmp_path):
         written(tmp_path)
     written(tmp_path, overwrite=True)
     with pytest.raises(
-        UsageError,
-        match="nothing is left of 9 reviews after 'items with >= 50 reviews'; lower --min_item",
+        UsageError, match="nothing is left of 9 after 'items with >= 50 reviews'; lower --min_item"
     ):
         written(tmp_path, overwrite=True, min_item=50)
     (tmp_path / "cut.json.gz").write_bytes(gzip.compress("\n".join(REVIEWS * 9).encode())[:-9])

@@ -89,8 +89,9 @@ def test_fewer_users_than_two_batches_train_on_every_prefix(tmp_path, batch_size
     write_sequences(tmp_path / "shop.csv", sequences)
     torch.save({"item_embedding": torch.rand(23, 4)}, tmp_path / "t.pkl")
     names = {"data_path": str(tmp_path / "shop.csv"), "item_table": str(tmp_path / "t.pkl")}
-    inputs = read_inputs(TeacherFiles(domain_type="shop", **names))
-    training = inputs.settled(Training(batch_size=batch_size))
+    files = TeacherFiles(domain_type="shop", **names)
+    inputs = read_inputs(files)
+    _, training = inputs.settled(files, Training(batch_size=batch_size))
     data = inputs.load(Prompt(), training, Evaluation(), "cpu")
     assert (training.train_targets, len(data.samples)) == (targets, n)
     asked = Training(batch_size=batch_size, train_targets="last")

@@ -36,8 +36,8 @@ SPREAD_USERS = 512  # whose scores tell how loud a model is
 FEWEST_USERS = 8  # per tile, so that a pass over ten million items serves several users
 
 
-class Batch(Protocol):
-    """What one batch of users must carry: the history on the CPU, the rest on one device.
+class Batch(NamedTuple):
+    """One batch of users: the history on the CPU, the rest on one device.
 
     history: [B, L], what the model reads; it is packed on the CPU.
     target: [B], catalogue index of the true next item.
