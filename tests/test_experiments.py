@@ -615,6 +615,19 @@ TWO = {
         "2 layers: CE + SASRec KL, of 4 SASRecs, items from SASRec started from a table"
     ),
 }
+CHAIN_OVER_TWO = {
+    "4 layers": "E4SRec-like, 4 layers, items from SASRec started from a table",
+    "8 layers and the KL of both, the teacher": (
+        "8 layers: CE + SASRec KL, of 2 SASRecs, items from SASRec started from a table"
+    ),
+    "SLMRec 4 <- 8": (
+        "SLMRec 4 <- 8, from the teacher's adapter and head, items from SASRec started from a table"
+    ),
+    "4 <- 8: logit KL, weight 3 at temperature 2": (
+        "4 <- 8: logit KL, from the teacher's adapter and head, items from SASRec started from a"
+        " table"
+    ),
+}
 RELEASED = {
     "SASRec, first release: 1,100 steps at 1e-4": "SASRec, as released",
     "SASRec, later official script": "SASRec, as released later",
@@ -634,6 +647,7 @@ COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
         ("### A chain of teachers", "chain/beauty", CHAIN, "01234"),
         ("### A chain of teachers", "chain/beauty", CHAIN_OF_BOTH, "01"),
         ("### Several tables in one student", "two_tables/beauty", TWO, "01234"),
+        ("### The chain over two tables", "chain_two_tables/beauty", CHAIN_OVER_TWO, "0"),
         ("### The paper's own conditions", "released/beauty", RELEASED, "0"),
     ],
 )

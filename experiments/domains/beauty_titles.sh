@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Item vectors that start from titles, and two or four item tables in one student, on amazon2014_beauty, after beauty.sh: docs/results.md.
+# Item vectors that start from titles, two or four item tables in one student, the chain over two, and SASRec with BSARec's layer,
+# on amazon2014_beauty, after beauty.sh: docs/results.md.
 # Four are its seed's two and those of titles of the next two seeds, so that they take three seeds or more.
 # `make minilm` brings the encoder. docs/data.md says where the file is from. common.sh says what can be set from outside.
 DOMAIN=beauty DATA=${DATA:-data/amazon2014_beauty.csv.xz} BASE=${BASE:-small}
@@ -23,6 +24,20 @@ for seed in $SEEDS; do
     titles="--item_table $out/sasrec_titles_item.pkl --sasrec $out/sasrec_titles --sasrec_lambda 3 --sasrec_temperature 2"
     run $LAUNCH distill.py $common $titles $OFF $budget --num_epochs 5 --eval_steps 220 --output_dir $out/titles_kl
     tables both $out/sasrec,$out/sasrec_titles
+
+    # the chain over both tables
+    six="--learning_rate 2.5e-4 --num_epochs 6 --eval_steps 88 --save_steps -1 --bf16 true --compile true"
+    both="$common --item_table $out/both_item.pkl"
+    taught="$both --teacher $out/both_teacher --student_init adapter $six"
+    run $LAUNCH finetune.py $both --base_model $BASE --llama_decoder_nums 8 --sasrec $out/sasrec,$out/sasrec_titles \
+        --sasrec_lambda 10 --sasrec_temperature 2 $six --output_dir $out/both_teacher
+    run $LAUNCH distill.py $both --base_model $BASE $OFF $six --output_dir $out/both_ce
+    run $LAUNCH distill.py $taught --output_dir $out/both_slmrec
+    run $LAUNCH distill.py $taught $OFF --logit_lambda 3 --temperature 2 --output_dir $out/both_logit_kl
+
+    run $PYTHON train_sr_trad.py $common --alpha 0.7 --norm post --emb_dim 64 --hid_dim 64 --num_blocks 2 --dropout 0.5 \
+        --learning_rate 5e-4 --lr_scheduler constant --batch_size 256 --max_seq_length 50 --num_epochs 200 --patience 10 \
+        --select full_ndcg10 --bf16 true --output_dir $out/sasrec_frequencies
 done
 seeds=($SEEDS) n=${#seeds[@]}
 for ((i = 0; n >= 3 && i < n; i++)); do
