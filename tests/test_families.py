@@ -46,7 +46,7 @@ def build(name: str, strategy: str):
     model = small_model(config=CONFIGS[name], strategy=strategy, targets=LORA)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("q_proj.bias") or "norm" in parameter_name:
+            if parameter_name.endswith("bias") or "norm" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
     return model
 
@@ -114,7 +114,8 @@ def test_a_window_shorter_than_the_sequence_is_refused(inside, tmp_path):
     save_base("mistral", Path("mine"), tmp_path)
     config = json.loads(Path("mine/config.json").read_text()) | {"sliding_window": 90}
     Path("mine/config.json").write_text(json.dumps(config))
-    with refused("are 99 tokens, the base has 90 tokens in its attention window; lower --max_seq"):
+    told = "prompt, items and response are 99 tokens, the base has 90 tokens in its attention"
+    with refused(told + " window; lower --max_seq_length"):
         finetune.main(**SHORT, base_model="mine", llama_decoder_nums=2, output_dir="t")
 
 

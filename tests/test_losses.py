@@ -16,6 +16,8 @@ from models.losses import (
     user_kl,
     weighted_sum,
 )
+from tests.conftest import histories, loss_parts, small_model
+from utils.flags import StudentLoss
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (3, 4), (256, 2048)])
@@ -187,6 +189,34 @@ def test_exits_by_hand():
     for how, expected in (("sum", sum(each)), ("mean", sum(each) / 2)):
         found = float(exit_supervision(exits, table, target, how))
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_user_kl_by_hand_and_without_gradient_to_the_teacher():
+    teacher = torch.tensor([[[math.log(3.0), 0.0]]], requires_grad=True)  # probabilities 3/4, 1/4
+    student = torch.zeros(1, 1, 2, requires_grad=True)  # 1/2, 1/2
+    value = user_kl(teacher, student, torch.eye(2), 1.0, "sum")
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert float(value.detach()) == pytest.approx(expected, rel=1e-6)
+    value.backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+    warm = user_kl(teacher, student, torch.eye(2), 2.0, "sum")
+    p = math.sqrt(3) / (1 + math.sqrt(3))
+    expected = 4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p)))
+    assert float(warm.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_reach_the_teacher_online_alone():
+    batch, target = histories([3, 8, 1, 5]), torch.tensor([1, 2, 3, 4])
+    for online in (False, True):
+        teacher, student = small_model(seed=1).train(), small_model(layers=2, seed=2).train()
+        with torch.set_grad_enabled(online):
+            wanted = teacher(batch)
+        parts = loss_parts(
+            student(batch), wanted, student.item_table, target, StudentLoss(), online
+        )
+        parts["total"].backward()
+        assert all((p.grad is not None) == online for p in teacher.parameters())
+        assert all(p.grad is not None for p in student.parameters())
 
 
 def test_a_part_of_weight_zero_is_logged_alone():

@@ -12,7 +12,7 @@ from engine import checkpoint, cli
 from engine.errors import UsageError
 from models.llm4rec import kept_tensors
 from models.selection import block_map, select_layers
-from tests.conftest import SHORT
+from tests.conftest import OFF, SHORT
 from utils.flags import LLM
 
 
@@ -113,8 +113,7 @@ def test_a_student_starts_where_the_teachers_layers_are(inside, strategy):
     )
     assert json.loads(Path("s/config.json").read_text())["model"]["layers"] == [1, 3, 5, 7]
     assert distill.main(eval_only=True, output_dir="s")["test"] == result["test"]
-    plain = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
-    distill.main(**still, **plain, student_init="teacher", layer_selection="last", output_dir="ce")
+    distill.main(**still, **OFF, student_init="teacher", layer_selection="last", output_dir="ce")
     assert json.loads(Path("ce/config.json").read_text())["model"]["layers"] == [4, 5, 6, 7]
 
 
@@ -132,8 +131,7 @@ def test_a_start_from_the_teachers_ends_keeps_the_bases_layers(inside):
     assert distill.main(**still, student_init="base", output_dir="base") == of_base
     with pytest.raises(UsageError, match="--student_init=adapter .the run has base.; choose"):
         distill.main(**still, output_dir="base")
-    without = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
-    for name, more in (("ce", without), ("init", {"init_from": "base"})):
+    for name, more in (("ce", OFF), ("init", {"init_from": "base"})):
         distill.main(**still, **more, output_dir=name)
         assert recorded_start(name) == "base"
     teacher = checkpoint.load("output/demo/teacher/best")[0]

@@ -16,10 +16,9 @@ from datasets.interactions import read_csv
 from engine.errors import UsageError
 from experiments import report
 from serving import export, recommend
-from tests.conftest import save
+from tests.conftest import OFF, save
 from utils.flags import Evaluation
 
-CE = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
 SHORT = {"domain_type": "shop", "max_steps": 2, "batch_size": 16}
 ROWS = [  # user, items, times; of the 20 times 60 % are below 100
     ("early", [1, 2, 3, 4], [1, 2, 3, 4]),  # nothing after: trains with everything
@@ -159,7 +158,7 @@ def timed(here) -> None:
     convert.main(input=str(log_of()), domain_type="shop")
     train_sr_trad.main(**SHORT, split="time:0.8")
     extract_emb.main(domain_type="shop")
-    distill.main(**SHORT, **CE, output_dir="output/shop/student")
+    distill.main(**SHORT, **OFF, output_dir="output/shop/student")
 
 
 def test_a_student_knows_the_split_that_it_took_over(timed, capsys):
@@ -170,16 +169,16 @@ def test_a_student_knows_the_split_that_it_took_over(timed, capsys):
     card = Path("out/README.md").read_text()
     assert "split time:0.8" in card and "after one moment is the target" in card
     with pytest.raises(UsageError, match="contradicts the earlier step's time:0.8"):
-        distill.main(**SHORT, **CE, split="leave_one_out", output_dir="other")
+        distill.main(**SHORT, **OFF, split="leave_one_out", output_dir="other")
 
 
 def test_a_start_of_another_split_is_refused(timed):
     extract_emb.main(domain_type="shop", sasrec="output/shop/sasrec")
     train_sr_trad.main(**SHORT, output_dir="whole")
     extract_emb.main(domain_type="shop", sasrec="whole", item_table="whole.pkl")
-    distill.main(**SHORT, **CE, item_table="whole.pkl", output_dir="before")
+    distill.main(**SHORT, **OFF, item_table="whole.pkl", output_dir="before")
     with pytest.raises(UsageError, match="was trained with --split=leave_one_out, this run has"):
-        distill.main(**SHORT, **CE, init_from="before", output_dir="after")
+        distill.main(**SHORT, **OFF, init_from="before", output_dir="after")
 
 
 def test_who_has_no_history_gets_what_is_popular_now(timed):
@@ -224,4 +223,4 @@ def test_files_of_another_domain_are_named_as_such(timed):
     convert.main(input="log.csv", domain_type="gift")
     Path("data/gift.csv").write_text(Path("data/gift.csv").read_text().replace("p01", "q01"))
     with pytest.raises(UsageError, match="it is of the domain shop, this is gift: name another"):
-        distill.main(domain_type="gift", item_table="output/shop/sasrec_item.pkl", **CE)
+        distill.main(domain_type="gift", item_table="output/shop/sasrec_item.pkl", **OFF)

@@ -145,29 +145,70 @@ INDEX = {"weight_map": {"embed_tokens.weight": "model-00001-of-00002.safetensors
 OUTSIDE = {"weight_map": {"embed_tokens.weight": "../other/model.safetensors"}}
 CASES = [
     (1, "TFD", flags(data_path="nowhere.csv"), "not found: nowhere.csv (from --data_path)"),
-    (1, "T", flags(domain_type="nowhere"), "looked in data, dataset/sequential; available: demo"),
+    (
+        1,
+        "T",
+        flags(domain_type="nowhere"),
+        "nowhere.csv (from --domain_type nowhere); looked in data, dataset/sequential; "
+        "available: demo",
+    ),
     (6, "TFD", text('reviewerID;asin\na;"[1,2]"\n'), "looks ';'-separated"),
-    (28, "FD", lambda: (PKL.unlink(), {})[1], "sasrec_item.pkl; extract_emb.py writes it"),
+    (
+        28,
+        "FD",
+        lambda: (PKL.unlink(), {})[1],
+        "item table not found: output/demo/sasrec_item.pkl; extract_emb.py writes it",
+    ),
     (29, "FD", table(Runs()), "refused, not a plain tensor (forbidden global posix.system)"),
     (28, "F", spoiled(NOTES, lambda _: b"{"), "sasrec_item.json: damaged, not JSON"),
     (
         28,
         "F",
         spoiled(PKL, lambda data: data + b" "),
-        "is not the table that output/demo/sasrec_item",
+        "is not the table that output/demo/sasrec_item.json describes",
     ),
     (33, "F", table(torch.randn(160, 128)), "max id 160 but the item table has 160 rows"),
-    (38, "E", flags(sasrec="nowhere"), "--sasrec=nowhere: no sasrec run there; train_sr_trad.py"),
-    (38, "D", flags(teacher="nowhere", teacher_cache="off"), "no teacher run there; finetune.py"),
-    (38, "TFD", flags(eval_only=True, output_dir="nowhere"), "no checkpoint nowhere/best"),
+    (
+        38,
+        "E",
+        flags(sasrec="nowhere"),
+        "--sasrec=nowhere: no sasrec run there; train_sr_trad.py makes one",
+    ),
+    (
+        38,
+        "D",
+        flags(teacher="nowhere", teacher_cache="off"),
+        "--teacher=nowhere: no teacher run there; finetune.py makes one",
+    ),
+    (
+        38,
+        "TFD",
+        flags(eval_only=True, output_dir="nowhere"),
+        "--eval_only: no checkpoint nowhere/best",
+    ),
     (42, "F", base(weights=b""), "my base/model.safetensors: damaged or not safetensors"),
     (42, "D", spoiled(WEIGHTS, lambda data: data[:1000]), "does not match its sha256; it was"),
     (42, "F", lambda: (damaged_teacher(), EVALUATES)[1], "does not match its sha256"),
-    (42, "E", spoiled("output/demo/sasrec/best/weights.safetensors", lambda _: b"x"), "its sha256"),
+    (
+        42,
+        "E",
+        spoiled("output/demo/sasrec/best/weights.safetensors", lambda _: b"x"),
+        "weights.safetensors does not match its sha256",
+    ),
     (43, "E", without_item_embedding, "no item_embedding.weight; not a SASRec run"),
     (44, "D", edited_teacher(strategy="lora"), "does not fit the model"),
-    (44, "F", lambda: EVALUATES | {"num_candidates": 50}, "--num_candidates=50 contradicts the"),
-    (44, "F", lambda: EVALUATES | {"lora_r": 8}, "--lora_r=8 contradicts the teacher run in"),
+    (
+        44,
+        "F",
+        lambda: EVALUATES | {"num_candidates": 50},
+        "--num_candidates=50 contradicts the teacher run in output/demo/teacher, which has 999",
+    ),
+    (
+        44,
+        "F",
+        lambda: EVALUATES | {"lora_r": 8},
+        "--lora_r=8 contradicts the teacher run in output/demo/teacher, which has 16",
+    ),
     (
         45,
         "D",
@@ -180,32 +221,59 @@ CASES = [
         48,
         "F",
         flags(llama_decoder_nums=99),
-        "99 decoder layers asked for, the base checkpoint has 8",
+        "99 decoder layers asked for, the base checkpoint has 8 layers",
     ),
     (49, "F", flags(llama_decoder_nums=0), "--llama_decoder_nums=0: expected a whole number >= 1"),
     (
         50,
         "D",
         flags(distill_block=3),
-        "does not divide llama_decoder_nums_student 4 (4 % 3 = 1); use",
+        "--distill_block=3 does not divide llama_decoder_nums_student 4 (4 % 3 = 1); use one of "
+        "1, 2, 4",
     ),
     (50, "D", flags(distill_block=3, llama_decoder_nums_student=3), "llama_decoder_nums_teacher 8"),
     (44, "T", lambda: REPLACES | {"output_dir": TEACHER}, "holds a teacher run, not a sasrec run"),
     (44, "D", lambda: REPLACES | {"output_dir": TEACHER}, "holds a teacher run, not a student run"),
     (44, "D", flags(teacher="output/demo/student"), "holds a student run, expected a teacher run"),
-    (51, "D", flags(max_seq_length=20), "--max_seq_length=20 contradicts the teacher run in"),
-    (51, "D", flags(llama_decoder_nums_teacher=4), "contradicts the teacher run in output/demo"),
-    (51, "D", flags(base_model="small"), "--base_model=small contradicts the teacher run in"),
+    (
+        51,
+        "D",
+        flags(max_seq_length=20),
+        "--max_seq_length=20 contradicts the teacher run in output/demo/teacher, which has 30",
+    ),
+    (
+        51,
+        "D",
+        flags(llama_decoder_nums_teacher=4),
+        "--llama_decoder_nums_teacher=4 contradicts the teacher run in output/demo/teacher, which "
+        "has 8",
+    ),
+    (
+        51,
+        "D",
+        flags(base_model="small"),
+        "--base_model=small contradicts the teacher run in output/demo/teacher, which has tiny",
+    ),
     (56, "F", base(config=b"[1]"), "model_type None unsupported, expected llama, mistral,"),
-    (56, "F", base(config={"num_attention_heads": "many"}), "not a llama's configuration"),
+    (
+        56,
+        "F",
+        base(config={"num_attention_heads": "many"}),
+        "config.json: not a llama's configuration",
+    ),
     (57, "F", base(config=b"{oops"), "config.json: damaged, not JSON"),
-    (57, "F", base(index=b"{oops"), "damaged, expected JSON with a weight_map"),
+    (
+        57,
+        "F",
+        base(index=b"{oops"),
+        "model.safetensors.index.json: damaged, expected JSON with a weight_map",
+    ),
     (57, "F", base(index=OUTSIDE), "damaged, expected JSON with a weight_map"),
     (
         57,
         "F",
         base(index=INDEX),
-        "has both model.safetensors.index.json and model.safetensors, and",
+        "has both model.safetensors.index.json and model.safetensors, and they may be",
     ),
     (57, "D", base(tokenizer=b"{oops"), "no usable tokenizer; expected tokenizer.json"),
     (62, "TFD", flags(batch_size=0), "--batch_size=0: expected a whole number >= 1"),
@@ -213,31 +281,57 @@ CASES = [
         62,
         "F",
         flags(batch_size=8, micro_batch_size=16),
-        "is not a multiple of --micro_batch_size=16",
+        "--batch_size=8 is not a multiple of --micro_batch_size=16",
     ),
     (62, "F", flags(num_epochs=0), "--num_epochs=0: expected a whole number >= 1"),
-    (62, "F", flags(max_steps=0), "expected a whole number >= 1, or -1 for num_epochs"),
-    (62, "F", flags(eval_steps=0), "expected a whole number >= 1, or -1 for every epoch"),
+    (
+        62,
+        "F",
+        flags(max_steps=0),
+        "--max_steps=0: expected a whole number >= 1, or -1 for num_epochs",
+    ),
+    (
+        62,
+        "F",
+        flags(eval_steps=0),
+        "--eval_steps=0: expected a whole number >= 1, or -1 for every epoch",
+    ),
     (
         64,
         "F",
-        flags(lora_target_modules=["nope"], train_strategy="lora"),
-        "nope matches no projection",
+        flags(lora_target_modules=["gate_proj", "nope"], train_strategy="lora"),
+        "--lora_target_modules: nope matches no projection",
     ),
     (66, "TFD", outputs("file"), "--output_dir=plain file: plain file is a file, not a folder"),
-    (66, "TFD", outputs("below"), "plain file/run: plain file is a file, not a folder"),
+    (
+        66,
+        "TFD",
+        outputs("below"),
+        "--output_dir=plain file/run: plain file is a file, not a folder",
+    ),
     (66, "E", flags(item_table="data/demo.csv/table.pkl"), "data/demo.csv is a file, not a folder"),
     (
         67,
         "TFD",
         flags(output_dir=None, learning_rate=0.5),
-        "--learning_rate=0.5 (the run has 0.001)",
+        "holds a finished run with other flags: --learning_rate=0.5 (the run has 0.001); choose",
     ),
     (72, "TFD", flags(device="cuda"), "--device=cuda: torch finds no CUDA device here"),
     (73, "FD", flags(prompt_template_name="nowhere"), "--prompt_template_name=nowhere: no file"),
-    (73, "F", template('{"prompt": "x"}'), "expected the texts prompt and response, found prompt"),
+    (
+        73,
+        "F",
+        template('{"prompt": "x"}'),
+        "t.json: expected the texts prompt and response, found prompt",
+    ),
     (74, "TF", flags(max_seq_length=0), "--max_seq_length=0: expected a whole number >= 1"),
-    (74, "F", flags(max_seq_length=5000), "are 5069 tokens, the base has 2048 positions; lower"),
+    (
+        74,
+        "F",
+        flags(max_seq_length=5000),
+        "prompt, items and response are 5069 tokens, the base has 2048 positions; lower "
+        "--max_seq_length",
+    ),
 ]
 HELD = {  # rows whose refusals a reader's own test has
     "test_interactions.py": {2, 3, 4, 5, 7, *range(9, 19), 21, 22, 24, 25},
@@ -273,7 +367,12 @@ FLAGS = [
     (28, "F", "", "item table not found: output/demo/sasrec_item.pkl; extract_emb.py writes it"),
     (38, "E", "", "--sasrec=output/demo/sasrec: no sasrec run there; train_sr_trad.py makes one"),
     (38, "D", "", "--teacher=output/demo/teacher: no teacher run there; finetune.py makes one"),
-    (50, "F", "--cls_multiple_lambda=1 --distill_block=3", "does not divide llama_decoder_nums 8"),
+    (
+        50,
+        "F",
+        "--cls_multiple_lambda=1 --distill_block=3",
+        "--distill_block=3 does not divide llama_decoder_nums 8",
+    ),
     (61, "D", "--distill_lambda=-1", "expected a number >= 0"),
     (62, "T", "--hid_dim=30 --num_heads=4", "--num_heads=4 does not divide --hid_dim=30"),
     (58, "TEFD", "--batchsize=4", "unknown flag --batchsize"),
@@ -287,15 +386,27 @@ FLAGS = [
     (61, "T", "--learning_rate=0", "--learning_rate=0: expected a number > 0"),
     (61, "T", "--learning_rate=nan", "--learning_rate=nan: expected a number > 0"),
     (62, "T", "--num_epochs=-1", "--num_epochs=-1: expected a whole number >= 1"),
-    (63, "F", "--lora_target_modules gate_proj up_proj", "unexpected word 'up_proj': flags are"),
+    (
+        63,
+        "F",
+        "--lora_target_modules gate_proj up_proj",
+        "unexpected word 'up_proj': flags are written --name=value",
+    ),
     (65, "F", "--lora_r=0", "--lora_r=0: expected a whole number >= 1"),
     (65, "F", "--lora_r=4.5", "--lora_r=4.5: expected a whole number"),
     (65, "F", "--lora_dropout=1.5", "--lora_dropout=1.5: expected a number >= 0 and < 1"),
+    (65, "F", "--lora_dropout=1", "--lora_dropout=1: expected a number >= 0 and < 1"),
+    (65, "T", "--dropout=1.5", "--dropout=1.5: expected a number >= 0 and < 1"),
     (65, "F", "--task_type=FEATURE_EXTRACTIO", "unknown flag --task_type"),
-    (71, "F", "--layer_selection=trune", "expected one of first, interval, last, or numbers (0,2"),
-    (71, "F", "--train_strategy=loras", "expected one of auto, lora, full"),
+    (
+        71,
+        "F",
+        "--layer_selection=trune",
+        "--layer_selection=trune: expected one of first, interval, last, or numbers (0,2,4,6)",
+    ),
+    (71, "F", "--train_strategy=loras", "--train_strategy=loras: expected one of auto, lora, full"),
     (71, "D", "--distill_mode=both", "--distill_mode=both: expected one of offline, online"),
-    (71, "T", "--lr_scheduler=cos", "expected one of cosine, linear, constant"),
+    (71, "T", "--lr_scheduler=cos", "--lr_scheduler=cos: expected one of cosine, linear, constant"),
     (74, "TFD", "--max_seq_length=0", "--max_seq_length=0: expected a whole number >= 1"),
 ]
 
@@ -342,7 +453,10 @@ def test_rows_32_and_53_another_table_or_prompt_than_the_teachers(inside):
     finetune.main(**SHORT, output_dir="narrow")
     with refused("output/demo/teacher was made from another file: its table_sha256 is"):
         distill.main(**SHORT, output_dir="s")
-    with refused("--prompt_template_name=other.json contradicts the teacher run in narrow, which"):
+    told = (
+        "--prompt_template_name=other.json contradicts the teacher run in narrow, which has alpaca"
+    )
+    with refused(told):
         distill.main(**SHORT, teacher="narrow", prompt_template_name="other.json", output_dir="s")
 
 

@@ -25,7 +25,7 @@ from datasets.interactions import read_csv
 from datasets.item_table import check_size
 from engine.errors import RunError, UsageError
 from models import base
-from tests.conftest import SHORT, hashes, real, stop_at_step, write_sequences
+from tests.conftest import OFF, SHORT, hashes, real, stop_at_step, write_sequences
 
 LISTS = [[i % 7 + 1, i % 5 + 8, i % 11 + 13, i % 3 + 24, i + 30] for i in range(40)]
 
@@ -201,10 +201,9 @@ def test_a_base_exchanged_under_a_teacher_is_refused_as_a_start_too(inside):
     weights = load_file("my base/model.safetensors")
     weights["layers.2.mlp.up_proj.weight"] *= 1.5
     save_file(weights, "my base/model.safetensors")
-    off = {"distill_lambda": 0.0, "norm_lambda": 0.0, "cls_multiple_lambda": 0.0}
     start = {"teacher": "lora", "student_init": "teacher", "train_strategy": "lora"}
     with pytest.raises(UsageError, match="is another base than the one that the run was trained"):
-        distill.main(**SHORT, **off, **start, llama_decoder_nums_student=2, output_dir="s")
+        distill.main(**SHORT, **OFF, **start, llama_decoder_nums_student=2, output_dir="s")
 
 
 @pytest.mark.slow
@@ -285,7 +284,9 @@ def test_the_filter_that_left_nothing_is_named(tmp_path):
     path = reviews_of_one_day(tmp_path / "r.json")
     common = {"reviews": str(path), "domain_type": "x", "output_dir": str(tmp_path)}
     path.write_text(path.read_text().replace('"overall": 5.0', '"overall": 1'))
-    with pytest.raises(UsageError, match="nothing is left of 180; lower --min_rating"):
+    with pytest.raises(
+        UsageError, match="left of 180 reviews after 'rating >= 3'; lower --min_rat"
+    ):
         process.main(**common)
     process.main(**common, min_rating=1, min_item=1)
     for flag, stage in (
