@@ -102,8 +102,11 @@ def filter_log(
         same = ("user", "item", "time") if dedup == "rows" else ("user", "item")
         log = log.keep(~log.repeated(*same))
         print_counts(f"repeated {dedup} dropped", log)
-    rules = [("users", "user", min_user, "min_user"), ("items", "item", min_item, "min_item")]
-    rules.append(("lists", "user", min_length, "min_length"))
+    rules = [
+        ("users", "user", min_user, "min_user"),
+        ("items", "item", min_item, "min_item"),
+        ("lists", "user", min_length, "min_length"),
+    ]
     changes = True
     while changes:
         changes = False

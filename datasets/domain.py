@@ -72,17 +72,29 @@ class Domain(NamedTuple):
         return f"where the data has changed, {REBUILD}"
 
     def earlier_run(self, stage: str, given: str | None) -> Run:
-        """The run of an earlier stage that `--<stage>` names, by default the domain's."""
+        """The run of an earlier stage that `--<stage>` names, by default the domain's.
+
+        Raises:
+            UsageError: there is no such run.
+        """
         return Run.read(stage, self.run_folder(stage, given), f"--{stage}", STAGES[stage])
 
     def sasrec_runs(self, files: TeacherFiles, loss: TeacherLoss, runtime: Runtime) -> list[Run]:
-        """The runs of step 1 that teach; none where SASRec's KL has no weight."""
+        """The runs of step 1 that teach; none where SASRec's KL has no weight.
+
+        Raises:
+            UsageError: there is no such run.
+        """
         if not loss.sasrec_lambda or runtime.eval_only:
             return []
         return self.sasrecs(files.sasrec)
 
     def sasrecs(self, named: str | None) -> list[Run]:
-        """The runs of step 1 that `--sasrec` names, separated by commas."""
+        """The runs of step 1 that `--sasrec` names, separated by commas.
+
+        Raises:
+            UsageError: there is no such run.
+        """
         names = named.split(",") if named else [None]
         return [self.earlier_run("sasrec", name and name.strip()) for name in names]
 

@@ -265,6 +265,7 @@ def _rows(
             buffered = io.BufferedReader(Watched(raw, show), 2**20)
             reader = csv.reader(io.TextIOWrapper(buffered, encoding="utf-8-sig", newline=""))
             names = _columns(path, next(reader, []))
+            backwards = names[::-1]  # of equal names the first counts
             for row, fields in enumerate(reader, start=2):
                 if len(fields) not in (0, len(names)):
                     raise UsageError(
@@ -272,7 +273,7 @@ def _rows(
                         " quote the list"
                     )
                 if fields:
-                    cells = dict(zip(names[::-1], fields[::-1]))  # of equal names the first
+                    cells = dict(zip(backwards, reversed(fields)))
                     yield row, cells, _item_ids(path, row, cells["asin"])
     except UnicodeDecodeError:
         raise UsageError(
@@ -304,11 +305,16 @@ def _looks_like(path: Path) -> str:
 
 def _first_bad_byte(path: Path) -> int:
     """Offset of the first byte that is not UTF-8, in the uncompressed file."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
     with open_bytes(path) as raw:
-        try:
-            return len(raw.read().decode())
-        except UnicodeDecodeError as error:
-            return error.start
+        while block := raw.read(2**20):
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                return offset - pending + error.start
+            offset += len(block)
+    return offset
 
 
 def _columns(path: Path, header: list[str]) -> list[str]:

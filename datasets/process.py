@@ -158,8 +158,10 @@ def main(
     check_writable(Path(output_dir), "--output_dir")
     raw, low = read_reviews(reviews, min_rating)
     print(f"{low:,} reviews rated below {min_rating:g} left out")
-    print_counts(f"rating >= {min_rating:g}", raw)
-    cli.check((len(raw.user) > 0, f"{reviews}: nothing is left of {low:,}; lower --min_rating"))
+    stage = f"rating >= {min_rating:g}"
+    print_counts(stage, raw)
+    emptied = f"{reviews}: nothing is left of {low:,} reviews after '{stage}'; lower --min_rating"
+    cli.check((len(raw.user) > 0, emptied))
     by_hash = filters.tie_order(raw, tie_seed) if ties == "hash" else None
     by_time = order == "time"
     kept = filter_reviews(raw, min_user, min_item, min_length, by_hash, by_time)

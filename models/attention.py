@@ -118,9 +118,8 @@ def _by_tokens(by_keys: Tensor, n: int, shared: int) -> Tensor:
 
 
 def _gridded(own: Tensor, group: UserGroup) -> Tensor:
-    """Packed [s, h, d] -> padded [b, h, W, d]; index_select has the faster backward."""
-    grid = own.index_select(0, group.grid)
-    return grid.unflatten(0, (group.n_users, -1)).transpose(1, 2)
+    """Packed [s, h, ...] -> padded [b, h, W, ...]."""
+    return group.on_grid(own).transpose(1, 2)
 
 
 def _repeated(layer: LlamaDecoderLayer, shared: Tensor) -> Tensor:
@@ -215,4 +214,4 @@ def _grids(groups: list[UserGroup], *tensors: Tensor) -> Iterator[tuple[UserGrou
 
 def _packed(grid: Tensor, group: UserGroup) -> Tensor:
     """[b, h, W, ...] -> the group's tokens [s, h, ...]."""
-    return grid.transpose(1, 2).flatten(0, 1).index_select(0, group.packed)
+    return group.off_grid(grid.transpose(1, 2))

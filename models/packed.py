@@ -30,6 +30,14 @@ class UserGroup(NamedTuple):
     later: Tensor
     absent: Tensor
 
+    def on_grid(self, tokens: Tensor) -> Tensor:
+        """Their packed tokens [s, ...] -> [b, W, ...]; index_select has the faster backward."""
+        return tokens.index_select(0, self.grid).unflatten(0, (self.n_users, -1))
+
+    def off_grid(self, grid: Tensor) -> Tensor:
+        """The inverse of `on_grid`, [b, W, ...] -> [s, ...]."""
+        return grid.flatten(0, 1).index_select(0, self.packed)
+
 
 class Layout(NamedTuple):
     """Where the packed suffix tokens stand; made once per batch, on the CPU.

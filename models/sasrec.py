@@ -203,11 +203,8 @@ class PackedTokens:
 
     def _on_grids(self, x: Tensor, mix: Callable[[Tensor, UserGroup], Tensor]) -> Tensor:
         """[S, ...] -> [S, ...] by what `mix` makes of a group's grid [b, width, ...]."""
-        mixed = []
-        for group, own in zip(self.groups, x.split(self.sizes)):
-            grid = own.index_select(0, group.grid).unflatten(0, (group.n_users, -1))
-            mixed.append(mix(grid, group).flatten(0, 1).index_select(0, group.packed))
-        return torch.cat(mixed)
+        parts = zip(self.groups, x.split(self.sizes))
+        return torch.cat([group.off_grid(mix(group.on_grid(own), group)) for group, own in parts])
 
 
 class PaddedTokens:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -131,6 +131,18 @@ class Offered(Group):
     def problems(self, flags: dict[str, Any]) -> list[str]:
         wrong = self.unseen and is_export(Path(flags["model"]))
         return ["--unseen: an export has the items that it was made with"] * wrong
+
+
+class Opened(NamedTuple):
+    """What lists are made with.
+
+    runs: empty of an export. allowed: bool [N], the items that may be recommended; None for all.
+    """
+
+    recommender: "Recommender"
+    names: "Items"
+    runs: list[Served]
+    allowed: "torch.Tensor | None"
 
 
 def recommend(
@@ -285,7 +297,7 @@ def main(
     if asked.target is not None:
         check_writable(asked.target.parent, "--output")
     if is_export(Path(files.model)):
-        runs, opened = [], _open_export(files, offered.exit, device)
+        runs, model = [], _open_export(files, offered.exit, device)
     else:
         runs = read_all(files)
         for served in runs:
@@ -293,25 +305,19 @@ def main(
             taken = asked.target in [path.resolve() for path in of_run if path]
             why = f"--output={asked.output} is a file that the run was made from"
             cli.check((not taken, why))
-        opened = _open_runs(runs, offered.exit, device, offered.unseen)
-    allowed = allowed_items(opened[1], offered)
+        model = _open_runs(runs, offered.exit, device, offered.unseen)
+    opened = Opened(*model, runs, allowed_items(model[1], offered))
     if asked.target is None:
-        return one_list(*opened, runs, asked, offered, allowed)
-    write_lists(*opened, runs, asked, offered, allowed, batch_size)
+        return one_list(opened, asked, offered)
+    write_lists(opened, asked, offered, batch_size)
     return None
 
 
-def one_list(
-    recommender: "Recommender",
-    names: "Items",
-    runs: list[Served],
-    asked: Asked,
-    offered: Offered,
-    allowed: "torch.Tensor | None",
-) -> list[dict]:
+def one_list(opened: Opened, asked: Asked, offered: Offered) -> list[dict]:
     """One history's list, shown on the screen."""
     from datasets.items import Finder
 
+    recommender, names, runs, allowed = opened
     finder, k = Finder(names, offered.by), offered.k
     if asked.similar is not None:
         own = [finder.find(asked.similar, "--similar")]
@@ -336,15 +342,7 @@ def one_list(
     return [{"item_id": i, "title": t, "score": s} for (i, t), s in zip(shown, values)]
 
 
-def write_lists(
-    recommender: "Recommender",
-    names: "Items",
-    runs: list[Served],
-    asked: Asked,
-    offered: Offered,
-    allowed: "torch.Tensor | None",
-    batch_size: int,
-) -> None:
+def write_lists(opened: Opened, asked: Asked, offered: Offered, batch_size: int) -> None:
     """The lists of all users of the domain, or of a file, into the file of --output."""
     from tqdm import tqdm
 
@@ -352,6 +350,7 @@ def write_lists(
     from serving import histories
     from serving.lists import as_table, writing
 
+    recommender, names, runs, allowed = opened
     if asked.users == "all":
         lists = histories.of_domain(runs[0].csv_path, names)
     else:

@@ -192,6 +192,8 @@ def of_run(
 
     Args:
         item_table: [N, D] that an LLM run was made from; of a SASRec run None.
+    Raises:
+        UsageError: the checkpoint or the exit is missing.
     """
     if run.stage == "sasrec":
         model = SASRec.load(run).to(device)
