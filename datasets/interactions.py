@@ -6,7 +6,6 @@ This is the one place that says what a valid file is. Everything after it works 
 and have gaps without changing any number.
 """
 
-import codecs
 import csv
 import difflib
 import gzip
@@ -16,7 +15,7 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 
 from datasets.cells import parsed, title_list
 from engine.errors import UsageError
-from engine.files import Watched, replacing
+from engine.files import replacing
 
 MINIMUM_LENGTH = 4  # leave-one-out with a training target: at least one item before it
 LARGEST_ID = 2**31 - 2
@@ -92,8 +91,7 @@ def read_csv(
     path, by_time = Path(path), (split or "").startswith("time:")
     names: dict[str, int] = {}  # reviewerID -> row
     flat, lengths, times = [], [], []
-    digest = hashlib.sha256()
-    for row, cells, ids in _rows(path, digest.update):
+    for row, cells, ids in _rows(path):
         user = cells["reviewerID"]
         if user in names:
             raise UsageError(
@@ -113,7 +111,9 @@ def read_csv(
         raise UsageError(f"{path}: every user's list is empty")
     ids, length = np.array(flat, dtype=np.int64), np.array(lengths, dtype=np.int64)
     moments = np.array(times) if by_time else None
-    data = _packed(path, names, ids, length, digest.hexdigest(), moments, split or "")
+    with open_bytes(path) as raw:
+        sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
+    data = _packed(path, names, ids, length, sha256, moments, split or "")
     if data.n_items == 1:
         raise UsageError(f"{path}: item {data.item_ids[0]} is the only one; there is no choice")
     if not ends_are_items:
@@ -130,13 +130,7 @@ def _packed(
     times: np.ndarray | None,
     split: str,
 ) -> Interactions:
-    """Users' lists of `length` items [U], one after the other in `flat`, as Interactions.
-
-    Args:
-        times: of all items, where the lists are split by time; None of leave-one-out.
-    Raises:
-        UsageError: nobody can be evaluated.
-    """
+    """Users' lists of `length` items [U], one after the other in `flat`; times of a split alone."""
     item_ids, items = np.unique(flat, return_inverse=True)
     moment, enough, needs = None, length >= MINIMUM_LENGTH, f"{MINIMUM_LENGTH} items or more"
     if times is not None:
@@ -168,10 +162,6 @@ def _packed(
     )
 
 
-def _is_time(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 2**63  # NaN is not
-
-
 def _times(path: Path, row: int, cell: str | None, n: int) -> list[float]:
     """A user's times, one per item, ascending."""
     if cell is None:
@@ -180,15 +170,14 @@ def _times(path: Path, row: int, cell: str | None, n: int) -> list[float]:
             " datasets.process write it where a log has times"
         )
     times = parsed(cell)
-    numbers = isinstance(times, list) and all(map(_is_time, times))
-    if not numbers or len(times) != n:
+    numbers = isinstance(times, list) and all(type(time) in (int, float) for time in times)
+    if not numbers or len(times) != n or not all(abs(time) < 2**63 for time in times):  # nor NaN
         raise UsageError(
             f"{path}: row {row}: time is {cell[:40]!r}, expected a list of {n} numbers"
         )
     if times != sorted(times):
         raise UsageError(
-            f"{path}: row {row}: times are not ascending, so --split=time has no meaning; make the"
-            " file again with items in time order"
+            f"{path}: row {row}: times are not ascending; make the file again in order"
         )
     return times
 
@@ -249,21 +238,14 @@ def read_titles(path: Path) -> dict[int, str]:
     return titles
 
 
-def _rows(
-    path: Path, show: Callable[[bytes], object] = len
-) -> Iterator[tuple[int, dict[str, str], list[int]]]:
-    """(row number, cell by column, item ids) of every data row.
-
-    Args:
-        show: is given every block of the uncompressed file.
-    """
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str], list[int]]]:
+    """(row number, cell by column, item ids) of every data row."""
     if path.is_dir():
         raise UsageError(f"{path} is a directory, expected a CSV file")
     csv.field_size_limit(2**31 - 1)
     try:
         with open_bytes(path) as raw:
-            buffered = io.BufferedReader(Watched(raw, show), 2**20)
-            reader = csv.reader(io.TextIOWrapper(buffered, encoding="utf-8-sig", newline=""))
+            reader = csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""))
             names = _columns(path, next(reader, []))
             backwards = names[::-1]  # of equal names the first counts
             for row, fields in enumerate(reader, start=2):
@@ -277,7 +259,7 @@ def _rows(
                     yield row, cells, _item_ids(path, row, cells["asin"])
     except UnicodeDecodeError:
         raise UsageError(
-            f"{path}: not UTF-8 at byte {_first_bad_byte(path)}{_looks_like(path)};"
+            f"{path}: not UTF-8 at byte {_first_bad_byte(path)};"
             f" expected a UTF-8 CSV with reviewerID,asin; {_converts(path)}"
         ) from None
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
@@ -293,27 +275,16 @@ def _converts(path: Path) -> str:
     return f"python -m datasets.convert --input {path} --domain_type NAME makes one"
 
 
-def _looks_like(path: Path) -> str:
-    with open_bytes(path) as raw:
-        start = raw.read(4)
-    if start[:2] == b"\x1f\x8b":
-        return ", it looks like gzip without .gz"
-    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return ", it looks like UTF-16"
-    return ", it looks like parquet" if start == b"PAR1" else ""
-
-
 def _first_bad_byte(path: Path) -> int:
     """Offset of the first byte that is not UTF-8, in the uncompressed file."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    offset = 0
     with open_bytes(path) as raw:
-        while block := raw.read(2**20):
-            pending = len(decoder.getstate()[0])
+        for line in raw:  # no letter's bytes hold a line end
             try:
-                decoder.decode(block)
+                line.decode()
             except UnicodeDecodeError as error:
-                return offset - pending + error.start
-            offset += len(block)
+                return offset + error.start
+            offset += len(line)
     return offset
 
 
@@ -342,29 +313,21 @@ def _columns(path: Path, header: list[str]) -> list[str]:
 
 
 def _item_ids(path: Path, row: int, cell: str) -> list[int]:
-    if not cell.strip():
-        raise UsageError(f"{path}: row {row}: asin is empty; a user without items is written []")
     try:
         ids = json.loads(cell)
     except (ValueError, RecursionError):
-        raise UsageError(
-            f"{path}: row {row}: asin is not a valid JSON list ({cell[:40]!r});"
-            f" use JSON such as [1, 2, 3]; {_converts(path)}"
-        ) from None
+        ids = None
     if not isinstance(ids, list):
         raise UsageError(
-            f"{path}: row {row}: asin is {cell[:40]!r}, expected a list of whole numbers"
+            f"{path}: row {row}: asin is {cell[:40]!r}, expected a JSON list of whole numbers such"
+            f" as [1, 2, 3], or [] where there are none; {_converts(path)}"
         )
     for position, item in enumerate(ids):
-        if type(item) is not int:
+        if type(item) is not int or not 0 <= item <= LARGEST_ID:
             raise UsageError(
                 f"{path}: row {row}: element {position} of asin is {str(item)[:40]!r}"
-                f" ({type(item).__name__}), expected a whole number; {_converts(path)}"
-            )
-        if not 0 <= item <= LARGEST_ID:
-            bound = f"{item} < 0" if item < 0 else f"{str(item)[:20]} > {LARGEST_ID}"
-            raise UsageError(
-                f"{path}: row {row}: item id {bound}; ids run from 0 to the number of items"
+                f" ({type(item).__name__}), expected a whole number from 0 to {LARGEST_ID};"
+                f" {_converts(path)}"
             )
     return ids
 

@@ -22,7 +22,6 @@ from engine.files import file_sha256, replacing, write_json
 KEY = "item_embedding"
 LARGEST_GIB = 16  # of an item table; ten million items of 128 numbers are 5 GiB
 SPARSE_GIB = 0.5  # of one that is nearly all gaps
-ROWS = 2**17  # of a table that are copied and checked at once
 
 LEGACY = b"\x80\x02\x8a\nl\xfc"  # a file of torch.save before its zip format
 
@@ -151,13 +150,9 @@ def read_table(path: str | Path, item_ids: np.ndarray, largest: int | None = Non
             f"{path}: {len(table)} rows of width {table.shape[1]}, but no id is above {largest}:"
             " row i must be item id i; cut rows of padding off, or transpose it"
         )
-    rows = torch.empty(len(item_ids), table.shape[1])
-    finite, empty = [], 0
-    for ids, part in zip(torch.from_numpy(item_ids).split(ROWS), rows.split(ROWS)):
-        part.copy_(table[ids])
-        finite.append(torch.isfinite(part).all(1))
-        empty += int((~part.any(1)).sum())
-    broken = item_ids[~torch.cat(finite).numpy()]
+    rows = table[torch.from_numpy(item_ids)].float()
+    broken = item_ids[~torch.isfinite(rows).all(1).numpy()]
+    empty = int((~rows.any(1)).sum())
     if len(broken):
         shown = ", ".join(map(str, broken[:5]))
         raise UsageError(f"{path}: rows {shown} contain NaN or infinity ({len(broken)} in all)")

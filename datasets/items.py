@@ -137,7 +137,7 @@ class Finder:
         Raises:
             UsageError: nothing says which of both is meant.
         """
-        if "id" in self.tables or "asin" not in self.tables or "title" not in self.tables:
+        if len(self.tables) != 2:  # one rule alone, or no original ids
             return
         asins = self.tables["asin"]
         names = {name.strip() for names in lists for name in names}
@@ -201,26 +201,19 @@ class Finder:
 
     def _near(self, name: str) -> str:
         """A hint: an item with a name like this one, or what ids there are."""
-        items, folded = self.items, name.strip().casefold()
-        names: dict[str, int] = {}
-        for kind in self.tables.keys() - {"id"}:
-            names |= {key.casefold(): index for key, index in self.tables[kind].items()}
-        near = []
-        if not folded.isdigit():
-            near = difflib.get_close_matches(folded, names, n=1, cutoff=0.6)
-        if not near and len(name) > 3:
-            near = [key for key in names if folded in key][:1]
-        if not near and "id" not in self.tables:
-            return f"; original ids are such as {', '.join([*self.tables.get('asin', [])][:3])}"
-        if not near:
+        items, folded, names = self.items, name.strip().casefold(), {}
+        for asin, title, item in zip(items.asins, items.titles, items.ids.tolist()):
+            known_as = asin if asin and "asin" in self.tables else f"id {item}"
+            if "title" in self.tables and title:
+                names.setdefault(title.casefold(), f"{title!r} ({known_as})")
+            if "asin" in self.tables and asin:
+                names[asin.casefold()] = f"{asin!r} ({title or f'id {item}'})"
+        near = [] if folded.isdigit() else difflib.get_close_matches(folded, names, n=1)
+        if near:
+            return f"; did you mean {names[near[0]]}?"
+        if "id" in self.tables:
             return f"; ids run from {items.ids[0]} to {items.ids[-1]}"
-        index = names[near[0]]
-        by_asin = items.asins[index].casefold() == near[0]
-        asin, title = items.asins[index], items.titles[index]
-        if by_asin:
-            return f"; did you mean {asin!r} ({title or f'id {items.ids[index]}'})?"
-        known_as = asin if asin and "asin" in self.tables else f"id {items.ids[index]}"
-        return f"; did you mean {title!r} ({known_as})?"
+        return f"; original ids are such as {', '.join([*self.tables.get('asin', [])][:3])}"
 
 
 def _first(names: list[str]) -> dict[str, int]:

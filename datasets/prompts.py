@@ -1,10 +1,10 @@
 """The prompt as data: a template's two texts and their token ids."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import UsageError
+from engine.files import read_json
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
@@ -23,20 +23,13 @@ def read_template(name: str) -> Template:
         UsageError: no such file, or it lacks one of the two texts.
     """
     path = Path(name) if name.endswith(".json") else TEMPLATES / f"{name}.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+    if not path.is_file():
         there = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.json")))
         raise UsageError(
             f"--prompt_template_name={name}: no file {path}; available: {there},"
             " or a path ending in .json"
-        ) from None
-    except ValueError:
-        raise UsageError(f"{path}: not JSON") from None
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"{path}: expected the texts prompt and response, found {type(content).__name__}"
         )
+    content = read_json(path, "prompt template")
     texts = [content.get("prompt"), content.get("response")]
     if not all(isinstance(text, str) and text for text in texts):
         raise UsageError(

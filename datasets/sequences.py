@@ -149,8 +149,11 @@ class EvaluationSplit:
 
     def fewest_candidates(self) -> int:
         """The smallest number of candidates that any user gets."""
-        most_met = int(max(_distinct_per_user(self.data)))
-        return min(self.n_candidates, self.data.n_items - most_met)
+        data = self.data
+        owner = np.repeat(np.arange(data.n_users), np.diff(data.offsets))
+        pairs = np.unique(owner * np.int64(data.n_items) + data.items[: data.offsets[-1]])
+        most_met = np.bincount(pairs // data.n_items).max()
+        return min(self.n_candidates, data.n_items - int(most_met))
 
     def candidate_counts(self) -> dict[str, int]:
         """How many candidates were asked for and the fewest that a user gets, for results.json."""
@@ -289,9 +292,3 @@ def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationS
             " all of them are used"
         )
     return "\n".join(lines)
-
-
-def _distinct_per_user(data: Interactions) -> np.ndarray:
-    owner = np.repeat(np.arange(data.n_users), np.diff(data.offsets))
-    pairs = np.unique(owner * np.int64(data.n_items) + data.items[: data.offsets[-1]])
-    return np.bincount(pairs // data.n_items, minlength=data.n_users)

@@ -1,12 +1,10 @@
 """A table in a file or a folder of parts, as a stream of frames: text, parquet, JSON lines."""
 
-import ast
 import bz2
 import csv
 import gzip
 import io
 import itertools
-import json
 import lzma
 import re
 import warnings
@@ -22,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
 
+from datasets.cells import parsed
 from engine.errors import UsageError
-from engine.files import Watched
 
 SAMPLE_BYTES, SAMPLE_ROWS = 2**18, 50
 BATCH = 2**17  # rows of a frame
@@ -83,13 +81,9 @@ class Table(NamedTuple):
         return ", ".join(texts) + (f" and {len(self.columns) - 8} more" * (len(self.columns) > 8))
 
     def describe(self) -> str:
-        words = {"\t": "tabs", " ": "spaces", ";": "semicolons", ",": "commas", "|": "bars"}
-        if self.kind == "text":
-            head = "with" if self.header else "without"
-            return f"{words.get(self.separator, self.separator)}, {head} a header"
-        return {"lines": "a user and items per line", "json": "JSON lines"}.get(
-            self.kind, "parquet"
-        )
+        if self.kind != "text":
+            return self.kind
+        return f"split at {self.separator!r}, {'with' if self.header else 'without'} a header"
 
     def frames(self, columns: list[str]) -> Iterator[pd.DataFrame]:
         """The columns of the file, many rows at a time; the index has their rows in the file, from
@@ -99,12 +93,15 @@ class Table(NamedTuple):
             UsageError: the file is damaged or a row has another number of fields.
         """
         readers = {"text": _text, "lines": _lines, "json": _json, "parquet": _parquet}
+        options = {"unit": "row", "unit_scale": True, "mininterval": 1.0, "dynamic_ncols": True}
         self._check_headers()
         for part in self.parts:
+            frames = readers[self.kind](self._replace(path=part), list(dict.fromkeys(columns)))
             try:
-                yield from readers[self.kind](
-                    self._replace(path=part), list(dict.fromkeys(columns))
-                )
+                with tqdm(desc=part.name, **options) as bar:
+                    for frame in frames:
+                        yield frame
+                        bar.update(len(frame))
             except DAMAGED as error:
                 raise UsageError(f"{part}: damaged ({str(error)[:100]})") from None
             except UnicodeError:
@@ -257,13 +254,11 @@ def _parsed(line: str) -> dict[str, Any] | None:
     """The JSON object of a line; None for anything else. Amazon's metadata of 2014 are Python
     literals, and other files have what strict JSON refuses: NaN, lone surrogates, huge numbers.
     """
-    for parse in (orjson.loads, json.loads, *[ast.literal_eval] * line.startswith("{'")):
-        try:
-            row = parse(line)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        return row if isinstance(row, dict) else None
-    return None
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        row = parsed(line)
+    return row if isinstance(row, dict) else None
 
 
 def _texts(row: dict[str, Any]) -> dict[str, str]:
@@ -360,15 +355,8 @@ def _opened(path: Path) -> BinaryIO:
     return opener(path, "rb")
 
 
-def _watched(path: Path) -> io.BufferedReader:
-    """The file, with a bar over its uncompressed bytes."""
-    options = {"unit": "B", "unit_scale": True, "mininterval": 1.0, "dynamic_ncols": True}
-    bar = tqdm(desc=path.name, **options)
-    return io.BufferedReader(Watched(_opened(path), lambda block: bar.update(len(block))), 2**20)
-
-
 def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
-    text = io.TextIOWrapper(_watched(table.path), encoding=table.encoding, newline="")
+    text = io.TextIOWrapper(_opened(table.path), encoding=table.encoding, newline="")
     for _ in range(table.skip):
         text.readline()
     source: Any = text
@@ -391,7 +379,7 @@ def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
 
 
 def _lines(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
-    text = io.TextIOWrapper(_watched(table.path), encoding=table.encoding)
+    text = io.TextIOWrapper(_opened(table.path), encoding=table.encoding)
     for numbers, lines in _chunks(text):
         cells = [_two_cells(line) for line in lines]
         yield pd.DataFrame(cells, numbers, ["1", "2"])[columns]
@@ -399,7 +387,7 @@ def _lines(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
 
 def _json(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
     errors = "replace" if table.lenient else "strict"
-    text = io.TextIOWrapper(_watched(table.path), encoding=table.encoding, errors=errors)
+    text = io.TextIOWrapper(_opened(table.path), encoding=table.encoding, errors=errors)
     for numbers, lines in _chunks(text):
         rows = []
         for number, line in zip(numbers, lines):
@@ -420,18 +408,15 @@ def _chunks(text: io.TextIOBase) -> Iterator[tuple[tuple[int, ...], tuple[str, .
 
 
 def _parquet(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
-    file = pa.parquet.ParquetFile(table.path)
     row = 1
-    with tqdm(total=file.metadata.num_rows, desc=table.path.name, unit="row", mininterval=1) as bar:
-        for batch in file.iter_batches(batch_size=BATCH, columns=columns):
-            options = {"integer_object_nulls": True, "ignore_metadata": True}
-            frame = batch.to_pandas(**options)[columns]  # an index is a column like others
-            for name in columns:
-                if frame[name].dtype == object:
-                    frame[name] = [
-                        _cell(v.tolist() if hasattr(v, "tolist") else v) for v in frame[name]
-                    ]
-            frame.index += row
-            yield frame
-            row += len(frame)
-            bar.update(len(frame))
+    file = pa.parquet.ParquetFile(table.path)
+    for batch in file.iter_batches(batch_size=BATCH, columns=columns):
+        options = {"integer_object_nulls": True, "ignore_metadata": True}
+        frame = batch.to_pandas(**options)[columns]  # an index is a column like others
+        for name in columns:
+            if frame[name].dtype == object:
+                values = (v.tolist() if hasattr(v, "tolist") else v for v in frame[name])
+                frame[name] = [*map(_cell, values)]
+        frame.index += row
+        yield frame
+        row += len(frame)

@@ -1,15 +1,14 @@
 """Files: JSON written whole or not at all, hashes, folders that can be written to, and locks."""
 
 import hashlib
-import io
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import UsageError
 
@@ -30,22 +29,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-class Watched(io.RawIOBase):
-    """A readable stream over another one that shows every block it hands out to a function."""
-
-    def __init__(self, raw: BinaryIO, show: Callable[[bytes], object]) -> None:
-        self.raw, self.show = raw, show
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        block = self.raw.read(len(buffer))
-        self.show(block)
-        buffer[: len(block)] = block
-        return len(block)
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -28,7 +28,6 @@ from serving.recommender import Recommender
 
 WEIGHTS, SHAPE = "recommender.safetensors", "recommender.json"
 TOLERANCE = 1e-5  # of scores, relative to the largest
-TOP = 10
 ONNX_BATCH = 64
 LARGEST_ONNX = 2**30  # bytes of weights in one file; more are written beside it
 
@@ -151,10 +150,8 @@ def card_scores(code: str, folder: Path) -> Callable[[list[int]], Tensor]:
 def verify(expected: Tensor, found: Tensor, what: str) -> None:
     """Compare scores [n, N] with those of the exported model.
 
-    Items whose scores differ by less than the tolerance may change places.
-
     Raises:
-        RunError: a score differs, or a list of the best items.
+        RunError: a score differs.
     """
     allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
     error = float((expected - found).abs().max())
@@ -163,11 +160,6 @@ def verify(expected: Tensor, found: Tensor, what: str) -> None:
             f"{what} gives other scores: they differ by {error:.2g}, allowed {allowed:.2g};"
             " nothing was written"
         )
-    k = min(TOP, expected.shape[1])
-    best, other = (values.topk(k, dim=1) for values in (expected, found))
-    apart = (expected.gather(1, other.indices) - best.values).abs().max()
-    if not float(apart) <= 2 * allowed:
-        raise RunError(f"{what} gives other lists; nothing was written")
 
 
 class Graph(nn.Module):

@@ -20,21 +20,17 @@ def of_domain(csv_path: Path, names: Items) -> Histories:
 
 
 def with_known(own: Histories, csv_path: Path, names: Items, join: bool) -> Histories:
-    """The histories, and how many are of the domain's own users, who also have one there.
-
-    Args:
-        join: put that one first.
-    """
+    """The histories, after those that users of the domain have there where `join` says so."""
     stored = of_domain(csv_path, names)
     there = len(own.keys() & stored.keys())
-    if there and not join:
+    if join:
+        return {user: stored.get(user, []) + items for user, items in own.items()}
+    if there:
         print(
             f"{there:,} users are users of {csv_path} too; the history read is the file's alone"
             " (--known join puts their own first)"
         )
-    if not join:
-        return own
-    return {user: stored.get(user, []) + items for user, items in own.items()}
+    return own
 
 
 def of_file(path: Path, finder: Finder) -> Histories:

@@ -78,8 +78,8 @@ class Asked(Group):
     def problems(self, flags: dict[str, Any]) -> list[str]:
         name, target, exported = self.name, self.target, is_export(Path(flags["model"]))
         users, output = None if self.one_of_users else self.users, f"--output={self.output}"
-        sources = {"history": self.history, "user": name, "users": users, "similar": self.similar}
-        given = [source for source, value in sources.items() if value]
+        sources = ("history", "user", "users", "similar")
+        given = [source for source in sources if getattr(self, source)]
         rules = [
             (len(given) < 2, f"--{' and --'.join(given)}: give one of them"),
             (not (name and exported), f"--user={name}: an export has no users; give --history"),

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from datasets.sequences import training_samples
 from engine.errors import UsageError
-from engine.run import Run
 from models.sasrec import SASRec
 from serving.served import Served
 from utils.evaluation import score_spreads, users_per_tile
@@ -150,8 +149,15 @@ def open_runs(
     """
     models = []
     for served in runs:
-        table, popularity = served.item_table(item_ids), served.popularity(item_ids)
-        models.append(of_run(served.run, table, popularity, device, exit))
+        table, slots = served.item_table(item_ids), served.run.flags["max_seq_length"]
+        if table is None:
+            model = SASRec.load(served.run)
+        else:
+            from models.llm4rec import LLM4Rec  # transformers takes longer than a list of SASRec's
+
+            model = LLM4Rec.load(served.run, table.to(device), served.run.bf16)
+        popularity = served.popularity(item_ids)
+        models.append(Recommender.of(model.to(device), popularity, slots, exit))
     if not models[1:]:
         return models[0]
     longest = max(model.max_seq_length for model in models)
@@ -165,40 +171,13 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         columns int64 [B, k] and values [B, k].
     """
-    k_there = min(k, scores.shape[1])
-    values, columns = scores.topk(k_there, dim=1)
-    # topk takes any of the columns that equal the last value. Take the first ones instead, unless
-    # the value is -inf: those are left out.
-    last = values[:, -1:]
-    tied = ((scores >= last).sum(1) > k_there) & (last[:, 0] > -torch.inf)
-    for row in tied.nonzero().squeeze(1).tolist():
-        columns[row] = scores[row].sort(descending=True, stable=True).indices[:k_there]
-    columns = columns.sort(dim=1).values
-    values = scores.gather(1, columns)
-    order = values.argsort(dim=1, descending=True, stable=True)
-    values, columns = values.gather(1, order), columns.gather(1, order)
+    values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    # topk takes equal values in any order, and of those that equal the last one it takes any
+    for row in (values.diff(dim=1) == 0).any(1).nonzero().flatten().tolist():
+        columns[row] = scores[row].sort(descending=True, stable=True).indices[: values.shape[1]]
+    values, columns = values[:, :k], columns[:, :k]
     columns = columns.masked_fill(values == -torch.inf, -1)
-    missing = k - k_there
-    if missing:
-        columns = F.pad(columns, (0, missing), value=-1)
-        values = F.pad(values, (0, missing), value=-torch.inf)
+    missing = 0, k - values.shape[1]
+    columns = F.pad(columns, missing, value=-1)
+    values = F.pad(values, missing, value=-torch.inf)
     return columns, values
-
-
-def of_run(
-    run: Run, item_table: Tensor | None, popularity: Tensor, device: torch.device, exit: int | None
-) -> Recommender:
-    """The recommender of a finished run.
-
-    Args:
-        item_table: [N, D] that an LLM run was made from; of a SASRec run None.
-    Raises:
-        UsageError: the checkpoint or the exit is missing.
-    """
-    if run.stage == "sasrec":
-        model = SASRec.load(run).to(device)
-    else:
-        from models.llm4rec import LLM4Rec  # transformers takes longer than a list of SASRec's
-
-        model = LLM4Rec.load(run, item_table.to(device), run.bf16).to(device)
-    return Recommender.of(model, popularity, run.flags["max_seq_length"], exit)

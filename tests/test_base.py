@@ -282,7 +282,7 @@ def test_prompt_ids_are_the_templates_without_special_tokens(checkpoint):
     [
         ("{", "not JSON"),
         ('{"prompt": "a"}', "expected the texts prompt and response, found prompt"),
-        ("[]", "found list"),
+        ("[]", "not a JSON object"),
     ],
 )
 def test_bad_templates_are_refused(tmp_path, content, message):

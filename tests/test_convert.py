@@ -400,7 +400,6 @@ def test_no_file_of_a_domain_is_replaced_or_hidden_unasked(there):
 
 SAME = ["tab", "semicolon_excel", "floats", "strings_of_numbers", "comma_no_brackets"]
 SAME += ["space_separated", "gz_without_suffix", "utf16_excel"]
-LOOKS = {"utf16_excel": "it looks like UTF-16", "gz_without_suffix": "it looks like gzip without"}
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -408,9 +407,8 @@ def test_public_cases_of_one_log_are_the_same_domain(name):
     path = CASES / "csv" / f"{name}.csv"
     if not path.exists():
         pytest.skip(f"cases not here: {path}")
-    with pytest.raises(UsageError, match="python -m datasets.convert --input .* makes one") as no:
+    with pytest.raises(UsageError, match="python -m datasets.convert --input .* makes one"):
         read_csv(path)
-    assert LOOKS.get(name, "") in str(no.value)
     lists, items = written(path)
     dated, same_items = written(CASES / "csv" / "inter.inter")
     without_times = [row[:3] for row in csv.reader(dated.splitlines())]

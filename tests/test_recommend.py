@@ -450,6 +450,8 @@ def test_a_user_of_the_domain_by_name(inside, capsys):
         recommend.main(users="U0012")
     with pytest.raises(UsageError, match="--history and --user: give one of them"):
         recommend.main(user="U00012", history=["1"])
+    with pytest.raises(UsageError, match="--user and --users: give one of them"):
+        recommend.main(user="U00012", users="U00013")
 
 
 def test_similar_items_by_hand():
