@@ -116,7 +116,7 @@ def main(
     torch.manual_seed(run.seed)
     options = runtime.gradient_checkpointing, runtime.compile
     student = LLM4Rec.build(base, data.item_table, spec, run.bf16, *options)
-    student.start(llm.student_init, teacher_run, run.starts_from, spec)
+    student.start(llm.student_init, teacher_run, run.source, spec)
     student.move(device, runtime.shard)
 
     teacher, online_model = teachers.none, None

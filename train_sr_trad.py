@@ -24,7 +24,7 @@ def main(
     sasrec: flags.SASRecModel,
     training: flags.SASRecTraining,
     evaluation: flags.Evaluation,
-    runtime: flags.SASRecRuntime,
+    runtime: flags.Runtime = flags.Runtime(log_steps=50),
 ) -> dict:
     """Train SASRec on a domain's sequences and report popularity beside it."""
     # 1. The request. No torch yet: a wrong one ends here, in one line.
@@ -69,8 +69,8 @@ def main(
     run.prepare(**inputs.about)
     if files.init_table:
         model.start(item_table.read_table(files.init_table, item_ids), sasrec.init_std)
-    if run.starts_from:
-        model.restore(run.starts_from)
+    if run.source:
+        model.restore(run.source)
 
     # 4. The method: the next item, among all items or sampled ones.
     def loss_fn(batch):

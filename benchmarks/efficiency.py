@@ -42,7 +42,6 @@ LLAMA_2_7B = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
     "num_attention_heads": 32,
-    "num_key_value_heads": 32,
     "vocab_size": 32000,
 }
 SHAPES = BUILT_IN | {"llama-2-7b": LLAMA_2_7B}

@@ -134,8 +134,10 @@ def load(folder: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     Raises:
         UsageError: the folder is missing, or a file is missing, cut short or altered.
     """
+    from safetensors.torch import load as deserialise
+
     contents = _verified(folder, (WEIGHTS, META))
-    return _tensors(folder, WEIGHTS, contents), json.loads(contents[META])
+    return deserialise(contents[WEIGHTS]), json.loads(contents[META])
 
 
 def newest(run: str | Path) -> tuple[Saved, list[str]]:
@@ -169,9 +171,10 @@ def newest(run: str | Path) -> tuple[Saved, list[str]]:
 
 
 def _read(run: Path, name: str) -> Saved:
+    from safetensors.torch import load as deserialise
+
     contents = _verified(run / name, (WEIGHTS, STATE, META))
-    weights = _tensors(run / name, WEIGHTS, contents)
-    state = _tensors(run / name, STATE, contents)
+    weights, state = deserialise(contents[WEIGHTS]), deserialise(contents[STATE])
     return Saved(name, weights, state, json.loads(contents[META]))
 
 
@@ -213,18 +216,6 @@ def _verified(folder: str | Path, names: tuple[str, ...]) -> dict[str, bytes]:
 
 def _altered(folder: Path, name: str) -> str:
     return f"checkpoint {folder}: {name} does not match its sha256; it was cut short or altered"
-
-
-def _tensors(folder: str | Path, name: str, contents: dict[str, bytes]) -> dict[str, "Tensor"]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load as deserialise
-
-    try:
-        return deserialise(contents[name])
-    except SafetensorError as error:
-        raise UsageError(
-            f"checkpoint {folder}: {name} is not a safetensors file ({error})"
-        ) from None
 
 
 def restore(module: "nn.Module", tensors: dict[str, "Tensor"], source: str | Path) -> None:

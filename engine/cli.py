@@ -32,59 +32,31 @@ BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "
 REQUIRED = inspect.Parameter.empty
 
 
-class Range(NamedTuple):
-    """Bounds of a number. An open bound excludes itself."""
+class Limits(NamedTuple):
+    """What values a flag admits, and that in words."""
 
-    low: float = -math.inf
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def admits(self, value: float) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below and -math.inf < value < math.inf
-
-    def __str__(self) -> str:
-        low = "" if self.low == -math.inf else f"{'>' if self.open_low else '>='} {self.low:g}"
-        unbounded = self.high in (math.inf, LARGEST)
-        high = "" if unbounded else f"{'<' if self.open_high else '<='} {self.high:g}"
-        return " and ".join(part for part in (low, high) if part) or "finite"
+    words: str
+    admits: Callable[[Any], bool]
 
 
-class PositiveOr(NamedTuple):
-    """A whole number from 1, or one value with another meaning."""
-
-    other: int
-    meaning: str
-
-    def admits(self, value: int) -> bool:
-        return 1 <= value <= LARGEST or value == self.other
-
-    def __str__(self) -> str:
-        return f">= 1, or {self.other} for {self.meaning}"
-
-
-class Pattern(NamedTuple):
+def pattern(regex: str, words: str) -> Limits:
     """A text of a certain form."""
+    return Limits(words, lambda text: re.fullmatch(regex, text) is not None)
 
-    regex: str
-    meaning: str
 
-    def admits(self, value: str) -> bool:
-        return re.fullmatch(self.regex, value) is not None
-
-    def __str__(self) -> str:
-        return self.meaning
+def positive_or(other: int, meaning: str) -> Limits:
+    """A whole number from 1, or one value with another meaning."""
+    words = f">= 1, or {other} for {meaning}"
+    return Limits(words, lambda number: 1 <= number <= LARGEST or number == other)
 
 
 LARGEST = 2**31 - 1  # of whole numbers that count something
-PositiveInt = Annotated[int, Range(low=1, high=LARGEST)]
-NonNegativeInt = Annotated[int, Range(low=0, high=LARGEST)]
-Seed = Annotated[int, Range(low=0, high=2**63 - 1)]
-PositiveFloat = Annotated[float, Range(low=0, open_low=True)]
-NonNegativeFloat = Annotated[float, Range(low=0)]
-DropRate = Annotated[float, Range(low=0, high=1, open_high=True)]
+PositiveInt = Annotated[int, Limits(">= 1", lambda n: 1 <= n <= LARGEST)]
+NonNegativeInt = Annotated[int, Limits(">= 0", lambda n: 0 <= n <= LARGEST)]
+Seed = Annotated[int, Limits(">= 0 and below 2^63", lambda n: 0 <= n < 2**63)]
+PositiveFloat = Annotated[float, Limits("> 0", lambda x: 0 < x < math.inf)]
+NonNegativeFloat = Annotated[float, Limits(">= 0", lambda x: 0 <= x < math.inf)]
+DropRate = Annotated[float, Limits(">= 0 and < 1", lambda x: 0 <= x < 1)]
 
 
 def flag(default: Any = dataclasses.MISSING, help: str = "", needs: str = "", **about: Any) -> Any:
@@ -140,14 +112,14 @@ class Flag(NamedTuple):
     """A flag of one script: its type with limits, default, help, and the parameter of `main` that
     holds it.
 
-    group: its group's class; None for a flag of the script's own.
+    group: its group with the script's defaults; None for a flag of the script's own.
     """
 
     hint: Any
     default: Any
     help: str
     parameter: str
-    group: type[Group] | None
+    group: Group | None
 
 
 @functools.cache
@@ -163,7 +135,7 @@ def flags_of(main: Callable) -> dict[str, Flag]:
             for field in hint.fields():
                 value = getattr(instance, field.name)
                 narrowed = _narrowed(types_of[field.name], value)
-                found[field.name] = Flag(narrowed, value, field.metadata["help"], name, hint)
+                found[field.name] = Flag(narrowed, value, field.metadata["help"], name, instance)
         else:
             default, text = _own_default(default)
             found[name] = Flag(_narrowed(hint, default), default, text, name, None)
@@ -228,21 +200,14 @@ def command(main: Callable) -> Callable:
 def _arguments(main: Callable, values: dict[str, Any]) -> dict[str, Any]:
     """What `main` itself takes: its groups, and its own flags."""
     arguments: dict[str, Any] = {}
-    given: dict[str, dict[str, Any]] = {}
-    for name, flag in flags_of(main).items():
+    flags = flags_of(main)
+    for name, flag in flags.items():
         if flag.group is None:
             arguments[name] = values.get(name, flag.default)
-            continue
-        mine = given.setdefault(flag.parameter, {})
-        if name in values:
-            mine[name] = values[name]
-    for name, parameter in inspect.signature(main).parameters.items():
-        if name in given:
-            hint = typing.get_type_hints(main, include_extras=True)[name]
-            instance = hint() if parameter.default is REQUIRED else parameter.default
-            arguments[name] = dataclasses.replace(
-                instance, **given[name], given=frozenset(given[name])
-            )
+        elif flag.parameter not in arguments:
+            mine = {n: v for n, v in values.items() if flags[n].parameter == flag.parameter}
+            group = dataclasses.replace(flag.group, **mine, given=frozenset(mine))
+            arguments[flag.parameter] = group
     return arguments
 
 
@@ -345,11 +310,7 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
 
 
 def _recorded(path: str, flags: dict[str, Flag]) -> dict[str, Any]:
-    """The flags of a run's config.json that differ from the defaults; its folder is not among them.
-
-    Raises:
-        UsageError: there is no such file, or it is of another command.
-    """
+    """The flags of a run's config.json that differ from the defaults, without its folder."""
     path = os.path.join(path, "config.json") if os.path.isdir(path) else path
     recorded = read_json(path, "--config").get("flags")
     foreign = [name for name in recorded or {"flags": None} if name not in flags]
@@ -444,10 +405,7 @@ def _plain(hint: Any) -> tuple[Any, Any]:
 
 
 def _is_flag(word: str) -> bool:
-    """Whether a word is `--name` or `--name=...`.
-
-    A quoted text of flags has a space: it is a value.
-    """
+    """Whether a word is `--name` or `--name=...`; a quoted text of flags has a space."""
     return word.startswith("--") and not re.match(r"--[\w-]+\s", word)
 
 
@@ -463,9 +421,9 @@ def describe(hint: Any) -> str:
     if typing.get_origin(kind) is list:
         return "a list such as a,b or [a,b]"
     if kind is str:
-        return str(limits) if limits else "text"
+        return limits.words if limits else "text"
     words = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-    return f"{words} {limits}" if limits else words
+    return f"{words} {limits.words}" if limits else words
 
 
 def _convert(name: str, text: str, hint: Any) -> Any:

@@ -6,6 +6,7 @@ import platform
 import re
 import statistics
 import time
+import timeit
 
 PROBE_NUMBERS, PROBE_SECONDS, PROBES = 2**17, 0.02, 6  # see choose_threads
 SLOW, STUCK = 0.65, 0.25  # .9 on a quiet machine, .4 and .003 beside a busy process
@@ -104,12 +105,8 @@ def _seconds_of_product(dtype: str) -> float:
     """The best of five, 512 x 512 x 512."""
     import torch
 
-    x, seconds = torch.ones(512, 512, dtype=getattr(torch, dtype)), []
-    for _ in range(5):
-        started = time.perf_counter()
-        x @ x
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    x = torch.ones(512, 512, dtype=getattr(torch, dtype))
+    return min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
 
 
 @functools.cache

@@ -65,15 +65,6 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk. Windows has no such call."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def check_writable(folder: str | Path, flag: str) -> None:
     """Refuse a folder that cannot be made or written to.
 
@@ -89,19 +80,6 @@ def check_writable(folder: str | Path, flag: str) -> None:
         if not os.access(part, os.W_OK):
             raise UsageError(f"{flag}={folder}: {part} is not writable")
         return
-
-
-def new_folder(path: str, flag: str) -> Path:
-    """A folder that is not there yet, where one can be made.
-
-    Raises:
-        UsageError: it is there, or cannot be made.
-    """
-    folder = Path(path)
-    if folder.exists():
-        raise UsageError(f"{flag}={folder}: already exists")
-    check_writable(folder.parent, flag)
-    return folder
 
 
 def save_whole(folder: Path, *parts: Any) -> None:
@@ -163,7 +141,10 @@ def replace_folder(partial: Path, folder: Path) -> None:
         if old.exists():
             old.rename(folder)
         raise
-    sync_folder(folder.parent)
+    if os.name != "nt":  # Windows cannot flush a folder's names
+        descriptor = os.open(folder.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
     shutil.rmtree(old, ignore_errors=True)
 
 

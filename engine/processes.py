@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 LONGEST_WAIT = datetime.timedelta(hours=6)  # while the first process fills the teacher's cache
-CHUNK = 2**25  # numbers per all-reduce
 FIRST_REPORTS = 30  # seconds that the other processes wait while the first reports a UsageError
 
 
@@ -113,25 +112,10 @@ def sum_in_place(tensors: list["torch.Tensor"]) -> None:
     """Replace each tensor by its sum over the processes. All processes give the same shapes."""
     if world() == 1:
         return
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        chunk, size = [], 0
-        for tensor in (tensor for tensor in tensors if tensor.dtype == dtype):
-            if chunk and size + tensor.numel() > CHUNK:
-                _sum_chunk(chunk)
-                chunk, size = [], 0
-            chunk.append(tensor)
-            size += tensor.numel()
-        _sum_chunk(chunk)
-
-
-def _sum_chunk(tensors: list["torch.Tensor"]) -> None:
-    import torch
     import torch.distributed as dist
 
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors):
-        tensor.copy_(part.view_as(tensor))
+    for tensor in tensors:
+        dist.all_reduce(tensor)
 
 
 # -- signals ------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ class Run:
         finished: whether training is complete. Evaluating an unfinished run does not finish it.
         device, bf16: where and in what precision it computes; set by `choose_device`.
         resume: whether an unfinished run is resumed; set by `prepare`.
-        source: the run of `--init_from`, whose best weights are this one's start; None without.
+        source: the run of `--init_from`, whose best weights are this one's start; None without,
+            and when resuming.
     """
 
     def __init__(
@@ -176,19 +177,20 @@ class Run:
         """
         return (self.flags["seed"] + sum(group.stream for group in self.groups)) % 2**63
 
-    @property
-    def starts_from(self) -> "Run | None":
-        """`source` if its weights must still be loaded; None when resuming."""
-        return None if self.resume else self.source
-
     def results(self) -> dict[str, Any]:
         return read_json(self.folder / "results.json", "results")
 
     def print_results(self) -> dict[str, Any]:
         """Print what a finished run reached, and return it."""
         print(f"{self.folder} holds this command's finished run", flush=True)
-        results = self.results()
-        print_results(results, self.folder)
+        return self._show(self.results(), "see")
+
+    def _show(self, results: dict[str, Any], verb: str) -> dict[str, Any]:
+        """Print the test metrics, a line per protocol."""
+        for protocol, metrics in results["test"].items():
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            print(f"test {protocol:8s} {shown}", flush=True)
+        print(f"{verb} {self.folder / 'results.json'}", flush=True)
         return results
 
     def weights_sha256(self) -> str | None:
@@ -281,11 +283,7 @@ class Run:
             )
 
     def _refuse_others(self, content: dict[str, Any]) -> None:
-        """Refuse a folder whose run has other flags, or other entries of config.json.
-
-        Raises:
-            UsageError: what differs is named.
-        """
+        """Refuse a folder whose run has other flags, or other entries of config.json."""
         state = "a finished" if self.finished else "an unfinished"
         mend = "choose another folder" if self.finished else "give its flags to resume it"
         other = []
@@ -358,6 +356,7 @@ class Run:
         self.resume = not self.overwrite and self.config is not None and self._has_checkpoint()
         if self.resume:
             self._refuse_others(config)
+            self.source = None
         elif self.config is not None and not self.overwrite:
             print(
                 f"{self.folder} holds an unfinished run without a checkpoint: starting from scratch"
@@ -468,8 +467,7 @@ class Run:
                 (self.folder / CLOCK).unlink(missing_ok=True)
             files.release_lock(self.folder)
         processes.barrier()  # no process leaves while another may still wait for its part
-        print_results(results, self.folder, "wrote")
-        return results
+        return self._show(results, "wrote")
 
 
 def recorded_flags(config: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
@@ -479,14 +477,6 @@ def recorded_flags(config: dict[str, Any], usual: dict[str, Any]) -> dict[str, A
     """
     flags, given = dict(config.get("flags") or {}), config.get("given")
     return flags | dict.fromkeys(n for n in usual if given is not None and n not in given)
-
-
-def print_results(results: dict[str, Any], folder: Path, verb: str = "see") -> None:
-    """The test metrics of a run, a line per protocol."""
-    for protocol, metrics in results["test"].items():
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        print(f"test {protocol:8s} {shown}", flush=True)
-    print(f"{verb} {folder / 'results.json'}", flush=True)
 
 
 def environment() -> dict[str, Any]:

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from engine import processes
 
 
-def divide(model: nn.Module, layers: Iterable[nn.Module], device: torch.device) -> None:
+def divide(
+    model: nn.Module, layers: Iterable[nn.Module], device: torch.device, method: str
+) -> None:
     """Divide a model's parameters, layer by layer, and move them to the device.
 
     At most one layer, and the parameters outside all layers, are whole at any time. `layers` and
-    `model` must be called as modules: torch brings their weights together around the call.
+    `model` must be called as modules: torch brings their weights together around the call, and
+    around `method` of the model.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (processes.world(),))
     for module in (*layers, model):
@@ -28,12 +31,6 @@ def divide(model: nn.Module, layers: Iterable[nn.Module], device: torch.device) 
         # utils.training weighs each process's loss by its share of the batch: gradients are summed
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-
-
-def calls(model: nn.Module, method: str) -> None:
-    """Bring the weights together around this method of a divided model too."""
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
     register_fsdp_forward_method(model, method)
 
 

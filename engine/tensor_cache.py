@@ -10,11 +10,12 @@ Legend: n samples.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,12 +26,6 @@ from engine import files, processes
 from engine.errors import UsageError
 from engine.files import file_sha256, read_json
 
-STORED = {  # numpy has no bfloat16: bits are stored
-    torch.float64: np.int64,
-    torch.float32: np.int32,
-    torch.bfloat16: np.int16,
-    torch.float16: np.int16,
-}
 FORMAT = 2  # raised when what is stored, or how it is computed, changes its meaning
 WINDOW = 32  # batches sorted by length together while filling; rows stay near each other
 ZEROS = 2**24  # bytes written at once to claim room
@@ -47,18 +42,13 @@ class Samples(Protocol):
     def histories(self, indices: np.ndarray) -> Tensor: ...
 
 
-class TensorCache(NamedTuple):
-    """Each stored tensor [n, ...] by name: a memory map of bits, and its dtype."""
-
-    arrays: dict[str, np.ndarray]
-    dtypes: dict[str, torch.dtype]
+class TensorCache(dict[str, Tensor]):
+    """Each stored tensor [n, ...] by name, mapped from its file."""
 
     def rows(self, indices: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """The tensors' rows of the given samples, on the device."""
-        found = {}
-        for name, array in self.arrays.items():
-            found[name] = torch.from_numpy(array[indices]).view(self.dtypes[name]).to(device)
-        return found
+        index = torch.from_numpy(indices)
+        return {name: tensor[index].to(device) for name, tensor in self.items()}
 
 
 def open_or_build(
@@ -152,11 +142,7 @@ def _problem(folder: Path, identity: dict[str, Any], n: int) -> str:
 
 
 def _lock(root: Path) -> None:
-    """Take the lock on `root`, waiting for another run that looks for its states or computes them.
-
-    Raises:
-        UsageError: the folder cannot be made or written to.
-    """
+    """Take the lock on `root`, waiting for another run that computes its states."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not files.take_lock(root):
@@ -178,22 +164,17 @@ def _digest(content: dict[str, Any]) -> str:
 
 def _mapped(folder: Path) -> TensorCache:
     stored = read_json(folder / "meta.json", "teacher states")["arrays"]
-    dtypes = {name: getattr(torch, about["dtype"]) for name, about in stored.items()}
-    arrays = {}
+    found = TensorCache()
     for name, about in stored.items():
-        arrays[name] = _bits(folder / f"{name}.bin", dtypes[name], about["shape"], "r")
-    return TensorCache(arrays, dtypes)
+        dtype = getattr(torch, about["dtype"])
+        found[name] = _map(folder / f"{name}.bin", dtype, about["shape"])
+    return found
 
 
-def _bits(path: Path, dtype: torch.dtype, shape: list[int], mode: str) -> np.ndarray:
-    """A memory map of one array's bits.
-
-    An array without elements has an empty file, which cannot be mapped.
-    """
-    if not np.prod(shape):
-        path.touch()
-        return np.empty(shape, STORED[dtype])
-    return np.memmap(path, STORED[dtype], mode, shape=tuple(shape))
+def _map(path: Path, dtype: torch.dtype, shape: list[int], write: bool = False) -> Tensor:
+    """A tensor that lies in a file."""
+    size = math.prod(shape)
+    return torch.from_file(str(path), shared=write, size=size, dtype=dtype).view(shape)
 
 
 def _claim(path: Path, size: int) -> None:
@@ -223,20 +204,18 @@ def _build(
         for name, part in kept.items():
             path, shape = partial / f"{name}.bin", [len(samples), *part.shape[1:]]
             _claim(path, sizes[name])
-            arrays[name] = _bits(path, part.dtype, shape, "r+")
+            arrays[name] = _map(path, part.dtype, shape, write=True)
         options = {"unit": "batch", "dynamic_ncols": True, "mininterval": 1.0}
         for i, indices in enumerate(tqdm(batches, desc="teacher states", **options)):
             if i:
                 values = encode(samples.histories(indices))
+            index = torch.from_numpy(indices)
             for name, array in arrays.items():
-                part = getattr(values, name).cpu().contiguous()
-                array[indices] = part.view(getattr(torch, array.dtype.name)).numpy()
+                array[index] = getattr(values, name).cpu()
         stored = {}
         for name, array in arrays.items():
-            if isinstance(array, np.memmap):
-                array.flush()
             stored[name] = {
-                "dtype": str(kept[name].dtype).removeprefix("torch."),
+                "dtype": str(array.dtype).removeprefix("torch."),
                 "shape": list(array.shape),
                 "sha256": file_sha256(partial / f"{name}.bin"),
             }
@@ -258,11 +237,7 @@ def _batches(length: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 def _check_room(folder: Path, needed: int, n_samples: int) -> None:
-    """Say how large the files will be.
-
-    Raises:
-        UsageError: the disk lacks room, or the folder cannot be made.
-    """
+    """Say how large the files will be, and refuse a disk that lacks room."""
     size = f"{n_samples:,} samples, {needed / 2**30:.2f} GiB"
     print(f"teacher states: {size} to {folder}", flush=True)
     try:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from engine import cli
 from engine.cli import Seed, flag
 from engine.errors import UsageError
-from engine.files import new_folder, save_whole
+from engine.files import check_writable, save_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +56,9 @@ def main(
     seed: Seed = flag(1, "of the random weights; the built-in bases have 0", needs="kind=twin"),
 ) -> Path:
     """Write a base."""
-    folder = new_folder(output_dir, "--output_dir")
+    folder = Path(output_dir)
+    cli.check((not folder.exists(), f"--output_dir={folder}: already exists"))
+    check_writable(folder.parent, "--output_dir")
     if kind == "gguf":
         said = _convert(Path(base_model), folder)
     elif kind == "twin":

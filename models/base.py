@@ -273,11 +273,7 @@ def _read_tensors(base: str, names: list[str], dtype: torch.dtype) -> dict[str, 
 
 
 def _refuse_unread(base: str, prefix: str, names: list[str], stored: list[str]) -> None:
-    """Refuse a checkpoint that has more tensors in a kept layer than are read: none may be dropped.
-
-    Raises:
-        UsageError: scales of quantised weights, LoRA that is not merged, or something else.
-    """
+    """Refuse a checkpoint that has more tensors in a kept layer than are read."""
     kept = {name.split(".")[1] for name in names if name.startswith("layers.")}
     known = {prefix + name for name in names}
     unread = []
@@ -323,15 +319,11 @@ def _shards(base: str) -> dict[str, str]:
 def _weight_map(index: str) -> dict[str, str]:
     try:
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        weight_map = None
-    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
-        raise UsageError(f"{index}: damaged, expected JSON with a weight_map from tensors to files")
-    return weight_map
-
-
-def _is_file_name(shard: object) -> bool:
-    return isinstance(shard, str) and Path(shard).name == shard
+        if all(Path(shard).name == shard for shard in weight_map.values()):
+            return weight_map
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UsageError(f"{index}: damaged, expected JSON with a weight_map from tensors to files")
 
 
 def _opened(path: str):

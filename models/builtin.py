@@ -13,18 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from engine.files import save_whole
 
 BUILT_IN = {
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 176,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    },
-    "small": {
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-    },
+    "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4},
+    "small": {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 8},
 }
 FOLDER = Path("output/base")
 LAYERS, SEED = 8, 0
@@ -41,9 +31,7 @@ def ensure_built_in(name: str, root: Path = FOLDER) -> Path:
 
 
 def _write(folder: Path, shape: dict[str, int]) -> None:
-    """A random LLaMA, and a byte-level tokenizer that cuts the default prompt into as many tokens
-    as LLaMA's.
-    """
+    """A random LLaMA, and a tokenizer that makes as many tokens of the prompt as its own."""
     from transformers import PreTrainedTokenizerFast
 
     texts = json.loads(TEMPLATE.read_text(encoding="utf-8"))

@@ -92,8 +92,7 @@ class LLM4Rec(nn.Module):
         """Move to the device; with `shard`, divided among the processes."""
         if not shard:
             return self.to(device)
-        sharding.divide(self, self.decoder.divide(), device)
-        sharding.calls(self, "prompt_states")
+        sharding.divide(self, self.decoder.divide(), device, "prompt_states")
         return self
 
     def return_states_at(self, ends: list[int]) -> None:
@@ -242,9 +241,6 @@ class LLM4Rec(nn.Module):
 def _prove(base: Base, item_table: Tensor, spec: dict[str, Any]) -> None:
     """Compare the packed forward with the library's own on one short history, in float32 and
     without LoRA: layers may do more than LLaMA's (scale what they add, leave positions out).
-
-    Raises:
-        UsageError: the last states differ.
     """
     llama = load_llama(base.location, base.config, spec["layers"], torch.float32)
     with torch.random.fork_rng(devices=[]):  # the draws of the model that is built come after

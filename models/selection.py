@@ -23,8 +23,8 @@ def block_map(
         UsageError: B does not divide N or M; pairs do not ascend, or do not end at N:M.
     """
     if pairs is None or n_blocks == 1:
-        student = _equal_blocks(n_student, n_blocks, "llama_decoder_nums_student", n_teacher)
-        return student, _equal_blocks(n_teacher, n_blocks, "llama_decoder_nums_teacher", n_student)
+        student = equal_blocks(n_student, n_blocks, "llama_decoder_nums_student", n_teacher)
+        return student, equal_blocks(n_teacher, n_blocks, "llama_decoder_nums_teacher", n_student)
     ends = [[int(number) for number in pair.split(":")] for pair in pairs.split(",")]
     student, teacher = (list(side) for side in zip(*ends))
     ascending = all(side == sorted(set(side)) and side[0] > 0 for side in (student, teacher))
@@ -36,17 +36,17 @@ def block_map(
     return student, teacher
 
 
-def equal_blocks(n_layers: int, n_blocks: int) -> list[int]:
+def equal_blocks(
+    n_layers: int, n_blocks: int, flag: str = "llama_decoder_nums", other: int = 0
+) -> list[int]:
     """The ends of B equal blocks of one model.
 
+    Args:
+        flag: what says the number of layers, for messages.
+        other: the number of layers of the other model, which B must divide too.
     Raises:
         UsageError: B does not divide the number of layers.
     """
-    return _equal_blocks(n_layers, n_blocks, "llama_decoder_nums")
-
-
-def _equal_blocks(n_layers: int, n_blocks: int, flag: str, other: int = 0) -> list[int]:
-    """`other`: the number of layers of the other model, which B must divide too."""
     rest = n_layers % n_blocks
     if rest:
         fits = [d for d in range(1, n_layers + 1) if n_layers % d == 0 and other % d == 0]

@@ -84,8 +84,7 @@ def test_a_teachers_step(strategy, checkpointing):
 def test_a_distillation_step_with_cached_outputs(strategy):
     model, n = on_meta(small_model(strategy=strategy)).train(), len(LENGTHS)
     shapes = {"user": (n, 6), "states": (n, 2, 32), "exits": (n, 1, 6)}
-    stored = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
-    states = TensorCache(stored, dict.fromkeys(shapes, torch.float32))
+    states = TensorCache({name: torch.zeros(shape) for name, shape in shapes.items()})
     teacher = Output(**states.rows(np.arange(n), META))
     sasrec = empty(n, 6)
     target = empty(n, dtype=torch.int64)

@@ -153,7 +153,7 @@ def test_several_teach_by_the_mean_of_their_scores_over_tables_side_by_side(insi
     distill.main(**short, **wide, output_dir="live", teacher_cache="off")
     run = Run.read("student", Path("two"), "--model")
     student = LLM4Rec.load(run, table, bf16=False).eval()
-    first = next(_batches(len(samples), 32, 1, run.flags["seed"] + STUDENT_STREAM))
+    first = next(_batches(len(samples), 32, run.flags["seed"] + STUDENT_STREAM))
     own = student(samples.histories(first)[:, -30:]).user @ table.T
     logits = sum(part[first] for part in parts)
     p, q = (F.log_softmax(values / 2, dim=-1) for values in (logits, own))

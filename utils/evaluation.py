@@ -3,6 +3,7 @@
 Legend: B users of a batch, U all users, N items, D item width, S items met, K candidates.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -221,11 +222,23 @@ def rank_all(
         batches: user batches, in user order.
         shown: see `evaluate`.
     Raises:
-        RunError: a score is not finite.
+        RunError: a user's vector or a score is not finite.
     """
     columns = item_table.float().T
     found = [rank_users(encode(batch.history), columns, batch, shown) for batch in batches]
-    return collect(found, item_table.device)
+    shares = processes.gather([part.cpu() for part in found])  # every world-th batch each
+    turns = itertools.zip_longest(*shares)
+    ranks = torch.cat([part for turn in turns for part in turn if part is not None], dim=1).numpy()
+    if (ranks == NO_VECTOR).any():
+        user = int((ranks == NO_VECTOR).any(0).argmax())
+        raise RunError(
+            f"the vector of user {user} is NaN or infinite: the model holds non-finite values"
+        )
+    if (ranks == NO_SCORE).any():
+        raise RunError(
+            "a score is NaN or infinite: the model or the item table holds non-finite values"
+        )
+    return Ranks(*ranks)
 
 
 @torch.no_grad()
@@ -247,7 +260,7 @@ def score_spreads(models: list[Any], samples: Any) -> list[float]:
 
 
 def rank_users(users: Tensor, columns: Tensor, batch: Batch, shown: Tensor | None = None) -> Tensor:
-    """Ranks [3, B] (sampled, full, full_all) of one batch; `collect` checks them.
+    """Ranks [3, B] (sampled, full, full_all) of one batch; `rank_all` checks them.
 
     Nothing here waits for the device: where the user's vector is not finite the ranks are
     NO_VECTOR, where a score is not NO_SCORE.
@@ -276,38 +289,6 @@ def users_per_tile(columns: Tensor) -> int:
     """How many users' scores against an item table's transpose [D, N] are held at once."""
     tile = CPU_TILE if columns.device.type == "cpu" else TILE
     return max(FEWEST_USERS, tile // columns.shape[1])
-
-
-def collect(found: list[Tensor], device: torch.device | str = "cpu") -> Ranks:
-    """The ranks of all batches, each [3, B], as one.
-
-    Several processes took every world-th batch each.
-
-    Raises:
-        RunError: a user's vector or a score is not finite.
-    """
-    if processes.world() > 1:
-        sizes = processes.gather([part.shape[1] for part in found])
-        order = [(i, r) for r, mine in enumerate(sizes) for i in range(len(mine))]
-        whole = []
-        for i, r in sorted(order):
-            own = r == processes.rank()
-            whole.append(
-                found[i] if own else torch.zeros(3, sizes[r][i], dtype=torch.int64, device=device)
-            )
-        processes.sum_in_place(whole)
-        found = whole
-    ranks = torch.cat(found, dim=1).cpu().numpy()
-    if (ranks == NO_VECTOR).any():
-        user = int((ranks == NO_VECTOR).any(0).argmax())
-        raise RunError(
-            f"the vector of user {user} is NaN or infinite: the model holds non-finite values"
-        )
-    if (ranks == NO_SCORE).any():
-        raise RunError(
-            "a score is NaN or infinite: the model or the item table holds non-finite values"
-        )
-    return Ranks(*ranks)
 
 
 def _in_step(

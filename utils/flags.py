@@ -20,15 +20,15 @@ from engine import processes
 from engine.cli import (
     DropRate,
     Group,
+    Limits,
     NonNegativeFloat,
     NonNegativeInt,
-    Pattern,
     PositiveFloat,
     PositiveInt,
-    PositiveOr,
-    Range,
     Seed,
     flag,
+    pattern,
+    positive_or,
 )
 
 LAYER_RULES = ("first", "interval", "last")
@@ -45,20 +45,20 @@ USES_BLOCKS = f"{READS_TEACHER}|cls_multiple_lambda"
 N_TEACHER = 8  # M, without a trained teacher
 STUDENT_STREAM = 0x5EED_0F_57D  # between a student's draws and those of a teacher of equal --seed
 NUMBERS = r"[0-9]+( *, *[0-9]+)*"
-Share = Annotated[float, Range(low=0, high=1)]
-MaxSteps = Annotated[int, PositiveOr(-1, "num_epochs")]  # -1 as in the released scripts
-Interval = Annotated[int, PositiveOr(-1, "every epoch")]
+Share = Annotated[float, Limits(">= 0 and <= 1", lambda x: 0 <= x <= 1)]
+MaxSteps = Annotated[int, positive_or(-1, "num_epochs")]  # -1 as in the released scripts
+Interval = Annotated[int, positive_or(-1, "every epoch")]
 LayerSelection = Annotated[
     str,
-    Pattern(
+    pattern(
         rf"{'|'.join(LAYER_RULES)}|{NUMBERS}|\[{NUMBERS}\]",
         f"one of {', '.join(LAYER_RULES)}, or numbers (0,2,4,6)",
     ),
 ]
 Split = Annotated[
-    str, Pattern(r"leave_one_out|time:0?\.\d*[1-9]\d*", "leave_one_out, or time:Q such as time:0.9")
+    str, pattern(r"leave_one_out|time:0?\.\d*[1-9]\d*", "leave_one_out, or time:Q such as time:0.9")
 ]
-BlockMap = Annotated[str, Pattern(r"[0-9]+:[0-9]+(,[0-9]+:[0-9]+)*", "pairs such as 2:4,4:8")]
+BlockMap = Annotated[str, pattern(r"[0-9]+:[0-9]+(,[0-9]+:[0-9]+)*", "pairs such as 2:4,4:8")]
 
 
 def weight(default: float, help: str, term: str, teacher: bool = True) -> Any:
@@ -469,13 +469,6 @@ class Runtime(Group):
         factors = [f"{world} processes"] if world > 1 else []
         factors += [f"--micro_batch_size={micro}"] if micro else []
         return [f"--batch_size={batch_size} is not a multiple of {' x '.join(factors)}"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SASRecRuntime(Runtime):
-    """Speed, memory, logs"""
-
-    log_steps: PositiveInt = flag(50, "steps between lines of metrics.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ from utils.flags import Runtime, Training
 LEAST_STEPS = 240  # minimum length of training unless num_epochs or max_steps is given: see Plan
 LEAST_EVALUATIONS, LEAST_INTERVAL = 5, 10
 PATIENCE_FROM = 500
-WARM = 3  # steps; by then kernels are compiled and memory is there
 SELECTED = {"sampled_mrr": "MRR", "full_ndcg10": "full NDCG@10"}
 SIGNAL = "signal"  # among a step's values
 RANK_STRIDE = 1_000_003  # the seeds of the processes' dropout are this far apart
@@ -152,14 +150,13 @@ def fit(
     trained.train()
     if source == "best" and due(progress.step, plan.save_every):
         state.save("last")  # due at the same step; the run was killed before it was written
-    took = [time.perf_counter()]
     users, since = 0, state.spent()  # since the last line of the log
     options = {"unit": "step", "dynamic_ncols": True, "mininterval": 1.0}
     bar = tqdm(total=plan.total, initial=progress.step, **options)
     with bar, Signals() as signals:
         late = _Late(run, samples, progress, signals)
-        batches = _batches(len(counts), training.batch_size, plan.total, run.seed)
-        for indices in itertools.islice(batches, progress.step, None):
+        batches = _batches(len(counts), training.batch_size, run.seed)
+        for indices in itertools.islice(batches, progress.step, plan.total):
             if plan.ends(progress):
                 tqdm.write(
                     f"stopped at step {progress.step}: {progress.waited} evaluations"
@@ -179,9 +176,6 @@ def fit(
             logs = step == plan.total or step % runtime.log_steps == 0
             late.read(logs or due(step, plan.eval_every) or due(step, plan.save_every))
             bar.update()
-            if len(took) <= WARM:
-                took.append(time.perf_counter())
-                _report_slow_first_step(np.diff(took))
             if logs:
                 means = {name: float(np.mean(values)) for name, values in progress.running.items()}
                 progress.running = {}
@@ -228,11 +222,7 @@ def fit(
 def _validate(
     model: Model, valid: Any, runtime: Runtime, select: str, progress: Progress, run: Run
 ) -> Ranks:
-    """Validate, and note in `progress` whether it is the best so far. A tie is not better.
-
-    Raises:
-        RunError: a score is not finite.
-    """
+    """Validate, and note in `progress` whether it is the best so far. A tie is not better."""
     try:
         ranks = evaluate(model, valid, runtime)
     except RunError as error:
@@ -257,20 +247,14 @@ def _validate(
     return ranks
 
 
-def _batches(n: int, batch_size: int, total: int, seed: int) -> Iterator[np.ndarray]:
-    """`total` global batches of indices.
+def _batches(n: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    """Global batches of indices without end.
 
     Epoch e is the permutation drawn from (seed, e); its last batch may be short.
     """
-    step, epoch = 0, 0
-    while step < total:
+    for epoch in itertools.count():
         order = np.random.default_rng((seed, epoch)).permutation(n)
-        for i in range(0, n, batch_size):
-            yield order[i : i + batch_size]
-            step += 1
-            if step == total:
-                return
-        epoch += 1
+        yield from np.split(order, range(batch_size, n, batch_size))
 
 
 def _accumulate(
@@ -359,12 +343,6 @@ class _Late:
                 self.progress.running.setdefault(name, []).append(value)
             if signalled:
                 self.signal = max(processes.gather(self.signals.received))
-
-
-def _report_slow_first_step(seconds: np.ndarray) -> None:
-    """Report the time of the first step if it is over 5 s longer than a later step's."""
-    if len(seconds) == WARM and seconds[0] > seconds[-1] + 5:
-        tqdm.write(f"the first step took {seconds[0]:.0f} s, a step now {seconds[-1]:.2f} s")
 
 
 def _schedule(kind: str, warmup: int, total: int) -> Callable[[int], float]:
