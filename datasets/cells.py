@@ -8,6 +8,7 @@ from pathlib import Path
 
 from engine.errors import UsageError
 
+PYTHONS = re.compile(r"\d_\d|\b0[xXoObB]")  # to Python 12_3 is 123
 SPLIT = re.compile(r"[\s,|;]+")
 BARE_NAN = re.compile(r"(?<=[\[, ])nan(?=[\], ])")
 # page code that stands as a title in some v2 files
@@ -33,10 +34,12 @@ def parse_list(path: Path, row: int, cell: object) -> list[str]:
     Raises:
         UsageError: an element is no text and no whole number.
     """
-    text = cell if isinstance(cell, str) else ""
-    values = parsed(text)
+    text = cell.strip() if isinstance(cell, str) else ""
+    quoted = "'" in text or '"' in text
+    literal = text[:1] in ("[", "(", "'", '"') and (quoted or not PYTHONS.search(text))
+    values = parsed(text) if literal else None
     if not isinstance(values, list | tuple):
-        values = [part.strip("'\"") for part in SPLIT.split(text.strip().strip("[]()")) if part]
+        values = [part.strip("'\"") for part in SPLIT.split(text.strip("[]()")) if part]
     names = []
     for position, value in enumerate(values):
         name = str(value).strip() if type(value) in (int, float, str) else ""

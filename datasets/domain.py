@@ -95,8 +95,9 @@ class Domain(NamedTuple):
         Raises:
             UsageError: there is no such run.
         """
-        names = named.split(",") if named else [None]
-        return [self.earlier_run("sasrec", name and name.strip()) for name in names]
+        if not named or Path(named).is_dir():  # a folder's name may hold commas
+            return [self.earlier_run("sasrec", named)]
+        return [self.earlier_run("sasrec", name.strip()) for name in named.split(",")]
 
     def read(self) -> tuple[Interactions, Path]:
         """The sequences, and the CSV that they are from. The demo domain is made on first use.

@@ -12,6 +12,7 @@ from datasets.domain import SUFFIXES
 from datasets.interactions import write_csv
 from datasets.items import Items, listing_of
 from engine.errors import UsageError
+from engine.files import replacing
 
 
 class Reviews(NamedTuple):
@@ -120,8 +121,9 @@ def write_domain(
             shown = [names[item] for item in items]
             yield reviews.users[reviews.user[a]], items, shown, time[a:b].tolist()
 
-    write_csv(path, rows(), dated)
-    Items(np.arange(len(asins)), asins, names).write(listing_of(path))
+    with replacing(path) as lists, replacing(listing_of(path)) as listing:  # both, or none
+        write_csv(lists, rows(), dated)
+        Items(np.arange(len(asins)), asins, names).write(listing)
     print(f"titles: {sum(map(bool, names)):,} of {len(names):,} items have one")
     print(f"wrote {path} and {listing_of(path)}")
 

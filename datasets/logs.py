@@ -66,6 +66,7 @@ class Columns(NamedTuple):
 def canonical(name: object) -> str:
     """An id as it is written here: one line, no float of a whole number; "" where it is missing."""
     text = " ".join(str(name).split()) if name is not None else ""
+    text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates cannot be written
     whole = WHOLE.fullmatch(text)
     text = whole[1] if whole else text
     return "" if text.lower() in NOTHING else text
@@ -305,17 +306,23 @@ def _times(path: Path, cells: pd.Series, rows: np.ndarray, dates: bool) -> np.nd
     texts = cells.dtype == object or pd.api.types.is_string_dtype(cells)
     if not dates:
         numbers = _numbers(path, cells, rows, "time")
+        if cells.dtype in (np.float16, np.float32):
+            cut = np.abs(numbers) >= 2**24
+            _refuse(path, cut, cells, rows, "time", f"all its digits: {cells.dtype} cut them")
         _refuse(path, np.abs(numbers) >= 2**63, cells, rows, "time", "fewer digits, at most 2^63")
         if texts:
             cut = cells.astype(str).str.contains("e+", case=False, regex=False).to_numpy()
             _refuse(path, cut, cells, rows, "time", "all its digits: a spreadsheet cut them")
         whole = pd.to_numeric(cells, errors="coerce")
         return whole.to_numpy() if whole.dtype == np.int64 else numbers
+    expected = "a number or a date such as 2024-04-25 08:00:00"
+    if texts:  # not "now"
+        without = ~cells.astype(str).str.contains(r"\d").to_numpy()
+        _refuse(path, without, cells, rows, "time", expected)
     if texts and cells.astype(str).str.contains(AWAY).any():
         bare_times = ~cells.astype(str).str.contains(ZONE).to_numpy()
         _refuse(path, bare_times, cells, rows, "time", "a time zone, as in other rows")
     found = pd.to_datetime(cells, format="ISO8601", utc=True, errors="coerce")
-    expected = "a number or a date such as 2024-04-25 08:00:00"
     _refuse(path, found.isna().to_numpy(), cells, rows, "time", expected)
     return found.to_numpy("datetime64[us]").astype(np.int64) / 1e6
 
@@ -403,7 +410,7 @@ def _judge_numbers(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
             " without a date; join the date and the time in one column"
         )
     late = time[time >= EPOCH]
-    if len(late) and late.max() > APART * late.min():
+    if len(late) and late.max() / late.min() > APART:
         small, large = (
             int(rows[int(np.flatnonzero(time == t)[0])]) for t in (late.min(), late.max())
         )

@@ -94,9 +94,9 @@ class Table(NamedTuple):
         """
         readers = {"text": _text, "lines": _lines, "json": _json, "parquet": _parquet}
         options = {"unit": "row", "unit_scale": True, "mininterval": 1.0, "dynamic_ncols": True}
-        self._check_headers()
-        for part in self.parts:
-            frames = readers[self.kind](self._replace(path=part), list(dict.fromkeys(columns)))
+        for part, skip in self._starts():
+            table = self._replace(path=part, skip=skip)
+            frames = readers[self.kind](table, list(dict.fromkeys(columns)))
             try:
                 with tqdm(desc=part.name, **options) as bar:
                     for frame in frames:
@@ -123,21 +123,28 @@ class Table(NamedTuple):
             except KeyError as error:
                 raise UsageError(f"{part}: lacks the column {error}") from None
 
-    def _check_headers(self) -> None:
-        """Refuse parts of text whose header is not the first one's."""
-        if self.kind != "text" or not self.header or not self.parts[1:]:
+    def _starts(self) -> Iterator[tuple[Path, int]]:
+        """The parts, and how many lines of each come before its first row. Refuses parts of text
+        whose header is not the first one's.
+        """
+        if self.kind not in ("text", "lines"):
+            yield from ((part, 0) for part in self.parts)
             return
-        headers = []
+        first = None
         for part in self.parts:
             with _opened(part) as file:
-                lines = file.read(SAMPLE_BYTES).decode(self.encoding, "replace").splitlines()
-            headers.append(_split(lines[self.skip], self.separator) if lines[self.skip :] else [])
-            if headers[-1] not in (headers[0], []):
+                _, skipped, lines = _look(file.read(SAMPLE_BYTES))
+            for comment in filter(str.strip, skipped):
+                print(f"{part}: skipped the comment {comment[:60]!r}")
+            header = _split(lines[0], self.separator) if self.header and lines else None
+            first = first or header
+            if header not in (None, first):
                 raise UsageError(
-                    f"{part}: starts with {','.join(headers[-1])[:60]!r}, {self.parts[0]} with"
-                    f" {','.join(headers[0])[:60]!r}; give every part the same header, or join"
-                    " them in one file"
+                    f"{part}: starts with {','.join(header)[:60]!r}, {self.parts[0]} with"
+                    f" {','.join(first)[:60]!r}; give every part the same header, or join them"
+                    " in one file"
                 )
+            yield part, len(skipped)
 
 
 class Names:
@@ -165,7 +172,7 @@ class Names:
         Args:
             by_value: whole numbers by their value, where all names are such.
         """
-        numbers = by_value and all(re.fullmatch(r"-?[0-9]+", name) for name in self.codes)
+        numbers = by_value and all(re.fullmatch(r"-?[0-9]{1,4000}", name) for name in self.codes)
         key = (lambda name: (int(name), name)) if numbers else None
         names = sorted(self.codes, key=key)
         new = np.empty(len(names), dtype=np.int32)
@@ -214,22 +221,27 @@ def open_table(
     for magic, what in UNREAD.items():
         if head.startswith(magic):
             raise UsageError(f"{first}: looks like {what}")
-    encoding = "utf-16" if head[:2] in UTF16 else "utf-8-sig"
-    every = head.decode(encoding, "replace").splitlines()
+    encoding, skipped, every = _look(head)
     every = every[:-1] if len(head) == SAMPLE_BYTES and every[1:] else every  # cut off
-    skip = 0
-    while skip < len(every) and (not every[skip].strip() or COMMENT.match(every[skip])):
-        if every[skip].strip():
-            print(f"{first}: skipped the comment {every[skip][:60]!r}")
-        skip += 1
-    rows = [line for line in every[skip:] if line.strip()][: SAMPLE_ROWS + 1]
+    rows = [line for line in every if line.strip()][: SAMPLE_ROWS + 1]
     if not rows:
         raise UsageError(f"{first}: is empty")
     if lenient or rows[0].lstrip().startswith("{"):
         return _look_at_json(path, parts, encoding, rows, lenient)
     if rows[0].lstrip().startswith("[") and not rows[0].lstrip().startswith("[["):
         raise UsageError(f"{first}: looks like one JSON array; write a JSON object per line")
-    return _look_at_text(path, parts, encoding, rows, skip, named, known, lines)
+    return _look_at_text(path, parts, encoding, rows, len(skipped), named, known, lines)
+
+
+def _look(head: bytes) -> tuple[str, list[str], list[str]]:
+    """The encoding of a text that starts so, the blank lines and comments before its first row, and
+    the lines after them.
+    """
+    encoding = "utf-16" if head[:2] in UTF16 else "utf-8-sig"
+    lines, skip = head.decode(encoding, "replace").splitlines(), 0
+    while skip < len(lines) and (not lines[skip].strip() or COMMENT.match(lines[skip])):
+        skip += 1
+    return encoding, lines[:skip], lines[skip:]
 
 
 def _look_at_parquet(path: Path, parts: list[Path]) -> Table:
@@ -245,6 +257,10 @@ def _look_at_json(
     path: Path, parts: list[Path], encoding: str, lines: list[str], lenient: bool
 ) -> Table:
     rows = [row for row in map(_parsed, lines) if row is not None]
+    if not rows and not lenient:
+        raise UsageError(
+            f"{path}: its first line is {lines[0][:40]!r}; write a JSON object per line"
+        )
     columns = list(dict.fromkeys(name for row in rows for name in row))
     sample = [*map(_texts, rows)]
     return Table(path, parts, "json", "", encoding, True, 0, columns, sample, lenient=lenient)
@@ -268,7 +284,7 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
 def _cell(value: Any) -> Any:
     """A JSON or parquet value; a list or an object as JSON text, bytes as UTF-8."""
     if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
+        return value.decode("utf-8", "backslashreplace")  # different bytes stay different
     if isinstance(value, list | dict):
         return orjson.dumps(value).decode()
     return value
@@ -288,6 +304,7 @@ def _look_at_text(
     # between tabs a quote may be a letter: it encloses a cell where every one that is opened ends
     opened = [c for line in lines for c in line.split("\t") if c.startswith('"')]
     quoted = separator != "\t" or (bool(opened) and all(c.rstrip().endswith('"') for c in opened))
+    quoted = quoted and separator != "::"
     rows = [_split(line, separator, quoted) for line in lines]
     named = [name for name in named if name != "none"]
     numbered = bool(named) and all(name.isdigit() for name in named)
@@ -298,6 +315,10 @@ def _look_at_text(
             " (of pandas: to_csv(index=False), with column names)"
         )
     header = not numbered
+    if numbered and any(bare(name) in known for name in first):
+        raise UsageError(
+            f"{path}: its first row has names, {lines[0][:40]!r}; name the columns by them"
+        )
     if not named:
         texts = not any(map(NUMBER.fullmatch, first)) and separator not in (" ", "::")
         header = texts or any(bare(name) in known for name in first)
@@ -355,8 +376,19 @@ def _opened(path: Path) -> BinaryIO:
     return opener(path, "rb")
 
 
+class _Counted(io.TextIOWrapper):
+    """A text that counts the line ends that were read."""
+
+    line_ends = 0
+
+    def read(self, size: int | None = -1) -> str:
+        text = super().read(size)
+        self.line_ends += text.count("\n")
+        return text
+
+
 def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
-    text = io.TextIOWrapper(_opened(table.path), encoding=table.encoding, newline="")
+    text = _Counted(_opened(table.path), encoding=table.encoding, newline="")
     for _ in range(table.skip):
         text.readline()
     source: Any = text
@@ -365,7 +397,7 @@ def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
         source, separator = io.StringIO(text.read().replace("::", "\x1f")), "\x1f"
     options = {"dtype": str, "keep_default_na": False, "chunksize": BATCH, "index_col": False}
     options |= {"sep": separator, "quoting": csv.QUOTE_MINIMAL if table.quoted else csv.QUOTE_NONE}
-    names = table.columns
+    names, n_rows = table.columns, 0
     head = 0 if table.header else None
     reader = pd.read_csv(source, header=head, names=names, on_bad_lines="error", **options)
     while True:
@@ -373,9 +405,28 @@ def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
             warnings.simplefilter("error", pd.errors.ParserWarning)
             frame = next(reader, None)
         if frame is None:
-            return
+            break
         frame.index += 1 + table.header
+        n_rows += len(frame)
         yield frame[columns]
+    if table.quoted and text.line_ends > n_rows + table.header:  # cells hold line ends
+        _refuse_open_quotes(table)
+
+
+def _refuse_open_quotes(table: Table) -> None:
+    """Refuse a quote that is closed inside a cell: pandas takes all rows until then as one."""
+    with io.TextIOWrapper(_opened(table.path), encoding=table.encoding, newline="") as text:
+        for _ in range(table.skip):
+            text.readline()
+        reader = csv.reader(text, delimiter=table.separator, strict=True)
+        try:
+            for _ in reader:
+                pass
+        except csv.Error:
+            raise UsageError(
+                f"{table.path}: line {table.skip + reader.line_num}: a quote that an earlier cell"
+                " opens is closed inside a cell; double the quotes inside cells, or remove them"
+            ) from None
 
 
 def _lines(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:

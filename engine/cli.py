@@ -274,7 +274,7 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
     flags = flags_of(main)
     values: dict[str, Any] = {}
     problems: list[str] = []
-    config, switch = "", ""  # switch: the boolean flag just read, written without "="
+    config, switch = None, ""  # switch: the boolean flag just read, written without "="
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -285,7 +285,9 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
         switch = ""
         name, text = _split_word(word, flags)
         if name == "config" and name not in flags:
-            config = text or (words.pop(0) if words else "")
+            problems += ["--config is given twice"] * (config is not None)
+            follows = text is None and bool(words) and not _is_flag(words[0])
+            config = words.pop(0) if follows else text or ""
             continue
         if name not in flags:
             problems.append(_unknown(name, flags))
@@ -305,6 +307,7 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
             values[name] = _convert(name, text, hint)
         except UsageError as problem:
             problems.append(str(problem))
+    problems += ["--config needs a value, the config.json of a run"] * (config == "")
     _raise_all(problems)
     return _recorded(config, flags) | values if config else values
 
@@ -477,7 +480,7 @@ def _check(name: str, value: Any, hint: Any, typed: str | None = None) -> None:
     elif kind is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     else:
-        fits = type(value) is kind
+        fits = type(value) is kind and value != ""  # an unset variable of the shell
     if not fits or (limits is not None and not limits.admits(value)):
         shown = value if typed is None else typed
         raise UsageError(f"--{name}={shown}: expected {describe(hint)}")

@@ -475,7 +475,8 @@ def recorded_flags(config: dict[str, Any], usual: dict[str, Any]) -> dict[str, A
 
     Before 2026-11-28 an empty flag that adapts had its usual value, and `given` listed the others.
     """
-    flags, given = dict(config.get("flags") or {}), config.get("given")
+    flags, given = config.get("flags"), config.get("given")
+    flags = dict(flags) if isinstance(flags, dict) else {}
     return flags | dict.fromkeys(n for n in usual if given is not None and n not in given)
 
 

@@ -6,7 +6,15 @@ import numpy as np
 
 from datasets.interactions import read_histories
 from datasets.items import Finder, Items, listing_of
-from datasets.logs import NAMES, ROLES, choose_columns, list_of_items, original_ids, read_log
+from datasets.logs import (
+    NAMES,
+    ROLES,
+    canonical,
+    choose_columns,
+    list_of_items,
+    original_ids,
+    read_log,
+)
 from datasets.tables import Table, open_table
 from engine.errors import UsageError
 
@@ -71,8 +79,10 @@ def _lists(path: Path, table: Table) -> dict[str, list[str]]:
     rows: dict[str, int] = {}
     lists: dict[str, list[str]] = {}
     for frame in table.frames([user_column, item_column]):
-        cells = zip(frame.index, frame[user_column].astype(str), frame[item_column])
-        for row, user, cell in cells:
+        for row, name, cell in zip(frame.index, frame[user_column], frame[item_column]):
+            user = canonical(name)
+            if not user:
+                raise UsageError(f"--users={path}: row {row}: the user is missing")
             if rows.setdefault(user, row) != row:
                 raise UsageError(
                     f"--users={path}: reviewerID {user!r} appears in rows {rows[user]} and {row}"

@@ -83,6 +83,10 @@ class Asked(Group):
         rules = [
             (len(given) < 2, f"--{' and --'.join(given)}: give one of them"),
             (not (name and exported), f"--user={name}: an export has no users; give --history"),
+            (
+                self.known == "log" or not exported,
+                f"--known=join: {flags['model']} is an export without users",
+            ),
             (not users or target, "--users needs --output, the file of the lists"),
             (not target or users, "--output is of --users; one history is shown"),
             (users in (None, "all") or Path(users).exists(), f"--users={users}: file not found"),
@@ -217,6 +221,10 @@ def _open_export(
     from serving import exported
 
     folder = Path(files.model)
+    read = [name for name in ("data_path", "item_table") if getattr(files, name)]
+    cli.check(
+        (not read, f"--{' and --'.join(read)}: of a run; {folder} is an export, which has its own")
+    )
     listing, about = folder / "items.csv", read_json(folder / exported.SHAPE, "export")
     cli.check((listing.is_file(), f"--model={folder}: lacks items.csv; export it again"))
     refuse_other_domain(files, folder, about.get("domain", files.domain_type))

@@ -106,7 +106,8 @@ def best_run(domain: Domain) -> Path:
     found = []
     for path in sorted(domain.folder.glob("*/results.json")):
         results = read_json(path, "results")
-        if results.get("steps") is not None and (path.parent / "best").is_dir():
+        whole = results.get("steps") is not None and {"data_sha256", "valid"} <= results.keys()
+        if whole and (path.parent / "best").is_dir():
             found.append((path, results))
     if not found:
         raise UsageError(f"--model=best: no finished run in {domain.folder}/*; train one first")
@@ -140,7 +141,7 @@ def read_all(files: ServedFiles) -> list[Served]:
     Raises:
         UsageError: as `read`, or they are of different data.
     """
-    names = files.model.split(",")
+    names = [files.model] if Path(files.model).is_dir() else files.model.split(",")
     if names[1:] and files.item_table:
         raise UsageError(
             f"--item_table={files.item_table}: of several models each reads its own table"
@@ -180,6 +181,8 @@ def read(files: ServedFiles) -> Served:
     run = Run.read(stage if stage in STAGES else "trained", folder, "--model")
     if not (folder / "best").is_dir() and not (folder / ".old-best").is_dir():
         raise UsageError(f"--model={files.model}: {folder} has no checkpoint best/; train first")
+    if not isinstance(run.flags.get("max_seq_length"), int):
+        raise UsageError(f"{folder / 'config.json'}: damaged, its flags lack max_seq_length")
     own = run.config.get("domain", files.domain_type)
     refuse_other_domain(files, folder, own)
     path = files.data_path or run.flags.get("data_path")

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -89,6 +88,10 @@ BAD = [
     ("--names gate_proj up_proj", "unexpected word 'up_proj'"),
     ("-l 3", "unexpected word '-l'"),
     ("--rate=1 --rate=2", "--rate is given twice"),
+    ("--config", "--config needs a value, the config.json of a run"),
+    ("--config= --rate=1", "--config needs a value"),
+    ("--config=a --config=b", "--config is given twice"),
+    ("--names=a --folder=", "--folder=: expected text"),
     ("--nmaes=a", "did you mean --names?"),
 ]
 
@@ -131,10 +134,9 @@ def test_a_tilde_is_the_home_folder_in_every_part_of_a_list(monkeypatch):
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "-m datasets.process", "-m experiments.report"])
 @pytest.mark.parametrize("flag", ["--bogus=7", "--seed=x stray"])
-def test_a_wrong_request_is_answered_at_once_with_status_2_and_one_line(script, flag, tmp_path):
+def test_a_wrong_request_is_answered_with_status_2_and_one_line(script, flag, tmp_path):
     words = script.split(" ")
     command = [sys.executable, *([ROOT / words[0]] if len(words) == 1 else words)]
-    started = time.perf_counter()
     done = subprocess.run(
         [*command, *flag.split(" ")],
         cwd=tmp_path,
@@ -142,11 +144,9 @@ def test_a_wrong_request_is_answered_at_once_with_status_2_and_one_line(script, 
         text=True,
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
     )
-    seconds = time.perf_counter() - started
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
     assert not list(tmp_path.iterdir())
-    assert seconds < 5, "torch or transformers was imported before the flags were checked"
 
 
 def test_no_script_imports_torch_before_its_checks(tmp_path):

@@ -297,6 +297,11 @@ def test_files_that_cannot_be_are_one_line(inside):
         ),
         ({"users": "all", "output": "folder.csv"}, "--output=folder.csv is a folder"),
         ({"users": "all", "output": "o.csv", "model": "out"}, "out is an export without users"),
+        (
+            {"users": "twice.csv", "output": "o.csv", "model": "out", "known": "join"},
+            "--known=join: out is an export without users",
+        ),
+        ({"history": ["1"], "model": "out", "data_path": "x.csv"}, "--data_path: the export out"),
     ):
         with pytest.raises(UsageError, match=message):
             recommend.main(**flags)

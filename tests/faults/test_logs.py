@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from datasets import convert, process
+from datasets.cells import parse_list
+from datasets.items import Items
 from engine.errors import UsageError
 from tests.conftest import save
 from tests.faults.conftest import HEADER, LOG, ROWS, convert_by
@@ -77,6 +79,30 @@ REFUSED = {
         "a.csv",
         "its first row, ',0,1,2', numbers the columns; write their names",
     ),
+    "a quote that a later title closes": (
+        {
+            "a.tsv": "user_id\titem_id\ttimestamp\ttitle\n"
+            + "".join(f'u{n % 7}\ti{n}\t{n + 1}\t"T {n}"\n' for n in range(60))
+            + 'u2\ti60\t61\t"Open\nu3\ti61\t62\tx\nu4\ti62\t63\t"Close\n'
+        },
+        "a.tsv",
+        "a.tsv: line 64: a quote that an earlier cell opens is closed inside a cell; double",
+    ),
+    "numbered columns under a header": (
+        {"a.csv": LOG},
+        "a.csv --user 1 --item 2 --time none",
+        "a.csv: its first row has names, 'user_id,item_id,timestamp'; name the columns by them",
+    ),
+    "the clock as a time": (
+        {"a.csv": HEADER + "u1,1,now\nu1,2,2024-01-02\nu2,1,2024-01-03\n"},
+        "a.csv",
+        "row 2: the time is 'now', expected a number or a date",
+    ),
+    "an object over several lines": (
+        {"a.json": '{\n"user_id": 1,\n"item_id": 2\n}\n'},
+        "a.json",
+        "a.json: its first line is '{'; write a JSON object per line",
+    ),
     "zstd": ({"a.zst": "\x28\u00b5/\u00fd"}, "a.zst", "looks like zstd; unpack it first"),
     "sqlite": ({"a.db": "SQLite format 3\0"}, "a.db", "looks like an SQLite database; export"),
 }
@@ -91,6 +117,73 @@ def test_a_log_that_would_be_read_in_another_way_is_refused(name):
     with pytest.raises(UsageError, match=line):
         convert_by(f"--input {given}" + " --user user_id --item item_id" * (given[-5:] == "jsonl"))
     assert not Path("data").exists()
+
+
+def test_comments_are_skipped_in_the_parts_that_have_them():
+    Path("p").mkdir()
+    for name, start, rows in (("a", "# by x\n\n", ROWS[:9]), ("b", "", ROWS[9:])):
+        Path("p", name).write_text(start + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    assert convert_by("--input p --user 1 --item 2 --time 3")[0] == plain_lists()
+
+
+def test_line_ends_inside_quotes_are_part_of_a_cell():
+    rows = [f'{u},{i},{t},"say ""{i}"",\ntwice"\n' for u, i, t in ROWS]
+    Path("a.csv").write_text(HEADER.rstrip("\n") + ",title\n" + "".join(rows))
+    lists, _ = convert_by("--input a.csv")
+    assert lists == plain_lists()
+
+
+def test_double_colons_separate_text_without_quotes():
+    lines = [f"{n}::{title}::Drama\n" for n, title in enumerate(('"Open (1999)', "Foo", '"B" (2)'))]
+    Path("movies.dat").write_text("".join(lines))
+    assert convert.read_titles(Path("movies.dat"), [], {"0", "1", "2"}) == {
+        "0": '"Open (1999)',
+        "1": "Foo",
+        "2": '"B" (2)',
+    }
+
+
+def test_ids_that_python_would_read_as_numbers_stay_text():
+    lists = ("12_3, 4_5", "1_23, 4_5", "[1e3x, 0x10]", "['a b', 'c']")
+    found = [parse_list(Path("x"), 2, cell) for cell in lists]
+    assert found == [["12_3", "4_5"], ["1_23", "4_5"], ["1e3x", "0x10"], ["a b", "c"]]
+
+
+def test_bytes_that_are_no_text_and_lone_surrogates_stay_different_ids():
+    users = pa.array([b"\xff\x01", b"\xfe\x01", b"a2", b"a2"], pa.binary(2))
+    table = pa.table({"user_id": users, "item_id": ["x", "y", "x", "y"], "timestamp": [1, 2, 3, 4]})
+    pq.write_table(table, "b.parquet")
+    assert len(convert_by("--input b.parquet")[0]) == 3
+    rows = [{"user_id": u, "item_id": i, "timestamp": 1} for u in ("a", "b\ud800") for i in "xy"]
+    Path("s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [*convert_by("--input s.jsonl")[0]] == ["a", "b\\ud800"]
+
+
+def test_nanoseconds_are_times_and_float32_has_cut_them():
+    times = [1620000000123456789 + n * 86400 * 10**9 for n in range(len(ROWS))]
+    rows = [f"{u},{i},{t}\n" for (u, i, _), t in zip(ROWS, times)]
+    Path("n.csv").write_text(HEADER + "".join(rows))
+    assert convert_by("--input n.csv")[0] == plain_lists()
+    users, items, seconds = zip(*ROWS)
+    cut = pa.array(map(float, seconds), pa.float32())
+    pq.write_table(pa.table({"user_id": users, "item_id": items, "timestamp": cut}), "f.parquet")
+    with pytest.raises(UsageError, match="row 1: the time is .*, expected all its digits: float32"):
+        convert_by("--input f.parquet")
+
+
+def test_both_files_of_a_domain_are_written_or_none(monkeypatch):
+    Path("a.csv").write_text(LOG)
+    convert_by("--input a.csv")
+    before = [path.read_bytes() for path in sorted(Path("data").iterdir())]
+    Path("b.csv").write_text(LOG.replace("u0", "v0"))
+
+    def full(self, listing):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Items, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        convert_by("--input b.csv")
+    assert [path.read_bytes() for path in sorted(Path("data").iterdir())] == before
 
 
 def test_parts_with_one_header_are_one_log():

@@ -2,6 +2,7 @@
 stay.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from engine import cli
 from engine.errors import RunError, UsageError
 from serving import recommend
 from tests.conftest import SHORT, hashes
-from tests.faults.conftest import TRAIN
+from tests.faults.conftest import TRAIN, convert_by
 
 
 def top(**flags) -> list[int]:
@@ -62,6 +63,34 @@ def test_runs_beside_other_items_csv_are_of_other_items(shop):
     train_sr_trad.main(**TRAIN, domain_type="x", output_dir="b/sasrec")
     with pytest.raises(UsageError, match="are of different items.csv|was trained beside"):
         recommend.main(domain_type="x", model="a/sasrec,b/sasrec", history=["200"])
+
+
+def test_users_of_a_file_of_lists_are_named_as_those_of_a_log(shop):
+    asked = {"domain_type": "x", "users": "l.jsonl", "output": "o.csv", "known": "join", "k": 1}
+    Path("l.jsonl").write_text(json.dumps({"reviewerID": " u0 ", "asin": ["100"]}) + "\n")
+    recommend.main(**asked)
+    joined = pd.read_csv("o.csv")
+    assert joined["reviewerID"].tolist() == ["u0"]
+    history = [*convert_by("--input orders.csv")[0]["u0"], "100"]
+    best = recommend.main(domain_type="x", history=history, k=1)
+    assert joined["item_id"].tolist() == [best[0]["item_id"]]
+    Path("l.jsonl").write_text(json.dumps({"reviewerID": None, "asin": ["100"]}) + "\n")
+    with pytest.raises(UsageError, match="--users=l.jsonl: row 1: the user is missing"):
+        recommend.main(**asked, overwrite=True)
+
+
+def test_folders_may_have_commas_and_damaged_runs_are_named_or_left_out(shop):
+    run = Path("output/x/sasrec")
+    shutil.copytree(run, "a, b")
+    assert recommend.main(domain_type="x", model="a, b", history=["100"], k=1)
+    assert extract_emb.main(domain_type="x", sasrec="a, b", item_table="t.pkl")
+    shutil.copytree(run, "output/x/other")
+    Path("output/x/other/results.json").write_text('{"steps": 20}')
+    assert recommend.main(domain_type="x", history=["100"], k=1)
+    for flags in ([1], {}, {"max_seq_length": "x"}):
+        Path("a, b/config.json").write_text(json.dumps({"step": "sasrec", "flags": flags}))
+        with pytest.raises(UsageError, match="a, b/config.json: damaged, its flags lack"):
+            recommend.main(domain_type="x", model="a, b", history=["100"])
 
 
 def test_a_number_is_no_id_of_the_csv_where_items_have_original_ids(shop):
