@@ -169,7 +169,7 @@ def prepare_training(name: str, setting: Setting, micro: int) -> Callable[[], No
 
 
 def _micro_batches(rows: np.ndarray, micro: int) -> list[np.ndarray]:
-    return [rows[i : i + micro] for i in range(0, len(rows), micro)]
+    return np.split(rows, range(micro, len(rows), micro))
 
 
 def timed_round(

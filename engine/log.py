@@ -47,11 +47,9 @@ class MetricsLog:
         """Drop what was logged after `step`: a resumed run takes those steps again."""
         if not processes.is_first() or not self.path.is_file():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        events = ((line, parsed_event(line)) for line in lines)
-        kept = [line for line, event in events if event is not None and event["step"] <= step]
+        kept = [event for event in events(self.path) if event["step"] <= step]
         with files.replacing(self.path) as partial:
-            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            partial.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
 
     def write_seconds(self, seconds: float) -> None:
         """Write the seconds trained so far to their own file, so that a checkpoint's bytes do not
@@ -82,10 +80,14 @@ def peak_mib(device: "torch.device") -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def parsed_event(line: str) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None if it is incomplete because the run was killed."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) and {"event", "step"} <= set(event) else None
+def events(path: Path) -> list[dict[str, Any]]:
+    """The events of a metrics.jsonl, without lines that a killed run left incomplete."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and {"event", "step"} <= event.keys():
+            found.append(event)
+    return found

@@ -2,20 +2,17 @@
 
 import math
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
 
-from engine.log import SPEED, parsed_event
+from engine.log import SPEED, events
+from experiments.results import Row
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-if TYPE_CHECKING:
-    from experiments.results import FinishedRun, Row
 
 PANELS = (("sampled", "MRR"), ("sampled", "HR@10"), ("full", "NDCG@10"))
 NEAR = 0.8  # of the best row
@@ -34,9 +31,7 @@ NO_PARTS = ("event", "step", "learning_rate", "grad_norm", "epoch", "teacher_exi
 Series = dict[str, dict[str, tuple[list, list]]]  # panel -> row's label -> steps and values
 
 
-def metrics(
-    rows: "list[Row]", path: Path, title: str, popularity: dict | None, smoke: bool
-) -> Path:
+def metrics(rows: list[Row], path: Path, title: str, popularity: dict | None, smoke: bool) -> Path:
     """A dot per row, a whisker for the standard deviation over seeds, small dots for the seeds.
 
     An axis spans the rows near the best one, so that they can be distinguished, and says where it
@@ -57,12 +52,9 @@ def metrics(
     labels = [row.label for row in rows] + ["popularity"] * bool(popularity)
     axes[0].set_yticks(range(len(labels)), [textwrap.fill(label, 60) for label in labels])
     axes[0].set_ylim(len(labels) - 0.5, -0.5)
-    fig.suptitle(title + ("; whiskers: standard deviation over seeds" if _several(rows) else ""))
+    several = any(len(row.runs) > 1 for row in rows)
+    fig.suptitle(title + "; whiskers: standard deviation over seeds" * several)
     return _save(fig, path, smoke)
-
-
-def _several(rows: "list[Row]") -> bool:
-    return any(len(row.runs) > 1 for row in rows)
 
 
 def _dots(ax: Any, values: list[list[float]]) -> float:
@@ -86,7 +78,7 @@ def _dots(ax: Any, values: list[list[float]]) -> float:
     return left
 
 
-def curves(rows: "list[Row]", path: Path, title: str, smoke: bool) -> Path:
+def curves(rows: list[Row], path: Path, title: str, smoke: bool) -> Path:
     """Loss parts and validation MRR against optimizer steps, of each row's first seed. The
     first COLOURED rows have colours, the others are grey.
     """
@@ -125,11 +117,11 @@ def curves(rows: "list[Row]", path: Path, title: str, smoke: bool) -> Path:
     return _save(fig, path, smoke)
 
 
-def _series(rows: "list[Row]") -> Series:
+def _series(rows: list[Row]) -> Series:
     series: Series = {}
     for row in rows:
         run = row.first
-        for event in _log(run):
+        for event in events(run.folder / "metrics.jsonl"):
             values = {name: event[name] for name in event if name not in NO_PARTS}
             if event["event"] == "valid":
                 values = {"valid MRR": event.get("sampled/MRR")}
@@ -143,16 +135,7 @@ def _series(rows: "list[Row]") -> Series:
     return series
 
 
-def _log(run: "FinishedRun") -> Iterator[dict[str, Any]]:
-    path = run.folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for line in lines:
-        event = parsed_event(line)
-        if event is not None:
-            yield event
-
-
-def _save(fig: Any, path: Path, smoke: bool = False) -> Path:
+def _save(fig: Any, path: Path, smoke: bool) -> Path:
     """As PNG, and beside it as PDF."""
     if smoke:
         text = {"ha": "center", "va": "center", "rotation": 20, "color": "0.7", "alpha": 0.6}

@@ -103,7 +103,8 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
     main_labels = main_rows(*_depths(rows))
     others = [text for text in paper if text not in main_labels]
     others += sorted(row.label for row in rows if row.label not in (*main_labels, *others))
-    popularity = _popularity(rows)
+    every = [run.results for row in rows for run in row.runs.values()]
+    popularity = next((r["popularity"]["test"] for r in every if "popularity" in r), None)
     parts = [f"## {domain}", _head(rows, bool(paper))]
     for title, labels in (("Main rows", main_labels), ("Other rows", others)):
         if labels:
@@ -137,14 +138,6 @@ def _head(rows: list[Row], paper: bool) -> str:
         + (" LLM rows use a random base." if random_base else "")
         + (f" {PAPERS_ORDER}" if paper else "")
     )
-
-
-def _popularity(rows: list[Row]) -> dict | None:
-    for row in rows:
-        for run in row.runs.values():
-            if "popularity" in run.results:
-                return run.results["popularity"]["test"]
-    return None
 
 
 def _depths(rows: list[Row]) -> tuple[int, int]:

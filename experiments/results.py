@@ -4,7 +4,6 @@ Runs that are kept for good stand in an archive, `<name>.zip`, which is read lik
 name.
 """
 
-import csv
 import io
 import json
 import math
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 import distill
 import finetune
@@ -272,18 +272,15 @@ def keep(rows: list[Row], archive: Path) -> None:
                 entry = zipfile.ZipInfo(f"{run.name}/{name}", LONG_AGO)
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 file.writestr(entry, data)
-    table = archive.with_suffix(".csv")
-    with replacing(table) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        names = list(dict.fromkeys(name for run in runs for name in _metrics(run)))
-        writer.writerow(["run", "row", "seed", "steps", "best_step", "valid MRR", *names])
-        labels = {run.name: row.label for row in rows for run in row.runs.values()}
-        for run in runs:
-            results, metrics = run.results, _metrics(run)
-            cells = [results["steps"], results["best_step"]]
-            cells.append(f"{results['valid']['sampled']['MRR']:.6f}")
-            cells += [f"{metrics[name]:.6f}" if name in metrics else "" for name in names]
-            writer.writerow([run.name, labels[run.name], run.seed, *cells])
+    lines = []
+    labels = {run.name: row.label for row in rows for run in row.runs.values()}
+    for run in runs:
+        results = run.results
+        about = {"run": run.name, "row": labels[run.name], "seed": run.seed}
+        about |= {name: results[name] for name in ("steps", "best_step")}
+        lines.append(about | {"valid MRR": results["valid"]["sampled"]["MRR"]} | _metrics(run))
+    with replacing(archive.with_suffix(".csv")) as partial:
+        pd.DataFrame(lines).to_csv(partial, index=False, float_format="%.6f")
 
 
 def _metrics(run: FinishedRun) -> dict[str, float]:

@@ -26,10 +26,6 @@ class Estimate(NamedTuple):
     high: float
     p: float
 
-    def shown(self) -> list[str]:
-        """The cells of its mean and its interval."""
-        return [f"{self.mean:+.4f}", f"{self.low:+.4f} to {self.high:+.4f}"]
-
 
 def compare(rows: list[Row], resamples: int, notes: list[str]) -> list[list[str]]:
     """Lines of HEAD's table. Pairs that cannot be compared are added to the notes.
@@ -118,7 +114,8 @@ def _difference(pairs: list[tuple[FinishedRun, FinishedRun]], protocol: str) -> 
 
 def _cells(estimate: Estimate, corrected: float, of_runs: float | None) -> list[str]:
     last = "-" if of_runs is None else f"{of_runs:.3f}"
-    return [*estimate.shown(), f"{estimate.p:.4f}", f"{corrected:.3f}", last]
+    mean, low, high, p = estimate
+    return [f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p:.4f}", f"{corrected:.3f}", last]
 
 
 def bootstrap(differences: list[np.ndarray], resamples: int, seed: int = 0) -> list[Estimate]:

@@ -131,26 +131,21 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def partition(
-    users: Tensor, item_table: Tensor, want_mean: bool = True, values: Tensor | None = None
+    users: Tensor, item_table: Tensor, want_mean: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """logsumexp of users @ item_table.T, [B], and the softmax's mean value, [B, V]; no gradient.
-
-    Args:
-        values: [N, V], what the mean is taken of; by default the item table.
-    """
-    values = item_table if values is None else values
+    """logsumexp of users @ item_table.T, [B], and the softmax's mean item [B, D]; no gradient."""
     log_partition, means = [], []
     rows, items = CPU_TILE if users.device.type == "cpu" else TILE
     for part in users.split(rows):
         peak = part.new_full((len(part), 1), -torch.inf)
-        mass, mean = torch.zeros_like(peak), part.new_zeros(len(part), values.shape[1])
-        for tile, value in zip(item_table.split(items), values.split(items)):
+        mass, mean = torch.zeros_like(peak), torch.zeros_like(part)
+        for tile in item_table.split(items):
             logits = part @ tile.T
             higher = torch.maximum(peak, logits.amax(1, keepdim=True))
             weight, decay = logits.sub_(higher).exp_(), peak.sub_(higher).exp_()
             mass.mul_(decay).add_(weight.sum(1, keepdim=True))
             if want_mean:
-                mean.mul_(decay).addmm_(weight, value)
+                mean.mul_(decay).addmm_(weight, tile)
             peak = higher
         log_partition.append(peak.add_(mass.log()).squeeze(1))
         means.append(mean.div_(mass))
