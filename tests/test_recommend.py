@@ -301,7 +301,7 @@ def test_files_that_cannot_be_are_one_line(inside):
             {"users": "twice.csv", "output": "o.csv", "model": "out", "known": "join"},
             "--known=join: out is an export without users",
         ),
-        ({"history": ["1"], "model": "out", "data_path": "x.csv"}, "--data_path: of a run; out is an export"),
+        ({"history": ["1"], "model": "out", "data_path": "x.csv"}, "--data_path: of a run"),
     ):
         with pytest.raises(UsageError, match=message):
             recommend.main(**flags)
