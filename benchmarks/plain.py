@@ -1,17 +1,13 @@
-"""The plain form: the padded Hugging Face forward with peft, and the rest of the pipeline as a user
-would write it.
+"""The plain form: the padded Hugging Face forward with peft, and the loss as a user would write it.
 
 The readable specification of the teacher and the student. Tests compare the fast forward with it,
 benchmarks race it; no script imports it. Legend as in models/llm4rec.py.
 """
 
-import json
-from pathlib import Path
-
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoModel
 
 from models.llm4rec import LLM4Rec
 from models.losses import Output
@@ -90,14 +86,9 @@ def plain_twin(
         lora: (r, alpha, targets) of the model's LoRA, None for a model without.
     """
     decoder = model.decoder
-    device, before = model.item_table.device, torch.get_default_dtype()
-    precision = decoder.llama.embed_tokens.weight.dtype
-    torch.set_default_dtype(precision)  # a base in half precision is never held in single
-    try:
-        with device:
-            llama: nn.Module = type(decoder.llama)(decoder.llama.config)
-    finally:
-        torch.set_default_dtype(before)
+    device, precision = model.item_table.device, decoder.llama.embed_tokens.weight.dtype
+    with device:  # a base in half precision is never held in single
+        llama: nn.Module = AutoModel.from_config(decoder.llama.config, dtype=precision)
     for name, buffer in decoder.llama.named_buffers():
         llama.get_submodule(name.rpartition(".")[0]).register_buffer(
             name.rpartition(".")[2], buffer.clone(), persistent=False
@@ -149,37 +140,3 @@ def plain_loss(
     for k in range(student.exits.shape[1]):
         loss = loss + cross_entropy(student.exits[:, k])
     return loss
-
-
-def plain_ranks(users: Tensor, item_table: Tensor, target: Tensor, seen: list[list[int]]) -> Tensor:
-    """Rank of each target among all items without the user's history: the whole score matrix,
-    sorted; int64 [B], from 1.
-    """
-    scores = users @ item_table.T
-    for row, items in enumerate(seen):
-        own = scores[row, target[row]].clone()
-        scores[row, items] = -torch.inf
-        scores[row, target[row]] = own
-    order = scores.argsort(dim=1, descending=True)
-    return (order == target[:, None]).nonzero()[:, 1] + 1
-
-
-def plain_process(
-    path: Path, min_rating: float, min_user: int, min_item: int, min_length: int
-) -> pd.DataFrame:
-    """The released notebook's filters in pandas, in time order: one row per user, items from 0."""
-    with open(path, encoding="utf-8") as file:
-        frame = pd.DataFrame([json.loads(line) for line in file])[
-            ["reviewerID", "asin", "overall", "unixReviewTime"]
-        ]
-    frame = frame[frame.overall >= min_rating].drop_duplicates(
-        ["reviewerID", "asin", "unixReviewTime"]
-    )
-    frame = frame[frame.groupby("reviewerID").asin.transform("size") >= min_user]
-    frame = frame[frame.groupby("asin").asin.transform("size") >= min_item]
-    frame = frame.sort_values(["reviewerID", "unixReviewTime"], kind="stable")
-    frame = frame[frame.groupby("reviewerID").asin.transform("size") >= min_length]
-    frame = frame.drop_duplicates(["reviewerID", "asin"])
-    frame = frame[frame.groupby("reviewerID").asin.transform("size") >= min_length]
-    frame["item"] = frame.asin.astype("category").cat.codes
-    return frame.groupby("reviewerID", sort=False).item.apply(list).reset_index()

@@ -7,19 +7,15 @@ import json
 import os
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import efficiency, first_gpu, measure, plain, throughput
-from datasets import process
 from datasets.demo import write_demo
 from engine.errors import UsageError
 from models.catalogue import catalogue_cross_entropy
 from tests.conftest import ROOT, histories, small_config, small_model
-from utils import evaluation
-from utils.evaluation import rank_all
 
 
 def test_the_plain_loss_is_distills_default_loss_in_parity():
@@ -39,33 +35,6 @@ def test_the_plain_loss_is_distills_default_loss_in_parity():
         atol=1e-5,
         rtol=1e-6,
     )
-
-
-def test_plain_ranks_agree_with_ours():
-    torch.manual_seed(0)
-    users, table, target = torch.randn(9, 4), torch.randn(50, 4), torch.randint(50, (9,))
-    seen = [[int(t), (int(t) + 7) % 50, 3] for t in target]
-    batch = evaluation.Batch(users, target, torch.tensor(seen), torch.randint(50, (9, 5)))
-    ours = rank_all(lambda vectors: vectors, table, [batch])
-    assert plain.plain_ranks(users, table, target, seen).tolist() == ours.full.tolist()
-
-
-def test_plain_process_gives_the_same_sequences(tmp_path):
-    path = tmp_path / "r.json"
-    rng = np.random.default_rng(0)
-    item = (rng.pareto(1.2, 6000) * 50).astype(int) % 150
-    with open(path, "w") as file:
-        for i, (user, code) in enumerate(zip(rng.integers(0, 500, 6000), item)):
-            row = {"overall": float(rng.integers(1, 6)), "reviewerID": f"A{user:012d}"}
-            row |= {"asin": f"B{code:09d}", "unixReviewTime": 1441324800 + i}
-            file.write(json.dumps(row) + "\n")
-    frame = plain.plain_process(path, 3, 5, 20, 5)
-    process.main(reviews=str(path), domain_type="made", output_dir=str(tmp_path))
-    ours = pd.read_csv(tmp_path / "made.csv")
-    assert 50 < len(ours) == len(frame)
-    wanted = dict(zip(frame.reviewerID, frame.item))
-    for user, items in zip(ours.reviewerID, ours.asin):
-        assert json.loads(items) == wanted[user]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -1,8 +1,11 @@
 import gzip
 import json
 import re
+from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 
 from datasets import process
@@ -239,3 +242,42 @@ def test_what_strict_json_refuses_is_read_where_the_fields_are_whole(tmp_path, c
     frames = list(process._records(tmp_path / "a.json", ("asin",), ("overall",)))
     assert [asin for frame in frames for asin in frame["asin"]] == [*"ABCD"] * 400
     assert "skipped 9 broken lines of 1,609, the first is line 1601" in capsys.readouterr().out
+
+
+def plain_process(
+    path: Path, min_rating: float, min_user: int, min_item: int, min_length: int
+) -> pd.DataFrame:
+    """The released notebook's filters in pandas, in time order: one row per user, items from 0."""
+    with open(path, encoding="utf-8") as file:
+        frame = pd.DataFrame([json.loads(line) for line in file])[
+            ["reviewerID", "asin", "overall", "unixReviewTime"]
+        ]
+    frame = frame[frame.overall >= min_rating].drop_duplicates(
+        ["reviewerID", "asin", "unixReviewTime"]
+    )
+    frame = frame[frame.groupby("reviewerID").asin.transform("size") >= min_user]
+    frame = frame[frame.groupby("asin").asin.transform("size") >= min_item]
+    frame = frame.sort_values(["reviewerID", "unixReviewTime"], kind="stable")
+    frame = frame[frame.groupby("reviewerID").asin.transform("size") >= min_length]
+    frame = frame.drop_duplicates(["reviewerID", "asin"])
+    frame = frame[frame.groupby("reviewerID").asin.transform("size") >= min_length]
+    frame["item"] = frame.asin.astype("category").cat.codes
+    return frame.groupby("reviewerID", sort=False).item.apply(list).reset_index()
+
+
+def test_plain_process_gives_the_same_sequences(tmp_path):
+    path = tmp_path / "r.json"
+    rng = np.random.default_rng(0)
+    item = (rng.pareto(1.2, 6000) * 50).astype(int) % 150
+    with open(path, "w") as file:
+        for i, (user, code) in enumerate(zip(rng.integers(0, 500, 6000), item)):
+            row = {"overall": float(rng.integers(1, 6)), "reviewerID": f"A{user:012d}"}
+            row |= {"asin": f"B{code:09d}", "unixReviewTime": 1441324800 + i}
+            file.write(json.dumps(row) + "\n")
+    frame = plain_process(path, 3, 5, 20, 5)
+    process.main(reviews=str(path), domain_type="made", output_dir=str(tmp_path))
+    ours = pd.read_csv(tmp_path / "made.csv")
+    assert 50 < len(ours) == len(frame)
+    wanted = dict(zip(frame.reviewerID, frame.item))
+    for user, items in zip(ours.reviewerID, ours.asin):
+        assert json.loads(items) == wanted[user]
