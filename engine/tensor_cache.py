@@ -47,7 +47,7 @@ class TensorCache(dict[str, Tensor]):
 
     def rows(self, indices: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """The tensors' rows of the given samples, on the device."""
-        index = torch.from_numpy(indices)
+        index = torch.as_tensor(indices)
         return {name: tensor[index].to(device) for name, tensor in self.items()}
 
 
