@@ -95,9 +95,8 @@ class Domain(NamedTuple):
         Raises:
             UsageError: there is no such run.
         """
-        if not named or Path(named).is_dir():  # a folder's name may hold commas
-            return [self.earlier_run("sasrec", named)]
-        return [self.earlier_run("sasrec", name.strip()) for name in named.split(",")]
+        names = run_names(named) if named else [None]
+        return [self.earlier_run("sasrec", name) for name in names]
 
     def read(self) -> tuple[Interactions, Path]:
         """The sequences, and the CSV that they are from. The demo domain is made on first use.
@@ -110,6 +109,11 @@ class Domain(NamedTuple):
             print(f"made the demo domain: {DEMO}", flush=True)
         path = find_csv(self.name, self.data_path)
         return read_csv(path, self.ends_are_items, self.split), path
+
+
+def run_names(text: str) -> list[str]:
+    """The names of runs between commas; a folder's own name may hold commas."""
+    return [text] if Path(text).is_dir() else [name.strip() for name in text.split(",")]
 
 
 def split_of(flags: dict) -> str:

@@ -91,7 +91,8 @@ def read_csv(
     path, by_time = Path(path), (split or "").startswith("time:")
     names: dict[str, int] = {}  # reviewerID -> row
     flat, lengths, times = [], [], []
-    for row, cells, ids in _rows(path):
+    content = _content(path)
+    for row, cells, ids in _rows(path, content):
         user = cells["reviewerID"]
         if user in names:
             raise UsageError(
@@ -111,8 +112,7 @@ def read_csv(
         raise UsageError(f"{path}: every user's list is empty")
     ids, length = np.array(flat, dtype=np.int64), np.array(lengths, dtype=np.int64)
     moments = np.array(times) if by_time else None
-    with open_bytes(path) as raw:
-        sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
+    sha256 = hashlib.sha256(content).hexdigest()
     data = _packed(path, names, ids, length, sha256, moments, split or "")
     if data.n_items == 1:
         raise UsageError(f"{path}: item {data.item_ids[0]} is the only one; there is no choice")
@@ -219,7 +219,7 @@ def read_histories(path: Path) -> Iterator[tuple[str, list[int]]]:
     Raises:
         UsageError: as `read_csv`.
     """
-    for _, cells, ids in _rows(path):
+    for _, cells, ids in _rows(path, _content(path)):
         yield cells["reviewerID"], ids
 
 
@@ -229,7 +229,7 @@ def read_titles(path: Path) -> dict[int, str]:
     An item without a title, or a row whose lists differ in length, adds none.
     """
     titles: dict[int, str] = {}
-    for _, cells, ids in _rows(path):
+    for _, cells, ids in _rows(path, _content(path)):
         if "title" not in cells:
             break
         for item, title in zip(ids, title_list(cells["title"], len(ids))):
@@ -238,36 +238,43 @@ def read_titles(path: Path) -> dict[int, str]:
     return titles
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str], list[int]]]:
-    """(row number, cell by column, item ids) of every data row."""
+def _content(path: Path) -> bytes:
+    """The uncompressed file."""
     if path.is_dir():
         raise UsageError(f"{path} is a directory, expected a CSV file")
-    csv.field_size_limit(2**31 - 1)
     try:
         with open_bytes(path) as raw:
-            reader = csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""))
-            names = _columns(path, next(reader, []))
-            backwards = names[::-1]  # of equal names the first counts
-            for row, fields in enumerate(reader, start=2):
-                if len(fields) not in (0, len(names)):
-                    raise UsageError(
-                        f"{path}: row {row} has {len(fields)} fields, expected {len(names)};"
-                        " quote the list"
-                    )
-                if fields:
-                    cells = dict(zip(backwards, reversed(fields)))
-                    yield row, cells, _item_ids(path, row, cells["asin"])
-    except UnicodeDecodeError:
-        raise UsageError(
-            f"{path}: not UTF-8 at byte {_first_bad_byte(path)};"
-            f" expected a UTF-8 CSV with reviewerID,asin; {_converts(path)}"
-        ) from None
+            return raw.read()
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise UsageError(f"{path}: damaged {path.suffix} file ({error})") from None
-    except csv.Error as error:
-        raise UsageError(f"{path}: not a CSV ({error})") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _rows(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, str], list[int]]]:
+    """(row number, cell by column, item ids) of every data row."""
+    csv.field_size_limit(2**31 - 1)
+    text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
+    reader = csv.reader(text)
+    try:
+        names = _columns(path, next(reader, []))
+        backwards = names[::-1]  # of equal names the first counts
+        for row, fields in enumerate(reader, start=2):
+            if len(fields) not in (0, len(names)):
+                raise UsageError(
+                    f"{path}: row {row} has {len(fields)} fields, expected {len(names)};"
+                    " quote the list"
+                )
+            if fields:
+                cells = dict(zip(backwards, reversed(fields)))
+                yield row, cells, _item_ids(path, row, cells["asin"])
+    except UnicodeDecodeError:
+        raise UsageError(
+            f"{path}: not UTF-8 at byte {_first_bad_byte(content)};"
+            f" expected a UTF-8 CSV with reviewerID,asin; {_converts(path)}"
+        ) from None
+    except csv.Error as error:
+        raise UsageError(f"{path}: not a CSV ({error})") from None
 
 
 def _converts(path: Path) -> str:
@@ -275,17 +282,12 @@ def _converts(path: Path) -> str:
     return f"python -m datasets.convert --input {path} --domain_type NAME makes one"
 
 
-def _first_bad_byte(path: Path) -> int:
-    """Offset of the first byte that is not UTF-8, in the uncompressed file."""
-    offset = 0
-    with open_bytes(path) as raw:
-        for line in raw:  # no letter's bytes hold a line end
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return offset + error.start
-            offset += len(line)
-    return offset
+def _first_bad_byte(content: bytes) -> int:
+    """Offset of the first byte that is not UTF-8."""
+    try:
+        return len(content.decode())
+    except UnicodeDecodeError as error:
+        return error.start
 
 
 def _columns(path: Path, header: list[str]) -> list[str]:

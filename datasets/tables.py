@@ -51,9 +51,10 @@ class Table(NamedTuple):
     """What a file looks like.
 
     kind: text, lines ("user item item ..."), json or parquet. parts: the files that are read.
-    skip: lines of text before the first row. quoted: whether quotes enclose cells of text.
     columns: names; without a header their numbers from 1. sample: the first rows, as text by
-        column. lenient: a line that is no JSON object is a row of None, and cells stay as they are.
+        column. quoted: whether quotes enclose cells of text. lenient: a line that is no JSON object
+        is a row of None, and cells stay as they are. skip: lines before the first row of the part
+        that is read; `frames` finds it.
     """
 
     path: Path
@@ -62,11 +63,11 @@ class Table(NamedTuple):
     separator: str
     encoding: str
     header: bool
-    skip: int
     columns: list[str]
     sample: list[dict[str, str]]
     quoted: bool = True
     lenient: bool = False
+    skip: int = 0
 
     def cells(self, column: str) -> list[str]:
         """The first cells of a column that are not empty."""
@@ -221,7 +222,7 @@ def open_table(
     for magic, what in UNREAD.items():
         if head.startswith(magic):
             raise UsageError(f"{first}: looks like {what}")
-    encoding, skipped, every = _look(head)
+    encoding, _, every = _look(head)
     every = every[:-1] if len(head) == SAMPLE_BYTES and every[1:] else every  # cut off
     rows = [line for line in every if line.strip()][: SAMPLE_ROWS + 1]
     if not rows:
@@ -230,7 +231,7 @@ def open_table(
         return _look_at_json(path, parts, encoding, rows, lenient)
     if rows[0].lstrip().startswith("[") and not rows[0].lstrip().startswith("[["):
         raise UsageError(f"{first}: looks like one JSON array; write a JSON object per line")
-    return _look_at_text(path, parts, encoding, rows, len(skipped), named, known, lines)
+    return _look_at_text(path, parts, encoding, rows, named, known, lines)
 
 
 def _look(head: bytes) -> tuple[str, list[str], list[str]]:
@@ -250,7 +251,7 @@ def _look_at_parquet(path: Path, parts: list[Path]) -> Table:
     columns = file.schema_arrow.names
     _refuse_twice(parts[0], columns)
     rows = [] if batch is None else batch.to_pylist()
-    return Table(path, parts, "parquet", "", "", True, 0, columns, [*map(_texts, rows)])
+    return Table(path, parts, "parquet", "", "", True, columns, [*map(_texts, rows)])
 
 
 def _look_at_json(
@@ -263,7 +264,7 @@ def _look_at_json(
         )
     columns = list(dict.fromkeys(name for row in rows for name in row))
     sample = [*map(_texts, rows)]
-    return Table(path, parts, "json", "", encoding, True, 0, columns, sample, lenient=lenient)
+    return Table(path, parts, "json", "", encoding, True, columns, sample, lenient=lenient)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -295,7 +296,6 @@ def _look_at_text(
     parts: list[Path],
     encoding: str,
     lines: list[str],
-    skip: int,
     named: Sequence[str],
     known: Container[str],
     in_lines: bool,
@@ -324,14 +324,14 @@ def _look_at_text(
         header = texts or any(bare(name) in known for name in first)
     if in_lines and not header:
         sample = [dict(zip("12", _two_cells(line))) for line in lines]
-        return Table(path, parts, "lines", " ", encoding, False, skip, ["1", "2"], sample)
+        return Table(path, parts, "lines", " ", encoding, False, ["1", "2"], sample)
     columns = [str(i + 1) for i in range(len(first))]
     if header:
         _refuse_twice(path, [name for name in first if name])
         columns = [name or f"unnamed ({i})" for i, name in enumerate(first, start=1)]
     inside = [row for row in rows[header:] if len(row) == len(columns)]
     sample = [dict(zip(columns, (cell.strip() for cell in row))) for row in inside]
-    return Table(path, parts, "text", separator, encoding, header, skip, columns, sample, quoted)
+    return Table(path, parts, "text", separator, encoding, header, columns, sample, quoted)
 
 
 def _separator(path: Path, lines: list[str]) -> str:
@@ -387,10 +387,16 @@ class _Counted(io.TextIOWrapper):
         return text
 
 
-def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
+def _opened_text(table: Table) -> _Counted:
+    """The text from its first row on."""
     text = _Counted(_opened(table.path), encoding=table.encoding, newline="")
     for _ in range(table.skip):
         text.readline()
+    return text
+
+
+def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
+    text = _opened_text(table)
     source: Any = text
     separator = table.separator
     if separator == "::":  # the fast reader splits at one letter
@@ -415,9 +421,7 @@ def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
 
 def _refuse_open_quotes(table: Table) -> None:
     """Refuse a quote that is closed inside a cell: pandas takes all rows until then as one."""
-    with io.TextIOWrapper(_opened(table.path), encoding=table.encoding, newline="") as text:
-        for _ in range(table.skip):
-            text.readline()
+    with _opened_text(table) as text:
         reader = csv.reader(text, delimiter=table.separator, strict=True)
         try:
             for _ in reader:
@@ -430,8 +434,7 @@ def _refuse_open_quotes(table: Table) -> None:
 
 
 def _lines(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
-    text = io.TextIOWrapper(_opened(table.path), encoding=table.encoding)
-    for numbers, lines in _chunks(text):
+    for numbers, lines in _chunks(_opened_text(table), table.skip + 1):
         cells = [_two_cells(line) for line in lines]
         yield pd.DataFrame(cells, numbers, ["1", "2"])[columns]
 
@@ -450,9 +453,11 @@ def _json(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
         yield pd.DataFrame(rows, numbers, columns, dtype=object)
 
 
-def _chunks(text: io.TextIOBase) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
+def _chunks(
+    text: io.TextIOBase, start: int = 1
+) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
     """Lines that are not blank and their numbers, many at a time."""
-    lines = ((number, line) for number, line in enumerate(text, start=1) if line.strip())
+    lines = ((number, line) for number, line in enumerate(text, start) if line.strip())
     while chunk := [*itertools.islice(lines, BATCH)]:
         numbers, texts = zip(*chunk)
         yield numbers, texts

@@ -122,6 +122,9 @@ class Flag(NamedTuple):
     group: Group | None
 
 
+CONFIG = Flag(Annotated[str, Limits("the config.json of a run", bool)], None, "", "", None)
+
+
 @functools.cache
 def flags_of(main: Callable) -> dict[str, Flag]:
     """Name -> Flag of every flag of `main`, group after group."""
@@ -271,10 +274,10 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: with every problem of the command line, in one line.
     """
-    flags = flags_of(main)
+    flags = flags_of(main) | {"config": CONFIG}
     values: dict[str, Any] = {}
     problems: list[str] = []
-    config, switch = None, ""  # switch: the boolean flag just read, written without "="
+    switch = ""  # the boolean flag just read, written without "="
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -284,11 +287,6 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
             continue
         switch = ""
         name, text = _split_word(word, flags)
-        if name == "config" and name not in flags:
-            problems += ["--config is given twice"] * (config is not None)
-            follows = text is None and bool(words) and not _is_flag(words[0])
-            config = words.pop(0) if follows else text or ""
-            continue
         if name not in flags:
             problems.append(_unknown(name, flags))
             if text is None and words and not _is_flag(words[0]):
@@ -307,9 +305,9 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
             values[name] = _convert(name, text, hint)
         except UsageError as problem:
             problems.append(str(problem))
-    problems += ["--config needs a value, the config.json of a run"] * (config == "")
     _raise_all(problems)
-    return _recorded(config, flags) | values if config else values
+    config = values.pop("config", None)
+    return _recorded(config, flags_of(main)) | values if config else values
 
 
 def _recorded(path: str, flags: dict[str, Flag]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def ensure_built_in(name: str, root: Path = FOLDER) -> Path:
 
 
 def _write(folder: Path, shape: dict[str, int]) -> None:
-    """A random LLaMA, and a tokenizer that makes as many tokens of the prompt as its own."""
+    """A random LLaMA, and a tokenizer that cuts the prompt into as many tokens as LLaMA's."""
     from transformers import PreTrainedTokenizerFast
 
     texts = json.loads(TEMPLATE.read_text(encoding="utf-8"))

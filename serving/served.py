@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from datasets.domain import STAGES, Domain, canonical_domain
+from datasets.domain import STAGES, Domain, canonical_domain, run_names
 from datasets.inputs import Inputs
 from datasets.interactions import Interactions
 from datasets.items import Items, listing_of
@@ -141,12 +141,12 @@ def read_all(files: ServedFiles) -> list[Served]:
     Raises:
         UsageError: as `read`, or they are of different data.
     """
-    names = [files.model] if Path(files.model).is_dir() else files.model.split(",")
+    names = run_names(files.model)
     if names[1:] and files.item_table:
         raise UsageError(
             f"--item_table={files.item_table}: of several models each reads its own table"
         )
-    found = [read(dataclasses.replace(files, model=name.strip())) for name in names]
+    found = [read(dataclasses.replace(files, model=name)) for name in names]
     for other in found[1:]:
         runs = found[0].run, other.run
         items = {run.config.get("items_sha256") for run in runs} - {None}

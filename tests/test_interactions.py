@@ -100,7 +100,7 @@ def test_not_utf8_damaged_and_a_directory(tmp_path):
         (tmp_path / "a.csv").write_bytes(content)
         with pytest.raises(UsageError, match="not UTF-8 at byte"):
             read_csv(tmp_path / "a.csv")
-    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(GOOD.encode())[:-5])
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(GOOD.encode() * 50)[:-20])
     with pytest.raises(UsageError, match="damaged .gz file"):
         read_csv(tmp_path / "b.csv.gz")
     (tmp_path / "c.csv.xz").write_bytes(b"not xz at all")

@@ -124,6 +124,9 @@ def test_comments_are_skipped_in_the_parts_that_have_them():
     for name, start, rows in (("a", "# by x\n\n", ROWS[:9]), ("b", "", ROWS[9:])):
         Path("p", name).write_text(start + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
     assert convert_by("--input p --user 1 --item 2 --time 3")[0] == plain_lists()
+    lists = {user: " ".join([user, *items]) for user, items in plain_lists().items()}
+    Path("lines.txt").write_text("\n".join(["# a user and items per line", *lists.values()]))
+    assert convert_by("--input lines.txt --lists yes")[0] == plain_lists()
 
 
 def test_line_ends_inside_quotes_are_part_of_a_cell():
