@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.errors import RunError, UsageError
-from engine.files import file_sha256, read_json, replace_folder, replaced
+from engine.files import file_sha256, making, read_json, replace_folder, replaced
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,8 +56,6 @@ def save(
     from safetensors.torch import save as serialise
 
     folder = Path(folder)
-    partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     contents = {
         WEIGHTS: serialise(_on_cpu(tensors)),
         META: (json.dumps(meta, indent=2) + "\n").encode(),
@@ -67,19 +65,17 @@ def save(
     manifest = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     contents[MANIFEST] = json.dumps(manifest).encode()
     try:
-        partial.mkdir(parents=True)
-        for name, data in contents.items():
-            with open(partial / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        replace_folder(partial, folder)
+        with making(folder) as partial:
+            for name, data in contents.items():
+                with open(partial / name, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            replace_folder(partial, folder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise RunError(_no_room(folder, sum(map(len, contents.values())), error)) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _on_cpu(tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:

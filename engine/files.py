@@ -82,6 +82,18 @@ def check_writable(folder: str | Path, flag: str) -> None:
         return
 
 
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, to be renamed; removed with what is still in it."""
+    partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def save_whole(folder: Path, *parts: Any) -> None:
     """Save a model and its tokenizer into a folder that appears only when it is complete.
 
@@ -92,16 +104,14 @@ def save_whole(folder: Path, *parts: Any) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    try:
+    with making(folder) as partial:
         for part in parts:
             part.save_pretrained(partial)
-        partial.rename(folder)
-    except OSError:
-        if not (folder / "config.json").exists():
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():
+                raise
 
 
 def check_replaceable(folder: Path, flag: str) -> Path:

@@ -11,7 +11,6 @@ Legend: n samples.
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -197,9 +196,7 @@ def _build(
     kept = {name: part for name, part in first._asdict().items() if part is not None}
     sizes = {n: len(samples) * part[0].numel() * part.element_size() for n, part in kept.items()}
     _check_room(folder, sum(sizes.values()), len(samples))
-    partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    partial.mkdir(parents=True, exist_ok=True)
-    try:
+    with files.making(folder) as partial:
         arrays = {}
         for name, part in kept.items():
             path, shape = partial / f"{name}.bin", [len(samples), *part.shape[1:]]
@@ -223,8 +220,6 @@ def _build(
         files.write_json(partial / "meta.json", meta | {"sha256": _digest(meta)})
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _batches(length: np.ndarray, batch_size: int) -> list[np.ndarray]:

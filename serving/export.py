@@ -12,8 +12,6 @@ weights, and the code needs torch alone. That code is run on the histories of te
 give the model's own scores, and so must the ONNX graph, else nothing is written.
 """
 
-import os
-import shutil
 import string
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,8 +20,10 @@ from pathlib import Path
 from datasets.domain import split_of
 from engine import cli
 from engine.cli import PositiveInt, flag
-from engine.errors import RunError, UsageError
-from serving.served import ServedFiles, is_export, read
+from engine.errors import RunError
+from engine.files import check_replaceable, making, replace_folder
+from engine.run import Run
+from serving.served import Served, ServedFiles, is_export, read
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SHOWN = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
@@ -39,13 +39,14 @@ RANKED = {
 }
 
 
-def model_card(served, code: str) -> str:
+def model_card(served: Served, code: str) -> str:
     """model_card.md, filled in.
 
     Args:
-        served: the run and its data (serving.served.Served).
         code: Python that computes the scores without ours.
     """
+    from utils.evaluation import beside
+
     run, data = served.run, served.data
     recorded = run.flags
     results = run.folder / "results.json"
@@ -54,8 +55,8 @@ def model_card(served, code: str) -> str:
     fewest = measured.get("candidates", {}).get("fewest", drawn)  # an older run does not record it
     candidates = drawn if drawn == fewest else f"at least {fewest}"  # a small catalogue has fewer
     lines = metric_lines(f"this {run.stage}", measured["test"], candidates)
-    for name, metrics in compared(served).items():
-        lines += metric_lines(name, metrics, candidates)
+    for name, found in (beside(run, measured) if measured["test"] else {}).items():
+        lines += metric_lines(name, found["test"], candidates)
     text = (HERE / "model_card.md").read_text(encoding="utf-8")
     return string.Template(text).substitute(
         **described(run),
@@ -74,7 +75,7 @@ def model_card(served, code: str) -> str:
     )
 
 
-def described(run) -> dict[str, str]:
+def described(run: Run) -> dict[str, str]:
     """What the card says of the model itself."""
     from models.builtin import BUILT_IN
 
@@ -102,23 +103,52 @@ def metric_lines(model: str, test: dict, candidates: int | str) -> list[str]:
     return lines
 
 
-def compared(served) -> dict[str, dict]:
-    """Test metrics of the domain's SASRec and of popularity, where that run is there, finished, of
-    the same data and ranked alike.
+def write(folder: Path, served: Served, verify_users: int, onnx: bool) -> int:
+    """Write all files into a folder, and compare their scores with the model's.
+
+    Returns:
+        of how many test users.
+    Raises:
+        RunError: the scores differ.
     """
-    try:
-        sasrec = served.domain.sasrecs(served.run.flags.get("sasrec"))[0]
-    except UsageError:
-        return {}
-    own, other = served.run.flags, sasrec.flags
-    alike = all(own[name] == other.get(name) for name in ("num_candidates", "candidate_seed"))
-    if not (sasrec.finished and alike and sasrec.config["data_sha256"] == served.data.sha256):
-        return {}
-    results = sasrec.results()
-    found = {"SASRec": results["test"]}
-    if "popularity" in results:
-        found["popularity"] = results["popularity"]["test"]
-    return found
+    import numpy as np
+    import torch  # imported late: bad flags fail at once
+    from tqdm import tqdm
+
+    from datasets.sequences import TEST, EvaluationSplit
+    from models.llm4rec import LLM4Rec
+    from models.sasrec import SASRec
+    from serving import exported
+
+    run, ids = served.run, served.item_ids()
+    slots, of_sasrec = run.flags["max_seq_length"], run.stage == "sasrec"
+    if of_sasrec:
+        model = SASRec.load(run)
+        table, graph = model.item_table.detach(), exported.SASRecGraph(model)
+    else:
+        table = served.item_table(ids)
+        model = LLM4Rec.load(run, table, bf16=False)
+        graph = exported.Graph(model, slots)
+    split = EvaluationSplit(served.data, TEST, slots, 0, 1)
+    histories = split.samples.histories(np.arange(min(verify_users, served.data.n_users)))
+    encode = model.user_encoder()
+    expected = torch.cat([encode(part) @ table.T for part in histories.split(256)])
+    names = served.names(ids)
+    about = {"domain": run.config["domain"], "items_sha256": names.sha256()}
+    about |= {"max_seq_length": slots} | ({"sasrec": SASRec.shape(run)} if of_sasrec else {})
+    exported.save(folder, model, torch.from_numpy(ids), served.popularity(ids), about)
+    names.write(folder / "items.csv")
+    name = "scores_sasrec.py" if of_sasrec else "scores.py"
+    code = (HERE / name).read_text(encoding="utf-8")
+    (folder / "README.md").write_text(model_card(served, code), encoding="utf-8")
+    scores = exported.card_scores(code, folder)
+    rows = [row[row != len(table)].tolist() for row in histories]
+    found = [scores(row) for row in tqdm(rows, desc="the card's code", unit="user")]
+    exported.verify(expected, torch.stack(found), "the card's code")
+    if onnx:
+        path = exported.save_onnx(folder, graph, slots)
+        exported.verify(expected, exported.onnx_scores(path, rows, slots), "the ONNX graph")
+    return len(rows)
 
 
 @cli.command
@@ -131,8 +161,6 @@ def main(
     overwrite: bool = flag(False, "replace the folder, if it is an export"),
 ) -> Path:
     """Export a run."""
-    from engine.files import check_replaceable, replace_folder
-
     folder = check_replaceable(Path(output_dir), "--output_dir")
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     exported = is_export(folder)
@@ -146,59 +174,18 @@ def main(
         ),
     )
     served = read(files)
-    run = served.run
 
-    import numpy as np
-    import torch  # imported late: bad flags fail at once
     from safetensors import SafetensorError
-    from tqdm import tqdm
 
-    from datasets.sequences import TEST, EvaluationSplit
-    from models.llm4rec import LLM4Rec
-    from models.sasrec import SASRec
-    from serving import exported
-
-    ids = served.item_ids()
-    slots, of_sasrec = run.flags["max_seq_length"], run.stage == "sasrec"
-    if of_sasrec:
-        model = SASRec.load(run)
-        table, graph = model.item_table.detach(), exported.SASRecGraph(model)
-    else:
-        table = served.item_table(ids)
-        model = LLM4Rec.load(run, table, bf16=False)
-        graph = exported.Graph(model, slots)
-    split = EvaluationSplit(served.data, TEST, slots, 0, 1)
-    indices = np.arange(min(verify_users, served.data.n_users))
-    histories = split.samples.histories(indices)
-    encode = model.user_encoder()
-    expected = torch.cat([encode(part) @ table.T for part in histories.split(256)])
-
-    partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
-        item_ids, names = torch.from_numpy(ids), served.names(ids)
-        about = {"domain": run.config["domain"], "items_sha256": names.sha256()}
-        about |= {"max_seq_length": slots} | ({"sasrec": SASRec.shape(run)} if of_sasrec else {})
-        exported.save(partial, model, item_ids, served.popularity(ids), about)
-        names.write(partial / "items.csv")
-        name = "scores_sasrec.py" if of_sasrec else "scores.py"
-        code = (HERE / name).read_text(encoding="utf-8")
-        (partial / "README.md").write_text(model_card(served, code), encoding="utf-8")
-        scores = exported.card_scores(code, partial)
-        rows = [row[row != len(table)].tolist() for row in histories]
-        found = [scores(row) for row in tqdm(rows, desc="the card's code", unit="user")]
-        exported.verify(expected, torch.stack(found), "the card's code")
-        if onnx:
-            path = exported.save_onnx(partial, graph, slots)
-            exported.verify(expected, exported.onnx_scores(path, rows, slots), "the ONNX graph")
-        replace_folder(partial, folder)
+        with making(folder) as partial:
+            n_users = write(partial, served, verify_users, onnx)
+            replace_folder(partial, folder)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:160]
         raise RunError(f"--output_dir={output_dir}: {reason}; nothing was written") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     ways = "the card's code and the ONNX graph give" if onnx else "the card's code gives"
-    print(f"{ways} the model's scores for {len(rows):,} test users")
+    print(f"{ways} the model's scores for {n_users:,} test users")
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"wrote {output_dir}: {size / 2**20:.1f} MiB")
     return Path(output_dir)

@@ -179,19 +179,26 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
     return results
 
 
-def _print_beside(run: Run, results: dict[str, Any]) -> None:
-    """This run beside popularity and SASRec's run, where that is beside it and ranked alike, as a
-    table; a line for each of them that is ahead on validation, and one if every target ranks first.
+def beside(run: Run, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The results of popularity and of SASRec by name, where a finished run of SASRec is beside
+    this one, or named by its flags, of the same data and with as many candidates.
     """
-    known, rows = results, {}
-    for folder in (Path("output") / results["domain"] / "sasrec", run.folder.with_name("sasrec")):
+    flags, known = run.config["flags"], results if run.stage == "sasrec" else {}
+    named = Path(flags.get("sasrec") or Path("output") / results["domain"] / "sasrec")
+    for folder in (named, run.folder.with_name("sasrec")):
         if run.stage != "sasrec" and (folder / "results.json").is_file():
             known = read_json(folder / "results.json", "results")
-    same = all(known.get(name) == results[name] for name in ("data_sha256", "candidates"))
-    if same and "popularity" in known:
-        rows["popularity"] = known["popularity"]
-    if same and known is not results:
-        rows["SASRec"] = known
+    alike = all(known.get(name) == results.get(name) for name in ("data_sha256", "candidates"))
+    rows = {"popularity": known.get("popularity"), "SASRec": None if known is results else known}
+    counts = alike and (known is results or known.get("steps") is not None)
+    return {name: found for name, found in rows.items() if found and counts}
+
+
+def _print_beside(run: Run, results: dict[str, Any]) -> None:
+    """This run beside popularity and SASRec, as a table; a line for each of them that is ahead on
+    validation, and one if every target ranks first.
+    """
+    rows = beside(run, results)
     own = results["valid"]["sampled"]["MRR"]
     print("\n" + " " * 14 + "".join(f"{name:>13s}" for name in SHOWN))
     for name, found in (rows | {f"this {run.stage}": results}).items():
