@@ -119,9 +119,10 @@ def main(
     student.start(llm.student_init, teacher_run, run.source, spec)
     student.move(device, runtime.shard)
 
-    teacher, online_model = teachers.none, None
+    teacher, online_model, seconds = teachers.none, None, None
     if mode == "offline" and loss.reads_teacher:  # from disk; live with --teacher_cache off
-        teacher = teachers.offline(teacher_run, teacher_ends, data, cache, run, runtime)
+        frozen = teacher_run, teacher_ends, data, cache, run, runtime
+        teacher, seconds = teachers.offline(*frozen)
     elif mode == "online":
         first = flags.first_layers(llm)  # a list of layers is the student's
         their_spec = specify(
@@ -161,7 +162,6 @@ def main(
     run.begin()
     trained = teachers.trained_with(student, online_model)
     fitted = fit(run, trained, loss_fn, student, data, training, runtime)
-    seconds = getattr(teacher, "seconds", None)
     return finish(run, student.restore(run), data, runtime, fitted, teacher_states_seconds=seconds)
 
 

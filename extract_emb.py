@@ -48,7 +48,7 @@ def main(*, files: flags.ExtractFiles) -> dict:
     import torch
 
     from datasets.item_table import check_size, write_table
-    from datasets.sequences import training_samples
+    from datasets.sequences import some_histories
     from models.sasrec import SASRec
     from utils.evaluation import score_spreads
 
@@ -57,8 +57,7 @@ def main(*, files: flags.ExtractFiles) -> dict:
     check_size(inputs.csv_path, data.item_ids, sum(table.shape[1] for table in tables))
     scales = [1.0]
     if runs[1:]:
-        longest = max(model.max_seq_length for model in models)
-        spreads = score_spreads(models, training_samples(data, "last", longest))
+        spreads = score_spreads(models, some_histories(data, models))
         mean = sum(spreads) / len(spreads)
         scales = [spread / mean for spread in spreads]
     rows = torch.cat([table / scale for table, scale in zip(tables, scales)], dim=1)

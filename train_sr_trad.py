@@ -45,7 +45,6 @@ def main(
 
     from datasets import candidates, item_table, sequences
     from models import losses
-    from models.catalogue import catalogue_cross_entropy
     from models.sasrec import SASRec
     from utils.evaluation import Popularity, evaluate, finish
     from utils.training import fit
@@ -56,7 +55,7 @@ def main(
     # A target after every item of a history, which the frequency layer would see: of its prefixes.
     every = training.train_targets == "all" and not sasrec.alpha
     data = inputs.load(sequence, training, evaluation, device, every)
-    popularity = Popularity(sequences.popularity(inputs.data).to(device))
+    popularity = Popularity(torch.from_numpy(sequences.popularity(inputs.data)).to(device))
     beside = {
         name: evaluate(popularity, split, runtime).metrics() for name, split in data.splits.items()
     }
@@ -81,8 +80,7 @@ def main(
             drawn = torch.from_numpy(drawn).to(device)
             given = states, model.item_table, batch.target, drawn, batch.lengths
             return {"total": losses.sampled_cross_entropy(*given)}
-        ce = catalogue_cross_entropy(states, model.item_table, batch.target)
-        return {"total": ce}
+        return {"total": losses.next_item(states, model.item_table, batch.target)}
 
     run.begin()
     fitted = fit(run, model, loss_fn, model, data, training, runtime)

@@ -29,7 +29,7 @@ from datasets.domain import Domain
 from datasets.interactions import read_csv
 from engine import cli, processes
 from engine.cli import PositiveInt, flag
-from engine.files import check_writable
+from engine.files import check_writable, markdown
 from models.builtin import BUILT_IN
 from models.catalogue import catalogue_cross_entropy
 from models.losses import Output
@@ -228,7 +228,7 @@ def main(
     setting = Setting(str(csv), shape, batch_size, eval_batch_size, device.type)
     n = len(samples_of(setting))
     about = measure.machine(device) | setting._asdict() | {"samples": n, "repeats": repeats}
-    print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+    print("  ".join(f"{name} {value}" for name, value in about.items()))
     about["rows"], times = {}, {}
     for name in names:
         micro, peak = fitting_micro_batch(name, setting)
@@ -241,7 +241,7 @@ def main(
             *spent, row = timed_round(name, setting, entry["micro_batch_size"], i)
             times[name].append(spent)
             entry |= {"trained_parameters": row.trained, "parameters": row.parameters}
-            print(f"{name:28s} step {spent[0]:8.3f} s  inference {spent[1]:8.3f} s", flush=True)
+            print(f"{name:28s} step {spent[0]:8.3f} s  inference {spent[1]:8.3f} s")
             gc.collect()
     for name, spent in times.items():
         step, infer = np.median(np.array(spent), axis=0)
@@ -276,26 +276,23 @@ def ratios(times: dict[str, list]) -> dict[str, list[float]]:
 
 def table(about: dict) -> str:
     """Markdown: the rows, then the ratios beside the paper's."""
-    lines = [
-        "| row | train s / epoch | inference s | trained M | inference M | peak MiB"
-        " | paper: h / h / B / B |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["row", "train s / epoch", "inference s", "trained M", "inference M", "peak MiB"]
+    lines = []
     for name, row in about["rows"].items():
         paper = PAPER.get(name.rpartition(", ")[0], "-")
         if row["peak_bytes"] is None:
-            lines.append(f"| {name} | out of memory | - | - | - | - | {paper} |")
+            lines.append([name, "out of memory", *"----", paper])
             continue
         cells = [name, f"{row['train_seconds_per_epoch']:,.1f}", f"{row['inference_seconds']:,.1f}"]
         cells += [f"{row[key] / 1e6:,.2f}" for key in ("trained_parameters", "parameters")]
         cells += [f"{row['peak_bytes'] / 2**20:,.0f}", paper]
-        lines.append(f"| {' | '.join(cells)} |")
-    if about["ratios"]:
-        lines += ["", "| 32 layers over 4 | train | inference |", "|---|---|---|"]
-        for label, (train, infer) in about["ratios"].items():
-            lines.append(f"| {label} | {train:.1f}x | {infer:.1f}x |")
-        lines += ["| the paper, one A100 | 6.6x | 8.0x |"]
-    return "\n".join(lines)
+        lines.append(cells)
+    text = markdown([*head, "paper: h / h / B / B"], lines)
+    if not about["ratios"]:
+        return text
+    factors = about["ratios"] | {"the paper, one A100": (6.6, 8.0)}
+    lines = [[label, f"{train:.1f}x", f"{infer:.1f}x"] for label, (train, infer) in factors.items()]
+    return text + "\n\n" + markdown(["32 layers over 4", "train", "inference"], lines)
 
 
 if __name__ == "__main__":

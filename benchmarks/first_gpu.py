@@ -7,6 +7,7 @@ Every part is a command of its own with a time limit. One that fails or takes to
 and the others go on.
 """
 
+import json
 import shlex
 import subprocess
 import sys
@@ -33,42 +34,33 @@ TAIL = 60  # lines of a part's output that are kept
 PROFILE = "from benchmarks import first_gpu; first_gpu.profile_step('{}', '{}')"
 
 
-def parts(device: str, dry: bool, folder: str) -> list[tuple[str, int, list[str]]]:
-    """Title, seconds allowed, and command of every part.
+def parts(device: str, dry: bool, folder: str) -> list[tuple[str, int, str]]:
+    """Title, seconds allowed, and Python's arguments, of every part.
 
     Args:
         folder: where the runs go.
     """
     base, shape = ("tiny", "tiny") if dry else ("small", "llama-2-7b")
-    short = ["--max_steps", "6" if dry else "200", "--device", device]
-    table = ["--item_table", f"{folder}/item.pkl"]
-    llm = ["--base_model", base, *table, *short]
-    rows = "steps,sasrec" if dry else "steps,precision,distill,inference,catalogue,sasrec"
-    sizes = "SASRec" if dry else "E4SRec, 8 layers, ours;E4SRec, 4 layers, ours;SLMRec"
-    speed = ["--device", device, "--output_dir", folder, "--repeats", "1" if dry else "5"]
+    short = f"--max_steps {6 if dry else 200} --device {device}"
+    table = f"--item_table {folder}/item.pkl"
+    rows = "steps,sasrec" if dry else "all"
+    sizes = ["SASRec"] if dry else ["E4SRec, 8 layers, ours", "E4SRec, 4 layers, ours", "SLMRec"]
+    sizes = shlex.quote(json.dumps(sizes))
+    speed = f"--device {device} --output_dir {folder} --repeats {1 if dry else 5}"
+    profiled = shlex.quote(PROFILE.format(device, base))
+    distil = f"distill.py --teacher {folder}/teacher --output_dir {folder}/student {table} {short}"
+    teach = f"finetune.py --output_dir {folder}/teacher --base_model {base} {table} {short}"
+    memory = f"-m benchmarks.efficiency --shape {shape} {speed} --rows {sizes}"
+    race = f"-m benchmarks.throughput --base_model {base} --rows {rows} {speed}"
     return [
-        ("Tests of CUDA", 90, ["-m", "pytest", "-q", "tests/test_cuda.py"]),
-        ("Step 1", 60, ["train_sr_trad.py", "--output_dir", f"{folder}/sasrec", *short]),
-        ("Step 2", 30, ["extract_emb.py", "--sasrec", f"{folder}/sasrec", *table]),
-        ("Step 3", 60, ["finetune.py", "--output_dir", f"{folder}/teacher", *llm]),
-        (
-            "Step 4",
-            60,
-            ["distill.py", "--teacher", f"{folder}/teacher", "--output_dir", f"{folder}/student"]
-            + [*table, *short],
-        ),
-        (
-            "Speed beside the plain form",
-            120,
-            ["-m", "benchmarks.throughput", "--base_model", base, "--rows", rows, *speed],
-        ),
-        (
-            f"Memory and time at the shape {shape}",
-            100,
-            ["-m", "benchmarks.efficiency", "--shape", shape, *speed]
-            + ["--rows", str(sizes.split(";")).replace("'", '"')],
-        ),
-        ("Profile of a student's step", 40, ["-c", PROFILE.format(device, base)]),
+        ("Tests of CUDA", 90, "-m pytest -q tests/test_cuda.py"),
+        ("Step 1", 60, f"train_sr_trad.py --output_dir {folder}/sasrec {short}"),
+        ("Step 2", 30, f"extract_emb.py --sasrec {folder}/sasrec {table}"),
+        ("Step 3", 60, teach),
+        ("Step 4", 60, distil),
+        ("Speed beside the plain form", 120, race),
+        (f"Memory and time at the shape {shape}", 100, memory),
+        ("Profile of a student's step", 40, f"-c {profiled}"),
     ]
 
 
@@ -110,9 +102,9 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for title, limit, words in parts(device.type, dry, folder):
             started = time.perf_counter()
-            print(f"== {title}", flush=True)
+            print(f"== {title}")
             try:
-                command = [sys.executable, *words]
+                command = [sys.executable, *shlex.split(words)]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
                 text, status = done.stdout or done.stderr, done.returncode
                 text += done.stderr[-2000:] * (status != 0)
@@ -122,9 +114,8 @@ def main(
             verdict = f"{spent:.0f} s" if status == 0 else f"{spent:.0f} s, FAILED ({status})"
             failed += [title] if status != 0 else []
             shown = "\n".join(text.splitlines()[-TAIL:])
-            said = shlex.join(words)
-            sections.append(f"## {title}: {verdict}\n\n`python {said}`\n\n```\n{shown}\n```")
-            print(f"{verdict}", flush=True)
+            sections.append(f"## {title}: {verdict}\n\n`python {words}`\n\n```\n{shown}\n```")
+            print(f"{verdict}")
     page.parent.mkdir(parents=True, exist_ok=True)
     title = "# First run on a GPU" + " (dry run on CPU: figures mean nothing)" * dry
     page.write_text(title + "\n\n" + "\n\n".join(sections) + "\n", encoding="utf-8")

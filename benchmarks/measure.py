@@ -30,30 +30,6 @@ TARGETS = ["gate_proj", "up_proj", "down_proj"]
 RANK = 16
 
 
-class Race(NamedTuple):
-    """Median seconds of both, and the median of the pairwise ratios plain / ours."""
-
-    ours: float
-    plain: float
-    ratio: float
-
-
-def race(
-    ours: Callable, plain: Callable, inputs: list, device: torch.device, rest: float = 0.0
-) -> Race:
-    """Run both on every input in turn; the first pair warms up and does not count.
-
-    Args:
-        rest: seconds to wait before each pair.
-    """
-    pairs = []
-    for given in inputs:
-        time.sleep(rest)
-        pairs.append((seconds(lambda: ours(given), device), seconds(lambda: plain(given), device)))
-    fast, slow = np.array(pairs[1:]).T
-    return Race(float(np.median(fast)), float(np.median(slow)), float(np.median(slow / fast)))
-
-
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
     """Wall time of one call, with the device's queue empty before and after."""
     _wait(device)
@@ -103,24 +79,20 @@ def _measure_peak(
     pipe, threads: int, prepare: Callable, arguments: tuple, device: str, with_preparation: bool
 ) -> None:
     torch.set_num_threads(threads)
+    cuda = torch.cuda
+    now, most = (lambda: _memory("VmRSS")), (lambda: _memory("VmHWM"))
     if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        run = prepare(*arguments)
-        if not with_preparation:
-            before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        pipe.send(torch.cuda.max_memory_allocated() - before)
-        return
+        now, most = cuda.memory_allocated, cuda.max_memory_allocated
     torch.mm(torch.ones(256, 256), torch.ones(256, 256))  # the threads' own buffers
-    before = _memory("VmRSS")
+    before = now()
     run = prepare(*arguments)
-    if not with_preparation:
-        before = _memory("VmRSS")
-    # The high-water mark is reset here; getrusage's is the parent's.
-    Path("/proc/self/clear_refs").write_text("5")
+    before = before if with_preparation else now()
+    if device == "cuda":
+        cuda.reset_peak_memory_stats()
+    else:  # of this process; getrusage's is the parent's
+        Path("/proc/self/clear_refs").write_text("5")
     run()
-    pipe.send(_memory("VmHWM") - before)
+    pipe.send(most() - before)
 
 
 def _memory(field: str) -> int:
@@ -153,7 +125,7 @@ def write_report(folder: Path, name: str, result: dict[str, Any], table: str) ->
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", result)
     (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
-    print(f"\n{table}\n\nwrote {folder / name}.json and {name}.md", flush=True)
+    print(f"\n{table}\n\nwrote {folder / name}.json and {name}.md")
 
 
 class Shape(NamedTuple):

@@ -27,6 +27,7 @@ import numpy as np
 from engine import cli
 from engine.cli import PositiveInt, flag
 from engine.errors import RunError
+from engine.files import markdown
 
 WIDTH, BLOCKS, LENGTH, BATCH, RATE, DROPOUT = 64, 2, 30, 128, 1e-3, 0.2
 K, WARM, LISTED = 10, 3, 2048  # length of a list; users who are listed for the rate
@@ -55,17 +56,9 @@ RECBOLE = {
 }
 
 
-class Clock:
-    """Ends of optimizer steps; `seconds` is the median step after the ones that warm up."""
-
-    def __init__(self) -> None:
-        self.ends = [time.perf_counter()]
-
-    def tick(self) -> None:
-        self.ends.append(time.perf_counter())
-
-    def seconds(self) -> float:
-        return float(np.median(np.diff(self.ends)[WARM:]))
+def step_seconds(ends: list[float]) -> float:
+    """The median optimizer step, from when each ended, after the ones that warm up."""
+    return float(np.median(np.diff(ends)[WARM:]))
 
 
 def ours(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
@@ -89,7 +82,7 @@ def ours(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
     model = SASRec(n_items, LENGTH, **shape.values())
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0, fused=True)
     per_epoch = -(-len(samples) // BATCH)
-    clock = Clock()
+    ends = [time.perf_counter()]
     for step in range(epochs * per_epoch or steps + WARM):
         if step % per_epoch == 0:
             order = np.random.default_rng(step).permutation(len(samples))
@@ -99,7 +92,7 @@ def ours(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        clock.tick()
+        ends.append(time.perf_counter())
     table = model.item_table.detach()
     served = Recommender(model.user_encoder(), table, torch.zeros(n_items), LENGTH)
     known = [items[:-1] for items in lists]
@@ -107,7 +100,7 @@ def ours(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
     def recommend(users: range) -> list[list[int]]:
         return served.recommend([known[user] for user in users], K)[0].tolist()
 
-    return {"step": clock.seconds(), "per_epoch": per_epoch, "recommend": recommend}
+    return {"step": step_seconds(ends), "per_epoch": per_epoch, "recommend": recommend}
 
 
 def rectools(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
@@ -122,11 +115,11 @@ def rectools(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
         frame["datetime"] = pd.to_datetime(frame["datetime"], unit="D")
         return Dataset.construct(frame)
 
-    clock = Clock()
+    ends = [time.perf_counter()]
 
     class Ticks(lightning.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            clock.tick()
+            ends.append(time.perf_counter())
 
     def trainer() -> Any:
         length = {"max_epochs": epochs} if epochs else {"max_steps": steps + WARM}
@@ -146,7 +139,7 @@ def rectools(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
         return [listed[user] for user in users]
 
     per_epoch = -(-sum(len(own) >= 4 for own in lists) // BATCH)
-    return {"step": clock.seconds(), "per_epoch": per_epoch, "recommend": recommend}
+    return {"step": step_seconds(ends), "per_epoch": per_epoch, "recommend": recommend}
 
 
 def recbole(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
@@ -166,13 +159,14 @@ def recbole(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
     data = create_dataset(config)
     train, _, _ = data_preparation(config, data)
     model = SASRec(config, train.dataset)
-    optimizer, clock, done = torch.optim.Adam(model.parameters(), RATE), Clock(), 0
+    optimizer, ends = torch.optim.Adam(model.parameters(), RATE), [time.perf_counter()]
+    done = 0
     while not done or done < epochs * len(train):
         for batch in train:
             optimizer.zero_grad()
             model.calculate_loss(batch).backward()
             optimizer.step()
-            clock.tick()
+            ends.append(time.perf_counter())
             done += 1
             if not epochs and done == steps + WARM:
                 break
@@ -193,7 +187,7 @@ def recbole(lists: list[list[int]], steps: int, epochs: int) -> dict[str, Any]:
             scores[row, numbers[user][:-1]] = -torch.inf
         return [[int(names[i]) for i in own] for own in scores.topk(K).indices.tolist()]
 
-    return {"step": clock.seconds(), "per_epoch": len(train), "recommend": recommend}
+    return {"step": step_seconds(ends), "per_epoch": len(train), "recommend": recommend}
 
 
 SIDES = {"ours": ours, "RecTools": rectools, "RecBole": recbole}
@@ -249,28 +243,27 @@ def main(
         for _ in range(repeats):
             for side in sides:
                 interpreter = sys.executable if side == "ours" else python
-                call = (
-                    f"from benchmarks import peers; peers.work({side!r}, {str(path)!r}, {steps}, "
-                )
-                command = [interpreter, "-c", f"{call}{epochs})"]
+                given = side, str(path), steps, epochs
+                code = f"from benchmarks import peers; peers.work(*{given})"
+                command = [interpreter, "-c", code]
                 env = os.environ | (ALLOCATOR if keep_memory else {})
                 done = subprocess.run(command, capture_output=True, text=True, env=env)
                 if done.returncode:
                     raise RunError(f"{side}: {done.stderr[-500:]}")
                 rounds[side].append(json.loads(done.stdout.splitlines()[-1]))
-                print(side, rounds[side][-1], flush=True)
+                print(side, rounds[side][-1])
     names = ["epoch_seconds", "peak_mib", "users_per_second", *["ndcg10"] * bool(epochs)]
     medians = {
         side: {name: float(np.median([found[name] for found in own])) for name in names}
         for side, own in rounds.items()
     }
-    lines = [f"| SASRec | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines = []
     for side, found in medians.items():
         cells = [f"{found[name]:,.{4 if name == 'ndcg10' else 1}f}" for name in names]
-        lines.append(f"| {side} | {' | '.join(cells)} |")
+        lines.append([side, *cells])
     about = measure.machine(torch.device("cpu")) | {"keep_memory": keep_memory, "epochs": epochs}
     result = about | {"rows": medians, "rounds": rounds}
-    measure.write_report(Path(output_dir), "peers", result, "\n".join(lines))
+    measure.write_report(Path(output_dir), "peers", result, markdown(["SASRec", *names], lines))
     return result
 
 

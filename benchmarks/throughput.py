@@ -13,9 +13,10 @@ throughput.md.
 import dataclasses
 import functools
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import measure, plain
-from benchmarks.measure import DIM, Race, race, slmrec_loss, training_step
+from benchmarks.measure import DIM, slmrec_loss, training_step
 from datasets import sequences
 from datasets.domain import Domain
 from datasets.interactions import Interactions
 from datasets.prompts import read_template, tokenise
 from engine import cli, processes, tensor_cache
 from engine.cli import NonNegativeFloat, PositiveInt, flag
-from engine.files import check_writable
+from engine.files import check_writable, markdown
 from models.base import open_base
 from models.catalogue import catalogue_cross_entropy
 from models.llm4rec import LLM4Rec
@@ -40,6 +41,14 @@ from models.selection import block_map
 from utils.flags import Data, SASRecModel
 
 LARGE = 376_858  # items of the paper's largest domain
+
+
+class Race(NamedTuple):
+    """Median seconds of both, and the median of the pairwise ratios plain / ours."""
+
+    ours: float
+    plain: float
+    ratio: float
 
 
 class Bench:
@@ -63,8 +72,14 @@ class Bench:
         return [rng.choice(len(self.samples), size, replace=False) for _ in range(n)]
 
     def race(self, ours: Callable, theirs: Callable, inputs: list | None = None) -> Race:
-        inputs = self.batches if inputs is None else inputs
-        return race(ours, theirs, inputs, self.device, self.rest)
+        """Run both on every input in turn; the first pair warms up and does not count."""
+        pairs = []
+        for given in self.batches if inputs is None else inputs:
+            time.sleep(self.rest)
+            runs = (lambda: ours(given)), (lambda: theirs(given))
+            pairs.append([measure.seconds(run, self.device) for run in runs])
+        fast, slow = np.array(pairs[1:]).T
+        return Race(float(np.median(fast)), float(np.median(slow)), float(np.median(slow / fast)))
 
     def add(self, name: str, unit: str, timed: Race, per: float = 1.0, **more: Any) -> None:
         """A row; `per` turns seconds into the unit: units a call for a rate, else a factor.
@@ -79,7 +94,7 @@ class Bench:
             floor = more["operations"] / self.rate
             row |= {"floor_ms": floor * 1e3, "of_matrix_rate": floor / timed.ours}
         self.rows.append(row | more)
-        print(f"{name:58s} {ours:12.2f} {theirs:12.2f} {unit:8s} {timed.ratio:7.2f} x", flush=True)
+        print(f"{name:58s} {ours:12.2f} {theirs:12.2f} {unit:8s} {timed.ratio:7.2f} x")
 
     def operations(self, n_layers: int, strategy: str, training: bool = True) -> float:
         """The mean of the timed batches."""
@@ -258,26 +273,17 @@ def sasrec(bench: Bench, batch_size: int = 256) -> None:
             for _ in range(2)
         )
 
-        def loss(rows, model, states, cross_entropy):
+        def loss(rows, plain_form=False):
             history, targets = bench.samples.histories(rows), bench.samples.shifted_targets(rows)
             real = targets != bench.data.n_items
-            vectors = states(history, real)
-            return cross_entropy(vectors, model.item_table, targets[real].to(bench.device))
+            target = targets[real].to(bench.device)
+            if not plain_form:
+                return catalogue_cross_entropy(ours.states(history), ours.item_table, target)
+            states = theirs.padded_states(history.to(bench.device))[real.to(bench.device)]
+            return F.cross_entropy(states @ theirs.item_table.T, target)
 
-        def our_states(history, _):
-            return ours.states(history)
-
-        def plain_states(history, real):
-            return theirs.padded_states(history.to(bench.device))[real.to(bench.device)]
-
-        def plain_ce(users, table, target):
-            return F.cross_entropy(users @ table.T, target)
-
-        timed = bench.race(
-            training_step(ours, lambda r: loss(r, ours, our_states, catalogue_cross_entropy)),
-            training_step(theirs, lambda r: loss(r, theirs, plain_states, plain_ce)),
-            batches,
-        )
+        plain_step = training_step(theirs, lambda rows: loss(rows, plain_form=True))
+        timed = bench.race(training_step(ours, loss), plain_step, batches)
         targets = float(np.mean([bench.samples.lengths()[rows].sum() for rows in batches]))
         product = 2 * 3 * targets * bench.data.n_items * DIM  # logits, two gradients
         per_epoch = len(bench.samples) / batch_size
@@ -294,7 +300,7 @@ def table(bench: Bench) -> str:
     """The rows as a Markdown table."""
     head = ["row", "unit", "ours", "plain", "ratio", "floor of a batch", "of matrix rate"]
     head += ["peak MiB, ours / plain"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for row in bench.rows:
         digits = [2 if row[name] < 100 else 0 for name in ("ours", "plain")]
         cells = [row["row"], row["unit"], f"{row['ours']:,.{digits[0]}f}"]
@@ -304,8 +310,8 @@ def table(bench: Bench) -> str:
         cells += [f"{row['of_matrix_rate']:.2f}" if known else "-"]
         peaks = [row.get("ours_peak_mib"), row.get("plain_peak_mib")]
         cells += ["-" if None in peaks else " / ".join(f"{peak:,.0f}" for peak in peaks)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(head, lines)
 
 
 @cli.command
@@ -351,8 +357,8 @@ def main(
         "gflops": round(bench.rate / 1e9),
         "data": str(csv),
     }
-    print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    print(f"{'':58s} {'ours':>12s} {'plain':>12s} {'':8s} {'ratio':>7s}", flush=True)
+    print("  ".join(f"{name} {value}" for name, value in about.items()))
+    print(f"{'':58s} {'ours':>12s} {'plain':>12s} {'':8s} {'ratio':>7s}")
     for name in rows:
         if name in PART_ROWS:
             PART_ROWS[name](bench)

@@ -58,11 +58,11 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
         pair += [(table.columns[0], table.columns[1])]
     known = {names: sum(canonical(c) in kept for c in table.cells(names[0])) for names in pair}
     pair = tuple(named) or max(pair, key=known.get, default=())
-    if not pair or not set(pair) <= set(table.columns):
-        if named:
-            raise UsageError(
-                f"--items_columns={','.join(named)}: not in {path}, which has {table.shown()}"
-            )
+    if not set(pair) <= set(table.columns):
+        raise UsageError(
+            f"--items_columns={','.join(named)}: not in {path}, which has {table.shown()}"
+        )
+    if not pair:
         raise UsageError(
             f"--items={path}: expected columns such as item_id and title, it has {table.shown()};"
             " --items_columns ITEM,TITLE names them"
@@ -93,15 +93,11 @@ def filter_log(
 ) -> Reviews:
     """Sort by user and time; then drop repeats, rare users and items, and short sequences, until
     nothing changes. Prints a line after every filter.
-
-    Args:
-        ties: int64 [n], the order of a user's interactions of equal time; None is file order.
     """
     log = log.ordered(ties)
     if dedup != "no":
         same = ("user", "item", "time") if dedup == "rows" else ("user", "item")
-        log = log.keep(~log.repeated(*same))
-        print_counts(f"repeated {dedup} dropped", log)
+        log = filters.keep(log, ~log.repeated(*same), f"repeated {dedup} dropped", "dedup")
     rules = [
         ("users", "user", min_user, "min_user"),
         ("items", "item", min_item, "min_item"),

@@ -24,15 +24,18 @@ def write_demo(
     theme_of = np.arange(n_items) * N_THEMES // n_items
     weight = rng.permutation(1.0 / (10.0 + np.arange(n_items)))  # a mild popularity curve
     weight /= weight.sum()
-    names = _titles(theme_of)
-    users, sequences = [], []
-    for user in range(n_users):
+    names = [
+        f"{ADJECTIVES[theme % 10]} {NOUNS[(theme // 10 + i) % 10]} no. {i}"
+        for i, theme in enumerate(theme_of)
+    ]
+    sequences = []
+    for _ in range(n_users):
         length = 5 + min(int(rng.geometric(0.18)), 35)
         sequences.append(_walk(rng, length, n_items, theme_of, weight))
-        users.append(f"U{user:05d}")
     order = rng.permutation(n_items) + 1  # ids say nothing about themes
     titles = [[names[item] for item in items] for items in sequences]
     numbered = [[int(order[item]) for item in items] for items in sequences]
+    users = [f"U{user:05d}" for user in range(n_users)]
     write_csv(path, zip(users, numbered, titles, strict=True))
 
 
@@ -55,10 +58,3 @@ def _walk(
         if item not in items:
             items.append(item)
     return items
-
-
-def _titles(theme_of: np.ndarray) -> list[str]:
-    titles = []
-    for i, theme in enumerate(theme_of):
-        titles.append(f"{ADJECTIVES[theme % 10]} {NOUNS[(theme // 10 + i) % 10]} no. {i}")
-    return titles

@@ -106,7 +106,7 @@ class Domain(NamedTuple):
         """
         if self.name == "demo" and self.data_path is None and not DEMO.exists():
             write_demo(DEMO)
-            print(f"made the demo domain: {DEMO}", flush=True)
+            print(f"made the demo domain: {DEMO}")
         path = find_csv(self.name, self.data_path)
         return read_csv(path, self.ends_are_items, self.split), path
 
@@ -151,7 +151,7 @@ def find_csv(domain: str, data_path: str | None = None) -> Path:
     if present:
         if present[1:]:
             others = ", ".join(map(str, present[1:]))
-            print(f"reading {present[0]}; not read: {others}", flush=True)
+            print(f"reading {present[0]}; not read: {others}")
         return present[0]
     there = [path.name for folder in FOLDERS for path in Path(folder).glob("*.csv*")]
     domains = sorted({name.split(".")[0] for name in there if ".items." not in name})

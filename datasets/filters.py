@@ -34,14 +34,14 @@ class Reviews(NamedTuple):
     def ordered(self, ties: np.ndarray | None, by_time: bool = True) -> "Reviews":
         """By user, then by time, then by `ties` (int64 [n]; None is file order)."""
         keys = [self.time, self.user] if by_time else [self.user]
-        return self.keep(np.lexsort(keys if ties is None or not by_time else [ties, *keys]))
+        return self.keep(np.lexsort(keys if ties is None else [ties, *keys]))
 
 
 def print_counts(stage: str, reviews: Reviews) -> None:
     """One line: the stage and how many users, items and interactions are left."""
     users, items = (len(np.unique(codes)) for codes in (reviews.user, reviews.item))
     rows = len(reviews.user)
-    print(f"{stage:34s} {users:>11,} users {items:>10,} items {rows:>12,} interactions", flush=True)
+    print(f"{stage:34s} {users:>11,} users {items:>10,} items {rows:>12,} interactions")
 
 
 def keep(log: Reviews, mask: np.ndarray, stage: str, flag: str) -> Reviews:
@@ -61,7 +61,7 @@ def keep(log: Reviews, mask: np.ndarray, stage: str, flag: str) -> Reviews:
 
 def often(codes: np.ndarray, least: int) -> np.ndarray:
     """Mask of the rows whose code occurs at least `least` times."""
-    return np.bincount(codes)[codes] >= least if len(codes) else np.zeros(0, dtype=bool)
+    return np.bincount(codes)[codes] >= least
 
 
 def occurring(reviews: Reviews) -> set[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets.domain import Domain, split_of
 from datasets.interactions import Interactions
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
     from datasets.sequences import EvaluationSplit, Samples
 
-T = TypeVar("T", bound=Training)
-F = TypeVar("F", bound=Data)
-CONFIG = "config.json"
 FEW_BATCHES = 2  # fewer users than these train on every prefix
 
 
@@ -40,7 +37,6 @@ class RunData(NamedTuple):
     item_table: "torch.Tensor | None"
     samples: "Samples"
     splits: "dict[str, EvaluationSplit]"
-    users: list[str]
     hashes: dict[str, str | None]
 
 
@@ -48,8 +44,9 @@ class Inputs(NamedTuple):
     """The files that a run is made from, checked against each other.
 
     csv_path, table_path: where the sequences and the item table are; SASRec has no table.
-    hashes, sources: see engine.run.Inputs. items_from: what the table's vectors were made from,
-        None where nothing says. items_flags: how the SASRec of the table was made.
+    hashes: entry of config.json (such as data_sha256) -> the present file's hash. sources: entry ->
+        where that file is. items_from: what the table's vectors were made from, None where nothing
+        says. items_flags: how the SASRec of the table was made.
     """
 
     domain: Domain
@@ -62,11 +59,12 @@ class Inputs(NamedTuple):
     items_flags: dict[str, Any] | None = None
 
     def mend(self, config: dict) -> str:
-        """See `Domain.mend`."""
+        """What to do about a run's config.json that names other files, for messages."""
         return self.domain.mend(config)
 
     @property
     def weights_have_items(self) -> bool:
+        """Whether row i of some weight is item i: it means something with this data alone."""
         return self.table_path is None
 
     @property
@@ -87,13 +85,13 @@ class Inputs(NamedTuple):
             return None
         return Items.of(self.csv_path, self.data.item_ids).sha256()
 
-    def settled(self, files: F, training: T) -> tuple[F, T]:
+    def settled(self, files: Data, training: Training) -> tuple[Data, Training]:
         """With how lists are read, and training targets that fit the data, where no flag says it.
 
         Raises:
             UsageError: --init_from names a run of another split.
         """
-        split, source = self.domain.split, Path(files.init_from or "") / CONFIG
+        split, source = self.domain.split, Path(files.init_from or "") / "config.json"
         if files.init_from and source.is_file():
             theirs = split_of(read_json(source, "--init_from").get("flags", {}))
             if theirs != split:
@@ -101,8 +99,7 @@ class Inputs(NamedTuple):
                     f"--init_from={files.init_from} was trained with --split={theirs}, this run has"
                     f" {split}: its weights may know what comes after the moment"
                 )
-        ends = self.domain.ends_are_items
-        files = dataclasses.replace(files, split=split, ends_are_items=ends)
+        files = dataclasses.replace(files, split=split, ends_are_items=self.domain.ends_are_items)
         few = self.data.n_trained < FEW_BATCHES * training.batch_size
         targets = training.train_targets or ("all" if few else "last")
         return files, dataclasses.replace(training, train_targets=targets)
@@ -156,8 +153,8 @@ class Inputs(NamedTuple):
         slots = sequence.max_seq_length
         samples = sequences.training_samples(self.data, targets, slots, every_position)
         splits = sequences.evaluation_splits(self.data, slots, evaluation)
-        print(sequences.describe(self.data, samples, splits), flush=True)
-        return RunData(table, samples, splits, self.data.users, self.hashes)
+        print(sequences.describe(self.data, samples, splits))
+        return RunData(table, samples, splits, self.hashes)
 
 
 def _notes(table_path: Path) -> dict:
@@ -187,7 +184,7 @@ def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:
         )
     hashes = {"data_sha256": data.sha256, "init_table_sha256": start and file_sha256(start)}
     sources = {"data_sha256": csv_path, "init_table_sha256": start}
-    return Inputs(domain, data, csv_path, None, hashes, sources).with_items(notes if start else {})
+    return Inputs(domain, data, csv_path, None, hashes, sources).with_items(notes)
 
 
 def read_inputs(files: TeacherFiles) -> Inputs:
@@ -240,6 +237,5 @@ def _report_newer(about: dict) -> None:
         if found.get(checkpoint.WEIGHTS, recorded) != recorded:
             print(
                 f"{folder} holds another SASRec now than the one the item table is of;"
-                " extract_emb.py makes a new table",
-                flush=True,
+                " extract_emb.py makes a new table"
             )

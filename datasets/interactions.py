@@ -207,12 +207,6 @@ def _check_ends(path: Path, flat: np.ndarray, length: np.ndarray) -> None:
             )
 
 
-def open_bytes(path: Path) -> io.BufferedIOBase:
-    """Open a plain, gzip or xz file for reading, by its suffix."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    return opener(path, "rb")
-
-
 def read_histories(path: Path) -> Iterator[tuple[str, list[int]]]:
     """(reviewerID, item ids) of every row of a sequence CSV.
 
@@ -242,9 +236,17 @@ def _content(path: Path) -> bytes:
     """The uncompressed file."""
     if path.is_dir():
         raise UsageError(f"{path} is a directory, expected a CSV file")
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
-        with open_bytes(path) as raw:
-            return raw.read()
+        with opener(path, "rb") as raw:
+            content = raw.read()
+        content.decode()
+        return content
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path}: not UTF-8 at byte {error.start};"
+            f" expected a UTF-8 CSV with reviewerID,asin; {_converts(path)}"
+        ) from None
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise UsageError(f"{path}: damaged {path.suffix} file ({error})") from None
     except OSError as error:
@@ -258,7 +260,6 @@ def _rows(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, str], lis
     reader = csv.reader(text)
     try:
         names = _columns(path, next(reader, []))
-        backwards = names[::-1]  # of equal names the first counts
         for row, fields in enumerate(reader, start=2):
             if len(fields) not in (0, len(names)):
                 raise UsageError(
@@ -266,13 +267,8 @@ def _rows(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, str], lis
                     " quote the list"
                 )
             if fields:
-                cells = dict(zip(backwards, reversed(fields)))
+                cells = dict(zip(reversed(names), reversed(fields)))  # of equal names the first
                 yield row, cells, _item_ids(path, row, cells["asin"])
-    except UnicodeDecodeError:
-        raise UsageError(
-            f"{path}: not UTF-8 at byte {_first_bad_byte(content)};"
-            f" expected a UTF-8 CSV with reviewerID,asin; {_converts(path)}"
-        ) from None
     except csv.Error as error:
         raise UsageError(f"{path}: not a CSV ({error})") from None
 
@@ -280,14 +276,6 @@ def _rows(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, str], lis
 def _converts(path: Path) -> str:
     """What to do with a file that is another kind of log."""
     return f"python -m datasets.convert --input {path} --domain_type NAME makes one"
-
-
-def _first_bad_byte(content: bytes) -> int:
-    """Offset of the first byte that is not UTF-8."""
-    try:
-        return len(content.decode())
-    except UnicodeDecodeError as error:
-        return error.start
 
 
 def _columns(path: Path, header: list[str]) -> list[str]:

@@ -113,10 +113,6 @@ def write_table(
 def check_size(path: Path, item_ids: np.ndarray, dim: int) -> None:
     """Refuse ids whose table, a row for every number up to the largest id, would be too large.
 
-    Args:
-        path: the CSV, for the message.
-        item_ids: the ids that occur, ascending.
-        dim: the table's width.
     Raises:
         UsageError: more than LARGEST_GIB, or more than SPARSE_GIB that are nearly all gaps.
     """
@@ -178,14 +174,12 @@ def _opened(path: Path) -> Tensor:
     table = _the_table(path, _content(path))
     if isinstance(table, np.ndarray) and table.dtype.kind == "f" and table.dtype.itemsize <= 8:
         table = torch.as_tensor(table.astype(table.dtype.newbyteorder("="), copy=False))
-    if isinstance(table, np.ndarray):
-        found = f"{table.dtype} of shape {table.shape}"
-    elif not isinstance(table, Tensor):
-        found = type(table).__name__
-    elif table.layout != torch.strided or table.dim() != 2 or not table.is_floating_point():
-        found = f"{table.dtype} of shape {tuple(table.shape)}"
-    else:
+    dense = isinstance(table, Tensor) and table.layout == torch.strided
+    if dense and table.dim() == 2 and table.is_floating_point():
         return table.detach()
+    found = type(table).__name__
+    if isinstance(table, Tensor | np.ndarray):
+        found = f"{table.dtype} of shape {tuple(table.shape)}"
     raise UsageError(
         f"{path}: the item table must be floating point of shape [items, dim], found {found}"
     )

@@ -3,13 +3,12 @@
 import csv
 import difflib
 import hashlib
-import io
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from datasets.interactions import LARGEST_ID, open_bytes, read_titles
+from datasets.interactions import LARGEST_ID, read_titles
 from engine.errors import UsageError
 from engine.files import replacing
 
@@ -52,7 +51,7 @@ class Items(NamedTuple):
         Raises:
             UsageError: it is damaged.
         """
-        named = _read_listing(listing)
+        named = read_listing(listing)
         if others:
             item_ids = np.union1d(item_ids, np.array([*named], dtype=np.int64))
         names = [named.get(item, ("", "")) for item in item_ids.tolist()]
@@ -79,14 +78,13 @@ class Items(NamedTuple):
         return self.asins[index] or str(self.ids[index])
 
 
-def _read_listing(listing: Path) -> dict[int, tuple[str, str]]:
+def read_listing(listing: Path) -> dict[int, tuple[str, str]]:
     """Id in the CSV -> original id and title."""
     named: dict[int, tuple[str, str]] = {}
     number = 0
     try:
-        with open_bytes(listing) as raw:
-            text = raw.read().decode("utf-8-sig")
-            for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
+        with open(listing, encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.reader(file), start=1):
                 if number == 1:
                     columns = [[name.strip() for name in row].index(name) for name in COLUMNS]
                 elif row:

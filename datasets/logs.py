@@ -13,7 +13,7 @@ import pandas as pd
 
 from datasets.cells import clean_title, parse_list, parsed, title_list
 from datasets.filters import Reviews
-from datasets.items import Items, listing_of
+from datasets.items import listing_of, read_listing
 from datasets.tables import Names, Table, bare
 from engine import cli
 from engine.errors import UsageError
@@ -42,9 +42,7 @@ SHAPES = {  # of names that are none
     ),
     re.compile(r"\{.*:.*\}", re.DOTALL): "is an object; write its id alone as text",
 }
-AN_ITEM = {
-    re.compile(r"\s*[\[(].*[\])]\s*", re.DOTALL): "looks like a list; --lists yes reads lists"
-}
+AN_ITEM = {re.compile(r"(?s)\s*[\[(].*[\])]\s*"): "looks like a list; --lists yes reads lists"}
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
 UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
@@ -76,7 +74,7 @@ def choose_columns(table: Table, given: dict[str, str | None], lists: str, comma
     """Which column is what: as the flags say, else by a published header.
 
     Args:
-        given: role -> the column that a flag names.
+        given: role -> the column that a flag names, or None.
         command: the command that was given, for the message; "" where it has no such flags.
     Raises:
         UsageError: a named column is missing, or nothing says which ones to read.
@@ -86,8 +84,8 @@ def choose_columns(table: Table, given: dict[str, str | None], lists: str, comma
             raise UsageError(
                 f"--{role}={name}: {table.path} has no such column; it has {table.shown()}"
             )
-    known = _known(table, lists, needs_time=given["time"] is None)
-    chosen = {role: given[role] or known.get(role) for role in ROLES}
+    known = _known(table, lists, needs_time=given.get("time") is None)
+    chosen = {role: given.get(role) or known.get(role) for role in ROLES}
     if lists == "yes" and not chosen["time"]:
         chosen["time"] = "none"
     missing = [role for role in ("user", "item", "time") if not chosen[role]]
@@ -99,7 +97,7 @@ def choose_columns(table: Table, given: dict[str, str | None], lists: str, comma
     if chosen["user"] == chosen["item"]:
         raise UsageError(f"{table.path}: column {chosen['user']} cannot be both user and item")
     chosen["time"] = None if chosen["time"] == "none" else chosen["time"]
-    in_lists = lists == "yes" or (lists == "auto" and "lists" in known and not given["time"])
+    in_lists = lists == "yes" or (lists == "auto" and "lists" in known and not given.get("time"))
     return Columns(**chosen, lists=in_lists)
 
 
@@ -194,32 +192,31 @@ def read_log(
         UsageError: the file is damaged, a cell is wrong (its row is named), or what was read is no
             log of several users and items.
     """
-    users, items = Names(canonical), Names(canonical)
-    parts, titles = [], {}  # titles by code
+    users, items, parts = Names(canonical), Names(canonical), []
+    titles: dict[int, str] = {}  # by code
     missing: dict[str, list[int]] = {"user": [], "item": []}  # rows
-    low, n_rows, dates = 0, 0, None
-    asins = original_ids(table.path) if columns.lists else {}
-    for frame in table.frames([n for n in columns[:5] if n is not None]):
+    asins, low, n_rows, dates = original_ids(table.path) if columns.lists else {}, 0, 0, None
+    for frame in table.frames([name for name in columns if isinstance(name, str)]):
         rows = frame.index.to_numpy()
         if columns.lists:
             frame, rows = _unrolled(table.path, frame, rows, columns, asins)
         n_rows += len(frame)
         user, item = users.encode(frame[columns.user]), items.encode(frame[columns.item])
-        kept = np.ones(len(frame), dtype=bool)
-        for role, codes in (("user", user), ("item", item)):
-            missing[role] += rows[codes < 0].tolist()
-            kept &= codes >= 0
+        missing["user"] += rows[user < 0].tolist()
+        missing["item"] += rows[item < 0].tolist()
+        kept = (user >= 0) & (item >= 0)
         if min_rating is not None:
             rating = _numbers(table.path, frame[columns.rating], rows, "rating")
             low += int((kept & (rating < min_rating)).sum())
             kept &= rating >= min_rating
         time = np.arange(n_rows - len(frame), n_rows)
         if columns.time is not None:
-            cells = frame[columns.time]
-            dates = _are_dates(cells) if dates is None else dates
-            time = _times(table.path, cells, rows, dates)
+            dates = _are_dates(frame[columns.time]) if dates is None else dates
+            time = _times(table.path, frame[columns.time], rows, dates)
         if columns.title is not None:
-            _take_titles(titles, item, frame[columns.title])
+            for code, cell in zip(item.tolist(), frame[columns.title]):
+                if code >= 0 and not titles.get(code):  # the first one of each item
+                    titles[code] = clean_title(cell)
         parts.append((user[kept], item[kept], time[kept], rows[kept]))
     if not n_rows:
         raise UsageError(f"{table.path}: holds no interaction")
@@ -227,8 +224,9 @@ def read_log(
     user, item, time, rows = (np.concatenate(column) for column in zip(*parts))
     if min_rating is not None:
         print(f"{low:,} interactions rated below {min_rating:g} left out")
-        cli.check((len(user) > 0, f"nothing is left of {n_rows:,} rows; lower --min_rating"))
-    _judge(table.path, [*users.codes], [*items.codes], user, item, columns, one_user)
+    lower = "" if min_rating is None else "; lower --min_rating"
+    cli.check((len(user) > 0, f"{table.path}: nothing is left of {n_rows:,} rows{lower}"))
+    _judge(table.path, Reviews([*users.codes], [*items.codes], user, item, time), columns, one_user)
     if columns.time is not None:
         _judge_times(table.path, time, rows, dates)
     named = {name: titles.get(code, "") for name, code in items.codes.items()}
@@ -240,10 +238,8 @@ def read_log(
 def original_ids(path: Path) -> dict[str, str]:
     """Number -> original id, of the items.csv beside a CSV of lists; empty without one."""
     listing = listing_of(path)
-    if not listing.is_file():
-        return {}
-    items = Items.read(listing, np.array([], dtype=np.int64), others=True)
-    return dict(zip(map(str, items.ids.tolist()), items.asins))
+    named = read_listing(listing) if listing.is_file() else {}
+    return {str(number): asin for number, (asin, _) in sorted(named.items())}
 
 
 def list_of_items(path: Path, row: int, cell: object, asins: dict[str, str]) -> list[str]:
@@ -279,13 +275,6 @@ def _unrolled(
         cells = zip(frame[columns.title], lengths)
         long[columns.title] = [t for cell, n in cells for t in title_list(cell, n) or [""] * n]
     return long, rows[owner]
-
-
-def _take_titles(titles: dict[int, str], item: np.ndarray, cells: pd.Series) -> None:
-    """The first title of each item that has one, by the item's code."""
-    for code, cell in zip(item.tolist(), cells):
-        if code >= 0 and not titles.get(code):
-            titles[code] = clean_title(cell)
 
 
 def _numbers(path: Path, cells: pd.Series, rows: np.ndarray, role: str) -> np.ndarray:
@@ -348,18 +337,10 @@ def _judge_missing(path: Path, missing: dict, drop: bool, columns: Columns, mend
             print(f"{len(rows):,} rows without {role} left out")
 
 
-def _judge(
-    path: Path,
-    users: list[str],
-    items: list[str],
-    user: np.ndarray,
-    item: np.ndarray,
-    c: Columns,
-    one_user: bool,
-) -> None:
+def _judge(path: Path, log: Reviews, columns: Columns, one_user: bool) -> None:
     """Refuse what is no log of several users and items; say what is unusual."""
-    for role, names, codes in (("user", users, user), ("item", items, item)):
-        wrong = SHAPES if role == "user" or c.lists else SHAPES | AN_ITEM
+    for role, names, codes in (("user", log.users, log.user), ("item", log.items, log.item)):
+        wrong = SHAPES if role == "user" or columns.lists else SHAPES | AN_ITEM
         for shape, what in wrong.items():
             name = next(filter(shape.fullmatch, names), None)
             if name is not None:
@@ -367,13 +348,13 @@ def _judge(
         if len(np.unique(codes)) == 1 and not one_user:
             raise UsageError(
                 f"{path}: one {role} in all, {names[codes[0]][:40]!r}: is column"
-                f" {getattr(c, role)} the {role}? --{role} names another"
+                f" {getattr(columns, role)} the {role}? --{role} names another"
             )
-    counts = np.bincount(user)
+    counts = np.bincount(log.user)
     most = int(counts.argmax())
-    if len(users) >= FEW_USERS and counts[most] > LARGE_SHARE * len(user):
+    if len(log.users) >= FEW_USERS and counts[most] > LARGE_SHARE * len(log.user):
         print(
-            f"the user {users[most]!r} has {counts[most]:,} of {len(user):,} interactions:"
+            f"the user {log.users[most]!r} has {counts[most]:,} of {len(log.user):,} interactions:"
             " a shared account, or a word for a missing user?"
         )
 
@@ -411,9 +392,7 @@ def _judge_numbers(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
         )
     late = time[time >= EPOCH]
     if len(late) and late.max() / late.min() > APART:
-        small, large = (
-            int(rows[int(np.flatnonzero(time == t)[0])]) for t in (late.min(), late.max())
-        )
+        small, large = (rows[(time == t).argmax()] for t in (late.min(), late.max()))
         raise UsageError(
             f"{path}: times in rows {small} and {large} are a factor of"
             f" {late.max() / late.min():,.0f} apart: seconds and milliseconds in one column?"

@@ -30,7 +30,6 @@ from engine.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
 from engine.errors import UsageError
 from engine.files import check_writable
 
-TEXTS, NUMBERS = ("reviewerID", "asin"), ("overall", "unixReviewTime")
 BROKEN_SHARE = 0.01  # more broken lines than this are an error
 SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written
 
@@ -45,7 +44,8 @@ def read_reviews(path: str | Path, min_rating: float) -> tuple[Reviews, int]:
     """
     users, items = Names(str), Names(str)
     parts, low = [], 0
-    for frame in _records(Path(path), TEXTS, NUMBERS):
+    numbers = ("overall", "unixReviewTime")
+    for frame in _records(Path(path), ("reviewerID", "asin"), numbers):
         rated = frame[frame["overall"] >= min_rating]
         low += len(frame) - len(rated)
         codes = users.encode(rated["reviewerID"]), items.encode(rated["asin"])
@@ -101,12 +101,11 @@ def _records(
     A line is broken where it is no object or lacks a text or a number. Broken lines are reported.
     """
     broken, first, n = 0, 0, 0
-    for frame in open_table(path, lenient=True).frames([*texts, *numbers, *optional]):
+    checks = dict.fromkeys(texts, _is_text) | dict.fromkeys(numbers, _is_number)
+    for frame in open_table(path, lenient=True).frames([*checks, *optional]):
         whole = np.ones(len(frame), dtype=bool)
-        for name in texts:
-            whole &= np.array([*map(_is_text, frame[name])])
-        for name in numbers:
-            whole &= np.array([*map(_is_number, frame[name])])
+        for name, holds in checks.items():
+            whole &= np.array([*map(holds, frame[name])])
         if not whole.all():
             first = first or int(frame.index[whole.argmin()])
         broken, n = broken + int((~whole).sum()), n + len(frame)
@@ -114,7 +113,7 @@ def _records(
     if broken > BROKEN_SHARE * n:
         raise UsageError(
             f"{path}: {broken:,} of {n:,} lines are broken or lack"
-            f" {', '.join([*texts, *numbers])}, the first is line {first}; is it the right file?"
+            f" {', '.join(checks)}, the first is line {first}; is it the right file?"
         )
     if broken:
         print(f"{path}: skipped {broken:,} broken lines of {n:,}, the first is line {first}")
@@ -162,8 +161,8 @@ def main(
     print_counts(stage, raw)
     emptied = f"{reviews}: nothing is left of {low:,} reviews after '{stage}'; lower --min_rating"
     cli.check((len(raw.user) > 0, emptied))
-    by_hash = filters.tie_order(raw, tie_seed) if ties == "hash" else None
     by_time = order == "time"
+    by_hash = filters.tie_order(raw, tie_seed) if ties == "hash" and by_time else None
     kept = filter_reviews(raw, min_user, min_item, min_length, by_hash, by_time)
     if by_time:
         filters.print_ties(kept, "reviews", ties, tie_seed)

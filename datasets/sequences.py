@@ -6,7 +6,7 @@ Legend: B batch, L item slots (max_seq_length), N items (also the padding index)
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from utils.flags import Evaluation
 
 TrainTargets = Literal["last", "all"]
 CUT_SHARE, TRAINING_SHARE = 0.2, 0.2  # of users and of interactions: reported from there
+SOME_USERS = 512  # whose scores tell how loud a model is
 VALID, TEST = 2, 1  # the target's place from the end of the user's items; also a key of candidates
 
 
@@ -111,9 +112,6 @@ def training_samples(
 
     Users that are not evaluated train with all their items: of a split by time, and where every
     position is a target.
-
-    Args:
-        every_position: each position of a window is a target.
     """
     first, final = data.offsets[:-1], data.offsets[1:] - 3  # the last target
     if every_position or data.moment is not None:
@@ -125,6 +123,12 @@ def training_samples(
         final = np.repeat(final + 1 - np.cumsum(per_user), per_user) + np.arange(per_user.sum())
         first = np.repeat(first, per_user)
     return Samples(data, final, final - first, max_seq_length, every_position)
+
+
+def some_histories(data: Interactions, models: list[Any]) -> Tensor:
+    """Of SOME_USERS users, as long as the longest that a model reads (`max_seq_length`)."""
+    samples = training_samples(data, "last", max(model.max_seq_length for model in models))
+    return samples.histories(samples.evenly(SOME_USERS))
 
 
 @dataclass(frozen=True)
@@ -155,17 +159,13 @@ class EvaluationSplit:
         most_met = np.bincount(pairs // data.n_items).max()
         return min(self.n_candidates, data.n_items - int(most_met))
 
-    def candidate_counts(self) -> dict[str, int]:
-        """How many candidates were asked for and the fewest that a user gets, for results.json."""
-        return {"asked": self.n_candidates, "fewest": self.fewest_candidates()}
-
     def targets(self) -> np.ndarray:
         """Catalogue index of every user's target, int64 [U]."""
         return self.samples.targets(np.arange(len(self.samples))).numpy()
 
     def popularity(self) -> np.ndarray:
         """How often each item occurs before the users' validation targets, int64 [N]."""
-        return popularity(self.data).numpy().astype(np.int64)
+        return popularity(self.data)
 
     def repeated(self) -> np.ndarray:
         """Whether the user had met the target before, bool [U]."""
@@ -199,12 +199,9 @@ class EvaluationSplit:
             target = samples.targets(users)
             longest = int(samples.length[users].max())
             seen = samples.windows(samples.end[users], samples.length[users], longest)
-            on_device = (
-                target,
-                torch.where(seen == self.data.n_items, target[:, None], seen),
-                torch.from_numpy(self.candidates(users)),
-            )
-            moved = (tensor.to(device, non_blocking=True) for tensor in on_device)
+            seen = torch.where(seen == self.data.n_items, target[:, None], seen)
+            given = target, seen, torch.from_numpy(self.candidates(users))
+            moved = (tensor.to(device, non_blocking=True) for tensor in given)
             yield Batch(samples.histories(users), *moved)
 
     def candidates(self, users: np.ndarray) -> np.ndarray:
@@ -235,14 +232,12 @@ def evaluation_splits(
     }
 
 
-def popularity(data: Interactions) -> Tensor:
-    """How often each item occurs before the users' validation targets; float32 [N]."""
+def popularity(data: Interactions) -> np.ndarray:
+    """How often each item occurs before the users' validation targets; int64 [N]."""
     known_until = np.repeat(data.offsets[1:] - VALID, np.diff(data.offsets))
     known = np.ones(len(data.items), dtype=bool)  # of short users all
     known[: data.offsets[-1]] = np.arange(data.offsets[-1]) < known_until
-    return torch.from_numpy(
-        np.bincount(data.items[known], minlength=data.n_items).astype(np.float32)
-    )
+    return np.bincount(data.items[known], minlength=data.n_items)
 
 
 def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationSplit]) -> str:

@@ -162,9 +162,8 @@ class Names:
     def encode(self, cells: pd.Series) -> np.ndarray:
         """int32 [n], a code per cell."""
         coded, distinct = pd.factorize(cells.astype(object), use_na_sentinel=False)
-        own = []
-        for name in map(self.clean, distinct):
-            own.append(self.codes.setdefault(name, len(self.codes)) if name else -1)
+        names, codes = map(self.clean, distinct), self.codes
+        own = [codes.setdefault(name, len(codes)) if name else -1 for name in names]
         return np.array(own, dtype=np.int32)[coded]
 
     def in_order(self, column: np.ndarray, by_value: bool = False) -> tuple[list[str], np.ndarray]:
@@ -314,14 +313,13 @@ def _look_at_text(
             f"{path}: its first row, {lines[0][:40]!r}, numbers the columns; write their names"
             " (of pandas: to_csv(index=False), with column names)"
         )
-    header = not numbered
-    if numbered and any(bare(name) in known for name in first):
+    has_names = any(bare(name) in known for name in first)
+    if numbered and has_names:
         raise UsageError(
             f"{path}: its first row has names, {lines[0][:40]!r}; name the columns by them"
         )
-    if not named:
-        texts = not any(map(NUMBER.fullmatch, first)) and separator not in (" ", "::")
-        header = texts or any(bare(name) in known for name in first)
+    texts = not any(map(NUMBER.fullmatch, first)) and separator not in (" ", "::")
+    header = not numbered if named else texts or has_names
     if in_lines and not header:
         sample = [dict(zip("12", _two_cells(line))) for line in lines]
         return Table(path, parts, "lines", " ", encoding, False, ["1", "2"], sample)
@@ -347,8 +345,7 @@ def _separator(path: Path, lines: list[str]) -> str:
                 f"{path}: its first line, {lines[0][:40]!r}, has one field, the next ones"
                 f" {counts[1]}: a title? remove it"
             )
-    in_first = [s for s in SEPARATORS if s in lines[0]]
-    return in_first[0] if in_first else ","
+    return next((s for s in SEPARATORS if s in lines[0]), ",")
 
 
 def _split(line: str, separator: str, quoted: bool = True) -> list[str]:
@@ -389,7 +386,8 @@ class _Counted(io.TextIOWrapper):
 
 def _opened_text(table: Table) -> _Counted:
     """The text from its first row on."""
-    text = _Counted(_opened(table.path), encoding=table.encoding, newline="")
+    errors = "replace" if table.lenient else "strict"
+    text = _Counted(_opened(table.path), encoding=table.encoding, errors=errors, newline="")
     for _ in range(table.skip):
         text.readline()
     return text
@@ -405,7 +403,7 @@ def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
     options |= {"sep": separator, "quoting": csv.QUOTE_MINIMAL if table.quoted else csv.QUOTE_NONE}
     names, n_rows = table.columns, 0
     head = 0 if table.header else None
-    reader = pd.read_csv(source, header=head, names=names, on_bad_lines="error", **options)
+    reader = pd.read_csv(source, header=head, names=names, **options)
     while True:
         with warnings.catch_warnings():  # where every row is longer pandas cuts them, and warns
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -440,9 +438,7 @@ def _lines(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
 
 
 def _json(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
-    errors = "replace" if table.lenient else "strict"
-    text = io.TextIOWrapper(_opened(table.path), encoding=table.encoding, errors=errors)
-    for numbers, lines in _chunks(text):
+    for numbers, lines in _chunks(_opened_text(table)):
         rows = []
         for number, line in zip(numbers, lines):
             row = _parsed(line)

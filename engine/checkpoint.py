@@ -47,7 +47,7 @@ def save(
     """Write the checkpoint `folder`, replacing the one that is there.
 
     Args:
-        tensors: what was trained.
+        tensors: what was trained, on the CPU.
         meta: as JSON.
         state: what resuming needs beside the tensors (optimizer, random generators).
     Raises:
@@ -56,12 +56,9 @@ def save(
     from safetensors.torch import save as serialise
 
     folder = Path(folder)
-    contents = {
-        WEIGHTS: serialise(_on_cpu(tensors)),
-        META: (json.dumps(meta, indent=2) + "\n").encode(),
-    }
+    contents = {WEIGHTS: serialise(tensors), META: (json.dumps(meta, indent=2) + "\n").encode()}
     if state is not None:
-        contents[STATE] = serialise(_on_cpu(state))
+        contents[STATE] = serialise(state)
     manifest = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     contents[MANIFEST] = json.dumps(manifest).encode()
     try:
@@ -78,10 +75,6 @@ def save(
         raise RunError(_no_room(folder, sum(map(len, contents.values())), error)) from None
 
 
-def _on_cpu(tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
 def _no_room(folder: Path, needed: int, error: OSError) -> str:
     kept = "no checkpoint was there before"
     if folder.exists():
@@ -91,13 +84,6 @@ def _no_room(folder: Path, needed: int, error: OSError) -> str:
         f"{folder} cannot be written ({error.strerror}): {needed:,} bytes needed, {free:,} free;"
         f" {kept}; make room and start again with the same flags"
     )
-
-
-def remove_replaced(run: Path) -> None:
-    """Remove the old checkpoints of a run that died before it could do so."""
-    for name in NAMES:
-        if (run / name).exists():
-            shutil.rmtree(replaced(run / name), ignore_errors=True)
 
 
 def _present(folder: str | Path) -> Path:
@@ -130,10 +116,7 @@ def load(folder: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     Raises:
         UsageError: the folder is missing, or a file is missing, cut short or altered.
     """
-    from safetensors.torch import load as deserialise
-
-    contents = _verified(folder, (WEIGHTS, META))
-    return deserialise(contents[WEIGHTS]), json.loads(contents[META])
+    return _read(folder, WEIGHTS, META)
 
 
 def newest(run: str | Path) -> tuple[Saved, list[str]]:
@@ -143,42 +126,27 @@ def newest(run: str | Path) -> tuple[Saved, list[str]]:
         UsageError: there is no checkpoint to resume from, or the best one is lost and
             resuming would not reach its step again.
     """
-    run = Path(run)
-    saved, notes, best_step = [], [], None
+    run, saved, notes = Path(run), {}, []
     for name in NAMES:
         if not _present(run / name).exists():
             continue
         try:
-            saved.append(_read(run, name))
-            best_step = saved[-1].meta["step"] if name == "best" else best_step
+            saved[name] = Saved(name, *_read(run / name, WEIGHTS, STATE, META))
         except UsageError as problem:
             notes.append(str(problem))
-            best_step = _claimed_step(run / name) if name == "best" else best_step
     if not saved:
         problem = "; ".join(notes) or f"{run} has no checkpoint"
         raise UsageError(f"{problem}; nothing to resume from: --overwrite starts from scratch")
-    found = max(saved, key=lambda each: each.meta["step"])  # of equal ones the first, last
-    if found.meta["best_step"] > 0 and _best_is_lost(saved, best_step, found.meta["step"]):
+    found = max(saved.values(), key=lambda each: each.meta["step"])  # of equal ones the first, last
+    claimed = _claimed_step(run / "best")
+    # resuming repeats only the steps after the one that is found
+    lost = "best" not in saved and (claimed is None or claimed <= found.meta["step"])
+    if found.meta["best_step"] > 0 and lost:
         raise UsageError(
             f"{run / 'best'}: the best checkpoint is missing or damaged"
             f" ({'; '.join(notes) or 'missing'}); --overwrite starts from scratch"
         )
     return found, notes
-
-
-def _read(run: Path, name: str) -> Saved:
-    from safetensors.torch import load as deserialise
-
-    contents = _verified(run / name, (WEIGHTS, STATE, META))
-    weights, state = deserialise(contents[WEIGHTS]), deserialise(contents[STATE])
-    return Saved(name, weights, state, json.loads(contents[META]))
-
-
-def _best_is_lost(saved: list[Saved], best_step: int | None, step: int) -> bool:
-    """Whether the best checkpoint is lost for good: resuming repeats only steps after `step`."""
-    if best_step is None:
-        return True
-    return best_step <= step and all(each.name != "best" for each in saved)
 
 
 def _claimed_step(folder: Path) -> int | None:
@@ -188,8 +156,10 @@ def _claimed_step(folder: Path) -> int | None:
         return None
 
 
-def _verified(folder: str | Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    """Bytes of the named files, each as its manifest says."""
+def _read(folder: str | Path, *names: str) -> tuple[Any, ...]:
+    """The content of the named files, each of which is as its manifest says."""
+    from safetensors.torch import load as deserialise
+
     folder = _present(folder)
     if not folder.is_dir():
         raise UsageError(f"checkpoint not found: {folder}")
@@ -207,7 +177,8 @@ def _verified(folder: str | Path, names: tuple[str, ...]) -> dict[str, bytes]:
     for name in names:
         if manifest.get(name) != hashlib.sha256(contents[name]).hexdigest():
             raise UsageError(_altered(folder, name))
-    return contents
+    reads = {".safetensors": deserialise, ".json": json.loads}
+    return tuple(reads[Path(name).suffix](contents[name]) for name in names)
 
 
 def _altered(folder: Path, name: str) -> str:

@@ -20,7 +20,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -109,20 +109,50 @@ class Group:
 
 
 class Flag(NamedTuple):
-    """A flag of one script: its type with limits, default, help, and the parameter of `main` that
-    holds it.
+    """A flag of one script.
 
-    group: its group with the script's defaults; None for a flag of the script's own.
+    kind: its type, without None. limits: of its values. optional: whether None is a value, which it
+        is only where it is the default. about: help, needs and marks, see `flag`. parameter: the
+        one of `main` that holds it. group: its group with the script's defaults; None for a flag of
+        the script's own.
     """
 
-    hint: Any
+    kind: Any
+    limits: Limits | None
+    optional: bool
     default: Any
-    help: str
+    about: Mapping[str, Any]
     parameter: str
     group: Group | None
 
+    @classmethod
+    def of(cls, hint: Any, default: Any, *rest: Any) -> "Flag":
+        """From its annotation."""
+        union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+        options = typing.get_args(hint) if union else (hint,)
+        (kind,) = (option for option in options if option is not type(None))
+        limited = typing.get_origin(kind) is Annotated
+        kind, limits = typing.get_args(kind) if limited else (kind, None)
+        return cls(kind, limits, union and default in (None, REQUIRED), default, *rest)
 
-CONFIG = Flag(Annotated[str, Limits("the config.json of a run", bool)], None, "", "", None)
+    @property
+    def is_switch(self) -> bool:
+        return self.kind is bool
+
+    def describe(self) -> str:
+        """What its value has to be, in words."""
+        if typing.get_origin(self.kind) is Literal:
+            return "one of " + ", ".join(map(str, typing.get_args(self.kind)))
+        if typing.get_origin(self.kind) is list:
+            return "a list such as a,b or [a,b]"
+        if self.kind is str:
+            return self.limits.words if self.limits else "text"
+        words = {int: "a whole number", float: "a number", bool: "true or false"}[self.kind]
+        return f"{words} {self.limits.words}" if self.limits else words
+
+
+PLAIN = {"help": "", "needs": ""}
+CONFIG = Flag.of(Annotated[str, Limits("the config.json of a run", bool)], "", PLAIN, "", None)
 
 
 @functools.cache
@@ -136,31 +166,22 @@ def flags_of(main: Callable) -> dict[str, Flag]:
             instance = hint() if default is REQUIRED else default
             types_of = typing.get_type_hints(hint, include_extras=True)
             for field in hint.fields():
-                value = getattr(instance, field.name)
-                narrowed = _narrowed(types_of[field.name], value)
-                found[field.name] = Flag(narrowed, value, field.metadata["help"], name, instance)
+                default = getattr(instance, field.name)
+                given = types_of[field.name], default, field.metadata, name, instance
+                found[field.name] = Flag.of(*given)
         else:
-            default, text = _own_default(default)
-            found[name] = Flag(_narrowed(hint, default), default, text, name, None)
+            found[name] = Flag.of(hint, *_own_default(default), name, None)
     return found
 
 
-def _own_default(default: Any) -> tuple[Any, str]:
-    """Value and help of a flag of a script's own."""
+def _own_default(default: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Value of a flag of a script's own, and what is kept beside it."""
     if not isinstance(default, dataclasses.Field):
-        return default, ""
+        return default, PLAIN
     if default.default_factory is not dataclasses.MISSING:
-        return default.default_factory(), default.metadata["help"]
+        return default.default_factory(), default.metadata
     value = REQUIRED if default.default is dataclasses.MISSING else default.default
-    return value, default.metadata["help"]
-
-
-def _narrowed(hint: Any, default: Any) -> Any:
-    """None is a value only where it is the default."""
-    if default is None or default is REQUIRED or type(None) not in _options(hint):
-        return hint
-    (narrowed,) = (option for option in _options(hint) if option is not type(None))
-    return narrowed
+    return value, default.metadata
 
 
 def defaults(main: Callable) -> dict[str, Any]:
@@ -180,13 +201,10 @@ def command(main: Callable) -> Callable:
         flags = flags_of(main)
         problems = [_unknown(name, flags) for name in values if name not in flags]
         for name, flag in flags.items():
-            if flag.default is REQUIRED and name not in values:
+            if name in values:
+                problems.append(_problem(name, values[name], flag))
+            elif flag.default is REQUIRED:
                 problems.append(f"--{name} is required")
-        for name in values.keys() & flags.keys():
-            try:
-                _check(name, values[name], flags[name].hint)
-            except UsageError as problem:
-                problems.append(str(problem))
         _raise_all(problems)
         values = {name: _expanded(value) for name, value in values.items()}
         arguments = _arguments(main, values)
@@ -194,7 +212,7 @@ def command(main: Callable) -> Callable:
         groups = [argument for argument in arguments.values() if isinstance(argument, Group)]
         _raise_all([line for group in groups for line in group.problems(every)])
         if not values.get("eval_only"):
-            _report_unused(groups, every)
+            _report_unused(flags, values, every)
         return main(**arguments)
 
     return checked
@@ -214,32 +232,22 @@ def _arguments(main: Callable, values: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _report_unused(groups: list[Group], flags: dict[str, Any]) -> None:
+def _report_unused(flags: dict[str, Flag], given: dict[str, Any], every: dict[str, Any]) -> None:
     """Print the given flags that have no effect because of another one."""
     lines = []
-    for field in (field for group in groups for field in group.fields()):
-        given = any(field.name in group.given for group in groups)
-        if not given or not field.metadata["needs"]:
-            continue
+    for name, shown in given.items():
         needs = []
-        for need in field.metadata["needs"].split("|"):
-            named = [need]
-            if need.startswith("*"):
-                named = [f.name for g in groups for f in g.fields() if f.metadata.get(need[1:])]
-            needs += [name.partition("=")[::2] for name in named]
-        needs = [(name, value) for name, value in needs if name in flags]
-        if not any(_holds(flags[name], value) for name, value in needs):
-            shown = f"--{field.name}={flags[field.name]}"
-            needed = " or ".join(
-                f"--{n}={value}" if value else f"--{n} above 0" for n, value in needs
-            )
-            lines.append(f"{shown} (needs {needed})")
+        for need in filter(None, flags[name].about["needs"].split("|")):
+            mark = need.removeprefix("*")
+            marked = [n for n, flag in flags.items() if flag.about.get(mark)]
+            needs += [n.partition("=")[::2] for n in (marked if need != mark else [need])]
+        needs = [(n, value) for n, value in needs if n in every]
+        met = [str(every[n]) == value if value else every[n] for n, value in needs]
+        if needs and not any(met):
+            ways = [f"--{n}={value}" if value else f"--{n} above 0" for n, value in needs]
+            lines.append(f"--{name}={shown} (needs {' or '.join(ways)})")
     if lines:
-        print(f"without effect: {', '.join(lines)}", flush=True)
-
-
-def _holds(found: Any, value: str) -> bool:
-    return str(found) == value if value else bool(found)
+        print(f"without effect: {', '.join(lines)}")
 
 
 def _expanded(value: Any) -> Any:
@@ -257,7 +265,8 @@ def check(*rules: tuple[bool, str]) -> None:
 def run(main: Callable, argv: list[str] | None = None) -> None:
     """Bind the command line to `main`, run it, and end the process (engine.processes.call)."""
     argv = sys.argv[1:] if argv is None else argv
-    sys.stdout.reconfigure(errors="backslashreplace")  # titles that the terminal cannot show
+    # titles that the terminal cannot show are escaped; a pipe gets every line at once
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     processes.quiet_all_but_first()
     if any(word in ("-h", "--help") for word in argv):
         print(_help_page(main))
@@ -292,19 +301,17 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
             if text is None and words and not _is_flag(words[0]):
                 words.pop(0)
             continue
-        hint = flags[name].hint
+        flag = flags[name]
         if text is None:
-            switch = name if _is_bool(hint) else ""
-            text = _next_value(words, hint)
+            switch = name if flag.is_switch else ""
+            text = _next_value(words, flag.is_switch)
         if text is None:
-            problems.append(f"--{name} needs a value, expected {describe(hint)}")
+            problems.append(f"--{name} needs a value, expected {flag.describe()}")
             continue
         if name in values:
             problems.append(f"--{name} is given twice")
-        try:
-            values[name] = _convert(name, text, hint)
-        except UsageError as problem:
-            problems.append(str(problem))
+        values[name] = _convert(text, flag)
+        problems.append(_problem(name, values[name], flag, text))
     _raise_all(problems)
     config = values.pop("config", None)
     return _recorded(config, flags_of(main)) | values if config else values
@@ -326,17 +333,17 @@ def _split_word(word: str, flags: dict[str, Flag]) -> tuple[str, str | None]:
     name, equals, text = word[2:].partition("=")
     name = name.replace("-", "_")
     negated = flags.get(name.removeprefix("no"))
-    if name not in flags and not equals and negated is not None and _is_bool(negated.hint):
+    if name not in flags and not equals and negated is not None and negated.is_switch:
         return name.removeprefix("no"), "false"
     return name, text if equals else None
 
 
-def _next_value(words: list[str], hint: Any) -> str | None:
+def _next_value(words: list[str], is_switch: bool) -> str | None:
     """The value of a flag without `=`: the next word, taken from `words`, or true for a boolean."""
     follows = bool(words) and not _is_flag(words[0])
-    if follows and (not _is_bool(hint) or words[0].lower() in BOOLEANS):
+    if follows and (not is_switch or words[0].lower() in BOOLEANS):
         return words.pop(0)
-    return "true" if _is_bool(hint) else None
+    return "true" if is_switch else None
 
 
 def _help_page(main: Callable) -> str:
@@ -358,7 +365,7 @@ def _described(main: Callable) -> Callable:
     parameters = []
     groups: dict[str, list[str]] = {}
     for name, flag in flags.items():
-        shown = type(describe(flag.hint), (), {})
+        shown = type(flag.describe(), (), {})
         parameters.append(
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=flag.default, annotation=shown
@@ -368,7 +375,7 @@ def _described(main: Callable) -> Callable:
         groups.setdefault(title, []).append(f"--{name}")
     groups["Repeat a run"] = ["--config RUN/config.json"]
     listing = "\n".join(f"{title}: {' '.join(names)}" for title, names in groups.items())
-    texts = "\n".join(f"    {name}: {flag.help}" for name, flag in flags.items())
+    texts = "\n".join(f"    {name}: {flag.about['help']}" for name, flag in flags.items())
 
     def page(**_: Any) -> None: ...
 
@@ -378,6 +385,7 @@ def _described(main: Callable) -> Callable:
 
 
 def _raise_all(problems: list[str]) -> None:
+    problems = [problem for problem in problems if problem]
     if problems:
         raise UsageError("; ".join(problems))
 
@@ -389,67 +397,24 @@ def _unknown(name: str, flags: dict[str, Flag]) -> str:
     return f"unknown flag --{name} {hint}"
 
 
-def _options(hint: Any) -> list[Any]:
-    """The members of `X | None`, or the hint alone."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return list(typing.get_args(hint))
-    return [hint]
-
-
-def _plain(hint: Any) -> tuple[Any, Any]:
-    """The type that is not None, and its limits if the annotation carries any."""
-    (hint,) = [option for option in _options(hint) if option is not type(None)]
-    if typing.get_origin(hint) is Annotated:
-        kind, limits = typing.get_args(hint)
-        return kind, limits
-    return hint, None
-
-
 def _is_flag(word: str) -> bool:
     """Whether a word is `--name` or `--name=...`; a quoted text of flags has a space."""
     return word.startswith("--") and not re.match(r"--[\w-]+\s", word)
 
 
-def _is_bool(hint: Any) -> bool:
-    return _plain(hint)[0] is bool
-
-
-def describe(hint: Any) -> str:
-    """What a flag's value has to be, in words."""
-    kind, limits = _plain(hint)
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) is list:
-        return "a list such as a,b or [a,b]"
-    if kind is str:
-        return limits.words if limits else "text"
-    words = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-    return f"{words} {limits.words}" if limits else words
-
-
-def _convert(name: str, text: str, hint: Any) -> Any:
-    kind, _ = _plain(hint)
-    wrong = UsageError(f"--{name}={text}: expected {describe(hint)}")
-    words = ("None",) if kind is str else ("None", "none", "null")  # a text may be "none"
-    if text in words and type(None) in _options(hint):
+def _convert(text: str, flag: Flag) -> Any:
+    """The value that a word means; the word itself where it means none."""
+    words = ("None",) if flag.kind is str else ("None", "none", "null")  # a text may be "none"
+    if flag.optional and text in words:
         return None
-    value: Any = text
-    if kind is bool:
-        if text.lower() not in BOOLEANS:
-            raise wrong
-        return BOOLEANS[text.lower()]
-    if typing.get_origin(kind) is list:
-        (element,) = typing.get_args(kind)
-        value = [_convert(name, item, element) for item in _split(text)]
-    if kind in (int, float):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise wrong from None
-        if "_" in text:
-            raise wrong
-    _check(name, value, hint, text)
-    return value
+    if flag.is_switch:
+        return BOOLEANS.get(text.lower(), text)
+    if typing.get_origin(flag.kind) is list:
+        return _split(text)
+    if flag.kind in (int, float) and "_" not in text:
+        with contextlib.suppress(ValueError):
+            return flag.kind(text)
+    return text
 
 
 def _split(text: str) -> list[str]:
@@ -467,18 +432,19 @@ def _split(text: str) -> list[str]:
     return [item.strip().strip("'\"") for item in items if item.strip()]
 
 
-def _check(name: str, value: Any, hint: Any, typed: str | None = None) -> None:
-    if value is None and type(None) in _options(hint):
-        return
-    kind, limits = _plain(hint)
-    if typing.get_origin(kind) is Literal:
+def _problem(name: str, value: Any, flag: Flag, typed: str | None = None) -> str:
+    """Why a flag cannot have this value; empty where it can."""
+    if value is None and flag.optional:
+        return ""
+    kind, of = flag.kind, typing.get_origin(flag.kind)
+    if of is Literal:
         fits = value in typing.get_args(kind)
-    elif typing.get_origin(kind) is list:
-        fits = isinstance(value, list) and bool(value)
+    elif of is list:
+        fits = isinstance(value, list) and bool(value) and all(value)
     elif kind is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     else:
         fits = type(value) is kind and value != ""  # an unset variable of the shell
-    if not fits or (limits is not None and not limits.admits(value)):
-        shown = value if typed is None else typed
-        raise UsageError(f"--{name}={shown}: expected {describe(hint)}")
+    if fits and (flag.limits is None or flag.limits.admits(value)):
+        return ""
+    return f"--{name}={value if typed is None else typed}: expected {flag.describe()}"

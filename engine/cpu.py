@@ -36,7 +36,7 @@ def choose_threads(recorded: int | None = None) -> None:
     torch.set_num_threads(threads)
     if threads < all_threads:
         reason = "as this run began" if recorded else "other processes are at work here"
-        print(f"{threads} of {all_threads} threads: {reason}; OMP_NUM_THREADS sets it", flush=True)
+        print(f"{threads} of {all_threads} threads: {reason}; OMP_NUM_THREADS sets it")
 
 
 @functools.cache

@@ -52,11 +52,18 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
         raise UsageError(f"{what} not found: {path}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError):
+    except ValueError:
         raise UsageError(f"{path}: damaged, not JSON") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: damaged, not a JSON object")
     return content
+
+
+def markdown(head: list[str], lines: list[list[Any]]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    cells = [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in rows]
+    return "\n".join(f"| {row} |" for row in cells)
 
 
 def file_sha256(path: str | Path) -> str:
@@ -65,21 +72,17 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(folder: str | Path, flag: str) -> None:
+def check_writable(folder: Path, flag: str) -> None:
     """Refuse a folder that cannot be made or written to.
 
     Raises:
         UsageError: naming the flag, the folder and the part of its path that is in the way.
     """
-    folder = Path(folder)
-    for part in (folder, *folder.parents):
-        if not part.exists():
-            continue
-        if not part.is_dir():
-            raise UsageError(f"{flag}={folder}: {part} is a file, not a folder")
-        if not os.access(part, os.W_OK):
-            raise UsageError(f"{flag}={folder}: {part} is not writable")
-        return
+    there = next(part for part in (folder, *folder.parents) if part.exists())
+    if not there.is_dir():
+        raise UsageError(f"{flag}={folder}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"{flag}={folder}: {there} is not writable")
 
 
 @contextmanager

@@ -93,8 +93,7 @@ def device_name(device: "torch.device") -> str:
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if world() > 1:
-        gather(None)
+    gather(None)
 
 
 def gather(value: Any) -> list[Any]:
@@ -127,14 +126,12 @@ class Signals:
     received: the number of the signal that came, 0 for none.
     """
 
-    def __init__(self) -> None:
-        self.received = 0
-        self.previous: dict[int, Any] = {}
+    received = 0
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, self._note)
+        heard = (signal.SIGTERM, signal.SIGINT)
+        heard = heard if threading.current_thread() is threading.main_thread() else ()
+        self.previous = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_) -> None:
@@ -201,7 +198,7 @@ def call(command: Callable[[], Any]) -> None:
 
 def _end(status: int, line: str) -> None:
     if line:
-        print(line, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr)
     if world() > 1:
         # gloo's thread frees the last exchange after the main thread has its result. If the
         # interpreter is closing by then, it aborts the process after all work is done.

@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -29,30 +29,11 @@ if TYPE_CHECKING:
 
 OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", "items.csv", CLOCK)
 CHECKPOINTS = ("best", "last", ".old-best", ".old-last")
-OWN_FOLDERS = (*CHECKPOINTS, "tensorboard")
+OWN = (*OWN_FILES, *CHECKPOINTS, "tensorboard")
 REPLACED = ".replaced"  # what --overwrite replaces, until the new run has a checkpoint
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors", "fire")
 PATHS = ("base", "teacher")  # entries of config.json that may differ when a run resumes
 G = TypeVar("G", bound=Group)
-
-
-class Inputs(Protocol):
-    """The files that a run is made from.
-
-    hashes: entry of config.json (such as data_sha256) -> the present file's hash.
-    sources: entry -> where that file is.
-    mend: what to do about a run's config.json that names other files, for messages.
-    kept: name in the run's folder -> a file that is copied there.
-    weights_have_items: whether row i of some weight is item i, so that the weights mean something
-        with the same data alone.
-    """
-
-    hashes: dict[str, str | None]
-    sources: dict[str, Path]
-    kept: dict[str, Path]
-    weights_have_items: bool
-
-    def mend(self, config: dict[str, Any]) -> str: ...
 
 
 class Run:
@@ -98,13 +79,14 @@ class Run:
         stage: str,
         folder: Path,
         groups: Iterable[Group],
-        inputs: Inputs,
+        inputs: Any,
         earlier: dict[str, list["Run"]] | None = None,
     ) -> "Run":
         """Look at `folder` for a command with these flags and files, before any work.
 
         Args:
             groups: all flag groups of the command.
+            inputs: its files (datasets.inputs.Inputs).
             earlier: stage -> the runs of that stage that this one reads, for every stage that it
                 can read.
         Raises:
@@ -148,7 +130,7 @@ class Run:
         if source.resolve() == folder.resolve():
             raise UsageError(f"--init_from={source} is this run's own folder; name --output_dir")
         run = cls.read(stage, source, "--init_from")
-        if run.weights_sha256() is None or not (source / "best").is_dir():
+        if run.weights_sha256() is None or not run.has_best:
             raise UsageError(f"--init_from={source}: has no checkpoint best/")
         return run
 
@@ -177,20 +159,25 @@ class Run:
         """
         return (self.flags["seed"] + sum(group.stream for group in self.groups)) % 2**63
 
+    @property
+    def has_best(self) -> bool:
+        """Whether there is a checkpoint best/, or the old one of a run that died replacing it."""
+        return (self.folder / "best").is_dir() or (self.folder / ".old-best").is_dir()
+
     def results(self) -> dict[str, Any]:
         return read_json(self.folder / "results.json", "results")
 
     def print_results(self) -> dict[str, Any]:
         """Print what a finished run reached, and return it."""
-        print(f"{self.folder} holds this command's finished run", flush=True)
+        print(f"{self.folder} holds this command's finished run")
         return self._show(self.results(), "see")
 
     def _show(self, results: dict[str, Any], verb: str) -> dict[str, Any]:
         """Print the test metrics, a line per protocol."""
         for protocol, metrics in results["test"].items():
             shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            print(f"test {protocol:8s} {shown}", flush=True)
-        print(f"{verb} {self.folder / 'results.json'}", flush=True)
+            print(f"test {protocol:8s} {shown}")
+        print(f"{verb} {self.folder / 'results.json'}")
         return results
 
     def weights_sha256(self) -> str | None:
@@ -200,7 +187,7 @@ class Run:
             return found
         return self.results().get("weights_sha256")
 
-    def check_same(self, inputs: Inputs) -> None:
+    def check_same(self, inputs: Any) -> None:
         """Refuse other input files than this run was made from. Skipped: an entry that its stage
         does not record, and a file that is not named now.
         """
@@ -218,8 +205,7 @@ class Run:
         if not self.finished:
             print(
                 f"the {self.stage} run in {self.folder} is unfinished:"
-                " its best checkpoint so far is read",
-                flush=True,
+                " its best checkpoint so far is read"
             )
 
     def fix(self, group: G, values: dict[str, Any] | None = None) -> G:
@@ -243,12 +229,12 @@ class Run:
             raise UsageError("; ".join(problems))
         inherited = [f"{n} {value}" for n, value in fixed.items() if getattr(group, n) is None]
         if inherited:
-            print(f"inherited from {source}: {', '.join(inherited)}", flush=True)
+            print(f"inherited from {source}: {', '.join(inherited)}")
         return dataclasses.replace(group, **fixed)
 
-    def _take_recorded(self, inputs: Inputs) -> None:
+    def _take_recorded(self, inputs: Any) -> None:
         """With `--eval_only`: model flags and files are the run's."""
-        if not (self.folder / "best").is_dir() and not (self.folder / ".old-best").is_dir():
+        if not self.has_best:
             raise UsageError(
                 f"--eval_only: no checkpoint {self.folder / 'best'}; train first, or name the run"
                 " with --output_dir"
@@ -264,7 +250,7 @@ class Run:
 
     def _refuse_foreign(self) -> None:
         if self.config is None:
-            present = [name for name in (*OWN_FILES, *OWN_FOLDERS) if (self.folder / name).exists()]
+            present = [name for name in OWN if (self.folder / name).exists()]
             if present:
                 raise UsageError(
                     f"--output_dir={self.folder} holds {', '.join(present)} but no run's"
@@ -296,21 +282,24 @@ class Run:
                 f"--output_dir={self.folder} holds {state} run from something else:"
                 f" {'; '.join(other)}; choose another folder, or --overwrite starts from scratch"
             )
-        flags = self._other_flags()
+        flags = self._other_flags("model", "training")
         if flags:
             raise UsageError(
                 f"--output_dir={self.folder} holds {state} run with other flags: {flags};"
                 f" {mend}, or --overwrite starts from scratch"
             )
 
-    def _other_flags(self, kinds: tuple[str, ...] = ("model", "training")) -> str:
+    def _other_flags(
+        self, *kinds: str, had: str = "the run has", lacked: str = "not in the run"
+    ) -> str:
         """The flags of these kinds that differ from the recorded ones; not later additions."""
         shown = []
         for group in self.groups:
             for name, value in group.values().items() if group.kind in kinds else ():
                 recorded = self.recorded.get(name, value)
                 if recorded != value:
-                    shown.append(_differs(name, value, recorded))
+                    given = f"no --{name}" if value is None else f"--{name}={value}"
+                    shown.append(f"{given} ({lacked if recorded is None else f'{had} {recorded}'})")
         return ", ".join(shown)
 
     def _has_checkpoint(self) -> bool:
@@ -378,7 +367,9 @@ class Run:
             self._take_lock()
             for partial in self.folder.glob(".tmp-*"):
                 _remove(partial)
-            checkpoint.remove_replaced(self.folder)
+            for name in checkpoint.NAMES:  # of a run that died before it removed the old one
+                if (self.folder / name).exists():
+                    _remove(files.replaced(self.folder / name))
             if self.resume:
                 self._report_changes()
             else:
@@ -397,7 +388,7 @@ class Run:
         if kept:
             _remove(aside)
             aside.mkdir()
-        for name in (*OWN_FILES, *OWN_FOLDERS):
+        for name in OWN:
             path = self.folder / name
             if kept and path.exists():
                 path.rename(aside / name)
@@ -413,7 +404,7 @@ class Run:
         """
         aside = self.folder / REPLACED
         if processes.is_first() and aside.is_dir() and not self._has_checkpoint():
-            for name in (*OWN_FILES, *OWN_FOLDERS):
+            for name in OWN:
                 if (aside / name).exists():
                     _remove(self.folder / name)
                     (aside / name).rename(self.folder / name)
@@ -435,24 +426,17 @@ class Run:
 
     def _report_changes(self) -> None:
         """Say what differs between this command and the run that it resumes."""
-        changed = self._other_flags(("free",))
+        changed = self._other_flags("free", had="was", lacked="was not given")
         if changed:
-            changed = changed.replace("the run has", "was").replace(
-                "not in the run", "was not given"
-            )
-            print(f"resuming with {changed}: speed and rounding may change", flush=True)
+            print(f"resuming with {changed}: speed and rounding may change")
         now = environment()
         threads = self.config.get("threads", now["threads"])
         if threads != now["threads"]:
             print(f"resuming with {now['threads']} threads, not {threads}: not bit for bit")
         before, versions = self.config.get("versions", {}), now["versions"]
-        newer = [name for name in versions if before.get(name) != versions[name]]
-        other = [f"{name} {before.get(name)} -> {versions[name]}" for name in newer]
+        other = [f"{n} {before.get(n)} -> {v}" for n, v in versions.items() if before.get(n) != v]
         if other:
-            print(
-                f"resuming with other library versions, so not bit for bit: {', '.join(other)}",
-                flush=True,
-            )
+            print(f"resuming with other library versions, so not bit for bit: {', '.join(other)}")
 
     def complete(self, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         """Write results.json, and ranks.npz from `arrays`; print the test metrics. A run that was
@@ -521,15 +505,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _differs(name: str, value: Any, recorded: Any) -> str:
-    """How a flag differs from the recorded one; None is a flag that was not given."""
-    if value is None:
-        return f"no --{name} (the run has {recorded})"
-    return (
-        f"--{name}={value} ({'not in the run' if recorded is None else f'the run has {recorded}'})"
-    )
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from engine import checkpoint, processes, sharding
 from engine.run import Run
@@ -61,24 +60,18 @@ class State:
             self.parameters, lr=learning_rate, weight_decay=weight_decay, fused=True
         )
         self.seconds = 0.0
-        self._started: float | None = None
+        self._began: float | None = None  # would be, without the pauses
 
     def start_clock(self) -> None:
-        self._started = time.perf_counter()
+        self._began = time.perf_counter() - self.seconds
 
     def stop_clock(self) -> None:
         self.seconds = self.spent()
-        self._started = None
+        self._began = None
 
     def spent(self) -> float:
         """Seconds trained so far."""
-        running = self._started is not None
-        return self.seconds + (time.perf_counter() - self._started if running else 0.0)
-
-    def set_rate(self, rate: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
+        return self.seconds if self._began is None else time.perf_counter() - self._began
 
     def clip(self, max_norm: float) -> Tensor:
         """The gradients' norm before they are clipped to `max_norm`, a scalar on the device; 0 only
@@ -135,7 +128,7 @@ class State:
         for name, tensor in tensors.items():
             tensor = sharding.whole(tensor)
             if processes.is_first():
-                whole[name] = tensor.cpu()
+                whole[name] = tensor.cpu().contiguous()
         return whole
 
     def resume(self) -> str:
@@ -143,7 +136,7 @@ class State:
         folder = self.run.folder
         found, notes = checkpoint.newest(folder)
         for note in notes:
-            tqdm.write(f"skipped: {note}")
+            print(f"skipped: {note}")
         checkpoint.restore(self.module, found.tensors, folder / found.name)
         for name, p in self.trained.items():
             saved = {key: found.state.get(f"{key}/{name}") for key in ADAM}
@@ -159,7 +152,7 @@ class State:
         now = {name: getattr(self.plan, name) for name in FROM_FLAGS}
         self.plan = type(self.plan)(**found.meta["plan"])._replace(**now)
         self.seconds = self.run.log.seconds()
-        tqdm.write(f"resuming from {folder / found.name}, step {step}")
+        print(f"resuming from {folder / found.name}, step {step}")
         return found.name
 
     def _restore_generators(self, found: checkpoint.Saved) -> None:
@@ -167,7 +160,7 @@ class State:
         mine = {key: found.state.get(f"{key}.{rank}") for key in _generators(self.device)}
         more_processes = f"generator/cpu.{world}" in found.state
         if more_processes or any(state is None for state in mine.values()):
-            tqdm.write(
+            print(
                 "the run was saved by another number of processes or on another kind of device:"
                 " dropout continues with new draws"
             )

@@ -14,7 +14,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,16 +31,6 @@ ZEROS = 2**24  # bytes written at once to claim room
 FLAG = "--teacher_cache"
 
 
-class Samples(Protocol):
-    """What is encoded: histories [b, L] of sample indices, and the length of each."""
-
-    def __len__(self) -> int: ...
-
-    def lengths(self) -> np.ndarray: ...
-
-    def histories(self, indices: np.ndarray) -> Tensor: ...
-
-
 class TensorCache(dict[str, Tensor]):
     """Each stored tensor [n, ...] by name, mapped from its file."""
 
@@ -54,7 +44,7 @@ def open_or_build(
     root: Path,
     identity: dict[str, Any],
     load_encoder: Callable[[], Callable[[Tensor], Any]],
-    samples: Samples,
+    samples: Any,
     batch_size: int,
     divided: bool = False,
 ) -> TensorCache:
@@ -66,6 +56,7 @@ def open_or_build(
         identity: all that the tensors depend on, as JSON.
         load_encoder: called only if the tensors must be computed. Gives history [b, L] -> a named
             tuple of tensors [b, ...]; what is None is not stored.
+        samples: whose histories are encoded (datasets.sequences.Samples).
         divided: the encoder is divided among the processes (see engine.sharding); all run it then,
             and the first one writes.
     Raises:
@@ -99,13 +90,13 @@ def _are_needed(folder: Path, identity: dict[str, Any], n_samples: int) -> bool:
         shutil.rmtree(partial, ignore_errors=True)
     problem = _problem(folder, identity, n_samples) if folder.exists() else "absent"
     if not problem:
-        print(f"teacher states: read from {folder}; the teacher is not loaded", flush=True)
+        print(f"teacher states: read from {folder}; the teacher is not loaded")
         return False
     if problem == "absent":
         reason = f"none in {root} for this teacher and these samples; computing them once"
     else:
         reason = f"{folder} {problem}; computing them again"
-    print(f"teacher states: {reason}", flush=True)
+    print(f"teacher states: {reason}")
     return True
 
 
@@ -116,8 +107,7 @@ def _report_others(root: Path, folder: Path) -> None:
     if others:
         print(
             f"teacher states: {len(others)} other folders in {root} take {size / 2**30:.2f} GiB;"
-            " remove those of teachers that are gone",
-            flush=True,
+            " remove those of teachers that are gone"
         )
 
 
@@ -145,16 +135,12 @@ def _lock(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not files.take_lock(root):
-            print(f"teacher states: another run is at work in {root}, waiting", flush=True)
+            print(f"teacher states: another run is at work in {root}, waiting")
             files.take_lock(root, timeout=-1)
     except OSError as error:
-        raise _unwritable(root, error) from None
-
-
-def _unwritable(folder: Path, error: OSError) -> UsageError:
-    return UsageError(
-        f"{FLAG}: {folder} cannot be written ({error.strerror}); name a folder, or use off"
-    )
+        raise UsageError(
+            f"{FLAG}: {root} cannot be written ({error.strerror}); name a folder, or use off"
+        ) from None
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -187,7 +173,7 @@ def _build(
     folder: Path,
     identity: dict[str, Any],
     encode: Callable[[Tensor], Any],
-    samples: Samples,
+    samples: Any,
     batch_size: int,
 ) -> None:
     """Run the encoder over all samples and put the result in place."""
@@ -234,12 +220,8 @@ def _batches(length: np.ndarray, batch_size: int) -> list[np.ndarray]:
 def _check_room(folder: Path, needed: int, n_samples: int) -> None:
     """Say how large the files will be, and refuse a disk that lacks room."""
     size = f"{n_samples:,} samples, {needed / 2**30:.2f} GiB"
-    print(f"teacher states: {size} to {folder}", flush=True)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-    except OSError as error:
-        raise _unwritable(folder.parent, error) from None
+    print(f"teacher states: {size} to {folder}")
+    free = shutil.disk_usage(folder.parent).free
     if needed > free:
         raise UsageError(
             f"{FLAG}: {folder.parent} has {free / 2**30:.2f} GiB free,"

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from models.base import Base
+
 PACKAGES = ("gguf", "accelerate")
 SPLIT = re.compile(r"-\d{5}-of-(\d{5})$")
 # of a GGUF file, and no weight of the base: read into the configuration, or computed
@@ -61,10 +63,14 @@ def main(
     check_writable(folder.parent, "--output_dir")
     if kind == "gguf":
         said = _convert(Path(base_model), folder)
-    elif kind == "twin":
-        said = _twin(base_model, folder, keep_embeddings, seed)
     else:
-        said = _folded(base_model, folder)
+        from transformers import AutoTokenizer
+
+        from models.base import open_base
+
+        base = open_base(base_model)
+        made, said = _twin(base, keep_embeddings, seed) if kind == "twin" else _folded(base)
+        save_whole(folder, made, AutoTokenizer.from_pretrained(base.location))
     print(f"wrote {folder}: {said}")
     return folder
 
@@ -157,45 +163,39 @@ def _split_digits(tokenizer: Any) -> None:
 # -- twin ---------------------------------------------------------------------------------------
 
 
-def _twin(base_model: str, folder: Path, keep_embeddings: bool, seed: int) -> str:
+def _twin(base: "Base", keep_embeddings: bool, seed: int) -> tuple["PreTrainedModel", str]:
     import torch
-    from transformers import AutoTokenizer
 
-    from models.base import load_llama, new_decoder, open_base
+    from models.base import load_llama, new_decoder
 
-    base = open_base(base_model)
     torch.manual_seed(seed)
     base.config.random_layers = True  # for tables: see models.base.Base.is_random
     twin = new_decoder(base.config)
     if keep_embeddings:
         original = load_llama(base.location, base.config, [], torch.float32)
         twin.embed_tokens.load_state_dict(original.embed_tokens.state_dict())
-    save_whole(folder, twin, AutoTokenizer.from_pretrained(base.location))
-    return f"{base.config.num_hidden_layers} random layers of the shape of {base_model}"
+    return twin, f"{base.config.num_hidden_layers} random layers of the shape of {base.name}"
 
 
 # -- folded -------------------------------------------------------------------------------------
 
 
-def _folded(base_model: str, folder: Path) -> str:
+def _folded(base: "Base") -> tuple["PreTrainedModel", str]:
     import torch
-    from transformers import AutoTokenizer
 
-    from models.base import load_llama, open_base
+    from models.base import load_llama
 
-    base = open_base(base_model)
     layers = [*range(base.config.num_hidden_layers)]
     decoder = load_llama(base.location, base.config, layers, torch.float32)
     if any(hasattr(decoder.layers[0].self_attn, name.rpartition(".")[2]) for name in QK_NORMS):
         raise UsageError(
-            f"--base_model={base_model}: has norms of queries and keys, whose epsilon cannot be"
+            f"--base_model={base.name}: has norms of queries and keys, whose epsilon cannot be"
             " scaled apart; folding would change what it computes"
         )
     if base.is_random:
         decoder.config.random_layers = True
     factor = fold(decoder)
-    save_whole(folder, decoder, AutoTokenizer.from_pretrained(base.location))
-    return f"states are {factor:.3g} times as long as in {base_model}"
+    return decoder, f"states are {factor:.3g} times as long as in {base.name}"
 
 
 def fold(decoder: "PreTrainedModel") -> float:

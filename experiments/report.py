@@ -24,19 +24,15 @@ import pandas as pd
 from engine import cli
 from engine.cli import PositiveInt, flag
 from engine.errors import UsageError
+from engine.files import markdown
 from experiments import results, significance
 from experiments.paper import COLUMNS, PAPER, main_rows
 from experiments.results import Row, by_domain, read_runs
 
 SAMPLED = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 FULL = ("HR@10", "NDCG@10", "MRR")
-SPENT = (
-    "steps",
-    "best_step",
-    "train_seconds",
-    "teacher_states_seconds",
-    "inference_users_per_second",
-)
+SPENT = ("steps", "best_step", "train_seconds", "teacher_states_seconds")
+SPENT += ("inference_users_per_second",)
 COST = ["row", "parameters", "trained", "steps", "best step", "training s"]
 COST += ["teacher states s", "inference users/s", "valid MRR"]
 NOT_RUN = "not run"
@@ -86,7 +82,7 @@ def main(
     print(report)
     written = folder / "report.md"
     written.write_text("# Report\n\n" + report, encoding="utf-8")
-    print(f"wrote {written}", flush=True)
+    print(f"wrote {written}")
     return written
 
 
@@ -203,11 +199,8 @@ def _cost(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         of_row = [run.results for run in row.runs.values()]
-        cells = [
-            row.label,
-            f"{of_row[0]['parameters']:,}",
-            f"{of_row[0]['trainable_parameters']:,}",
-        ]
+        sizes = (of_row[0][name] for name in ("parameters", "trainable_parameters"))
+        cells = [row.label, *(f"{size:,}" for size in sizes)]
         for name in SPENT:
             values = [result[name] for result in of_row if result.get(name) is not None]
             cells.append(spread(values, 0))
@@ -243,16 +236,10 @@ def write_main_table(stem: Path, rows: list[Row], popularity: dict | None) -> No
             flat.append([text, seed, *(test[protocol].get(name) for protocol, name in metrics)])
     frame = pd.DataFrame(flat, columns=["row", "seed", *head[2:]])
     frame.to_csv(stem.with_name(f"{stem.name}.csv"), index=False)
-    latex = [
-        f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
-        "\\toprule",
-        " & ".join(head) + " \\\\",
-        "\\midrule",
-        *(" & ".join(map(_latex, cells)) + " \\\\" for cells in lines),
-        "\\bottomrule",
-        "\\end{tabular}",
-    ]
-    stem.with_name(f"{stem.name}.tex").write_text("\n".join(latex) + "\n", encoding="utf-8")
+    latex = pd.DataFrame([[*map(_latex, cells)] for cells in lines], columns=head)
+    columns = "l" + "r" * (len(head) - 1)
+    path = stem.with_name(f"{stem.name}.tex")
+    latex.to_latex(path, index=False, column_format=columns, encoding="utf-8")
 
 
 def _latex(cell: str) -> str:
@@ -273,13 +260,6 @@ def spread(values: list[float], digits: int = 4) -> str:
         return "-"
     mean = f"{np.mean(values):,.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):,.{digits}f}"
-
-
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
-    rows = [head, ["---"] * len(head), *lines]
-    cells = [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in rows]
-    return "\n".join(f"| {row} |" for row in cells)
 
 
 if __name__ == "__main__":

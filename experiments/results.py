@@ -278,15 +278,10 @@ def keep(rows: list[Row], archive: Path) -> None:
         results = run.results
         about = {"run": run.name, "row": labels[run.name], "seed": run.seed}
         about |= {name: results[name] for name in ("steps", "best_step")}
-        lines.append(about | {"valid MRR": results["valid"]["sampled"]["MRR"]} | _metrics(run))
+        about["valid MRR"], test = results["valid"]["sampled"]["MRR"], results["test"]
+        lines.append(about | {f"{p} {name}": v for p in TABLE for name, v in test[p].items()})
     with replacing(archive.with_suffix(".csv")) as partial:
         pd.DataFrame(lines).to_csv(partial, index=False, float_format="%.6f")
-
-
-def _metrics(run: FinishedRun) -> dict[str, float]:
-    """Test metrics by "protocol metric"."""
-    test = run.results["test"]
-    return {f"{name} {metric}": v for name in TABLE for metric, v in test[name].items()}
 
 
 def _kept_files(run: FinishedRun) -> dict[str, bytes]:

@@ -46,7 +46,9 @@ def compare(rows: list[Row], resamples: int, notes: list[str]) -> list[list[str]
                 continue
             names.append([row.label, other])
             seeds.append(", ".join(str(mine.seed) for mine, _ in pairs))
-            differences += [_difference(pairs, protocol) for protocol in PROTOCOLS]
+            for protocol in PROTOCOLS:  # of the reciprocal ranks, [seeds, U]
+                each = [1 / mine.ranks(protocol) - 1 / its.ranks(protocol) for mine, its in pairs]
+                differences.append(np.stack(each))
     found = bootstrap(differences, resamples)
     corrected = holm([estimate.p for estimate in found])
     several = [i for i, difference in enumerate(differences) if len(difference) >= FEWEST_RUNS]
@@ -64,7 +66,8 @@ def _references(row: Row, by_label: dict[str, Row]) -> list[str]:
     names = ["SASRec"]
     targets = ", every prefix" if stage != "sasrec" and flags["train_targets"] == "all" else ""
     if stage != "sasrec" and plain_ce(flags):
-        depths = [_layers(other.first) for other in by_label.values() if _is_plain(other.first)]
+        others = [other.first for other in by_label.values() if other.first.stage != "sasrec"]
+        depths = [_layers(other) for other in others if plain_ce(other.flags)]
         names += [plain_name(max(depths)) + targets, plain_name(_layers(run))]
     elif stage != "sasrec":
         between = f"{_layers(run)} <- {flags.get('llama_decoder_nums_teacher')}"
@@ -74,10 +77,6 @@ def _references(row: Row, by_label: dict[str, Row]) -> list[str]:
                 names.append(text)
         names += [f"SLMRec {between}", f"{between}: D_cos"]
     return [text for text in dict.fromkeys(names) if text in by_label and text != row.label]
-
-
-def _is_plain(run: FinishedRun) -> bool:
-    return run.stage != "sasrec" and plain_ce(run.flags)
 
 
 def _layers(run: FinishedRun) -> int:
@@ -103,13 +102,6 @@ def _incomparable(mine: FinishedRun, theirs: FinishedRun) -> str:
     if missing or len({len(values) for values in ranks}) > 1:
         return f"ranks.npz of {mine.name} or {theirs.name} is missing or torn"
     return ""
-
-
-def _difference(pairs: list[tuple[FinishedRun, FinishedRun]], protocol: str) -> np.ndarray:
-    """Of the reciprocal ranks, [seeds, U]."""
-    return np.stack(
-        [1 / mine.ranks(protocol) - 1 / theirs.ranks(protocol) for mine, theirs in pairs]
-    )
 
 
 def _cells(estimate: Estimate, corrected: float, of_runs: float | None) -> list[str]:

@@ -8,6 +8,7 @@ library's own modules (models/decoder.py).
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from engine.errors import UsageError
+from engine.files import read_json
 from models.builtin import BUILT_IN, FOLDER, ensure_built_in
 
 MADE = {"smollm2": FOLDER / "smollm2"}  # by `make`
@@ -154,11 +156,8 @@ def read_config(base: str) -> PreTrainedConfig:
     path = _file(base, "config.json")
     if path is None:
         raise UsageError(f"--base_model={base}: has no config.json")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
-        raise UsageError(f"{path}: damaged, not JSON") from None
-    found = content.get("model_type") if isinstance(content, dict) else None
+    content = read_json(path, "base")
+    found = content.get("model_type")
     if found not in FAMILIES:
         raise UsageError(
             f"--base_model={base}: model_type {found} unsupported, expected"
@@ -197,12 +196,8 @@ def load_llama(
         llama = new_decoder(pruned)
     stored = {}  # name in the pruned model -> name in the checkpoint
     for name in llama.state_dict():
-        head, _, rest = name.partition(".")
-        if head == "layers":
-            number, _, rest = rest.partition(".")
-            stored[name] = f"layers.{layers[int(number)]}.{rest}"
-        else:
-            stored[name] = name
+        layer = re.match(r"layers\.(\d+)\.", name)
+        stored[name] = f"layers.{layers[int(layer[1])]}.{name[layer.end() :]}" if layer else name
     tensors = _read_tensors(base, list(stored.values()), dtype)
     for name, expected in llama.state_dict().items():
         found = tensors[stored[name]]
@@ -347,26 +342,20 @@ def _file(base: str, name: str, optional: bool = False) -> str | None:
     if Path(base).is_dir():
         path = Path(base) / name
         return str(path) if path.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, hf_hub_download
 
     try:
         return hf_hub_download(base, name)
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         if optional:
             return None
         raise UsageError(
             f"--base_model={base}: no such folder here, and the Hugging Face hub cannot be reached"
             f" for {name}"
         ) from None
-    except EntryNotFoundError:
+    except errors.EntryNotFoundError:
         return None
-    except (GatedRepoError, RepositoryNotFoundError):
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError):
         raise UsageError(
             f"--base_model={base}: not found on the Hugging Face hub, or gated;"
             " ask for access and run `hf auth login`"

@@ -7,8 +7,7 @@ Legend: B batch, L item slots, N items (also the padding index), D item width, H
     ends.
 """
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -128,15 +127,14 @@ class LLM4Rec(nn.Module):
     def encoder(self) -> Callable[[Tensor], Output]:
         """A forward for inference with the present weights. The prompt is computed here, once."""
         self.eval()
-        autocast = functools.partial(
-            torch.autocast, self.item_table.device.type, torch.bfloat16, enabled=self.bf16
-        )
-        with autocast():
+        kind = self.item_table.device.type
+        autocast = torch.autocast(kind, torch.bfloat16, enabled=self.bf16)
+        with autocast:
             prompt = self.prompt_states()
 
         @torch.no_grad()
         def encode(history: Tensor) -> Output:
-            with autocast():
+            with autocast:
                 return self(history, prompt)
 
         return encode
@@ -213,12 +211,13 @@ class LLM4Rec(nn.Module):
             UsageError: the other run is of another model or base, or its checkpoint is missing.
         """
         if source is not None:
-            _refuse_other_spec(source, spec)
+            other, where = source.config["model"], f"--init_from={source.folder}: its model has"
+            _refuse_other(spec, other, (*other, "exit_norm"), where, "this one")
             open_base(source.flags["base_model"]).check_unchanged(source.config)
             return self.restore(source)
         if how == "base":
             return self
-        if not (teacher.folder / "best").is_dir():
+        if not teacher.has_best:
             raise UsageError(
                 f"--teacher={teacher.folder}: its checkpoint best/ is gone;"
                 " the student starts from its weights, unless --student_init=base"
@@ -227,7 +226,9 @@ class LLM4Rec(nn.Module):
         own = checkpoint.trained_tensors(self)
         if how == "teacher":
             open_base(teacher.flags["base_model"]).check_unchanged(teacher.config)
-            _refuse_other_strategy(teacher, spec)
+            names = ("strategy", *LoRA().values())
+            where = "--student_init=teacher: the teacher was trained with"
+            _refuse_other(spec, teacher.config["model"], names, where, "not")
             heads = {name: t for name, t in own.items() if name.startswith("exit_heads.")}
             layers = teacher.config["model"]["layers"], spec["layers"]
             own = kept_tensors(tensors, *layers) | heads
@@ -263,24 +264,17 @@ def _prove(base: Base, item_table: Tensor, spec: dict[str, Any]) -> None:
         )
 
 
-def _refuse_other_spec(source: Run, spec: dict[str, Any]) -> None:
-    other = source.config["model"]
-    for name in (*other, "exit_norm"):
+def _refuse_other(
+    spec: dict[str, Any], other: dict[str, Any], names: Iterable[str], theirs: str, own: str
+) -> None:
+    """Refuse a model to start from that is another in one of these entries.
+
+    Args:
+        theirs, own: what the message says before each value.
+    """
+    for name in names:
         if spec.get(name) != other.get(name):
-            raise UsageError(
-                f"--init_from={source.folder}: its model has {name} {other.get(name)},"
-                f" this one {spec.get(name)}"
-            )
-
-
-def _refuse_other_strategy(teacher: Run, spec: dict[str, Any]) -> None:
-    taught = teacher.config["model"]
-    for name in ("strategy", *LoRA().values()):
-        if spec[name] != taught[name]:
-            raise UsageError(
-                f"--student_init=teacher: the teacher was trained with {name} {taught[name]},"
-                f" not {spec[name]}"
-            )
+            raise UsageError(f"{theirs} {name} {other.get(name)}, {own} {spec.get(name)}")
 
 
 def specify(
@@ -376,15 +370,11 @@ def kept_tensors(
         tensors: the teacher's trained ones, by name.
         teacher_layers, layers: numbers in the base of the layers of either model.
     """
-    number = {str(teacher_layers.index(kept)): str(i) for i, kept in enumerate(layers)}
-    prefix = "decoder.llama.layers."
-    kept = {}
-    for name, tensor in tensors.items():
-        layer, _, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith("exit_heads."):
-            continue
-        if not name.startswith(prefix):
-            kept[name] = tensor
-        elif layer in number:
-            kept[f"{prefix}{number[layer]}.{rest}"] = tensor
+    inside = "decoder.llama.layers."
+    kept = {n: t for n, t in tensors.items() if not n.startswith((inside, "exit_heads."))}
+    for i, layer in enumerate(layers):
+        theirs = f"{inside}{teacher_layers.index(layer)}."
+        for name, tensor in tensors.items():
+            if name.startswith(theirs):
+                kept[f"{inside}{i}.{name.removeprefix(theirs)}"] = tensor
     return kept

@@ -53,49 +53,43 @@ def exit_ends(spec: dict[str, Any]) -> list[int] | None:
     return spec_ends(spec, len(spec["layers"])) if spec["exit_heads"] else None
 
 
-class Frozen:
-    """A frozen model's outputs: from disk where they were computed once, else in every step.
+def _frozen(
+    load_encoder: Callable[[], Callable[[Tensor], Output]],
+    samples: Any,
+    cache: Path | None,
+    identity: dict[str, Any],
+    device: torch.device,
+    runtime: Runtime,
+) -> tuple[Teacher, float | None]:
+    """A frozen model: its outputs from disk where they were computed once, else in every step.
 
     Args:
         load_encoder: gives history [b, L] -> Output; called only where something must be computed.
         samples: the training samples, with histories of the teacher's own length.
         cache: the folder of the outputs; None runs the model in every step.
         identity: all that the outputs depend on, as JSON.
-    Attributes:
-        seconds: that the run waited for the outputs on disk.
+    Returns:
+        the teacher, and the seconds that the run waited for the outputs on disk.
     """
+    if cache is None:
+        encode = load_encoder()
 
-    def __init__(
-        self,
-        load_encoder: Callable[[], Callable[[Tensor], Output]],
-        samples: Any,
-        cache: Path | None,
-        identity: dict[str, Any],
-        device: torch.device,
-        runtime: Runtime,
-    ) -> None:
-        self.samples, self.device, self.stored = samples, device, None
-        started = time.perf_counter()
-        if cache is None:
-            self.encode, self.seconds = load_encoder(), None
-            return
-        divided = getattr(runtime, "shard", False)
-        self.stored = tensor_cache.open_or_build(
-            cache, identity, load_encoder, samples, runtime.eval_batch_size, divided
-        )
-        self.seconds = round(time.perf_counter() - started, 3)
+        def live(batch: Any) -> Output:
+            with torch.autocast(device.type, enabled=False):  # its own precision, as on disk
+                return encode(samples.histories(batch.indices))
 
-    def __call__(self, batch: Any) -> Output:
-        if self.stored is not None:
-            return Output(**self.stored.rows(batch.indices, self.device))
-        with torch.autocast(self.device.type, enabled=False):  # its own precision, as on disk
-            return self.encode(self.samples.histories(batch.indices))
+        return live, None
+    started = time.perf_counter()
+    given = cache, identity, load_encoder, samples, runtime.eval_batch_size, runtime.shard
+    stored = tensor_cache.open_or_build(*given)
+    seconds = round(time.perf_counter() - started, 3)
+    return lambda batch: Output(**stored.rows(batch.indices, device)), seconds
 
 
 def offline(
     run: Run, ends: list[int], data: Any, cache: Path | None, student: Run, runtime: Runtime
-) -> Frozen:
-    """A trained LLM teacher.
+) -> tuple[Teacher, float | None]:
+    """A trained LLM teacher, and the seconds that the run waited for its states.
 
     Args:
         run: of step 3.
@@ -118,7 +112,7 @@ def offline(
         "code": _code(*LLM_CODE),
     }
     identity |= _of_samples(data.samples, data, student)
-    return Frozen(load_encoder, data.samples, cache, identity, student.device, runtime)
+    return _frozen(load_encoder, data.samples, cache, identity, student.device, runtime)
 
 
 def sasrec(
@@ -148,7 +142,8 @@ def sasrec(
             for encoder, model in zip(encoders, models):
                 parts.append(encoder(history[:, -model.max_seq_length :]))
             user = torch.cat(parts, dim=1) / len(parts)
-            return Output(user, user.new_empty(len(user), 0, 0), user[:, None, :][:, :0])
+            exits = user.new_empty(len(user), 0, user.shape[1])
+            return Output(user, exits[..., :0], exits)
 
         return encode
 
@@ -156,7 +151,7 @@ def sasrec(
     identity = {"sasrec_sha256": ",".join(sha256)} | _of_samples(samples, data, student)
     identity["code"] = _code(*SASREC_CODE)
     identity |= {"scores": "mean"} if runs[1:] else {}
-    return Frozen(load_encoder, samples, cache, identity, student.device, runtime)
+    return _frozen(load_encoder, samples, cache, identity, student.device, runtime)[0]
 
 
 def check_table(tables: list[Tensor], item_table: Tensor, runs: list[Run]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -100,8 +101,8 @@ def merge_lora(llama: PreTrainedModel) -> None:
 
 def load(
     folder: Path, device: torch.device, exit: int | None = None
-) -> tuple[Recommender, "torch.Tensor"]:
-    """The recommender of an exported folder, and its item ids (int64 [N], a numpy array).
+) -> tuple[Recommender, np.ndarray]:
+    """The recommender of an exported folder, and its item ids, int64 [N].
 
     Raises:
         UsageError: a file is missing or damaged, or there is no such exit.

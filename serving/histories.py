@@ -6,15 +6,7 @@ import numpy as np
 
 from datasets.interactions import read_histories
 from datasets.items import Finder, Items, listing_of
-from datasets.logs import (
-    NAMES,
-    ROLES,
-    canonical,
-    choose_columns,
-    list_of_items,
-    original_ids,
-    read_log,
-)
+from datasets.logs import NAMES, canonical, choose_columns, list_of_items, original_ids, read_log
 from datasets.tables import Table, open_table
 from engine.errors import UsageError
 
@@ -49,19 +41,18 @@ def of_file(path: Path, finder: Finder) -> Histories:
         UsageError: the file is damaged, a user comes twice, or an item is not known.
     """
     table = open_table(path, known=NAMES)
-    given = dict.fromkeys(ROLES)
-    names = {name.lower() for name in table.columns}
-    if not {"reviewerid", "asin"} <= names or "unixreviewtime" in names:
-        columns = choose_columns(table, given, "auto", "")
-        reviews, _ = read_log(
+    by_name = {name.lower(): name for name in reversed(table.columns)}
+    found: dict[str, list[str]] = {}
+    if not {"reviewerid", "asin"} <= by_name.keys() or "unixreviewtime" in by_name:
+        columns = choose_columns(table, {}, "auto", "")
+        log, _ = read_log(
             table, columns, drop_missing=finder.skip, one_user=True, mend="--unknown skip"
         )
-        reviews = reviews.ordered(None)
-        ids = np.split(reviews.item, np.flatnonzero(np.diff(reviews.user)) + 1)
-        users = [reviews.users[code] for code in np.unique(reviews.user)]
-        found = {user: [reviews.items[i] for i in codes] for user, codes in zip(users, ids)}
+        log = log.ordered(None)
+        for user, item in zip(log.user, log.item):
+            found.setdefault(log.users[user], []).append(log.items[item])
     else:
-        found = _lists(path, table)
+        found = _lists(path, table, by_name["reviewerid"], by_name["asin"])
         if not listing_of(path).is_file():
             finder.refuse_ambiguous([*found.values()], f"--users={path}")
         else:  # its numbers were mapped to original ids
@@ -70,11 +61,7 @@ def of_file(path: Path, finder: Finder) -> Histories:
     return {user: finder.find_all(names, f"{source}: {user}") for user, names in found.items()}
 
 
-def _lists(path: Path, table: Table) -> dict[str, list[str]]:
-    user_column, item_column = (
-        next(name for name in table.columns if name.lower() == bare)
-        for bare in ("reviewerid", "asin")
-    )
+def _lists(path: Path, table: Table, user_column: str, item_column: str) -> dict[str, list[str]]:
     asins = original_ids(path)
     rows: dict[str, int] = {}
     lists: dict[str, list[str]] = {}

@@ -27,17 +27,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from datasets.items import listing_of
-from engine import cli
+from datasets.items import Finder, Items, listing_of, read_items
+from engine import cli, processes
 from engine.cli import Group, PositiveInt, flag
-from engine.files import check_writable
+from engine.errors import UsageError
+from engine.files import check_writable, read_json
 from serving.served import Served, ServedFiles, is_export, read_all, refuse_other_domain
 
 if TYPE_CHECKING:
     import torch
 
-    from datasets.items import Finder, Items
     from serving.recommender import Recommender
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")  # of files of lists
@@ -144,7 +145,7 @@ class Opened(NamedTuple):
     """
 
     recommender: "Recommender"
-    names: "Items"
+    names: Items
     runs: list[Served]
     allowed: "torch.Tensor | None"
 
@@ -173,8 +174,6 @@ def recommend(
     Raises:
         UsageError: a file is missing, or an id is unknown.
     """
-    from datasets.items import Finder
-
     recommender, names = open_model(ServedFiles(**files), exit, device)
     finder = Finder(names, "id")
     rows = [[finder.find(str(item), "histories") for item in history] for history in histories]
@@ -185,7 +184,7 @@ def recommend(
 
 def open_model(
     files: ServedFiles, exit: int | None, device: str, unseen: bool = False
-) -> tuple["Recommender", "Items"]:
+) -> tuple["Recommender", Items]:
     """The recommender of runs or of an exported folder, and what its items are called."""
     if is_export(Path(files.model)):
         return _open_export(files, exit, device)
@@ -194,7 +193,7 @@ def open_model(
 
 def _open_runs(
     runs: list[Served], exit: int | None, device: str, unseen: bool
-) -> tuple["Recommender", "Items"]:
+) -> tuple["Recommender", Items]:
     item_ids = reduce(np.intersect1d, [served.item_ids(unseen) for served in runs])
     cli.check(
         (not runs[1:] or exit is None, f"--exit={exit}: is of one model, not of several"),
@@ -205,19 +204,13 @@ def _open_runs(
         ),
     )
 
-    from engine import processes  # imported late: bad flags fail at once
-    from serving.recommender import open_runs
+    from serving.recommender import open_runs  # imported late: bad flags fail at once
 
     model = open_runs(runs, item_ids, processes.choose_device(device), exit)
     return model, runs[0].names(item_ids)
 
 
-def _open_export(
-    files: ServedFiles, exit: int | None, device: str
-) -> tuple["Recommender", "Items"]:
-    from datasets.items import Items
-    from engine import processes
-    from engine.files import read_json
+def _open_export(files: ServedFiles, exit: int | None, device: str) -> tuple["Recommender", Items]:
     from serving import exported
 
     folder = Path(files.model)
@@ -235,31 +228,27 @@ def _open_export(
     return recommender, names
 
 
-def allowed_items(names: "Items", offered: Offered) -> "torch.Tensor | None":
+def allowed_items(names: Items, offered: Offered) -> "torch.Tensor | None":
     """bool [N], the items that may be recommended; None for all. A denied item that is unknown is
     not recommended anyway.
     """
     import torch
 
-    from datasets.items import Finder, read_items
-
     allow, deny = offered.allow, offered.deny
     if allow is None and deny is None:
         return None
     allowed = torch.full((len(names.ids),), allow is None)
-    for source, path, skip in (
-        ("--allow", allow, offered.unknown == "skip"),
-        ("--deny", deny, True),
-    ):
+    for source, path in (("--allow", allow), ("--deny", deny)):
         if path is not None:
-            finder = Finder(names, offered.by, skip=skip)
+            skips = source == "--deny" or offered.unknown == "skip"
+            finder = Finder(names, offered.by, skip=skips)
             allowed[read_items(Path(path), finder, source)] = source == "--allow"
             _report_unknown(finder, source)
     cli.check((bool(allowed.any()), "--allow and --deny leave no item to recommend"))
     return allowed
 
 
-def history_of(user: str, served: Served, names: "Items", flag: str) -> list[int]:
+def history_of(user: str, served: Served, names: Items, flag: str) -> list[int]:
     """The catalogue indices of a user of the domain, whom `flag` names.
 
     Raises:
@@ -275,13 +264,13 @@ def history_of(user: str, served: Served, names: "Items", flag: str) -> list[int
     return own[user]
 
 
-def _report_unknown(finder: "Finder", source: str) -> None:
+def _report_unknown(finder: Finder, source: str) -> None:
     if finder.unknown:
         shown = ", ".join(dict.fromkeys(finder.unknown[:3]))
         print(f"{source}: {len(finder.unknown):,} unknown items skipped, such as {shown}")
 
 
-def show(history: list[int], items: list[int], scores: list[float], names: "Items") -> None:
+def show(history: list[int], items: list[int], scores: list[float], names: Items) -> None:
     """One history and its list, as a table."""
     print(f"history, {len(history)} items" if history else "no history: by popularity")
     for item in history:
@@ -310,11 +299,11 @@ def main(
         runs = read_all(files)
         for served in runs:
             of_run = [served.csv_path, listing_of(served.csv_path), served.table_path]
-            taken = asked.target in [path.resolve() for path in of_run if path]
-            why = f"--output={asked.output} is a file that the run was made from"
-            cli.check((not taken, why))
+            if asked.target in [path.resolve() for path in of_run if path]:
+                raise UsageError(f"--output={asked.output} is a file that the run was made from")
         model = _open_runs(runs, offered.exit, device, offered.unseen)
-    opened = Opened(*model, runs, allowed_items(model[1], offered))
+    recommender, names = model
+    opened = Opened(recommender, names, runs, allowed_items(names, offered))
     if asked.target is None:
         return one_list(opened, asked, offered)
     write_lists(opened, asked, offered, batch_size)
@@ -323,8 +312,6 @@ def main(
 
 def one_list(opened: Opened, asked: Asked, offered: Offered) -> list[dict]:
     """One history's list, shown on the screen."""
-    from datasets.items import Finder
-
     recommender, names, runs, allowed = opened
     finder, k = Finder(names, offered.by), offered.k
     if asked.similar is not None:
@@ -335,9 +322,9 @@ def one_list(opened: Opened, asked: Asked, offered: Offered) -> list[dict]:
         if asked.name is not None:
             own = history_of(asked.name, runs[0], names, "users" if asked.one_of_users else "user")
         items, scores = recommender.recommend([own], k, offered.exclude, allowed)
-    similar = asked.similar
-    for item, name in zip(own, [similar] if similar else [names.titles[i] for i in own]):
-        same = finder.all_called(item, name) if name in [similar, *asked.history] else []
+    typed = [asked.similar] if asked.similar else [names.titles[i] for i in own]
+    for item, name in zip(own, typed):
+        same = finder.all_called(item, name) if name in [asked.similar, *asked.history] else []
         if same[1:]:
             others = ", ".join(names.name(i) for i in same)
             print(f"{name!r} is the title of {others}; {names.name(item)} is taken")
@@ -352,9 +339,6 @@ def one_list(opened: Opened, asked: Asked, offered: Offered) -> list[dict]:
 
 def write_lists(opened: Opened, asked: Asked, offered: Offered, batch_size: int) -> None:
     """The lists of all users of the domain, or of a file, into the file of --output."""
-    from tqdm import tqdm
-
-    from datasets.items import Finder
     from serving import histories
     from serving.lists import as_table, writing
 
@@ -365,9 +349,8 @@ def write_lists(opened: Opened, asked: Asked, offered: Offered, batch_size: int)
         finder = Finder(names, offered.by, skip=offered.unknown == "skip")
         lists = histories.of_file(Path(asked.users), finder)
         _report_unknown(finder, "--users")
-        nothing = bool(finder.unknown) and not any(lists.values())
-        why = f"--users={asked.users}: none of its items is known, as items are here"
-        cli.check((not nothing, why))
+        if finder.unknown and not any(lists.values()):
+            raise UsageError(f"--users={asked.users}: none of its items is known here")
         if runs:
             join = asked.known == "join"
             lists = histories.with_known(lists, runs[0].csv_path, names, join)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets.sequences import training_samples
+from datasets.sequences import some_histories
 from engine.errors import UsageError
 from models.sasrec import SASRec
 from serving.served import Served
@@ -70,7 +70,7 @@ class Recommender:
         Returns:
             items int64 [n, k] and scores float32 [n, k]; -1 and -inf where no item is left.
         """
-        items, scores = [], []
+        found = []
         vectors = self.encode(self._padded(histories)).float()
         columns = self.item_table.float().T
         rows = users_per_tile(columns)
@@ -85,10 +85,8 @@ class Recommender:
                 owner = [i for i, history in enumerate(part) for _ in history]
                 seen = [item for history in part for item in history]
                 score[owner, seen] = -torch.inf
-            best = top_k(score, k)
-            items.append(best[0].cpu())
-            scores.append(best[1].cpu())
-        return torch.cat(items), torch.cat(scores)
+            found.append([part.cpu() for part in top_k(score, k)])
+        return tuple(map(torch.cat, zip(*found)))
 
     @torch.no_grad()
     def similar(self, item: int, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -160,9 +158,7 @@ def open_runs(
         models.append(Recommender.of(model.to(device), popularity, slots, exit))
     if not models[1:]:
         return models[0]
-    longest = max(model.max_seq_length for model in models)
-    samples = training_samples(runs[0].data, "last", longest)
-    return summed(models, score_spreads(models, samples))
+    return summed(models, score_spreads(models, some_histories(runs[0].data, models)))
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -178,6 +174,4 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, columns = values[:, :k], columns[:, :k]
     columns = columns.masked_fill(values == -torch.inf, -1)
     missing = 0, k - values.shape[1]
-    columns = F.pad(columns, missing, value=-1)
-    values = F.pad(values, missing, value=-torch.inf)
-    return columns, values
+    return F.pad(columns, missing, value=-1), F.pad(values, missing, value=-torch.inf)

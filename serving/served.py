@@ -119,7 +119,7 @@ def best_run(domain: Domain) -> Path:
     ]
     path, results = max(alike, key=lambda pair: pair[1]["valid"]["sampled"]["MRR"])
     best = results["valid"]["sampled"]["MRR"]
-    print(f"best of {len(alike)} runs: {path.parent}, validation MRR {best:.4f}", flush=True)
+    print(f"best of {len(alike)} runs: {path.parent}, validation MRR {best:.4f}")
     return path.parent
 
 
@@ -179,7 +179,7 @@ def read(files: ServedFiles) -> Served:
         raise UsageError(f"--model={files.model}: an export, not a run; name the run's folder")
     stage = read_json(folder / "config.json", "run").get("step")
     run = Run.read(stage if stage in STAGES else "trained", folder, "--model")
-    if not (folder / "best").is_dir() and not (folder / ".old-best").is_dir():
+    if not run.has_best:
         raise UsageError(f"--model={files.model}: {folder} has no checkpoint best/; train first")
     if not isinstance(run.flags.get("max_seq_length"), int):
         raise UsageError(f"{folder / 'config.json'}: damaged, its flags lack max_seq_length")

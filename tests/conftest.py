@@ -50,16 +50,9 @@ def float64_norm(monkeypatch):
 
 
 def small_config(layers: int = 4, kv_heads: int = 4, **changes) -> LlamaConfig:
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_attention_heads": 4,
-        "vocab_size": 60,
-        "initializer_range": 0.3,
-    }
-    return LlamaConfig(
-        **(shape | {"num_key_value_heads": kv_heads, "num_hidden_layers": layers} | changes)
-    )
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 60}
+    shape |= {"num_key_value_heads": kv_heads, "num_hidden_layers": layers}
+    return LlamaConfig(**(shape | {"initializer_range": 0.3} | changes))
 
 
 def small_model(
@@ -120,6 +113,14 @@ def loss_parts(student, teacher, table, target, loss, online=False, sasrec=None)
     return losses.weighted_sum(parts)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What needs the house trains, and is slow."""
+    for item in items:
+        if "house" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+
+
 def refused(words: str):
     """Expect a UsageError with these words."""
     return pytest.raises(UsageError, match=re.escape(words))
@@ -134,13 +135,10 @@ def histories(lengths: list[int], n_items: int = 23, slots: int = 8, seed: int =
     return batch
 
 
-def write_sequences(
-    path: Path, sequences: list[list[int]], header: str = "reviewerID,asin"
-) -> Path:
+def write_sequences(path: Path, sequences: list, header: str = "reviewerID,asin") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "\n".join([header, *(f'u{i},"{items}"' for i, items in enumerate(sequences))]) + "\n"
-    )
+    rows = [f'u{i},"{items}"' for i, items in enumerate(sequences)]
+    path.write_text("\n".join([header, *rows]) + "\n")
     return path
 
 
@@ -193,10 +191,7 @@ def stop_at_step(patch: pytest.MonkeyPatch, n: int, error: Exception | None = No
 
 
 def assert_resumes(patch: pytest.MonkeyPatch, main: Callable, **flags) -> None:
-    """A run that fails in its third step and is resumed ends with the bytes of one that does not.
-
-    Leaves the folders whole/ and cut/.
-    """
+    """whole/, and cut/, which fails in its third step and is resumed, end with the same bytes."""
     main(**flags, output_dir="whole")
     with patch.context() as context:
         stop_at_step(context, 3)
@@ -206,16 +201,14 @@ def assert_resumes(patch: pytest.MonkeyPatch, main: Callable, **flags) -> None:
     assert hashes(Path("cut/last")) == hashes(Path("whole/last"))
 
 
-def script(name: str, *flags: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:
-    """A script of ours, or `-m` and a module, as a command."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, name if name == "-m" else ROOT / name, *flags],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+def script(
+    name: str, *flags: str, cwd: Path = ROOT, status: int = 0, timeout: int = 600, **env: str
+) -> subprocess.CompletedProcess:
+    """A script of ours, or `-m` and a module, or `-c` and code, as a command."""
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | env
+    command = [sys.executable, name if name.startswith("-") else ROOT / name, *flags]
+    options = {"capture_output": True, "text": True, "timeout": timeout}
+    done = subprocess.run(command, cwd=cwd, env=env, **options)
     assert done.returncode == status, done.stderr
     return done
 
@@ -241,6 +234,13 @@ def inside(house, tmp_path, monkeypatch):
     shutil.copytree(house[0], tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     return tmp_path / "copy"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder as the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def save(name: str, *lines: str) -> Path:

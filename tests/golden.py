@@ -61,16 +61,10 @@ def start(name: str, line: str, folder: Path) -> subprocess.Popen:
     if flags.count("--teacher") > 1:  # the later one counts
         first = flags.index("--teacher")
         del flags[first : first + 2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / script), *flags, "--output_dir", name]
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=env, **streams)
 
 
 def run(name: str, line: str, folder: Path) -> None:
@@ -90,6 +84,10 @@ def run_killed(name: str, line: str, folder: Path) -> None:
     run(name, line, folder)
 
 
+def short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def digest(arrays: dict[str, np.ndarray]) -> str:
     """Over names, types, shapes and bytes, in the order of the names."""
     total = hashlib.sha256()
@@ -102,11 +100,8 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 def describe(folder: Path) -> list[str]:
     """A line per thing that a run leaves."""
     lines = []
-    for kind in ("best", "last"):
-        for part in ("weights", "state"):
-            lines.append(
-                f"{kind}/{part} {digest(load_file(folder / kind / f'{part}.safetensors'))}"
-            )
+    for part in ("best/weights", "best/state", "last/weights", "last/state"):
+        lines.append(f"{part} {digest(load_file(folder / f'{part}.safetensors'))}")
     with np.load(folder / "ranks.npz", allow_pickle=False) as ranks:
         names = [name for name in ranks.files if name.startswith(("valid_", "test_"))]
         counted = {name: ranks[name].astype(np.int64) for name in names}
@@ -119,10 +114,7 @@ def describe(folder: Path) -> list[str]:
         ("model", model),
         ("log", "".join(map(without_speed, open(folder / "metrics.jsonl")))),
     ):
-        lines.append(
-            f"{name} "
-            f"{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]}"
-        )
+        lines.append(f"{name} {short(json.dumps(content, sort_keys=True).encode())}")
     return lines
 
 
@@ -136,37 +128,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(2) as pool:
         folder = Path(place)
         write_demo(folder / "data/demo.csv", n_users=120, n_items=160)
-        for runs in (FIRST, None, TEACHERS, STUDENTS):
-            if runs is None:
-                flags = ["--sasrec", "sasrec", "--item_table", "table.pkl"]
-                subprocess.run(
-                    [sys.executable, ROOT / "extract_emb.py", *flags],
-                    cwd=folder,
-                    check=True,
-                    capture_output=True,
-                )
-                print(
-                    "table",
-                    hashlib.sha256((folder / "table.pkl").read_bytes()).hexdigest()[:16],
-                    flush=True,
-                )
-                continue
-            if runs is TEACHERS:  # the built-in base is written once, before two runs look for it
-                run("base", f"finetune.py {LLM} --max_steps 1", folder)
+        list(pool.map(lambda item: run(*item, folder), FIRST.items()))
+        extract = [sys.executable, ROOT / "extract_emb.py", "--sasrec", "sasrec"]
+        extract += ["--item_table", "table.pkl"]
+        subprocess.run(extract, cwd=folder, check=True, capture_output=True)
+        print("table", short((folder / "table.pkl").read_bytes()), flush=True)
+        # the built-in base is written once, before two runs look for it
+        run("base", f"finetune.py {LLM} --max_steps 1", folder)
+        for runs in (TEACHERS, STUDENTS):
             list(pool.map(lambda item: run(*item, folder), runs.items()))
         for name, line in KILLED.items():
             run_killed(name, line, folder)
         for name in (*FIRST, *TEACHERS, *STUDENTS, *KILLED):
             for line in describe(folder / name):
                 print(name, line, flush=True)
-        states = {}
+        states: dict[str, list[str]] = {}
         for path in sorted((folder / "teacher_states").rglob("*.bin")):
-            states[path.name] = states.get(path.name, []) + [
-                hashlib.sha256(path.read_bytes()).hexdigest()
-            ]
+            whole = hashlib.sha256(path.read_bytes()).hexdigest()
+            states.setdefault(path.name, []).append(whole)
         for name, hashes in states.items():
-            joined = hashlib.sha256(" ".join(sorted(hashes)).encode()).hexdigest()[:16]
-            print("teacher_states", name, joined, flush=True)
+            print("teacher_states", name, short(" ".join(sorted(hashes)).encode()), flush=True)
 
 
 if __name__ == "__main__":

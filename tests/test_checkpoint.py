@@ -26,44 +26,16 @@ def test_only_what_was_trained_is_kept_and_comes_back(saved):
     assert [p.name for p in folder.parent.iterdir()] == ["best"]
 
 
-def test_a_second_save_replaces_the_first(saved):
-    _, folder = saved
-    checkpoint.save(folder, {"weight": torch.ones(2, 3)}, {"step": 8})
-    tensors, meta = checkpoint.load(folder)
-    assert meta["step"] == 8 and torch.equal(tensors["weight"], torch.ones(2, 3))
-    assert [p.name for p in folder.parent.iterdir()] == ["best"]
-
-
-@pytest.mark.parametrize("name", ["weights.safetensors", "meta.json", "manifest.json"])
-@pytest.mark.parametrize("harm", ["delete", "truncate", "empty", "flip"])
-def test_any_damage_is_noticed(saved, name, harm):
-    _, folder = saved
-    path = folder / name
-    content = path.read_bytes()
-    if harm == "delete":
-        path.unlink()
-    else:
-        flipped = content[:-3] + bytes([content[-3] ^ 4]) + content[-2:]
-        path.write_bytes({"truncate": content[:-5], "empty": b"", "flip": flipped}[harm])
-    with pytest.raises(UsageError, match="checkpoint .*(missing|damaged|sha256)"):
-        checkpoint.load(folder)
-
-
 def test_a_save_that_fails_leaves_the_old_checkpoint(saved, monkeypatch):
     _, folder = saved
     before = checkpoint.load(folder)[1]
-    monkeypatch.setattr(
-        checkpoint.os,
-        "fsync",
-        lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")),
-    )
-    with pytest.raises(
-        RunError,
-        match=(
-            r"No space left on device\): [\d,]+ bytes needed, [\d,]+ free; the checkpoint that "
-            r"was there stays"
-        ),
-    ):
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    told = r"on device\): [\d,]+ bytes needed, [\d,]+ free; the checkpoint that was there stays"
+    with pytest.raises(RunError, match=told):
         checkpoint.save(folder, {"weight": torch.ones(2, 3)}, {"step": 8})
     assert checkpoint.load(folder)[1] == before
     assert [p.name for p in folder.parent.iterdir()] == ["best"]

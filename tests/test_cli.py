@@ -2,8 +2,6 @@ import ast
 import inspect
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -18,14 +16,10 @@ from engine import cli
 from engine.cli import UsageError, bind
 from models.sasrec import SASRec
 from tests.conftest import ROOT, SHORT
+from tests.conftest import script as run_script
 from utils import flags
 
-SCRIPTS = {
-    "train_sr_trad.py": train_sr_trad,
-    "extract_emb.py": extract_emb,
-    "finetune.py": finetune,
-    "distill.py": distill,
-}
+SCRIPTS = {f"{m.__name__}.py": m for m in (train_sr_trad, extract_emb, finetune, distill)}
 
 
 def example(
@@ -51,6 +45,8 @@ GOOD = [
     ("--bf16 False", {"bf16": False}),
     ("--nobf16", {"bf16": False}),
     ("--bf16", {"bf16": True}),
+    ("--bf16=yes", {"bf16": True}),
+    ("--bf16=1", {"bf16": True}),
     ("--bf16 --rate=3", {"bf16": True, "rate": 3.0}),
     ("--names=gate_proj", {"names": ["gate_proj"]}),
     ("--names=[gate_proj]", {"names": ["gate_proj"]}),
@@ -135,46 +131,25 @@ def test_a_tilde_is_the_home_folder_in_every_part_of_a_list(monkeypatch):
 @pytest.mark.parametrize("script", [*SCRIPTS, "-m datasets.process", "-m experiments.report"])
 @pytest.mark.parametrize("flag", ["--bogus=7", "--seed=x stray"])
 def test_a_wrong_request_is_answered_with_status_2_and_one_line(script, flag, tmp_path):
-    words = script.split(" ")
-    command = [sys.executable, *([ROOT / words[0]] if len(words) == 1 else words)]
-    done = subprocess.run(
-        [*command, *flag.split(" ")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-    )
-    assert done.returncode == 2
+    done = run_script(*f"{script} {flag}".split(), cwd=tmp_path, status=2, PATH="")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
     assert not list(tmp_path.iterdir())
 
 
 def test_no_script_imports_torch_before_its_checks(tmp_path):
     for script in SCRIPTS:
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script[:-3]};"
+        code = f"import sys, {script[:-3]};"
         code += "print([m for m in ('torch', 'transformers') if m in sys.modules])"
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-        )
-        assert done.stdout.strip() == "[]", script
+        assert run_script("-c", code, cwd=tmp_path).stdout.strip() == "[]", script
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag(script):
-    done = subprocess.run(
-        [sys.executable, ROOT / script, "--help"],
-        capture_output=True,
-        text=True,
-        env={"PATH": "", "PAGER": "cat"},
-    )
-    assert done.returncode == 0
-    text = done.stdout
+    text = run_script(script, "--help", PATH="", PAGER="cat").stdout
     assert "--config RUN/config.json" in text
     assert not re.search(r"^ +-\w, |\.\.\.$", text, re.MULTILINE)  # fire's short flags, cut types
     for flag in cli.defaults(SCRIPTS[script].main):
-        assert re.search(rf"--{flag}=\w+\n *Type: .*\n( *Default: .*\n)? +\w", text), (
-            f"{flag} has no text"
-        )
+        assert re.search(rf"--{flag}=\w+\n *Type: .*\n( *Default: .*\n)? +\w", text), flag
     if script == "finetune.py":
         assert "one of auto, lora, full" in text and "a whole number >= 1" in text
 
@@ -182,20 +157,13 @@ def test_help_names_every_flag(script):
 def test_every_flag_is_read():
     """As an attribute of its group, or with all values of its group at once."""
     read = set()
-    for path in [
-        *ROOT.glob("*.py"),
-        *(ROOT / "models").glob("*.py"),
-        *(ROOT / "utils").glob("*.py"),
-    ]:
+    places = (ROOT / name for name in ("", "models", "utils", "datasets"))
+    for path in (path for place in places for path in place.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 read.add(node.attr)
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
                 read.add(node.slice.value)
-    for path in (ROOT / "datasets").glob("*.py"):
-        read |= {
-            n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)
-        }
     run = ast.walk(ast.parse((ROOT / "engine/run.py").read_text()))
     read |= {node.value for node in run if isinstance(node, ast.Constant)}  # by name
     read |= set(inspect.signature(SASRec.__init__).parameters)  # SASRec(**sasrec.values())
@@ -206,17 +174,12 @@ def test_every_flag_is_read():
             assert flag in read, f"{script}: --{flag} is never read"
 
 
-def test_a_group_says_what_kind_of_flag_it_is():
-    for module in SCRIPTS.values():
-        for name, flag in cli.flags_of(module.main).items():
-            assert flag.group.kind in ("files", "model", "training", "free"), name
-
-
-def test_a_flag_of_two_scripts_has_one_text_and_type():
+def test_a_flag_of_two_scripts_has_one_text_and_its_group_a_kind():
     seen = {}
     for module in SCRIPTS.values():
         for name, flag in cli.flags_of(module.main).items():
-            assert seen.setdefault(name, flag.help) == flag.help
+            assert flag.group.kind in ("files", "model", "training", "free"), name
+            assert seen.setdefault(name, flag.about["help"]) == flag.about["help"]
 
 
 def test_what_has_no_effect_is_said(capsys):
@@ -225,21 +188,24 @@ def test_what_has_no_effect_is_said(capsys):
         return loss, llm
 
     loss, llm = main(norm_form="squared_l2", norm_lambda=0.0, interval_nums=3, temperature=2.0)
-    assert loss.given == {"norm_form", "norm_lambda", "temperature"} and llm.given == {
-        "interval_nums"
-    }
+    assert loss.given == {"norm_form", "norm_lambda", "temperature"}
+    assert llm.given == {"interval_nums"}
     printed = capsys.readouterr().out
-    for text in (
-        "--norm_form=squared_l2 (needs --norm_lambda above 0)",
-        "--temperature=2.0 (needs --logit_lambda above 0)",
-        "--interval_nums=3 (needs --layer_selection=interval)",
-    ):
-        assert text in printed
+    said = "norm_form=squared_l2 (needs --norm_lambda above 0)"
+    for text in (said, "temperature=2.0 (needs --logit_lambda above 0)"):
+        assert f"--{text}" in printed
+    assert "--interval_nums=3 (needs --layer_selection=interval)" in printed
     main(norm_form="squared_l2", interval_nums=3, layer_selection="interval")
     assert capsys.readouterr().out == ""
 
+    @cli.command
+    def made(*, kind: str, seed: int = cli.flag(1, needs="kind=twin")):
+        return seed
 
-@pytest.mark.slow
+    assert made(kind="folded", seed=3) == 3  # a flag of a script's own
+    assert capsys.readouterr().out == "without effect: --seed=3 (needs --kind=twin)\n"
+
+
 def test_a_runs_config_repeats_it_and_flags_beside_it_come_first(inside):
     train_sr_trad.main(**SHORT, hid_dim=16, norm="pre", output_dir="one")
     words = ["--config", "one/config.json", "--output_dir", "two"]

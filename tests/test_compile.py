@@ -12,6 +12,8 @@ from tests.conftest import histories, loss_parts, small_model
 from utils.flags import StudentLoss
 
 BATCHES = [3, 8, 1, 5, 2, 7] * 6, [2, 1, 4] * 13  # lengths; the second has other shapes
+LORA = {"strategy": "lora", "kv_heads": 2}
+FULL = {"strategy": "full", "gradient_checkpointing": True}
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 
 
@@ -27,11 +29,7 @@ def losses_and_gradients(model, lengths: list[int]) -> list[torch.Tensor]:
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize(
-    "shape",
-    [{"strategy": "lora", "kv_heads": 2}, {"strategy": "full", "gradient_checkpointing": True}],
-    ids=["lora", "full"],
-)
+@pytest.mark.parametrize("shape", [LORA, FULL], ids=["lora", "full"])
 def test_losses_and_gradients_are_the_same(shape, float64_norm):
     plain, compiled = (small_model(**shape, compiled=c).train() for c in (False, True))
     for lengths in BATCHES:

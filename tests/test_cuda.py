@@ -24,15 +24,16 @@ def sasrec() -> SASRec:
     return SASRec(23, 8, norm="query", init_std=0.02, **shape).double()
 
 
-def student_loss(model):
-    target = (torch.arange(len(LENGTHS)) % 23).to(model.item_table.device)
-    return loss_parts(model(histories(LENGTHS)), None, model.item_table, target, ALONE)["total"]
+def student_loss(model, target):
+    given = None, model.item_table, target[: len(LENGTHS)], ALONE
+    return loss_parts(model(histories(LENGTHS)), *given)["total"]
 
 
-def sasrec_loss(model):
-    states = model.states(histories(LENGTHS))
-    target = (torch.arange(len(states)) % 23).to(states.device)
-    return catalogue_cross_entropy(states, model.item_table, target)
+def sasrec_loss(model, target):
+    return catalogue_cross_entropy(model.states(histories(LENGTHS)), model.item_table, target)
+
+
+TARGET = torch.arange(sum(LENGTHS)) % 23
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_loss_and_gradients_are_those_of_the_cpu(model, loss):
     on_cuda = copy.deepcopy(on_cpu).cuda()
     found = []
     for each in (on_cpu, on_cuda):
-        value = loss(each)
+        value = loss(each, TARGET.to(each.item_table.device))
         value.backward()
         found.append([value, *(p.grad for p in each.parameters() if p.grad is not None)])
     for expected, other in zip(*found):
@@ -61,20 +62,12 @@ def test_no_step_waits_for_the_device(model, loss):
     model = model().cuda().train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
-    target_of_warm_up = loss(model)
-    target_of_warm_up.backward()
+    target = TARGET.cuda()
+    loss(model, target).backward()  # warms up
     torch.cuda.synchronize()
-    target = (torch.arange(sum(LENGTHS)) % 23).cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        if isinstance(model, SASRec):
-            value = catalogue_cross_entropy(
-                model.states(histories(LENGTHS)), model.item_table, target
-            )
-        else:
-            output = model(histories(LENGTHS))
-            target = target[: len(LENGTHS)]
-            value = loss_parts(output, None, model.item_table, target, ALONE)["total"]
+        value = loss(model, target)
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.found_inf = (~torch.isfinite(value + norm)).float()

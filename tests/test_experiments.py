@@ -1,6 +1,4 @@
-"""The experiments: rows and names, significance, the report, and each experiment on a shrunken
-demo.
-"""
+"""The experiments: rows and their names, significance, the report, and the commands."""
 
 import csv
 import io
@@ -25,12 +23,8 @@ from engine import cli
 from experiments import bases, paper, report, results, significance, titles
 from tests.conftest import OFF, ROOT, refused
 
-STUDENT = cli.defaults(distill.main) | {
-    "llama_decoder_nums_teacher": 8,
-    "base_model": "tiny",
-    "max_seq_length": 30,
-    "prompt_template_name": "alpaca",
-}
+INHERITED = {"base_model": "tiny", "max_seq_length": 30, "prompt_template_name": "alpaca"}
+STUDENT = cli.defaults(distill.main) | INHERITED | {"llama_decoder_nums_teacher": 8}
 FIRST_STEPS = ["train_sr_trad.py", "extract_emb.py", "finetune.py"]
 PAPERS = ("cloth", "movie", "music", "sport")
 TEACHER = cli.defaults(finetune.main)
@@ -84,9 +78,8 @@ def test_every_row_of_the_ablation_binds_and_has_a_name_of_its_own():
         assert names[name] in paper.PAPER["cloth"]
     some = commands(script, ROWS="ce last", DOMAIN="cloth", SEEDS="0 1")
     students = [cli.bind(distill.main, rest) for name, *rest in some if name == "distill.py"]
-    assert [flags["output_dir"] for flags in students] == [
-        f"output/cloth/paper/seed{seed}/{name}" for seed in (0, 1) for name in ("ce", "last")
-    ]
+    expected = [f"seed{seed}/{name}" for seed in (0, 1) for name in ("ce", "last")]
+    assert [s["output_dir"] for s in students] == [f"output/cloth/paper/{e}" for e in expected]
 
 
 def test_the_papers_figures_are_those_of_its_page():
@@ -112,6 +105,10 @@ def test_the_papers_figures_are_those_of_its_page():
                 assert paper.PAPER[domain][names[cells[0]]] == tuple(map(float, cell.split()))
                 found += 1
     assert found == 8 * 4
+
+
+def report_of(root):
+    return report.main(runs=str(root), resamples=50).read_text()
 
 
 def of_users(difference, resamples):
@@ -189,11 +186,8 @@ def fake_run(folder, flags=STUDENT, ranks=(1, 2), seed=0, domain="cloth", settin
 
 def test_another_item_table_or_another_sasrec_more_makes_another_row(tmp_path):
     flags = STUDENT | OFF | {"sasrec_lambda": 3.0}
-    made = {
-        "one": {"sasrec_sha256": "a"},
-        "two": {"sasrec_sha256": "a,b"},
-        "titles": {"sasrec_sha256": "a", "items_from": "titles"},
-    }
+    made = {"one": {"sasrec_sha256": "a"}, "two": {"sasrec_sha256": "a,b"}}
+    made["titles"] = made["one"] | {"items_from": "titles"}
     for name, settings in made.items():
         fake_run(tmp_path / name, flags, settings=settings)
     runs, _ = results.read_runs(tmp_path)
@@ -214,18 +208,15 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
     fake_run(tmp_path / "slow", STUDENT | {"learning_rate": 1e-5}, [20, 20, 20, 20])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text('{"step": "student"}')
-    for name, config, found in (
-        ("odd", '{"step": ["a"]}', "{}"),
-        ("bare", '{"step": "student"}', '{"steps": 3}'),
-        ("list", "[1]", ""),
-    ):
+    odd = ("odd", '{"step": ["a"]}', "{}"), ("list", "[1]", "")
+    for name, config, found in (*odd, ("bare", '{"step": "student"}', '{"steps": 3}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config)
         (tmp_path / name / "results.json").write_text(found)
     (tmp_path / "seed1/ce/metrics.jsonl").write_text('{"event": "train", "st')
     (tmp_path / "seed1/ce/ranks.npz").write_bytes(b"torn")
-    text = report.main(runs=str(tmp_path), resamples=50).read_text()
-    assert text == report.main(runs=str(tmp_path), resamples=50).read_text()
+    text = report_of(tmp_path)
+    assert text == report_of(tmp_path)
     above = text.split("### Significance")[0].splitlines()
     table = [line.strip("|").split("|") for line in above if line.startswith("| ")]
     lines = {cells[0].strip(): [cell.strip() for cell in cells] for cells in table}
@@ -237,19 +228,14 @@ def test_the_report_over_seeds_beside_the_paper(tmp_path):
     assert lines["SASRec"][1:3] == ["not run", "-"] and lines["SASRec"][-4] == "0.1308"
     assert lines["SLMRec 4 <- 8 [learning_rate=1e-05]"][1] == "0"
     assert lines["SASRec, as released"][-4] == "0.1308"
-    for said in (
-        "random base",
-        "broken is unfinished",
-        "has the flags and the seed of",
-        "bare: its config.json or results.json lacks something",
-        "list/config.json: damaged",
-    ):
-        assert said in text
+    lacks = "bare: its config.json or results.json lacks something"
+    for said in ("random base", "broken is unfinished", lacks, "list/config.json: damaged"):
+        assert said in text and "has the flags and the seed of" in text
     # the ranks of one seed are torn
     assert "| SLMRec 4 <- 8 | E4SRec-like, 4 layers |" not in text.split("### Significance")[1]
     assert "4 layers: ranks.npz of seed1/slmrec or seed1/ce is missing or torn" in text
     shutil.copyfile(tmp_path / "seed0/ce/ranks.npz", tmp_path / "seed1/ce/ranks.npz")
-    text = report.main(runs=str(tmp_path), resamples=50).read_text()
+    text = report_of(tmp_path)
     # slmrec against ce: (1 - 1/2) + (1 - 1/2) + (1/2 - 1/4) + 0 = 1.25 and 0.5 + 0 + 0 + 0; mean
     # over seeds and users .875 / 4
     assert "| SLMRec 4 <- 8 | E4SRec-like, 4 layers | +0.2188 |" in text
@@ -274,10 +260,7 @@ def test_rows_of_the_paper_that_were_not_run_stand_there_with_its_figures(tmp_pa
     for domain in ("games", "cloth"):
         for name, weights in (("slmrec", {}), ("ce", OFF)):
             fake_run(tmp_path / domain / name, STUDENT | weights, domain=domain)
-    texts = {
-        domain: report.main(runs=str(tmp_path / domain), resamples=50).read_text()
-        for domain in ("games", "cloth")
-    }
+    texts = {domain: report_of(tmp_path / domain) for domain in ("games", "cloth")}
     row = "| 4 <- 8: D_cos + L_ms | not run |"
     assert row in texts["cloth"] and row not in texts["games"]
     (named,) = (line for line in texts["games"].splitlines() if line.startswith("Not run: "))
@@ -293,34 +276,21 @@ def test_no_row_is_lost_and_none_is_mixed(tmp_path):
     for name, norm in (("a", 0.1), ("b", 0.2), ("c", 0.3)):
         fake_run(tmp_path / name / "seed0/slmrec", STUDENT | {"norm_lambda": norm})
     labels, _ = rows_of(tmp_path)
-    assert set(labels) == {
-        "SLMRec 4 <- 8",
-        "SLMRec 4 <- 8 [norm_lambda=0.2]",
-        "SLMRec 4 <- 8 [norm_lambda=0.3]",
-    }
+    named = (f"SLMRec 4 <- 8 [norm_lambda=0.{n}]" for n in (2, 3))
+    assert set(labels) == {"SLMRec 4 <- 8", *named}
     for name in ("a", "b", "c"):
         shutil.rmtree(tmp_path / name)
-    for seed, rate in (
-        (0, 1e-3),
-        (1, 1e-5),
-    ):  # students of equal flags whose teachers differ are not seeds of one row
+    # students of equal flags whose teachers differ are not seeds of one row
+    for seed, rate in ((0, 1e-3), (1, 1e-5)):
         fake_run(tmp_path / f"seed{seed}/teacher", TEACHER | {"learning_rate": rate}, seed=seed)
         fake_run(tmp_path / f"seed{seed}/slmrec", STUDENT, seed=seed)
     labels, _ = rows_of(tmp_path)
-    assert sorted(labels) == [
-        "E4SRec-like, 8 layers",
-        "E4SRec-like, 8 layers [learning_rate=1e-05]",
-        "SLMRec 4 <- 8",
-        "SLMRec 4 <- 8 [seed1/slmrec]",
-    ]
+    deep, student = "E4SRec-like, 8 layers", "SLMRec 4 <- 8"
+    others = f"{deep} [learning_rate=1e-05]", f"{student} [seed1/slmrec]"
+    assert set(labels) == {deep, student, *others}
     shutil.rmtree(tmp_path / "seed1")
-    fake_run(
-        tmp_path / "two/slmrec",
-        STUDENT,
-        seed=1,
-        settings={"bf16": True, "teacher": "output/seed0/teacher"},
-    )
-    # computed in bfloat16 on another machine
+    settings = {"bf16": True, "teacher": "output/seed0/teacher"}  # on another machine
+    fake_run(tmp_path / "two/slmrec", STUDENT, seed=1, settings=settings)
     assert "SLMRec 4 <- 8 [two/slmrec]" in rows_of(tmp_path)[0]
 
 
@@ -331,19 +301,11 @@ def test_a_flag_that_came_later_has_its_default_in_older_runs(tmp_path):
     assert list(rows_of(tmp_path)[0]["SLMRec 4 <- 8"].runs) == [0, 1]
 
 
-@pytest.mark.parametrize(
-    "n, t, expected",  # printed tables of the distribution's two-sided points
-    [(2, 12.706, 0.05), (3, 4.303, 0.05), (3, 9.925, 0.01), (4, 3.182, 0.05), (5, 2.776, 0.05)]
-    + [(5, 8.610, 0.001), (10, 2.262, 0.05), (11, 3.169, 0.01)],
-)
-def test_the_t_test_gives_the_tables_points(n, t, expected):
-    values = np.arange(n) - (n - 1) / 2  # mean zero
-    differences = values + t * values.std(ddof=1) / np.sqrt(n)
-    assert significance.t_test(differences) == pytest.approx(expected, rel=2e-3)
-    assert significance.t_test(-differences) == pytest.approx(expected, rel=2e-3)
-
-
-def test_the_t_test_of_equal_differences():
+def test_the_t_test_by_hand():
+    # mean and spread are 2: t = sqrt(3); of two degrees of freedom p = 1 - t / sqrt(2 + t^2)
+    differences = np.array([-2.0, 0.0, 2.0]) + 2.0
+    for sign in (1, -1):
+        assert significance.t_test(sign * differences) == pytest.approx(1 - math.sqrt(3 / 5))
     assert significance.t_test(np.zeros(3)) == 1.0
     assert significance.t_test(np.full(3, 0.25)) == 0.0
 
@@ -385,20 +347,14 @@ def test_rows_are_compared_with_their_like(tmp_path):
     fake_run(tmp_path / "seed0/slmrec_all", STUDENT | every, [1, 1], settings={"teacher": None})
     fake_run(tmp_path / "seed0/ce_all", STUDENT | OFF | every, [2, 2])
     labels, notes = rows_of(tmp_path)
-    pairs = {
-        tuple(line[:3]): line[-1] for line in significance.compare(list(labels.values()), 10, notes)
+    found = significance.compare(list(labels.values()), 10, notes)
+    deep, four, every = "E4SRec-like, 8 layers", "E4SRec-like, 4 layers", ", every prefix"
+    assert {(*line[:3], line[-1]) for line in found} == {
+        (four, deep, "-0.2500", "0, 1"),
+        (f"SLMRec 4 <- 8{every}", four + every, "+0.5000", "0"),
+        (four + every, four, "+0.2500", "0"),
     }
-    assert pairs["E4SRec-like, 4 layers", "E4SRec-like, 8 layers", "-0.2500"] == "0, 1"
-    assert (
-        pairs["SLMRec 4 <- 8, every prefix", "E4SRec-like, 4 layers, every prefix", "+0.5000"]
-        == "0"
-    )
-    assert pairs["E4SRec-like, 4 layers, every prefix", "E4SRec-like, 4 layers", "+0.2500"] == "0"
-    assert not [pair for pair in pairs if "[" in pair[1]] and len(pairs) == 3
-    assert (
-        "E4SRec-like, 8 layers [learning_rate=1e-05] against E4SRec-like, 8 layers: no seed in "
-        "common" in notes
-    )
+    assert f"{deep} [learning_rate=1e-05] against {deep}: no seed in common" in notes
 
 
 def test_older_runs_without_a_metric_and_a_runs_own_folder_are_shown(tmp_path, monkeypatch):
@@ -410,7 +366,7 @@ def test_older_runs_without_a_metric_and_a_runs_own_folder_are_shown(tmp_path, m
     found["test"]["sampled"]["MAP@10"] = 0.75
     path.write_text(json.dumps(found))
     fake_run(tmp_path / "older", STUDENT)
-    lines = report.main(runs=str(tmp_path), resamples=10).read_text().splitlines()
+    lines = report_of(tmp_path).splitlines()
     rows = {line.split(" | ")[0]: line.split(" | ")[8] for line in lines if " | 0 | " in line}
     assert rows["| SLMRec 4 <- 8"] == "-"
     assert rows["| SLMRec 4 <- 8, blocks 2:4,4:8"] == "0.7500"
@@ -432,15 +388,12 @@ def test_one_odd_run_does_not_take_the_report_down(tmp_path, name, old, new):
     fake_run(tmp_path / "seed0/ce", STUDENT | OFF)
     path = tmp_path / "seed0/slmrec" / name
     path.write_text(path.read_text().replace(old, new) if old else new)
-    assert "E4SRec-like, 4 layers" in report.main(runs=str(tmp_path), resamples=10).read_text()
+    assert "E4SRec-like, 4 layers" in report_of(tmp_path)
 
 
 def test_a_teacher_is_found_by_its_weights_and_other_depths_have_their_tables(tmp_path):
-    deep = STUDENT | {
-        "llama_decoder_nums_student": 1,
-        "llama_decoder_nums_teacher": 32,
-        "distill_block": 1,
-    }
+    depths = {"llama_decoder_nums_student": 1, "llama_decoder_nums_teacher": 32}
+    deep = STUDENT | depths | {"distill_block": 1}
     fake_run(tmp_path / "t/deep", TEACHER | {"llama_decoder_nums": 32}, [1, 1], weights_sha256="w")
     fake_run(tmp_path / "s/slmrec", deep, [2, 2], settings={"teacher_sha256": "w"})
     fake_run(tmp_path / "s/ce", deep | OFF, [4, 4])
@@ -487,8 +440,7 @@ def test_what_the_report_reads_is_kept(tmp_path):
         ({"runs": ".", "keep": "kept"}, "--keep=kept: expected a name ending in .zip"),
     ],
 )
-def test_wrong_requests_are_refused_before_any_work(flags, line, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_wrong_requests_are_refused_before_any_work(flags, line, here):
     with refused(line):
         report.main(**flags)
     assert not Path("output").exists()
@@ -517,9 +469,7 @@ def bound(words):
 @pytest.mark.parametrize("conditions", ["", "1"])
 @pytest.mark.parametrize("domain", PAPERS)
 def test_a_reproductions_flags_bind_and_its_paths_agree(domain, smoke, conditions):
-    """Every file that a command reads is one that an earlier command wrote, and the student gets
-    the paper's settings; with PAPER=1 also from SASRec as released and by the text's loss.
-    """
+    """Every file that is read was written before; the student has the paper's settings."""
     script, written = ROOT / f"experiments/domains/{domain}.sh", set()
     every = [*map(bound, commands(script, SEEDS="0 1", SMOKE=smoke, PAPER=conditions))]
     for name, flags in every:
@@ -565,12 +515,9 @@ def test_our_own_domains_commands_bind(domain):
 
 @pytest.mark.parametrize("after", ["beauty_titles", "beauty_smollm2"])
 def test_commands_after_beautys_bind_and_read_what_stands_there(after):
-    own, drawn = (
-        commands(ROOT / f"experiments/domains/{name}.sh", SEEDS="0 1 2")
-        for name in (after, "beauty")
-    )
+    scripts = (ROOT / f"experiments/domains/{name}.sh" for name in ("beauty", after))
     written = set()
-    for name, flags in map(bound, drawn + own):
+    for name, flags in (bound(words) for s in scripts for words in commands(s, SEEDS="0 1 2")):
         read = [flags.get(place) for place in ("init_table", "sasrec", "model", "teacher")]
         read += [flags.get("item_table")] if name == "distill.py" else []
         assert {path for paths in read if paths for path in paths.split(",")} <= written
@@ -585,49 +532,21 @@ def test_a_reproduction_without_its_raw_files_says_where_to_get_them(tmp_path):
     assert done.returncode == 2 and re.search(told, done.stderr)
 
 
-ROWS = {
-    "SASRec": "SASRec",
-    "4 layers": "E4SRec-like, 4 layers",
-    "4 layers and SASRec's KL": "4 layers: CE + SASRec KL",
-}
-
-
-CHAIN = {
-    "4 layers": "E4SRec-like, 4 layers",
-    "8 layers and SASRec's KL, the teacher": "8 layers: CE + SASRec KL",
-    "SLMRec 4 <- 8": "SLMRec 4 <- 8, from the teacher's adapter and head",
-    "4 <- 8: logit KL, weight 3 at temperature 2": (
-        "4 <- 8: logit KL, from the teacher's adapter and head"
-    ),
-}
-CHAIN_OF_BOTH = {
-    "4 <- 8: logit KL and SASRec's KL": (
-        "4 <- 8: SASRec KL + logit KL, from the teacher's adapter and head"
-    )
-}
-TWO = {
-    "SASRec": "SASRec",
-    "SASRec, items from titles at the start": "SASRec, items from a table at the start",
-    "2 layers over two tables and their SASRecs' KL": (
-        "2 layers: CE + SASRec KL, of 2 SASRecs, items from SASRec started from a table"
-    ),
-    "2 layers over four tables and their SASRecs' KL": (
-        "2 layers: CE + SASRec KL, of 4 SASRecs, items from SASRec started from a table"
-    ),
-}
-CHAIN_OVER_TWO = {
-    "4 layers": "E4SRec-like, 4 layers, items from SASRec started from a table",
-    "8 layers and the KL of both, the teacher": (
-        "8 layers: CE + SASRec KL, of 2 SASRecs, items from SASRec started from a table"
-    ),
-    "SLMRec 4 <- 8": (
-        "SLMRec 4 <- 8, from the teacher's adapter and head, items from SASRec started from a table"
-    ),
-    "4 <- 8: logit KL, weight 3 at temperature 2": (
-        "4 <- 8: logit KL, from the teacher's adapter and head, items from SASRec started from a"
-        " table"
-    ),
-}
+END, STARTED = ", from the teacher's adapter and head", ", items from SASRec started from a table"
+SASREC = {"SASRec": "SASRec"}
+PLAIN = {"4 layers": "E4SRec-like, 4 layers"}
+ROWS = SASREC | PLAIN | {"4 layers and SASRec's KL": "4 layers: CE + SASRec KL"}
+SLMREC = {"SLMRec 4 <- 8": f"SLMRec 4 <- 8{END}"}
+SOFTMAX = {"4 <- 8: logit KL, weight 3 at temperature 2": f"4 <- 8: logit KL{END}"}
+CHAIN = {"8 layers and SASRec's KL, the teacher": "8 layers: CE + SASRec KL"}
+CHAIN |= PLAIN | SLMREC | SOFTMAX
+CHAIN_OF_BOTH = {"4 <- 8: logit KL and SASRec's KL": f"4 <- 8: SASRec KL + logit KL{END}"}
+TITLES = {"SASRec, items from titles at the start": "SASRec, items from a table at the start"}
+OVER = "2 layers over {} tables and their SASRecs' KL", "2 layers: CE + SASRec KL, of {} SASRecs"
+TWO = {OVER[0].format(w): OVER[1].format(n) + STARTED for w, n in (("two", 2), ("four", 4))}
+TWO |= SASREC | TITLES
+TAUGHT = {"8 layers and the KL of both, the teacher": "8 layers: CE + SASRec KL, of 2 SASRecs"}
+CHAIN_OVER_TWO = {n: r + STARTED for n, r in (PLAIN | TAUGHT | SLMREC | SOFTMAX).items()}
 RELEASED = {
     "SASRec, first release: 1,100 steps at 1e-4": "SASRec, as released",
     "SASRec, later official script": "SASRec, as released later",

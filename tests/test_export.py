@@ -19,8 +19,10 @@ from engine.errors import RunError, UsageError
 from serving import export, exported, recommend
 from tests.conftest import ROOT, SHORT, hashes
 
+EXPORTED = {"README.md", "items.csv", "recommender.safetensors", "recommender.json"}
+EXPORTED |= {"recommender.onnx"}
 
-@pytest.mark.slow
+
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_a_folder_works_alone(inside, strategy, tmp_path, monkeypatch):
     finetune.main(**SHORT, train_strategy=strategy, learning_rate=0.01, output_dir="t")
@@ -29,15 +31,8 @@ def test_a_folder_works_alone(inside, strategy, tmp_path, monkeypatch):
     expected = recommend.main(model="s", history=["12", "99"], k=5)
     at_exit = recommend.main(model="s", history=["12", "99"], k=5, exit=1)
     export.main(model="s", output_dir="out/shop", onnx=True)
-    assert {path.name for path in Path("out/shop").iterdir()} == {
-        "README.md",
-        "config.json",
-        "model.safetensors",
-        "recommender.safetensors",
-        "recommender.json",
-        "recommender.onnx",
-        "items.csv",
-    }
+    names = {path.name for path in Path("out/shop").iterdir()}
+    assert names == EXPORTED | {"config.json", "model.safetensors"}
     shutil.move("out/shop", tmp_path / "shop")
     monkeypatch.chdir(tmp_path)
     for flags, wanted in (({}, expected), ({"exit": 1}, at_exit)):
@@ -57,7 +52,6 @@ def test_a_folder_works_alone(inside, strategy, tmp_path, monkeypatch):
     assert len(json.loads(ran.stdout)) == 10, ran.stderr
 
 
-@pytest.mark.slow
 def test_a_mismatch_is_an_error_and_leaves_nothing(inside, monkeypatch):
     monkeypatch.setattr(exported, "card_scores", lambda *_: lambda history: torch.ones(160))
     with pytest.raises(RunError, match="the card's code gives other scores"):
@@ -74,7 +68,6 @@ def test_scores_that_nearly_agree_may_change_places():
         exported.verify(expected, expected * torch.nan, "x")
 
 
-@pytest.mark.slow
 def test_requests_that_cannot_be(inside, monkeypatch):
     Path("mine").mkdir()
     Path("mine/letter.txt").write_text("x")
@@ -109,7 +102,6 @@ def test_requests_that_cannot_be(inside, monkeypatch):
         recommend.main(model="o", history=["1"])
 
 
-@pytest.mark.slow
 def test_the_old_export_stands_until_the_new_one_does(inside, monkeypatch):
     """A link, the folder that the command runs in, a mount point and a full disk."""
     export.main(output_dir="o", verify_users=3)
@@ -147,10 +139,9 @@ def test_config_is_spelled_as_transformers_4_reads_it(tmp_path):
     """4.57 reads `rope_theta` and `rope_scaling`, and knows no `rope_parameters`."""
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    for given, scaling in (
-        (rope, {name: value for name, value in rope.items() if name != "rope_theta"}),
-        ({"rope_type": "default", "rope_theta": 5e5}, None),
-    ):
+    scaled = {name: value for name, value in rope.items() if name != "rope_theta"}
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    for given, scaling in ((rope, scaled), (plain, None)):
         LlamaConfig(rope_parameters=given).save_pretrained(tmp_path)
         exported.spell_for_older(tmp_path / "config.json")
         config = json.loads((tmp_path / "config.json").read_text())
@@ -159,7 +150,6 @@ def test_config_is_spelled_as_transformers_4_reads_it(tmp_path):
         assert AutoConfig.from_pretrained(tmp_path).rope_parameters == given
 
 
-@pytest.mark.slow
 def test_the_card_compares_and_says_how_to_feed_the_graph(inside):
     export.main(output_dir="o", onnx=True, verify_users=3)
     card = Path("o/README.md").read_text()
@@ -176,11 +166,10 @@ def test_the_card_compares_and_says_how_to_feed_the_graph(inside):
     assert "| SASRec |" not in Path("p/README.md").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "norm, hid_dim, alpha",
-    [("query", 32, 0.0), ("pre", 128, 0.0), ("post", 16, 0.0), ("post", 64, 0.7)],
-)
+SHAPES = [("query", 32, 0.0), ("pre", 128, 0.0), ("post", 16, 0.0), ("post", 64, 0.7)]
+
+
+@pytest.mark.parametrize("norm, hid_dim, alpha", SHAPES)
 def test_sasrec_is_exported_with_code_of_its_own(inside, norm, hid_dim, alpha):
     shape = {"norm": norm, "hid_dim": hid_dim, "emb_dim": 128, "num_heads": 2, "max_seq_length": 9}
     shape |= {"alpha": alpha}
@@ -188,13 +177,7 @@ def test_sasrec_is_exported_with_code_of_its_own(inside, norm, hid_dim, alpha):
     expected = recommend.main(model="s", history=["12", "99"], k=5)
     export.main(model="s", output_dir="o", onnx=True, verify_users=120)
     names = {path.name for path in Path("o").iterdir()}
-    assert names == {
-        "README.md",
-        "recommender.safetensors",
-        "recommender.json",
-        "recommender.onnx",
-        "items.csv",
-    }
+    assert names == EXPORTED
     found = recommend.main(model="o", history=["12", "99"], k=5)
     for row, other in zip(found, expected, strict=True):
         assert row["item_id"] == other["item_id"]

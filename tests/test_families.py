@@ -18,16 +18,9 @@ from models.builtin import ensure_built_in
 from serving import export, recommend
 from tests.conftest import SHORT, TARGETS, histories, refused, small_model
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 4,
-    "vocab_size": 400,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,
-}
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 400}
+SHAPE |= {"max_position_embeddings": 512, "initializer_range": 0.3}
 ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0}
 ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 CONFIGS = {
@@ -88,7 +81,6 @@ def save_base(name: str, folder: Path, tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama 3.2", "mistral", "qwen2", "qwen3"])
 def test_every_step_runs_on_it(inside, tmp_path, name):
     save_base(name, Path("mine"), tmp_path)
@@ -110,12 +102,18 @@ def test_every_step_runs_on_it(inside, tmp_path, name):
     assert [row["item_id"] for row in found] == [row["item_id"] for row in expected]
 
 
-def test_a_window_shorter_than_the_sequence_is_refused(inside, tmp_path):
+WINDOW = "items and response are 99 tokens, the base has 90 tokens in its attention window; lower"
+ALONE = "prompt and response alone are 69 tokens, the base has 40 positions"
+
+
+@pytest.mark.parametrize(
+    "change, told", [({"sliding_window": 90}, WINDOW), ({"max_position_embeddings": 40}, ALONE)]
+)
+def test_a_sequence_longer_than_the_base_reads_is_refused(inside, tmp_path, change, told):
     save_base("mistral", Path("mine"), tmp_path)
-    config = json.loads(Path("mine/config.json").read_text()) | {"sliding_window": 90}
+    config = json.loads(Path("mine/config.json").read_text()) | change
     Path("mine/config.json").write_text(json.dumps(config))
-    told = "prompt, items and response are 99 tokens, the base has 90 tokens in its attention"
-    with refused(told + " window; lower --max_seq_length"):
+    with refused(told):
         finetune.main(**SHORT, base_model="mine", llama_decoder_nums=2, output_dir="t")
 
 
@@ -127,9 +125,7 @@ def test_what_is_not_supported_names_what_is(tmp_path, kind):
 
 
 def test_an_added_family_is_proved_on_its_first_load(tmp_path, monkeypatch):
-    """One that is LLaMA's arithmetic loads; one that scales what its layers add, or is built
-    otherwise, is refused, whatever is trained.
-    """
+    """LLaMA's arithmetic loads; what scales or is built otherwise is refused."""
     from transformers import GraniteConfig, Olmo2Config, StableLmConfig
 
     monkeypatch.setattr(base, "FAMILIES", ("mistral", "granite", "olmo2", "stablelm"))
@@ -157,11 +153,3 @@ def test_an_added_family_is_proved_on_its_first_load(tmp_path, monkeypatch):
                 continue
             with pytest.raises(UsageError, match=f"model_type {config.model_type} compute someth"):
                 llm4rec.LLM4Rec.build(*given)
-
-
-def test_a_prompt_that_alone_is_too_long_is_told(inside, tmp_path):
-    save_base("mistral", Path("mine"), tmp_path)
-    config = json.loads(Path("mine/config.json").read_text()) | {"max_position_embeddings": 40}
-    Path("mine/config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="prompt and response alone are 69 tokens, the base"):
-        finetune.main(**SHORT, base_model="mine", llama_decoder_nums=2, output_dir="t")

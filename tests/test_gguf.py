@@ -14,7 +14,6 @@ from datasets.prompts import read_template, tokenise
 from engine.errors import UsageError
 from experiments import bases
 from models import base
-from models.llm4rec import assemble
 from tests.conftest import ROOT, SHORT, small_config
 
 TEXT = (
@@ -77,16 +76,11 @@ def write_file(path: Path, without: str = "no tensor", more: str = "") -> LlamaF
     return model
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def made(file: str, folder: str = "made") -> str:
     return str(bases.main(kind="gguf", base_model=file, output_dir=folder))
 
 
-def test_weights_and_digits_survive(folder):
+def test_weights_and_digits_survive(here):
     model = write_file(Path("mine.gguf"))
     place = made("mine.gguf")
     llama = base.load_llama(place, base.read_config(place), [0, 1], torch.float32)
@@ -97,7 +91,7 @@ def test_weights_and_digits_survive(folder):
     assert tokenizer.convert_ids_to_tokens(digits) == ["1", "2"]  # though there is a merge
 
 
-def test_what_cannot_be_read_is_one_line(folder, monkeypatch):
+def test_what_cannot_be_read_is_one_line(here, monkeypatch):
     Path("text.gguf").write_text("no model")
     Path("cut.gguf").write_bytes(b"GGUF" + bytes(100))
     write_file(Path("mine.gguf"))
@@ -149,23 +143,7 @@ def test_smollm2_has_read_text_and_keeps_its_tokens(smollm2):
     assert perplexity(LlamaForCausalLM(model.config), tokenizer) > 10_000
 
 
-@pytest.mark.slow
 def test_a_teacher_of_smollm2_trains(smollm2, inside):
     short = SHORT | {"max_steps": 1, "llama_decoder_nums": 1}
     result = finetune.main(**short, base_model=str(ROOT / smollm2), output_dir="t")
     assert result["trainable_parameters"] < result["parameters"] / 10  # LoRA by default
-
-
-def test_the_decoder_of_grouped_queries_is_built(folder):
-    write_file(Path("mine.gguf"))
-    place = made("mine.gguf")
-    llama = base.load_llama(place, base.read_config(place), [1], torch.float32)
-    spec = {
-        "prompt_ids": [1, 2],
-        "response_ids": [3],
-        "n_blocks": 1,
-        "exit_heads": False,
-        "strategy": "full",
-    }
-    model = assemble(llama, torch.randn(9, 4), spec)
-    assert model(torch.tensor([[9, 1, 2]])).user.shape == (1, 4)

@@ -1,27 +1,25 @@
-"""The house rules that a program can hold."""
+"""The rules of the house, and the habits of CONTRIBUTING.md, that a program can hold."""
 
 import ast
 import re
 import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, script
 
-CODE = sorted(
-    path for path in ROOT.rglob("*.py") if ".venv" not in path.parts and "tests" not in path.parts
-)
-
-
+LISTED = subprocess.check_output(["git", "ls-files", "*.py"], cwd=ROOT, text=True).split()
+FILES = [name for name in LISTED if (ROOT / name).exists()]
+CODE = [ROOT / name for name in FILES if not name.startswith("tests/")]
 STEPS = ("train_sr_trad", "extract_emb", "finetune", "distill")
 
 
 def imports(path):
+    """Modules and names in them, under TYPE_CHECKING and inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found
@@ -48,17 +46,8 @@ def test_arrows_go_one_way(package, forbidden):
 
 
 def test_no_two_files_import_each_other():
-    """Within a package too, under TYPE_CHECKING and inside functions included."""
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in CODE}
-    needs = {}
-    for name, path in modules.items():
-        found = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-            elif isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
-        needs[name] = found & modules.keys()
+    needs = {name: imports(path) & modules.keys() for name, path in modules.items()}
     done: set[str] = set()
     while len(done) < len(modules):
         free = {name for name in modules if name not in done and needs[name] <= done}
@@ -77,44 +66,70 @@ def test_no_bare_except_star_import_trainer_or_remote_code():
         text = path.read_text()
         assert not re.search(r"except\s*:", text), path
         assert not re.search(r"^from .* import \*", text, re.M), path
-        assert not re.search(
-            r"\bTrainer\(|import Trainer|trust_remote_code=True|\.cuda\(\)", text
-        ), path
+        assert not re.search(r"\bTrainer\(|import Trainer|\.cuda\(\)", text), path
+        assert "pickle.load" not in text and "trust_remote_code=True" not in text, path
+        assert text.count("torch.load(") == text.count("weights_only=True"), path
+        assert text.count("np.load(") == text.count("allow_pickle=False"), path
 
 
 def test_the_datasets_package_is_ours_and_transformers_does_not_mind():
     code = "import datasets, peft; from transformers import AutoTokenizer, LlamaConfig;"
     code += "print(datasets.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == str(ROOT / "datasets/__init__.py"), done.stderr
+    assert script("-c", code).stdout.strip() == str(ROOT / "datasets/__init__.py")
 
 
 def test_models_name_no_device_read_no_flag_and_print_nothing():
     for path in (ROOT / "models").glob("*.py"):
-        nodes = [
-            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
-        ]
-        calls = {node.func.id for node in nodes if isinstance(node.func, ast.Name)}
-        assert "print" not in calls, path
+        assert not re.search(r"\bprint\(", path.read_text()), path
         assert "sys.argv" not in path.read_text() and "cuda" not in path.read_text(), path
 
 
-def test_a_model_trained_in_full_does_without_peft():
-    code = "import sys, models.teachers; print('peft' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "False", done.stderr
+@pytest.mark.parametrize(
+    "module, library", [("models.teachers", "peft"), ("serving.recommender", "transformers")]
+)
+def test_what_is_not_needed_is_not_imported(module, library):
+    """A model trained in full does without peft, a list of SASRec's without transformers."""
+    code = f"import sys, {module}; print({library!r} in sys.modules)"
+    assert script("-c", code).stdout.strip() == "False"
 
 
-def test_a_list_of_sasrec_does_without_transformers():
-    code = "import sys, serving.recommender; print('transformers' in sys.modules)"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+LOOPS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+LONGEST = 60  # lines of a function
+LONG = ("main", "fit")
 
 
-def test_nothing_but_tensors_is_ever_unpickled():
-    for path in CODE:
-        text = path.read_text()
-        assert "pickle.load" not in text and "trust_remote_code=True" not in text, path
-        assert text.count("torch.load(") == text.count("weights_only=True"), path
-        assert text.count("np.load(") == text.count("allow_pickle=False"), path
+def tree(name: str) -> ast.Module:
+    return ast.parse((ROOT / name).read_text())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_thought_per_line(name):
+    """No lambda bound to a name, comprehension over three lines, or conditional in an index."""
+    source = (ROOT / name).read_text()
+    assert "fmt: " + "skip" not in source and "fmt: " + "off" not in source
+    found = []
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            found.append(f"{node.lineno}: a lambda is bound to a name")
+        if isinstance(node, LOOPS) and body_lines(node) > 2:
+            found.append(f"{node.lineno}: a comprehension of {body_lines(node)} lines")
+        if isinstance(node, ast.Subscript):
+            inside = [part for part in ast.walk(node.slice) if isinstance(part, ast.IfExp)]
+            found += [f"{part.lineno}: a conditional expression inside an index" for part in inside]
+    assert not found, f"{name}: {found}"
+
+
+def body_lines(node: ast.AST) -> int:
+    """Lines of a comprehension between its brackets."""
+    parts = [node.generators[-1], getattr(node, "elt", None), getattr(node, "key", None)]
+    starts = [part.lineno for part in parts if hasattr(part, "lineno")]
+    ends = [part.end_lineno for loop in node.generators for part in (loop.iter, *loop.ifs)]
+    return max(ends) - min(starts) + 1
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("tests/")])
+def test_functions_are_short(name):
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.FunctionDef) and node.name not in LONG:
+            n = node.end_lineno - node.lineno + 1
+            assert n <= LONGEST, f"{name}: {node.name} has {n} lines"

@@ -1,5 +1,4 @@
-"""A step on a device never waits for it: no operation depends on the data, none meets another
-device's tensor.
+"""A step never waits for the device: no operation depends on the data, or mixes two devices.
 
 The device here is torch's `meta`: its tensors have no values, so an operation whose result's shape
 depends on them fails, and one that mixes them with a CPU tensor too. It takes every branch that is
@@ -43,10 +42,8 @@ def without_autocast(monkeypatch):
     """`meta` is no device type of autocast."""
     real = torch.autocast
 
-    def autocast(device_type, *args, **flags):
-        return (
-            contextlib.nullcontext() if device_type == "meta" else real(device_type, *args, **flags)
-        )
+    def autocast(kind, *args, **flags):
+        return contextlib.nullcontext() if kind == "meta" else real(kind, *args, **flags)
 
     monkeypatch.setattr(torch, "autocast", autocast)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
@@ -142,14 +139,11 @@ def test_the_students_forward_is_one_graph():
 
 def test_the_optimizer_and_the_log_read_nothing_of_the_present_step(tmp_path):
     """Every scalar that the CPU reads while a step runs is one of an earlier step's."""
-    reads = []
+    reads, aten = [], torch.ops.aten
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function in (
-                torch.ops.aten._local_scalar_dense.default,
-                torch.ops.aten.nonzero.default,
-            ):
+            if function in (aten._local_scalar_dense.default, aten.nonzero.default):
                 reads.append(str(function))
             return function(*args, **(kwargs or {}))
 

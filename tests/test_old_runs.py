@@ -19,14 +19,8 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 LORA = {"train_strategy": "lora", "lora_r": 2, "lora_target_modules": ["gate_proj"]}
-SHORT = {
-    "max_steps": 8,
-    "batch_size": 16,
-    "eval_batch_size": 64,
-    "eval_steps": 4,
-    "save_steps": 4,
-    "log_steps": 2,
-}
+SHORT = {"max_steps": 8, "batch_size": 16, "eval_batch_size": 64, "eval_steps": 4}
+SHORT |= {"save_steps": 4, "log_steps": 2}
 STUDENT = SHORT | LORA | {"llama_decoder_nums_student": 1, "distill_block": 1}
 
 

@@ -41,9 +41,8 @@ def test_outputs_scores_losses_and_gradients(lengths, kv_heads, strategy):
     batch, target = histories(lengths), torch.arange(len(lengths)) % 23
     ours, wanted = model.train()(batch), plain.train()(batch)
     compare_outputs(ours, wanted)
-    torch.testing.assert_close(
-        ours.user @ model.item_table.T, wanted.user @ plain.item_table.T, atol=1e-11, rtol=1e-12
-    )
+    scores = ours.user @ model.item_table.T, wanted.user @ plain.item_table.T
+    torch.testing.assert_close(*scores, atol=1e-11, rtol=1e-12)
     with torch.no_grad():
         guide, plain_guide = teacher(batch), plain_teacher(batch)
     parts = loss_parts(ours, guide, model.item_table, target, LOSS)
@@ -59,13 +58,7 @@ def test_outputs_scores_losses_and_gradients(lengths, kv_heads, strategy):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert any("lora_A" in name for name in trained) == (strategy == "lora")
     for name, parameter in trained.items():
-        torch.testing.assert_close(
-            parameter.grad,
-            own[names[name]].grad,
-            atol=1e-9,
-            rtol=1e-9,
-            msg=lambda text: f"{name}: {text}",
-        )
+        assert torch.allclose(parameter.grad, own[names[name]].grad, atol=1e-9, rtol=1e-9), name
 
 
 SHAPES = {
@@ -121,28 +114,23 @@ def test_bfloat16_autocast_rounds_no_worse_than_the_plain_form():
             rounded = plain(batch).user
     rounding = copy.copy(model)
     rounding.bf16 = True
-    errors = [
-        float((user.float() - exact).norm() / exact.norm())
-        for user in (rounding.encoder()(batch).user, rounded)
-    ]
+    users = rounding.encoder()(batch).user, rounded
+    errors = [float((user.float() - exact).norm() / exact.norm()) for user in users]
     assert 0 < errors[0] < 1.25 * errors[1] < 0.1, errors
     assert (model.encoder()(batch).user - exact).norm() / exact.norm() < 1e-5
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_fused_lora_is_pefts_layer(dropout):
-    """The same parameters, outputs and gradients as the layer of peft that it stands in for,
-    dropout drawn alike.
-    """
+    """Parameters, outputs and gradients as the layer of peft, dropout drawn alike."""
     from peft.tuners.lora import Linear
 
     from models.lora import FusedLinear
 
     model = small_model(strategy="lora").train()
     fused = [module for module in model.modules() if type(module) is FusedLinear]
-    assert len(fused) == 4 * len(TARGETS) and not [
-        module for module in model.modules() if type(module) is Linear
-    ]
+    assert len(fused) == 4 * len(TARGETS)
+    assert Linear not in map(type, model.modules())
     for layer in fused[:3]:
         if dropout:
             layer.lora_dropout["default"] = torch.nn.Dropout(dropout)
@@ -176,14 +164,12 @@ def test_attention_on_grids_equals_the_flash_kernels_and_a_plain_softmax(kv_head
     """The form that other devices take, on users of three groups; outputs and gradients."""
     lengths, n_prompt, width = [3, 8, 1, 5] * 20, 4, 6
     packed = Packed.of(histories(lengths), 23)
-    layer = SimpleNamespace(
-        self_attn=SimpleNamespace(scaling=0.4, num_key_value_groups=4 // kv_heads)
-    )
+    attention = SimpleNamespace(scaling=0.4, num_key_value_groups=4 // kv_heads)
+    layer = SimpleNamespace(self_attn=attention)
     torch.manual_seed(0)
     shapes = (sum(lengths), 4), *[(sum(lengths), kv_heads)] * 2, *[(n_prompt, kv_heads)] * 2
-    given = [
-        torch.randn(*shape, width, dtype=torch.float64, requires_grad=True) for shape in shapes
-    ]
+    exact = {"dtype": torch.float64, "requires_grad": True}
+    given = [torch.randn(*shape, width, **exact) for shape in shapes]
     slope = torch.randn(sum(lengths), 4, width, dtype=torch.float64)
 
     def plain(query, key, value, known_key, known_value):

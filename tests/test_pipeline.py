@@ -1,6 +1,4 @@
-"""The four scripts on a shrunken demo: as subprocesses for the main road, in process for the side
-roads.
-"""
+"""The four scripts on a shrunken demo."""
 
 import json
 import shutil
@@ -14,10 +12,19 @@ import extract_emb
 import finetune
 import train_sr_trad
 from datasets import item_table
-from datasets.demo import write_demo
+from datasets.interactions import read_histories
 from engine import checkpoint
 from engine.errors import UsageError
-from tests.conftest import OFF, SHORT, files, hashes, log_of, refused, trained_lines
+from tests.conftest import (
+    OFF,
+    SHORT,
+    files,
+    hashes,
+    log_of,
+    refused,
+    trained_lines,
+    write_sequences,
+)
 
 pytestmark = pytest.mark.slow
 CHECKPOINT = ("weights.safetensors", "state.safetensors", "meta.json", "manifest.json")
@@ -30,15 +37,12 @@ BASE = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.
 def test_exactly_these_files_are_written(house):
     folder, _ = house
     expected = {"data/demo.csv", "output/demo/sasrec_item.pkl", "output/demo/sasrec_item.json"}
-    expected |= {
-        f"output/demo/{step}/{name}" for step in ("sasrec", "teacher", "student") for name in RUN
-    }
+    for step in ("sasrec", "teacher", "student"):
+        expected |= {f"output/demo/{step}/{name}" for name in RUN}
     expected |= {f"output/base/tiny/{name}" for name in BASE}
     (states,) = (folder / "output/demo/teacher_states").glob("[!.]*")
-    expected |= {
-        f"output/demo/teacher_states/{states.name}/{name}"
-        for name in ("user.bin", "states.bin", "exits.bin", "meta.json")
-    }
+    cached = ("user.bin", "states.bin", "exits.bin", "meta.json")
+    expected |= {f"output/demo/teacher_states/{states.name}/{name}" for name in cached}
     assert files(folder) == expected
 
 
@@ -116,9 +120,8 @@ def test_the_offline_teacher_is_frozen_and_in_evaluation_mode(inside, monkeypatc
 def test_without_alignment_no_teacher_is_needed(inside):
     shutil.rmtree(inside / "output/demo/teacher")
     assert distill.main(**SHORT, **OFF, output_dir="ce")["steps"] == 3
-    assert {*json.loads(open("ce/metrics.jsonl").readline())}.isdisjoint(
-        {"exits", "align_cos", "align_norm", "teacher_ce"}
-    )
+    parts = {"exits", "align_cos", "align_norm", "teacher_ce"}
+    assert parts.isdisjoint(json.loads(open("ce/metrics.jsonl").readline()))
     distill.main(**SHORT, **OFF, llama_decoder_nums_student=3, output_dir="three")
     distill.main(**SHORT | OFF | {"cls_multiple_lambda": 1.0}, output_dir="exits")
     assert "exits" in json.loads(open("exits/metrics.jsonl").readline())
@@ -147,35 +150,15 @@ def test_a_teacher_with_exits_allows_logit_kl_at_every_block(inside):
     common = {"teacher": "guide", "logit_lambda": 1.0, "cls_multiple_lambda": 0.0}
     distill.main(**SHORT, **common, distill_block=2, output_dir="both")
     distill.main(**SHORT, **common, distill_block=4, output_dir="final")
-    heads = {
-        run: {name for name in checkpoint.load(f"{run}/best")[0] if "exit" in name}
-        for run in ("both", "final")
-    }
-    assert heads == {"both": {"exit_heads.0.weight"}, "final": set()}
+    both, final = (checkpoint.load(f"{run}/best")[0] for run in ("both", "final"))
+    assert {name for name in both if "exit" in name} == {"exit_heads.0.weight"}
+    assert not {name for name in final if "exit" in name}
 
 
 def test_ids_without_measure_are_refused_by_the_table_too(inside, monkeypatch):
     monkeypatch.setattr(item_table, "LARGEST_GIB", 1e-6)
     with refused("ids reach 160 for 160 items, an item table of 0.0 GiB; number the items from 0"):
         extract_emb.main()
-
-
-def test_another_domain_or_table_is_refused(inside):
-    write_demo("data/other.csv", n_users=100, n_items=160, seed=1)
-    with pytest.raises(
-        UsageError, match="sasrec_item.pkl was extracted from data with sha256 .*data/other.csv has"
-    ):
-        finetune.main(domain_type="other", item_table="output/demo/sasrec_item.pkl")
-    with pytest.raises(UsageError, match="its data_sha256 is .*, data/other.csv has"):
-        extract_emb.main(domain_type="other", sasrec="output/demo/sasrec")
-    train_sr_trad.main(**SHORT, seed=5, overwrite=True)
-    extract_emb.main()
-    with pytest.raises(
-        UsageError,
-        match="output/demo/teacher was made from another file: its table_sha256 is .*"
-        "output/demo/sasrec_item.pkl has",
-    ):
-        distill.main(overwrite=True)
 
 
 def test_sampled_loss_trains_sasrec_and_the_same_seed_gives_the_same_bits(inside):
@@ -188,36 +171,20 @@ def test_sampled_loss_trains_sasrec_and_the_same_seed_gives_the_same_bits(inside
     assert weights[0] == weights[1] and len(set(weights)) == 3
 
 
-def test_bfloat16_and_checkpointing_and_micro_batches_run(inside):
-    flags = SHORT | {"bf16": True, "gradient_checkpointing": True, "micro_batch_size": 8}
-    finetune.main(**flags, llama_decoder_nums=2, tensorboard=True, output_dir="b")
-    assert any(path.name.startswith("events") for path in Path("b/tensorboard").iterdir())
-
-
 def test_a_gap_in_the_ids_changes_no_metric(inside):
     """The same sequences with every id i replaced by 3 i + 7."""
-    import csv
-
-    csv.field_size_limit(2**31 - 1)
-    rows = list(csv.DictReader(open("data/demo.csv")))
-    with open("data/gappy.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["reviewerID", "asin"])
-        writer.writerows(
-            [row["reviewerID"], json.dumps([3 * i + 7 for i in json.loads(row["asin"])])]
-            for row in rows
-        )
-    results = [
-        train_sr_trad.main(**SHORT, domain_type=domain, overwrite=True)
-        for domain in ("demo", "gappy")
-    ]
+    lists = [ids for _, ids in read_histories(Path("data/demo.csv"))]
+    write_sequences(Path("data/plain.csv"), lists)
+    write_sequences(Path("data/gappy.csv"), [[3 * i + 7 for i in ids] for ids in lists])
+    names = ("plain", "gappy")
+    results = [train_sr_trad.main(**SHORT, domain_type=name) for name in names]
     assert results[0]["test"] == results[1]["test"] and results[0]["valid"] == results[1]["valid"]
-    logs = [log_of(f"output/{domain}/sasrec") for domain in ("demo", "gappy")]
+    logs = [log_of(f"output/{name}/sasrec") for name in names]
     assert logs[0] == logs[1]
-    extract_emb.main(domain_type="gappy")
-    teacher = [finetune.main(**SHORT, domain_type="gappy", llama_decoder_nums=2)]
-    extract_emb.main()
-    teacher.append(finetune.main(**SHORT, llama_decoder_nums=2, overwrite=True))
+    teacher = []
+    for name in names:
+        extract_emb.main(domain_type=name)
+        teacher.append(finetune.main(**SHORT, domain_type=name, llama_decoder_nums=2))
     assert teacher[0]["test"] == teacher[1]["test"]
 
 
@@ -249,13 +216,9 @@ def test_what_is_not_read_without_a_teacher_is_said(inside, capsys):
 
 
 def test_lora_on_a_base_that_is_trained_in_full_is_said(inside, capsys):
-    finetune.main(**SHORT, llama_decoder_nums=2, lora_r=4, lora_dropout=0.0, output_dir="t")
+    flags = {"bf16": True, "gradient_checkpointing": True, "micro_batch_size": 8}
+    flags |= {"llama_decoder_nums": 2, "lora_r": 4, "lora_dropout": 0.0, "tensorboard": True}
+    finetune.main(**SHORT, **flags, output_dir="t")
+    assert any(path.name.startswith("events") for path in Path("t/tensorboard").iterdir())
     said = "without effect: --lora_dropout, --lora_r (this base is trained in full)"
     assert said in capsys.readouterr().out
-
-
-def test_the_room_of_other_teachers_states_is_said(inside, capsys):
-    distill.main(**SHORT, train_targets="all", output_dir="s")
-    assert "teacher states: 1 other folders in output/demo/teacher_states take 0.00 GiB" in (
-        capsys.readouterr().out
-    )

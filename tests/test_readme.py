@@ -16,12 +16,8 @@ from experiments import bases, report, titles
 from serving import export, recommend
 from tests.conftest import ROOT
 
-MAINS = {
-    "train_sr_trad.py": train_sr_trad.main,
-    "extract_emb.py": extract_emb.main,
-    "finetune.py": finetune.main,
-    "distill.py": distill.main,
-}
+STEPS = (train_sr_trad, extract_emb, finetune, distill)
+MAINS = {f"{module.__name__}.py": module.main for module in STEPS}
 MODULES = [convert, process, bases, report, titles]
 MODULES += [export, recommend, throughput, efficiency]
 MAINS |= {module.__name__: module.main for module in MODULES}

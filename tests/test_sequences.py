@@ -37,13 +37,8 @@ def test_long_histories_keep_their_last_items(data):
 def test_all_makes_every_prefix_a_sample(data):
     samples = training_samples(data, "all", 3)
     rows = np.arange(len(samples))
-    assert samples.histories(rows).tolist() == [
-        [PAD, PAD, 0],
-        [PAD, 0, 1],
-        [0, 1, 2],
-        [1, 2, 3],
-        [PAD, PAD, 3],
-    ]
+    first = [[PAD, PAD, 0], [PAD, 0, 1], [0, 1, 2], [1, 2, 3]]
+    assert samples.histories(rows).tolist() == [*first, [PAD, PAD, 3]]
     assert samples.targets(rows).tolist() == [1, 2, 3, 4, 2]
 
 

@@ -1,9 +1,6 @@
-"""How a run computes on CPU: with as many threads as find a free core, or as it began; with which
-library's products.
-"""
+"""How a run computes on CPU: with how many threads, and with which library's products."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -57,7 +54,6 @@ def test_rates_are_measured_with_that_many_threads(four):
     assert min(cpu._rates(1)) > 0 and torch.get_num_threads() == 1
 
 
-@pytest.mark.slow
 def test_a_resumed_run_computes_with_the_threads_that_it_began_with(inside, four, monkeypatch):
     monkeypatch.setattr(cpu, "_rates", lambda threads: [1.0] * 3 if threads == 4 else [9.0] * 3)
     distill.main(**SHORT, output_dir="s")
@@ -73,18 +69,6 @@ def test_a_resumed_run_computes_with_the_threads_that_it_began_with(inside, four
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.slow
-def test_resuming_with_another_number_is_said(inside, capsys):
-    distill.main(**SHORT, output_dir="s")
-    config = json.loads(Path("s/config.json").read_text())
-    Path("s/config.json").write_text(json.dumps(config | {"threads": 64}))
-    Path("s/results.json").unlink()
-    capsys.readouterr()
-    distill.main(**SHORT, output_dir="s")
-    said = capsys.readouterr().out
-    assert re.search(r"resuming with \d+ threads, not 64: not bit for bit", said)
-
-
 @pytest.fixture
 def highest():
     """torch's own choice of products; what was chosen before is put back."""
@@ -94,17 +78,11 @@ def highest():
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize(
-    "amd, error, expected",
-    [
-        (True, 4e-7, "medium"),
-        (True, 2e-3, "highest"),  # they would be of bfloat16
-        (False, 4e-7, "highest"),
-    ],
-)
-def test_onednn_takes_products_on_amd_alone_and_in_float32_alone(
-    highest, monkeypatch, amd, error, expected
-):
+PRODUCTS = [(True, 4e-7, "medium"), (True, 2e-3, "highest"), (False, 4e-7, "highest")]
+
+
+@pytest.mark.parametrize("amd, error, expected", PRODUCTS)  # the second would be of bfloat16
+def test_onednn_takes_float32_products_on_amd_alone(highest, monkeypatch, amd, error, expected):
     monkeypatch.setattr(cpu, "_about", lambda: "vendor_id: AuthenticAMD" * amd)
     monkeypatch.setattr(cpu, "_product_error", lambda: error)
     cpu.choose_products()
@@ -133,23 +111,20 @@ def test_the_error_shows_bfloat16(monkeypatch):
     assert cpu._product_error() > cpu.LARGEST_PRODUCT_ERROR
 
 
-@pytest.mark.parametrize(
-    "ratio, used, compiles, expected",
-    [
-        (35, True, True, "bf16 products are 35 times slower than float32 here; leave --bf16 out\n"),
-        (35, False, True, ""),
-        (0.5, True, True, ""),
-        (0.5, False, True, ""),
-        (
-            0.125,
-            False,
-            True,
-            "bf16 products are 8 times faster than float32 here: --bf16 true --compile true\n",
-        ),
-        (0.125, False, False, "bf16 products are 8 times faster than float32 here: --bf16 true\n"),
-        (0.125, True, True, ""),
-    ],
-)
+SLOWER = "bf16 products are 35 times slower than float32 here; leave --bf16 out\n"
+FASTER = "bf16 products are 8 times faster than float32 here: --bf16 true"
+TOLD = [
+    (35, True, True, SLOWER),
+    (35, False, True, ""),
+    (0.5, True, True, ""),
+    (0.5, False, True, ""),
+    (0.125, False, True, f"{FASTER} --compile true\n"),
+    (0.125, False, False, f"{FASTER}\n"),
+    (0.125, True, True, ""),
+]
+
+
+@pytest.mark.parametrize("ratio, used, compiles, expected", TOLD)
 def test_what_bfloat16_costs_here_is_said(monkeypatch, capsys, ratio, used, compiles, expected):
     seconds = {"bfloat16": ratio, "float32": 1.0}
     monkeypatch.setattr(cpu, "_seconds_of_product", seconds.get)

@@ -29,9 +29,7 @@ ROWS = [  # user, items, times; of the 20 times 60 % are below 100
 ]
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def write(path, rows=ROWS, header="reviewerID,asin,time"):
@@ -90,6 +88,8 @@ def test_targets_candidates_and_what_is_said(tmp_path):
         (("x", [1, 2], [2, 1]), "row 2: times are not ascending"),
         (("x", [1, 2], [1]), r"row 2: time is '\[1\]', expected a list of 2 numbers"),
         (("x", [1, 2], ["a", "b"]), "row 2: time is .*expected a list of 2 numbers"),
+        (("x", [1, 2], "[NaN, 1]"), "row 2: time is .*expected a list of 2 numbers"),
+        (("x", [1, 2], "[1, Infinity]"), "row 2: time is .*expected a list of 2 numbers"),
     ],
 )
 def test_times_that_mean_nothing_are_refused(tmp_path, row, problem):
@@ -108,10 +108,7 @@ def test_a_file_without_times_or_without_targets_is_refused(tmp_path):
 
 def test_later_steps_take_the_split_over_and_refuse_another(tmp_path, capsys):
     """From a log with times to a teacher, as a user would."""
-    draws = np.random.default_rng(0)
-    rows = [f"u{n % 40},i{draws.integers(30)},{n}" for n in range(800)]
-    (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
-    convert.main(input="log.csv", domain_type="shop")
+    convert.main(input=str(log_of(800, 40, 30)), domain_type="shop")
     short = {"domain_type": "shop", "max_steps": 2}
     results = train_sr_trad.main(split="time:0.9", **short)
     assert results["users"] == 40
@@ -127,13 +124,6 @@ def test_later_steps_take_the_split_over_and_refuse_another(tmp_path, capsys):
     with pytest.raises(UsageError, match="another --split is other data too"):
         train_sr_trad.main(**short, eval_only=True)
     assert "test targets from time 720 on" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("times", ["[NaN, 1, 2, 3]", "[1, 2, Infinity, Infinity]"])
-def test_times_that_are_no_numbers_are_refused(times):
-    path = save("a.csv", "reviewerID,asin,time", f'u,"[1, 2, 3, 4]","{times}"')
-    with pytest.raises(UsageError, match="row 2: time is .*expected a list of 4 numbers"):
-        read_csv(path, split="time:0.5")
 
 
 def test_whole_times_beyond_2_53_and_shares_are_exact():
@@ -168,8 +158,6 @@ def test_a_student_knows_the_split_that_it_took_over(timed, capsys):
     export.main(domain_type="shop", model="student", output_dir="out", verify_users=4)
     card = Path("out/README.md").read_text()
     assert "split time:0.8" in card and "after one moment is the target" in card
-    with pytest.raises(UsageError, match="contradicts the earlier step's time:0.8"):
-        distill.main(**SHORT, **OFF, split="leave_one_out", output_dir="other")
 
 
 def test_a_start_of_another_split_is_refused(timed):

@@ -75,7 +75,6 @@ def write_listing(*more):
     Path("data/demo.items.csv").write_text("\n".join(["item_id,asin,title", *names, *more]) + "\n")
 
 
-@pytest.mark.slow
 def test_an_item_without_a_user_gets_a_vector_and_can_be_recommended(inside, encoder, capsys):
     write_listing(f"{NEW},B00,quite new")
     titles.main(text_model="any", dim=16)
@@ -107,7 +106,6 @@ def test_an_item_without_a_user_gets_a_vector_and_can_be_recommended(inside, enc
         recommend.main(history=["3"], by="id", unseen=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, said",
     [
@@ -122,7 +120,6 @@ def test_what_titles_cannot_give_is_refused(inside, encoder, flags, said):
     assert not Path("output/demo/titles_item.pkl").exists()
 
 
-@pytest.mark.slow
 def test_without_titles_or_the_package_nothing_is_written(inside, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(UsageError, match="needs sentence-transformers; pip install sentence-tr"):
@@ -147,7 +144,6 @@ def test_sasrecs_items_start_along_the_tables_rows():
         model.start(torch.randn(9, 3), 0.5)
 
 
-@pytest.mark.slow
 def test_sasrec_starts_from_a_table(inside):
     table = "output/demo/sasrec_item.pkl"
     still = SHORT | {"learning_rate": 1e-12}  # leaves the start visible in the checkpoint
@@ -195,15 +191,13 @@ def spread(name: str) -> float:
     return float(scores.detach().std(dim=1).mean())
 
 
-@pytest.mark.slow
 def test_runs_are_recommended_from_together(inside):
     pair = "student,sasrec"
     history = {"history": ["3", "8"], "exclude": "none", "k": 160}
     parts = [recommend.main(**history, model=name) for name in pair.split(",")]
     scales = [spread(name) for name in pair.split(",")]
-    alone = [
-        {row["item_id"]: row["score"] / scale for row in rows} for rows, scale in zip(parts, scales)
-    ]
+    pairs = zip(parts, scales)
+    alone = [{row["item_id"]: row["score"] / by for row in rows} for rows, by in pairs]
     for row in recommend.main(**history, model=pair):
         expected = sum(scores[row["item_id"]] for scores in alone)
         assert row["score"] == pytest.approx(expected, abs=1e-4)
@@ -213,7 +207,6 @@ def test_runs_are_recommended_from_together(inside):
         recommend.main(history=["3"], model=pair, item_table="output/demo/sasrec_item.pkl")
 
 
-@pytest.mark.slow
 def test_titles_of_a_real_encoder_tell_things_apart(inside):
     pytest.importorskip("sentence_transformers")
     folder = ROOT / "output/base/minilm"

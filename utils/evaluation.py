@@ -17,10 +17,9 @@ from engine import checkpoint, processes
 from engine.errors import RunError
 from engine.files import read_json
 from engine.run import Run
-from utils.flags import LLMRuntime, Runtime
+from utils.flags import Runtime
 from utils.metrics import TOP, beyond_accuracy, summarise
 
-Metrics = dict[str, dict[str, float]]
 Encode = Callable[[Tensor], Tensor]  # history [B, L] -> user vectors [B, D]
 
 PROTOCOLS = {"sampled": (5, 10), "full": (5, 10, 20), "full_all": (5, 10, 20)}  # -> cut-offs
@@ -33,7 +32,6 @@ SHOWN = {  # in the table at a run's end: split, protocol and metric
     "full NDCG@10": ("test", "full", "NDCG@10"),
 }
 CPU_TILE, TILE = 2**23, 2**26  # scores held at once; larger blocks are slow to allocate on CPU
-SPREAD_USERS = 512  # whose scores tell how loud a model is
 FEWEST_USERS = 8  # per tile, so that a pass over ten million items serves several users
 
 
@@ -65,11 +63,11 @@ class Popularity:
     """The recommender that gives every user the most popular items.
 
     Args:
-        counts: how often each item occurs, float32 [N]; as a table of width one.
+        counts: how often each item occurs, [N]; as a table of width one.
     """
 
     def __init__(self, counts: Tensor) -> None:
-        self.item_table = counts[:, None]
+        self.item_table = counts.float()[:, None]
 
     def user_encoder(self) -> Encode:
         return lambda history: self.item_table.new_ones(len(history), 1)
@@ -82,12 +80,10 @@ class Ranks(NamedTuple):
     full: np.ndarray
     full_all: np.ndarray
 
-    def metrics(self, users: np.ndarray | slice = slice(None)) -> Metrics:
+    def metrics(self, users: np.ndarray | slice = slice(None)) -> dict[str, dict[str, float]]:
         """Of all users, or of some."""
-        return {
-            name: summarise(getattr(self, name)[users], cutoffs)
-            for name, cutoffs in PROTOCOLS.items()
-        }
+        found = self._asdict()
+        return {name: summarise(found[name][users], PROTOCOLS[name]) for name in PROTOCOLS}
 
 
 def evaluate(
@@ -109,7 +105,7 @@ def evaluate(
     encode, table = model.user_encoder(), model.item_table.detach()
     batch_size, share = runtime.eval_batch_size, (processes.rank(), processes.world())
     batches = split.batches(batch_size, table.device, limit, share)
-    if isinstance(runtime, LLMRuntime) and runtime.shard:
+    if runtime.shard:
         rounds = -(-split.n_batches(batch_size, limit) // processes.world())
         spare = next(split.batches(1, table.device, 1)).history
         batches = _in_step(batches, rounds, encode, spare)
@@ -134,9 +130,9 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
     valid = trained.pop("valid", None) or evaluate(model, data.splits["valid"], runtime)
     started = time.perf_counter()
     shown = torch.zeros(len(model.item_table), dtype=torch.int64, device=model.item_table.device)
-    test = evaluate(model, data.splits["test"], runtime, shown=shown)
+    split = data.splits["test"]
+    test = evaluate(model, split, runtime, shown=shown)
     inference = time.perf_counter() - started
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     earlier = run.results() if run.eval_only and (run.folder / "results.json").exists() else {}
     if fitted is None:
         trained = {name: earlier.get(name) for name in ("steps", "best_step", "train_seconds")}
@@ -147,22 +143,22 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
         "seed": run.config["flags"]["seed"],
         "data_sha256": run.config["data_sha256"],
         "random_base": run.config.get("random_base", False),
-        "parameters": sum(n for n, _ in sizes),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "weights_sha256": checkpoint.weights_sha256(run.folder / "best"),
-        "trainable_parameters": sum(n for n, trains in sizes if trains),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
     results |= trained | {name: earlier.get(name) if v is None else v for name, v in extra.items()}
     results |= {
-        "candidates": data.splits["test"].candidate_counts(),
+        "candidates": {"asked": split.n_candidates, "fewest": split.fewest_candidates()},
         "users": len(test.sampled),
         "valid": valid.metrics(),
         "test": test.metrics(),
         "inference_seconds": round(inference, 3),
         "inference_users_per_second": round(len(test.sampled) / inference, 1),
     }
-    counts, target = data.splits["test"].popularity(), data.splits["test"].targets()
-    results["lists"] = beyond_accuracy(shown.cpu().numpy(), counts, test.full, target)
-    again = data.splits["test"].repeated()
+    given = shown.cpu().numpy(), split.popularity(), test.full, split.targets()
+    results["lists"] = beyond_accuracy(*given)
+    again = split.repeated()
     results["repeated_targets"] = round(float(again.mean()), 6)
     if 0 < again.mean() < 1:
         results["test_first_time"] = test.metrics(~again)
@@ -170,10 +166,10 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
             f"{again.mean():.1%} of the test users had met their target before: metrics of the"
             " others are test_first_time; lists leave such items out, but for --exclude none"
         )
-    arrays = {"reviewerID": np.array(data.users)}
-    for split, ranks in (("valid", valid), ("test", test)):
+    arrays = {"reviewerID": np.array(split.data.users)}
+    for name, ranks in (("valid", valid), ("test", test)):
         for protocol, values in ranks._asdict().items():
-            arrays[f"{split}_{protocol}"] = values.astype(np.int32)
+            arrays[f"{name}_{protocol}"] = values.astype(np.int32)
     results = run.complete(results, arrays)
     _print_beside(run, results)
     return results
@@ -181,14 +177,17 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
 
 def beside(run: Run, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The results of popularity and of SASRec by name, where a finished run of SASRec is beside
-    this one, or named by its flags, of the same data and with as many candidates.
+    this one, or named by its flags, of the same data and with the same candidates.
     """
     flags, known = run.config["flags"], results if run.stage == "sasrec" else {}
-    named = Path(flags.get("sasrec") or Path("output") / results["domain"] / "sasrec")
-    for folder in (named, run.folder.with_name("sasrec")):
+    drawn = flags
+    usual = Path("output") / results["domain"] / "sasrec", run.folder.with_name("sasrec")
+    for folder in (*usual, Path(flags.get("sasrec") or usual[0])):
         if run.stage != "sasrec" and (folder / "results.json").is_file():
             known = read_json(folder / "results.json", "results")
+            drawn = Run("sasrec", folder, read_json(folder / "config.json", "run")).flags
     alike = all(known.get(name) == results.get(name) for name in ("data_sha256", "candidates"))
+    alike = alike and drawn.get("candidate_seed") == flags.get("candidate_seed")
     rows = {"popularity": known.get("popularity"), "SASRec": None if known is results else known}
     counts = alike and (known is results or known.get("steps") is not None)
     return {name: found for name, found in rows.items() if found and counts}
@@ -207,11 +206,11 @@ def _print_beside(run: Run, results: dict[str, Any]) -> None:
     for name, found in rows.items():
         other = found["valid"]["sampled"]["MRR"]
         if round(other, 4) > round(own, 4):
-            print(f"behind {name} on validation: MRR {own:.4f}, {name} has {other:.4f}", flush=True)
+            print(f"behind {name} on validation: MRR {own:.4f}, {name} has {other:.4f}")
     if results["test"]["sampled"]["HR@1"] == 1.0:
         alone = results["candidates"]["fewest"] == 0
         why = "there is no other item" if alone else "does the history give the target away?"
-        print(f"every target ranks first: {why}", flush=True)
+        print(f"every target ranks first: {why}")
 
 
 @torch.no_grad()
@@ -249,16 +248,14 @@ def rank_all(
 
 
 @torch.no_grad()
-def score_spreads(models: list[Any], samples: Any) -> list[float]:
+def score_spreads(models: list[Any], histories: Tensor) -> list[float]:
     """How loud models are: the standard deviation of a user's scores over the catalogue, mean over
-    SPREAD_USERS users. A sum of raw scores would follow the louder model.
+    users. A sum of raw scores would follow the louder model.
 
     Args:
         models: each with a `max_seq_length`, the part of a history that it reads.
-        samples: users' histories, as long as the longest that a model reads
-            (datasets.sequences.Samples).
+        histories: left-padded catalogue indices, as long as the longest that a model reads.
     """
-    histories = samples.histories(samples.evenly(SPREAD_USERS))
     spreads = []
     for model in models:
         users = model.user_encoder()(histories[:, -model.max_seq_length :]).float()

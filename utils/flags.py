@@ -14,7 +14,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from engine import processes
 from engine.cli import (
@@ -78,7 +78,7 @@ def weight(default: float, help: str, term: str, teacher: bool = True) -> Any:
 class Data(Group):
     """The domain"""
 
-    kind: ClassVar[str] = "files"
+    kind = "files"
     domain_type: str = flag(
         "demo", "the domain; its CSV is data/<domain>.csv[.gz|.xz]; demo is made on first use"
     )
@@ -97,7 +97,7 @@ class Data(Group):
 class Output(Group):
     """Where the run goes"""
 
-    kind: ClassVar[str] = "files"
+    kind = "files"
     output_dir: str | None = flag(
         None, "the run's folder; output/<domain>/<sasrec, teacher or student> by default"
     )
@@ -108,7 +108,7 @@ class Output(Group):
 class ItemTable(Group):
     """Where the item table is"""
 
-    kind: ClassVar[str] = "files"
+    kind = "files"
     item_table: str | None = flag(
         None, "what step 2 writes and later steps read; by default output/<domain>/sasrec_item.pkl"
     )
@@ -178,7 +178,7 @@ class StudentFiles(TeacherFiles):
 class Sequence(Group):
     """What the model reads"""
 
-    kind: ClassVar[str] = "model"
+    kind = "model"
     max_seq_length: PositiveInt | None = flag(30, "how many of the last items are read")
 
 
@@ -201,7 +201,7 @@ FROM_TEACHER = Prompt(base_model=None, prompt_template_name=None, max_seq_length
 class SASRecModel(Group):
     """SASRec"""
 
-    kind: ClassVar[str] = "model"
+    kind = "model"
     emb_dim: PositiveInt = flag(128, "width of the item table")
     hid_dim: PositiveInt = flag(32, "width of the transformer; projected where it is another")
     num_blocks: PositiveInt = flag(2, "transformer blocks")
@@ -222,7 +222,7 @@ class SASRecModel(Group):
 class LLM(Group):
     """Which decoder layers are kept, and what is trained"""
 
-    kind: ClassVar[str] = "model"
+    kind = "model"
     layer_selection: LayerSelection = flag("first", "first, interval, last, or numbers: 0,2,4,6")
     interval_nums: PositiveInt = flag(
         1, "one layer in interval_nums + 1 is left out", needs="layer_selection=interval"
@@ -269,7 +269,7 @@ class StudentLLM(LLM):
 class LoRA(Group):
     """LoRA; without effect where the base is trained in full"""
 
-    kind: ClassVar[str] = "model"
+    kind = "model"
     lora_r: PositiveInt = flag(16, "rank", needs=NOT_FULL)
     lora_alpha: PositiveInt = flag(16, "scale", needs=NOT_FULL)
     lora_dropout: DropRate = flag(0.05, "dropout", needs=NOT_FULL)
@@ -282,7 +282,7 @@ class LoRA(Group):
 class TeacherLoss(Group):
     """The loss beside the cross-entropy at the end; a weight of 0 leaves a term out"""
 
-    kind: ClassVar[str] = "model"
+    kind = "model"
     distill_block: PositiveInt = flag(
         4, "B, the number of blocks; divides the number of layers", needs=USES_BLOCKS
     )
@@ -342,28 +342,23 @@ class StudentLoss(TeacherLoss):
 
 def reads_teacher(flags: dict[str, Any]) -> bool:
     """Whether any term with a weight reads the teacher's output. A weight that is absent is 0."""
-    weights = filter(is_weight, StudentLoss.fields())
-    return any(f.metadata.get("teacher", True) and flags.get(f.name, 0) > 0 for f in weights)
-
-
-def is_weight(field: dataclasses.Field) -> bool:
-    """Whether a flag is the weight of a loss term."""
-    return field.name.endswith("_lambda")
+    fields = StudentLoss.fields()
+    return any(f.metadata.get("teacher") and flags.get(f.name, 0) > 0 for f in fields)
 
 
 def terms() -> dict[str, str]:
     """Weight of a loss term -> the term's name in tables, the paper's three first."""
-    fields = [field for field in StudentLoss.fields() if is_weight(field)]
-    named = {field.name: field.metadata.get("term", field.name) for field in fields}
+    fields = StudentLoss.fields()
+    named = {f.name: f.metadata["term"] for f in fields if "term" in f.metadata}
     paper = ("distill_lambda", "norm_lambda", "cls_multiple_lambda")
-    return {name: named[name] for name in (*paper, *(name for name in named if name not in paper))}
+    return {name: named[name] for name in (*paper, *named)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Group):
     """The sampled protocol; the same candidates for all models and seeds"""
 
-    kind: ClassVar[str] = "model"
+    kind = "model"
     num_candidates: PositiveInt = flag(999, "negatives per user in the sampled protocol")
     candidate_seed: NonNegativeInt = flag(42, "seed for drawing these negatives")
 
@@ -375,13 +370,8 @@ class Evaluation(Group):
 class Training(Group):
     """Training; an empty flag adapts to the amount of data"""
 
-    kind: ClassVar[str] = "training"
-    usual: ClassVar[dict[str, int]] = {
-        "num_epochs": 20,
-        "warmup_steps": 50,
-        "patience": 10,
-        "eval_steps": 100,
-    }
+    kind = "training"
+    usual = {"num_epochs": 20, "warmup_steps": 50, "patience": 10, "eval_steps": 100}
     train_targets: Literal["last", "all"] | None = flag(None, TARGETS)
     select: Literal["sampled_mrr", "full_ndcg10"] = flag(
         "sampled_mrr", "the validation metric that chooses best/ and ends patience"
@@ -415,12 +405,7 @@ class Training(Group):
 class SASRecTraining(Training):
     """Training; an empty flag adapts to the amount of data"""
 
-    usual: ClassVar[dict[str, int]] = {
-        "num_epochs": 200,
-        "warmup_steps": 0,
-        "patience": 10,
-        "eval_steps": -1,
-    }
+    usual = {"num_epochs": 200, "warmup_steps": 0, "patience": 10, "eval_steps": -1}
     train_targets: Literal["last", "all"] | None = flag("all", TARGETS)
     lr_scheduler: Literal["cosine", "linear", "constant"] = flag(
         "constant", "learning rate after the warm-up"
@@ -437,7 +422,7 @@ class SASRecTraining(Training):
 class StudentTraining(Training):
     """Training; an empty flag adapts to the amount of data"""
 
-    stream: ClassVar[int] = STUDENT_STREAM
+    stream = STUDENT_STREAM
 
 
 # -- free ---------------------------------------------------------------------------------------
@@ -447,7 +432,7 @@ class StudentTraining(Training):
 class Runtime(Group):
     """Speed, memory, logs"""
 
-    kind: ClassVar[str] = "free"
+    kind, shard = "free", False
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available")
     micro_batch_size: PositiveInt | None = flag(
         None, "users per forward pass, by default batch_size; gradients accumulate to that"
@@ -542,7 +527,7 @@ def report_lora(lora: LoRA, llm: LLM, spec: dict[str, Any]) -> None:
     """
     if lora.given and llm.train_strategy == "auto" and spec["strategy"] == "full":
         names = ", ".join(f"--{name}" for name in sorted(lora.given))
-        print(f"without effect: {names} (this base is trained in full)", flush=True)
+        print(f"without effect: {names} (this base is trained in full)")
 
 
 def first_layers(llm: StudentLLM) -> StudentLLM:

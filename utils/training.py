@@ -1,6 +1,5 @@
 """One fit loop for every stage: accumulation, clipping, evaluation, best checkpoint, patience."""
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -132,20 +131,18 @@ def fit(
     meta = {"layers": run.config["model"]["layers"]} if "model" in run.config else {}
     state = State(run, trained, training.learning_rate, training.weight_decay, plan, meta)
     micro_batch_size = runtime.micro_batch_size or training.batch_size // processes.world()
-    half = torch.autocast(state.device.type, torch.bfloat16)
-    autocast = half if run.bf16 else contextlib.nullcontext()
+    autocast = torch.autocast(state.device.type, torch.bfloat16, enabled=run.bf16)
 
     trained.eval()
     best_ranks = None  # of best/, on validation
     evaluate(model, valid, runtime, limit=2)
     source = state.resume() if run.resume else None  # with the plan that it began with
     plan, progress = state.plan, state.progress
-    print(f"{plan}, targets {training.train_targets}", flush=True)
+    print(f"{plan}, targets {training.train_targets}")
 
     def due(step: int, every: int) -> bool:
         return step == plan.total or step % every == 0
 
-    factor = _schedule(training.lr_scheduler, plan.warmup, plan.total)
     state.start_clock()
     trained.train()
     if source == "best" and due(progress.step, plan.save_every):
@@ -164,7 +161,8 @@ def fit(
                 )
                 break
             step = progress.step + 1
-            rate = state.set_rate(training.learning_rate * factor(step - 1))
+            rate = training.learning_rate * _factor(training.lr_scheduler, plan, step - 1)
+            state.optimizer.param_groups[0]["lr"] = rate
             values = _accumulate(
                 loss_fn, step, indices, samples, counts, micro_batch_size, autocast, state, signals
             )
@@ -173,11 +171,11 @@ def fit(
             users += len(indices)
             state.step(torch.isfinite(values["total"] + values["grad_norm"]))
             progress.step = step
-            logs = step == plan.total or step % runtime.log_steps == 0
+            logs = due(step, runtime.log_steps)
             late.read(logs or due(step, plan.eval_every) or due(step, plan.save_every))
             bar.update()
             if logs:
-                means = {name: float(np.mean(values)) for name, values in progress.running.items()}
+                means = {name: float(np.mean(found)) for name, found in progress.running.items()}
                 progress.running = {}
                 more = {"learning_rate": rate, "grad_norm": late.norm}
                 more["epoch"] = step / plan.per_epoch
@@ -205,10 +203,10 @@ def fit(
                     f"step {step} is done and {run.folder / 'last'} saved;"
                     " the same command resumes from there",
                 )
-        late = max(processes.gather(signals.received))
-        if late:
+        received = max(processes.gather(signals.received))
+        if received:
             raise Stopped(
-                late,
+                received,
                 f"training is done and saved in {run.folder};"
                 " the same command continues with the evaluation",
             )
@@ -229,9 +227,8 @@ def _validate(
         raise run.failed(
             f"step {progress.step}, validation: {error}; the checkpoints that were there are kept"
         ) from None
-    flat, metrics = {}, ranks.metrics()
-    for protocol, values in metrics.items():
-        flat |= {f"{protocol}/{name}": value for name, value in values.items()}
+    metrics = ranks.metrics()
+    flat = {f"{p}/{name}": v for p, values in metrics.items() for name, v in values.items()}
     run.log.add("valid", progress.step, flat)
     mrr, hit_rate = metrics["sampled"]["MRR"], metrics["sampled"]["HR@10"]
     score = mrr if select == "sampled_mrr" else metrics["full"]["NDCG@10"]
@@ -264,7 +261,7 @@ def _accumulate(
     samples: Any,
     counts: np.ndarray,
     micro_batch_size: int,
-    autocast: contextlib.AbstractContextManager,
+    autocast: torch.autocast,
     state: State,
     signals: Signals,
 ) -> dict[str, Tensor]:
@@ -337,39 +334,29 @@ class _Late:
             parts = dict(zip(names, values.tolist()))
             self.norm, signalled = parts.pop("grad_norm"), parts.pop(SIGNAL, 0.0)
             if not math.isfinite(parts["total"]) or not math.isfinite(self.norm):
-                users = self.samples.users(indices[:5])
-                raise self.run.failed(_not_finite(step, parts, self.norm, indices, users, self.run))
+                shown = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
+                users = ", ".join(self.samples.users(indices[:5]))
+                raise self.run.failed(
+                    f"step {step}: the loss or a gradient is not finite ({shown}, gradient norm"
+                    f" {self.norm:.4g}; batch of {len(indices)} samples"
+                    f" {', '.join(map(str, indices[:5]))}, ... of users {users}, ...);"
+                    f" {kept(self.run)}; lower --learning_rate or lengthen --warmup_steps"
+                )
             for name, value in parts.items():
                 self.progress.running.setdefault(name, []).append(value)
             if signalled:
                 self.signal = max(processes.gather(self.signals.received))
 
 
-def _schedule(kind: str, warmup: int, total: int) -> Callable[[int], float]:
+def _factor(kind: str, plan: Plan, step: int) -> float:
     """Factor of the learning rate at an optimizer step, counted from 0.
 
     Linear warm-up, then cosine or linear to zero, or constant. The first step has 1 / warmup of the
     rate, where the schedule of transformers has 0.
     """
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if kind == "constant":
-            return 1.0
-        left = 1.0 - min(1.0, (step - warmup) / max(1, total - warmup))
-        return left if kind == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
-
-    return factor
-
-
-def _not_finite(
-    step: int, parts: dict[str, float], norm: float, indices: np.ndarray, users: list[str], run: Run
-) -> str:
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
-    return (
-        f"step {step}: the loss or a gradient is not finite ({shown}, gradient norm {norm:.4g};"
-        f" batch of {len(indices)} samples {', '.join(map(str, indices[:5]))}, ..."
-        f" of users {', '.join(users)}, ...); {kept(run)};"
-        " lower --learning_rate or lengthen --warmup_steps"
-    )
+    if step < plan.warmup:
+        return (step + 1) / plan.warmup
+    if kind == "constant":
+        return 1.0
+    left = 1.0 - min(1.0, (step - plan.warmup) / max(1, plan.total - plan.warmup))
+    return left if kind == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))

@@ -40,9 +40,7 @@ def die() -> None:
 
 
 def kill_at_stage(n: int) -> None:
-    """Count every file operation of engine.checkpoint and die in the n-th: before it, or in the
-    middle of a write.
-    """
+    """Die in the n-th file operation of a checkpoint: before it, or in the middle of a write."""
     left = [n]
 
     def due() -> bool:
@@ -91,11 +89,8 @@ def kill_between(name: str) -> None:
     rename = pathlib.Path.rename
 
     def call(self, target):
-        if (
-            self.name.startswith(".tmp-")
-            and pathlib.Path(target).name == name
-            and self.with_name(f".old-{name}").exists()
-        ):
+        aside = self.with_name(f".old-{name}").exists()
+        if aside and self.name.startswith(".tmp-") and pathlib.Path(target).name == name:
             die()
         return rename(self, target)
 
@@ -157,10 +152,8 @@ def run(main, flags: list[str], kind: str, value: float) -> int:
         os._exit(status)
     if kind == "after":
         until = time.monotonic() + value
-        while (
-            time.monotonic() < until
-            and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        ):
+        look = os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while time.monotonic() < until and os.waitid(*look) is None:
             time.sleep(0.005)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)

@@ -1,5 +1,4 @@
-"""The catalogue of bad inputs, row by row: one line that names what is wrong and what to do, and
-nothing written.
+"""The catalogue of bad inputs, row by row: one line that says what to do, and nothing written.
 
 Each case is (row of the catalogue, scripts it is for, what is done, words of the answer). T, E, F,
 D are the four scripts. What one reader refuses is shown here once; HELD says which test has the
@@ -57,46 +56,30 @@ class Runs:
         return os.system, ("touch stolen",)
 
 
-def spoiled(path, change):
-    def make():
-        file = Path(path)
-        data = file.read_bytes()
-        file.write_bytes(change(data))
-        return {}
+def spoiled(path, content=b"x"):
+    return lambda: (Path(path).write_bytes(content), {})[1]
 
-    return make
+
+def removed(path):
+    return lambda: (Path(path).unlink(), {})[1]
 
 
 def base(**changes):
-    """A copy of the tiny base with files changed (bytes), removed (None) or changed in their JSON
-    (dict).
-    """
+    """A copy of the tiny base with files replaced (bytes) or changed in their JSON (dict)."""
 
     def make():
         folder = Path(shutil.copytree("output/base/tiny", "my base"))
-        files = {
-            "config": "config.json",
-            "weights": "model.safetensors",
-            "tokenizer": "tokenizer.json",
-            "index": "model.safetensors.index.json",
-        }
+        files = {"config": "config.json", "weights": "model.safetensors"}
+        files |= {"tokenizer": "tokenizer.json", "index": "model.safetensors.index.json"}
         for name, change in changes.items():
             path = folder / files[name]
-            if change is None:
-                path.unlink()
-            elif isinstance(change, dict):
-                path.write_text(
-                    json.dumps((json.loads(path.read_text()) if path.exists() else {}) | change)
-                )
-            else:
-                path.write_bytes(change)
+            if isinstance(change, dict):
+                before = json.loads(path.read_text()) if path.exists() else {}
+                change = json.dumps(before | change).encode()
+            path.write_bytes(change)
         return {"base_model": "./my base"}
 
     return make
-
-
-def damaged_teacher():
-    return spoiled("output/demo/teacher/best/weights.safetensors", lambda data: data[:1000])()
 
 
 def edited_teacher(**spec):
@@ -114,10 +97,7 @@ def edited_teacher(**spec):
 def renamed_adapters():
     finetune.main(**SHORT, train_strategy="lora", output_dir="other")
     tensors, meta = checkpoint.load("other/best")
-    renamed = {
-        name.replace("decoder.llama.", "decoder.llama.model."): tensor
-        for name, tensor in tensors.items()
-    }
+    renamed = {n.replace("llama.", "llama.model."): tensor for n, tensor in tensors.items()}
     checkpoint.save("other/best", renamed, meta)
     return {"teacher": "other"}
 
@@ -127,226 +107,88 @@ def without_item_embedding():
     return {}
 
 
-def template(content):
-    return lambda: (Path("t.json").write_text(content), {"prompt_template_name": "t.json"})[1]
-
-
 def outputs(kind):
-    def make():
-        Path("plain file").write_text("x")
-        return {"output_dir": {"file": "plain file", "below": "plain file/run"}[kind]}
-
-    return make
+    folder = {"file": "plain file", "below": "plain file/run"}[kind]
+    return lambda: (Path("plain file").write_text("x"), {"output_dir": folder})[1]
 
 
 TEACHER = "output/demo/teacher"
-WEIGHTS = f"{TEACHER}/best/weights.safetensors"
+WEIGHTS, SASREC = f"{TEACHER}/best/weights.safetensors", "output/demo/sasrec/best/"
+ALTERED = "weights.safetensors does not match its sha256"
+CONTRADICTS = "--{} contradicts the teacher run in output/demo/teacher, which has {}"
 INDEX = {"weight_map": {"embed_tokens.weight": "model-00001-of-00002.safetensors"}}
 OUTSIDE = {"weight_map": {"embed_tokens.weight": "../other/model.safetensors"}}
+DAMAGED_INDEX = "model.safetensors.index.json: damaged, expected JSON with a weight_map"
+NOPE = {"lora_target_modules": ["gate_proj", "nope"], "train_strategy": "lora"}
+BELOW = "is a file, not a folder"
 CASES = [
-    (1, "TFD", flags(data_path="nowhere.csv"), "not found: nowhere.csv (from --data_path)"),
-    (
-        1,
-        "T",
-        flags(domain_type="nowhere"),
-        "nowhere.csv (from --domain_type nowhere); looked in data, dataset/sequential; "
-        "available: demo",
-    ),
+    (1, "TFD", flags(data_path="no.csv"), "not found: no.csv (from --data_path)"),
+    (1, "T", flags(domain_type="no"), "looked in data, dataset/sequential; available: demo"),
     (6, "TFD", text('reviewerID;asin\na;"[1,2]"\n'), "looks ';'-separated"),
-    (
-        28,
-        "FD",
-        lambda: (PKL.unlink(), {})[1],
-        "item table not found: output/demo/sasrec_item.pkl; extract_emb.py writes it",
-    ),
+    (28, "FD", removed(PKL), "not found: output/demo/sasrec_item.pkl; extract_emb.py writes it"),
     (29, "FD", table(Runs()), "refused, not a plain tensor (forbidden global posix.system)"),
-    (28, "F", spoiled(NOTES, lambda _: b"{"), "sasrec_item.json: damaged, not JSON"),
-    (
-        28,
-        "F",
-        spoiled(PKL, lambda data: data + b" "),
-        "is not the table that output/demo/sasrec_item.json describes",
-    ),
+    (28, "F", spoiled(NOTES, b"{"), "sasrec_item.json: damaged, not JSON"),
+    (28, "F", spoiled(PKL), "is not the table that output/demo/sasrec_item.json describes"),
     (33, "F", table(torch.randn(160, 128)), "max id 160 but the item table has 160 rows"),
-    (
-        38,
-        "E",
-        flags(sasrec="nowhere"),
-        "--sasrec=nowhere: no sasrec run there; train_sr_trad.py makes one",
-    ),
-    (
-        38,
-        "D",
-        flags(teacher="nowhere", teacher_cache="off"),
-        "--teacher=nowhere: no teacher run there; finetune.py makes one",
-    ),
-    (
-        38,
-        "TFD",
-        flags(eval_only=True, output_dir="nowhere"),
-        "--eval_only: no checkpoint nowhere/best",
-    ),
+    (38, "E", flags(sasrec="no"), "--sasrec=no: no sasrec run there; train_sr_trad.py makes one"),
+    (38, "D", flags(teacher="no"), "--teacher=no: no teacher run there; finetune.py makes one"),
+    (38, "TFD", flags(eval_only=True, output_dir="no"), "--eval_only: no checkpoint no/best"),
     (42, "F", base(weights=b""), "my base/model.safetensors: damaged or not safetensors"),
-    (42, "D", spoiled(WEIGHTS, lambda data: data[:1000]), "does not match its sha256; it was"),
-    (42, "F", lambda: (damaged_teacher(), EVALUATES)[1], "does not match its sha256"),
-    (
-        42,
-        "E",
-        spoiled("output/demo/sasrec/best/weights.safetensors", lambda _: b"x"),
-        "weights.safetensors does not match its sha256",
-    ),
+    (42, "D", spoiled(WEIGHTS), f"{ALTERED}; it was"),
+    (42, "F", lambda: (spoiled(WEIGHTS)(), EVALUATES)[1], ALTERED),
+    (42, "E", spoiled(f"{SASREC}weights.safetensors"), ALTERED),
     (43, "E", without_item_embedding, "no item_embedding.weight; not a SASRec run"),
     (44, "D", edited_teacher(strategy="lora"), "does not fit the model"),
-    (
-        44,
-        "F",
-        lambda: EVALUATES | {"num_candidates": 50},
-        "--num_candidates=50 contradicts the teacher run in output/demo/teacher, which has 999",
-    ),
-    (
-        44,
-        "F",
-        lambda: EVALUATES | {"lora_r": 8},
-        "--lora_r=8 contradicts the teacher run in output/demo/teacher, which has 16",
-    ),
-    (
-        45,
-        "D",
-        edited_teacher(layers=[0, 1, 2, 3]),
-        "block ends [8] do not fit the model's 4 layers",
-    ),
+    (44, "F", flags(**EVALUATES, num_candidates=50), CONTRADICTS.format("num_candidates=50", 999)),
+    (44, "F", flags(**EVALUATES, lora_r=8), CONTRADICTS.format("lora_r=8", 16)),
+    (45, "D", edited_teacher(layers=[0, 1, 2, 3]), "block ends [8] do not fit the model's 4 layer"),
     (46, "D", edited_teacher(layers=[*range(7)]), "block ends [8] do not fit the model's 7 layers"),
     (47, "D", renamed_adapters, "does not fit the model: lacks decoder.llama.layers"),
-    (
-        48,
-        "F",
-        flags(llama_decoder_nums=99),
-        "99 decoder layers asked for, the base checkpoint has 8 layers",
-    ),
+    (48, "F", flags(llama_decoder_nums=99), "99 decoder layers asked for, the base checkpoint has"),
     (49, "F", flags(llama_decoder_nums=0), "--llama_decoder_nums=0: expected a whole number >= 1"),
-    (
-        50,
-        "D",
-        flags(distill_block=3),
-        "--distill_block=3 does not divide llama_decoder_nums_student 4 (4 % 3 = 1); use one of "
-        "1, 2, 4",
-    ),
+    (50, "D", flags(distill_block=3), "llama_decoder_nums_student 4 (4 % 3 = 1); use one of 1, 2"),
     (50, "D", flags(distill_block=3, llama_decoder_nums_student=3), "llama_decoder_nums_teacher 8"),
-    (44, "T", lambda: REPLACES | {"output_dir": TEACHER}, "holds a teacher run, not a sasrec run"),
-    (44, "D", lambda: REPLACES | {"output_dir": TEACHER}, "holds a teacher run, not a student run"),
+    (44, "T", flags(**REPLACES, output_dir=TEACHER), "holds a teacher run, not a sasrec run"),
+    (44, "D", flags(**REPLACES, output_dir=TEACHER), "holds a teacher run, not a student run"),
     (44, "D", flags(teacher="output/demo/student"), "holds a student run, expected a teacher run"),
-    (
-        51,
-        "D",
-        flags(max_seq_length=20),
-        "--max_seq_length=20 contradicts the teacher run in output/demo/teacher, which has 30",
-    ),
-    (
-        51,
-        "D",
-        flags(llama_decoder_nums_teacher=4),
-        "--llama_decoder_nums_teacher=4 contradicts the teacher run in output/demo/teacher, which "
-        "has 8",
-    ),
-    (
-        51,
-        "D",
-        flags(base_model="small"),
-        "--base_model=small contradicts the teacher run in output/demo/teacher, which has tiny",
-    ),
-    (56, "F", base(config=b"[1]"), "model_type None unsupported, expected llama, mistral,"),
-    (
-        56,
-        "F",
-        base(config={"num_attention_heads": "many"}),
-        "config.json: not a llama's configuration",
-    ),
+    (51, "D", flags(max_seq_length=20), CONTRADICTS.format("max_seq_length=20", 30)),
+    (51, "D", flags(llama_decoder_nums_teacher=4), "--llama_decoder_nums_teacher=4 contradicts"),
+    (51, "D", flags(base_model="small"), CONTRADICTS.format("base_model=small", "tiny")),
+    (56, "F", base(config=b"[1]"), "config.json: damaged, not a JSON object"),
+    (56, "F", base(config={"num_attention_heads": "many"}), "json: not a llama's configuration"),
     (57, "F", base(config=b"{oops"), "config.json: damaged, not JSON"),
-    (
-        57,
-        "F",
-        base(index=b"{oops"),
-        "model.safetensors.index.json: damaged, expected JSON with a weight_map",
-    ),
-    (57, "F", base(index=OUTSIDE), "damaged, expected JSON with a weight_map"),
-    (
-        57,
-        "F",
-        base(index=INDEX),
-        "has both model.safetensors.index.json and model.safetensors, and they may be",
-    ),
+    (57, "F", base(index=b"{oops"), DAMAGED_INDEX),
+    (57, "F", base(index=OUTSIDE), DAMAGED_INDEX),
+    (57, "F", base(index=INDEX), "has both model.safetensors.index.json and model.safetensors"),
     (57, "D", base(tokenizer=b"{oops"), "no usable tokenizer; expected tokenizer.json"),
     (62, "TFD", flags(batch_size=0), "--batch_size=0: expected a whole number >= 1"),
-    (
-        62,
-        "F",
-        flags(batch_size=8, micro_batch_size=16),
-        "--batch_size=8 is not a multiple of --micro_batch_size=16",
-    ),
+    (62, "F", flags(batch_size=8, micro_batch_size=16), "not a multiple of --micro_batch_size=16"),
     (62, "F", flags(num_epochs=0), "--num_epochs=0: expected a whole number >= 1"),
-    (
-        62,
-        "F",
-        flags(max_steps=0),
-        "--max_steps=0: expected a whole number >= 1, or -1 for num_epochs",
-    ),
-    (
-        62,
-        "F",
-        flags(eval_steps=0),
-        "--eval_steps=0: expected a whole number >= 1, or -1 for every epoch",
-    ),
-    (
-        64,
-        "F",
-        flags(lora_target_modules=["gate_proj", "nope"], train_strategy="lora"),
-        "--lora_target_modules: nope matches no projection",
-    ),
-    (66, "TFD", outputs("file"), "--output_dir=plain file: plain file is a file, not a folder"),
-    (
-        66,
-        "TFD",
-        outputs("below"),
-        "--output_dir=plain file/run: plain file is a file, not a folder",
-    ),
-    (66, "E", flags(item_table="data/demo.csv/table.pkl"), "data/demo.csv is a file, not a folder"),
-    (
-        67,
-        "TFD",
-        flags(output_dir=None, learning_rate=0.5),
-        "holds a finished run with other flags: --learning_rate=0.5 (the run has 0.001); choose",
-    ),
+    (62, "F", flags(max_steps=0), "a whole number >= 1, or -1 for num_epochs"),
+    (62, "F", flags(eval_steps=0), "a whole number >= 1, or -1 for every epoch"),
+    (64, "F", flags(**NOPE), "--lora_target_modules: nope matches no projection; there are "),
+    (66, "TFD", outputs("file"), f"--output_dir=plain file: plain file {BELOW}"),
+    (66, "TFD", outputs("below"), f"--output_dir=plain file/run: plain file {BELOW}"),
+    (66, "E", flags(item_table="data/demo.csv/table.pkl"), f"data/demo.csv {BELOW}"),
+    (67, "TFD", flags(output_dir=None, learning_rate=0.5), "learning_rate=0.5 (the run has 0.001)"),
     (72, "TFD", flags(device="cuda"), "--device=cuda: torch finds no CUDA device here"),
-    (73, "FD", flags(prompt_template_name="nowhere"), "--prompt_template_name=nowhere: no file"),
-    (
-        73,
-        "F",
-        template('{"prompt": "x"}'),
-        "t.json: expected the texts prompt and response, found prompt",
-    ),
-    (74, "TF", flags(max_seq_length=0), "--max_seq_length=0: expected a whole number >= 1"),
-    (
-        74,
-        "F",
-        flags(max_seq_length=5000),
-        "prompt, items and response are 5069 tokens, the base has 2048 positions; lower "
-        "--max_seq_length",
-    ),
+    (73, "FD", flags(prompt_template_name="no"), "--prompt_template_name=no: no file"),
+    (74, "F", flags(max_seq_length=5000), "tokens, the base has 2048 positions; lower --max_seq_l"),
 ]
 HELD = {  # rows whose refusals a reader's own test has
+    "test_cli.py": {59, 60, 63, 69},
     "test_interactions.py": {2, 3, 4, 5, 7, *range(9, 19), 21, 22, 24, 25},
     "test_embeddings.py": {20, 30, 31, 34, 35, 36, 37},
     "test_base.py": {54, 55},
 }
 
 
-@pytest.mark.parametrize(
-    "row, script, make, words",
-    [(row, s, make, words) for row, scripts, make, words in CASES for s in scripts],
-)
-def test_a_bad_input_is_answered_in_one_line_and_nothing_is_written(
-    inside, row, script, make, words
-):
+def each(cases):
+    return [(row, script, *rest) for row, scripts, *rest in cases for script in scripts]
+
+
+@pytest.mark.parametrize("row, script, make, words", each(CASES))
+def test_a_bad_input_has_an_answer_and_nothing_is_written(inside, row, script, make, words):
     if row == 72 and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     given = make()
@@ -364,78 +206,31 @@ def test_a_bad_input_is_answered_in_one_line_and_nothing_is_written(
 
 FLAGS = [
     (1, "T", "--domain_type=../x", "must be a plain name"),
-    (28, "F", "", "item table not found: output/demo/sasrec_item.pkl; extract_emb.py writes it"),
-    (38, "E", "", "--sasrec=output/demo/sasrec: no sasrec run there; train_sr_trad.py makes one"),
-    (38, "D", "", "--teacher=output/demo/teacher: no teacher run there; finetune.py makes one"),
-    (
-        50,
-        "F",
-        "--cls_multiple_lambda=1 --distill_block=3",
-        "--distill_block=3 does not divide llama_decoder_nums 8",
-    ),
+    (50, "F", "--cls_multiple_lambda=1 --distill_block=3", "does not divide llama_decoder_nums 8"),
     (61, "D", "--distill_lambda=-1", "expected a number >= 0"),
     (62, "T", "--hid_dim=30 --num_heads=4", "--num_heads=4 does not divide --hid_dim=30"),
     (58, "TEFD", "--batchsize=4", "unknown flag --batchsize"),
     (58, "TFD", "--batchsize=4", "(did you mean --batch_size?)"),
-    (59, "T", "--batch_size=abc", "--batch_size=abc: expected a whole number >= 1"),
-    (59, "T", "--batch_size=4.5", "--batch_size=4.5: expected a whole number"),
-    (59, "T", "--batch_size", "--batch_size needs a value, expected a whole number >= 1"),
-    (60, "T", "--eval_only=maybe", "--eval_only=maybe: expected true or false"),
-    (61, "TFD", "--learning_rate=1e", "--learning_rate=1e: expected a number > 0"),
-    (61, "T", "--learning_rate=-1", "--learning_rate=-1: expected a number > 0"),
+    (61, "FD", "--learning_rate=1e", "--learning_rate=1e: expected a number > 0"),
     (61, "T", "--learning_rate=0", "--learning_rate=0: expected a number > 0"),
-    (61, "T", "--learning_rate=nan", "--learning_rate=nan: expected a number > 0"),
-    (62, "T", "--num_epochs=-1", "--num_epochs=-1: expected a whole number >= 1"),
-    (
-        63,
-        "F",
-        "--lora_target_modules gate_proj up_proj",
-        "unexpected word 'up_proj': flags are written --name=value",
-    ),
     (65, "F", "--lora_r=0", "--lora_r=0: expected a whole number >= 1"),
-    (65, "F", "--lora_r=4.5", "--lora_r=4.5: expected a whole number"),
-    (65, "F", "--lora_dropout=1.5", "--lora_dropout=1.5: expected a number >= 0 and < 1"),
     (65, "F", "--lora_dropout=1", "--lora_dropout=1: expected a number >= 0 and < 1"),
     (65, "T", "--dropout=1.5", "--dropout=1.5: expected a number >= 0 and < 1"),
     (65, "F", "--task_type=FEATURE_EXTRACTIO", "unknown flag --task_type"),
-    (
-        71,
-        "F",
-        "--layer_selection=trune",
-        "--layer_selection=trune: expected one of first, interval, last, or numbers (0,2,4,6)",
-    ),
-    (71, "F", "--train_strategy=loras", "--train_strategy=loras: expected one of auto, lora, full"),
+    (71, "F", "--layer_selection=trune", "expected one of first, interval, last, or numbers (0,2,"),
     (71, "D", "--distill_mode=both", "--distill_mode=both: expected one of offline, online"),
-    (71, "T", "--lr_scheduler=cos", "--lr_scheduler=cos: expected one of cosine, linear, constant"),
     (74, "TFD", "--max_seq_length=0", "--max_seq_length=0: expected a whole number >= 1"),
 ]
 
 
-@pytest.mark.parametrize(
-    "row, script, line, words",
-    [(row, s, line, words) for row, scripts, line, words in FLAGS for s in scripts],
-)
-def test_a_bad_flag_is_answered_before_anything(
-    row, script, line, words, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("row, script, line, words", each(FLAGS))
+def test_a_bad_flag_is_answered_before_anything(row, script, line, words, here, capsys):
     with pytest.raises(SystemExit) as end:
         cli.run(MAINS[script], line.split())
     told = capsys.readouterr().err
     assert end.value.code == 2 and words in told
     assert told.startswith("error: ") and told.count("\n") == 1
     assert not Path("output").exists()
-
-
-def test_row_60_all_ways_to_say_yes_and_no():
-    for value, words in ((True, ("true", "yes", "1")), (False, ("false", "No", "0"))):
-        for word in words:
-            assert cli.bind(distill.main, [f"--eval_only={word}"]) == {"eval_only": value}
-
-
-def test_row_69_a_text_is_what_was_typed():
-    found = cli.bind(distill.main, ["--output_dir=1e5", "--domain_type=a,b"])
-    assert found == {"output_dir": "1e5", "domain_type": "a,b"}
 
 
 def test_row_52_fewer_teacher_layers_are_told(inside, capsys):
@@ -445,32 +240,21 @@ def test_row_52_fewer_teacher_layers_are_told(inside, capsys):
 
 
 def test_rows_32_and_53_another_table_or_prompt_than_the_teachers(inside):
-    """A table of another width is fine by itself; beside a teacher that read another one it is
-    refused.
-    """
+    """A table of another width is fine by itself, and refused beside another one's teacher."""
     NOTES.unlink()
     PKL.write_bytes(pickle.dumps({"item_embedding": torch.randn(161, 16)}))
     finetune.main(**SHORT, output_dir="narrow")
     with refused("output/demo/teacher was made from another file: its table_sha256 is"):
         distill.main(**SHORT, output_dir="s")
-    told = (
-        "--prompt_template_name=other.json contradicts the teacher run in narrow, which has alpaca"
-    )
-    with refused(told):
+    with refused("--prompt_template_name=other.json contradicts the teacher run in narrow, which"):
         distill.main(**SHORT, teacher="narrow", prompt_template_name="other.json", output_dir="s")
 
 
 def test_rows_8_19_23_24_26_27_unusual_but_right(tmp_path, monkeypatch, capsys):
-    """BOM, id 0 as an item, an empty list, short users, identical users, a catalogue smaller than 1
-    + 999: all four steps.
-    """
+    """BOM, id 0, an empty list, short users, equal users, fewer than 1 + 999 items: all steps."""
     monkeypatch.chdir(tmp_path)
-    rows = [
-        "none,[]",
-        'short,"[5, 6, 7]"',
-        *[f'u{i},"[0, 1, 2, 3, 9, 0]"' for i in range(6)],
-        'one,"[9, 3, 2, 1]"',
-    ]
+    rows = ["none,[]", 'short,"[5, 6, 7]"', *[f'u{i},"[0, 1, 2, 3, 9, 0]"' for i in range(6)]]
+    rows.append('one,"[9, 3, 2, 1]"')
     Path("data").mkdir()
     Path("data/odd.csv").write_text("\ufeffreviewerID,asin\n" + "\n".join(rows) + "\n")
     short = SHORT | {"domain_type": "odd"}

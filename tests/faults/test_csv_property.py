@@ -1,19 +1,20 @@
-"""Any text at all as a sequence CSV: read as a plain reader reads it, or refused in one line;
-nothing else.
-"""
+"""Any text as a sequence CSV: read as a plain reader reads it, or refused in one line."""
 
 import csv
 import io
 import json
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datasets.interactions import LARGEST_ID, MINIMUM_LENGTH, read_csv
 from engine.errors import UsageError
 
-EXAMPLES = 600
+SETTINGS = settings(
+    max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 large = st.sampled_from([LARGEST_ID, LARGEST_ID + 1, 10**25])
 numbers = st.one_of(
     st.integers(-2, 40), large, st.floats(), st.booleans(), st.none(), st.text(max_size=3)
@@ -36,12 +37,9 @@ headers = st.one_of(
 def tables(draw):
     """A written table: header, rows of about its width, quoting and line ends of some kind."""
     header = draw(headers)
-    text = io.StringIO()
-    writer = csv.writer(
-        text,
-        lineterminator=draw(st.sampled_from(["\n", "\r\n"])),
-        quoting=draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])),
-    )
+    text, ends = io.StringIO(), draw(st.sampled_from(["\n", "\r\n"]))
+    quoting = draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+    writer = csv.writer(text, lineterminator=ends, quoting=quoting)
     writer.writerow(header)
     for _ in range(draw(st.integers(0, 6))):
         row = {"reviewerID": draw(names), "asin": draw(cells)}
@@ -51,9 +49,7 @@ def tables(draw):
 
 
 def plainly(text):
-    """Users and items as the csv and json modules give them; None where the contract does not admit
-    the file.
-    """
+    """Users and items by the csv and json modules; None where the contract refuses the file."""
     rows = list(csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline="")))
     if not rows or not {"reviewerID", "asin"} <= {name.strip() for name in rows[0]}:
         return None
@@ -70,9 +66,8 @@ def plainly(text):
             items = json.loads(fields[header.index("asin")])
         except (ValueError, RecursionError):
             return None
-        if not isinstance(items, list) or not all(
-            type(item) is int and 0 <= item <= LARGEST_ID for item in items
-        ):
+        whole = isinstance(items, list) and all(type(item) is int for item in items)
+        if not whole or not all(0 <= item <= LARGEST_ID for item in items):
             return None
         if not fields[header.index("reviewerID")].strip():
             return None
@@ -99,49 +94,36 @@ def check(data: bytes, expected) -> None:
         assert expected is None, refusal
         assert str(refusal).startswith("property.csv") and "\n" not in str(refusal)
         return
-    items = [
-        found.item_ids[found.items[a:b]].tolist()
-        for a, b in zip(found.offsets[:-1], found.offsets[1:])
-    ]
+    parts = zip(found.offsets[:-1], found.offsets[1:])
+    items = [found.item_ids[found.items[a:b]].tolist() for a, b in parts]
     assert dict(zip(found.users, items)) == expected
 
 
-def test_a_table_is_read_as_a_plain_reader_reads_it_or_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    @settings(
-        max_examples=EXAMPLES,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(tables())
-    def property(text):
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:  # a lone surrogate cannot be in a file
-            return
-        check(data, plainly(text))
-
-    property()
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("property"))
+        yield
 
 
-def test_any_bytes_are_read_or_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    start = st.sampled_from([b"", b"reviewerID,asin\n", b'reviewerID,asin\nu,"[1, 2, 3, 4]"\n'])
+@SETTINGS
+@given(tables())
+def test_a_table_is_read_as_a_plain_reader_reads_it_or_refused(text):
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:  # a lone surrogate cannot be in a file
+        return
+    check(data, plainly(text))
 
-    @settings(
-        max_examples=EXAMPLES,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(start, st.binary(max_size=60))
-    def property(head, tail):
-        Path("property.csv").write_bytes(head + tail)
-        try:
-            read_csv(Path("property.csv"))
-        except UsageError as refusal:
-            assert "\n" not in str(refusal)
 
-    property()
+STARTS = [b"", b"reviewerID,asin\n", b'reviewerID,asin\nu,"[1, 2, 3, 4]"\n']
+
+
+@SETTINGS
+@given(st.sampled_from(STARTS), st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused(head, tail):
+    Path("property.csv").write_bytes(head + tail)
+    try:
+        read_csv(Path("property.csv"))
+    except UsageError as refusal:
+        assert "\n" not in str(refusal)

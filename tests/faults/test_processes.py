@@ -1,12 +1,7 @@
-"""Several processes (gloo, two of them on CPU) are one run: the same losses, the same ranks, one
-writer, no hang.
-"""
+"""Two processes (gloo) are one run: the same losses, the same ranks, one writer, no hang."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,42 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, hashes, trained_lines
+from tests.conftest import ROOT, hashes, script, trained_lines
 
 pytestmark = pytest.mark.slow
-RUN = [
-    "--batch_size=32",
-    "--eval_batch_size=16",
-    "--max_steps=50",
-    "--log_steps=1",
-    "--warmup_steps=5",
-    "--eval_steps=25",
-]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+RUN = ["--batch_size=32", "--eval_batch_size=16", "--max_steps=50", "--log_steps=1"]
+RUN += ["--warmup_steps=5", "--eval_steps=25"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 
 
-def start(processes, script, *flags, status=0):
-    """One process as usual, several under torchrun."""
-    head = (
-        [sys.executable]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
-    )
-    done = subprocess.run(
-        [*head, str(ROOT / script), *flags],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=240,
-    )
-    assert (done.returncode == 0) == (status == 0), done.stderr[-3000:]
-    return done
+def start(processes, name, *flags, status=0):
+    """One process as usual, several under torchrun, whose own status is 1."""
+    command = [name, *flags]
+    if processes > 1:
+        command = [*TORCHRUN, f"--nproc_per_node={processes}", str(ROOT / name), *flags]
+        status = min(status, 1)
+    options = {"timeout": 240, "OMP_NUM_THREADS": "1"}
+    return script(*command, cwd=Path.cwd(), status=status, **options)
 
 
 def losses(folder):
@@ -81,10 +56,9 @@ def test_a_divided_run_and_an_undivided_one_resume_each_other(inside, strategy, 
     assert losses("cut") == pytest.approx(losses("whole"), rel=1e-9) and len(losses("cut")) == 20
     ends = [load_file(f"{folder}/last/weights.safetensors") for folder in ("cut", "whole")]
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
-    states = load_file("whole/last/state.safetensors")
-    assert {name: t.shape for name, t in states.items()} == {
-        name: t.shape for name, t in shapes.items()
-    }
+    found = load_file("whole/last/state.safetensors")
+    shapes, found = ({n: t.shape for n, t in states.items()} for states in (shapes, found))
+    assert shapes == found
 
 
 def test_the_same_weights_give_the_same_checkpoint_divided_or_not(inside):
@@ -102,7 +76,7 @@ SHARDED = ["--gradient_checkpointing", "--shard"]
 
 
 @pytest.mark.parametrize(
-    "script, flags",
+    "name, flags",
     [
         ("finetune.py", ["--train_strategy=lora", "--lora_dropout=0"]),
         ("finetune.py", ["--llama_decoder_nums=4", "--cls_multiple_lambda=1"]),
@@ -111,17 +85,17 @@ SHARDED = ["--gradient_checkpointing", "--shard"]
         ("distill.py", ["--distill_mode=online"]),
     ],
 )
-def test_a_divided_run_has_the_losses_and_ranks_of_one_that_is_not(inside, script, flags):
+def test_a_divided_run_has_the_losses_and_ranks_of_one_that_is_not(inside, name, flags):
     """More evaluation batches than the second process has, and a last batch of a single user."""
     changed = {"--max_steps=50": "--max_steps=12", "--eval_batch_size=16": "--eval_batch_size=17"}
     short = [changed.get(flag, flag) for flag in RUN] + flags
-    start(2, script, *short, *SHARDED, "--output_dir=divided")
-    start(1, script, *short, "--output_dir=whole")
+    start(2, name, *short, *SHARDED, "--output_dir=divided")
+    start(1, name, *short, "--output_dir=whole")
     assert losses("divided") == pytest.approx(losses("whole"), rel=1e-5)
     assert len(losses("whole")) == 12
     ours, theirs = ranks("divided"), ranks("whole")
-    for name in theirs:  # a rank moves where two scores are equal to their last bits
-        assert np.mean(np.not_equal(ours[name], theirs[name])) < 0.02
+    for key in theirs:  # a rank moves where two scores are equal to their last bits
+        assert np.mean(np.not_equal(ours[key], theirs[key])) < 0.02
 
 
 def test_a_divided_run_and_one_that_is_not_evaluate_each_other(inside):
@@ -146,18 +120,18 @@ def test_sharding_needs_processes(inside):
 
 
 @pytest.mark.parametrize(
-    "script, flags",
+    "name, flags",
     [
         ("finetune.py", ["--llama_decoder_nums=2"]),
         ("distill.py", ["--logit_lambda=0.1"]),
         ("train_sr_trad.py", ["--loss=sampled", "--num_negatives=9", "--dropout=0"]),
     ],
 )
-def test_fifty_losses_and_all_ranks_are_those_of_one_process(inside, script, flags):
-    if script == "distill.py":
+def test_fifty_losses_and_all_ranks_are_those_of_one_process(inside, name, flags):
+    if name == "distill.py":
         shutil.rmtree("output/demo/teacher_states")  # the first process fills it, the other waits
     for processes in (2, 1):
-        start(processes, script, *RUN, *flags, f"--output_dir=n{processes}")
+        start(processes, name, *RUN, *flags, f"--output_dir=n{processes}")
     assert losses("n1") == pytest.approx(losses("n2"), rel=1e-6) and len(losses("n1")) == 50
     one, two = (json.loads(Path(f"n{n}/results.json").read_text()) for n in (1, 2))
     assert one["test"]["sampled"] == pytest.approx(two["test"]["sampled"], abs=0.01)
@@ -165,37 +139,26 @@ def test_fifty_losses_and_all_ranks_are_those_of_one_process(inside, script, fla
     lines = Path("n2/metrics.jsonl").read_text().splitlines()
     assert len(lines) == 52  # fifty steps, two evaluations, one writer
     before = ranks("n1")
-    start(2, script, "--eval_only", "--eval_batch_size=16", "--output_dir=n1")
+    start(2, name, "--eval_only", "--eval_batch_size=16", "--output_dir=n1")
     assert ranks("n1") == before
 
 
 def test_a_process_that_dies_ends_the_run_with_a_message_and_the_run_goes_on_later(inside):
-    flags = [*RUN, "--max_steps=6", "--save_steps=1", "--output_dir=run"]
-    flags.remove("--max_steps=50")
+    flags = [flag for flag in RUN if flag != "--max_steps=50"]
+    flags += ["--max_steps=6", "--save_steps=1", "--output_dir=run"]
     done = start(2, "tests/faults/two.py", "dying", "finetune", *flags, status=1)
     assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
     assert not Path("run/results.json").exists()
     again = start(2, "finetune.py", *flags)
     assert "resuming from run/last, step 2" in again.stdout
-    start(
-        1,
-        "finetune.py",
-        *[flag for flag in flags if "output_dir" not in flag],
-        "--output_dir=whole",
-    )
+    start(1, "finetune.py", *flags[:-1], "--output_dir=whole")
     assert losses("run") == pytest.approx(losses("whole"), rel=1e-6)
 
 
 def test_a_batch_that_does_not_divide_is_refused(inside):
-    done = start(
-        2, "finetune.py", "--batch_size=30", "--micro_batch_size=10", "--output_dir=run", status=2
-    )
-    assert (
-        done.stderr.count(
-            "error: --batch_size=30 is not a multiple of 2 processes x --micro_batch_size=10"
-        )
-        == 1
-    )
+    flags = "--batch_size=30", "--micro_batch_size=10", "--output_dir=run"
+    told = "error: --batch_size=30 is not a multiple of 2 processes x --micro_batch_size=10"
+    assert start(2, "finetune.py", *flags, status=2).stderr.count(told) == 1
     done = start(2, "train_sr_trad.py", "--batch_size=31", "--output_dir=run", status=2)
     assert "error: --batch_size=31 is not a multiple of 2 processes" in done.stderr
     assert not Path("run").exists()

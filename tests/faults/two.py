@@ -26,8 +26,7 @@ from utils.flags import Runtime, Training  # noqa: E402
 
 
 def float64(folder: str, strategy: str, shard: str = "", ends_in: str = "0") -> None:
-    """Twenty steps of a small double-precision LLM4Rec without dropout; an odd number of samples,
-    so that the last batch is uneven.
+    """Twenty steps of a small double-precision LLM4Rec without dropout; the last batch is uneven.
 
     Args:
         shard: not empty, to divide the model among the processes.
@@ -43,13 +42,11 @@ def float64(folder: str, strategy: str, shard: str = "", ends_in: str = "0") -> 
     def loss_fn(rows: np.ndarray) -> dict:
         out, table = model(batch[rows]), model.item_table
         exits = exit_supervision(out.exits, table, target[rows], "sum")
-        return weighted_sum(
-            {"ce": (1.0, next_item(out.user, table, target[rows])), "exits": (0.5, exits)}
-        )
+        ce = next_item(out.user, table, target[rows])
+        return weighted_sum({"ce": (1.0, ce), "exits": (0.5, exits)})
 
-    settings = Training(
-        batch_size=8, max_steps=20, learning_rate=0.01, warmup_steps=2, eval_steps=10, seed=1
-    )
+    flags = {"batch_size": 8, "max_steps": 20, "learning_rate": 0.01, "warmup_steps": 2}
+    settings = Training(**flags, eval_steps=10, seed=1)
     runtime = Runtime(micro_batch_size=2, save_steps=10, log_steps=1)
     run = open_run(folder, settings, runtime)
     samples = SimpleNamespace(
@@ -72,9 +69,7 @@ def open_run(folder: str, settings: Training, runtime: Runtime) -> Run:
 
 
 def saved(folder: str, shard: str = "") -> None:
-    """The checkpoint last/ of a small model before any step. Prints how many numbers of its
-    parameters this process holds.
-    """
+    """last/ of a small model before any step. Prints how many numbers this process holds."""
     processes.start("cpu")
     model = small_model(strategy="lora").move(torch.device("cpu"), bool(shard))
     parts = [p.to_local() if shard else p for p in model.parameters()]
@@ -111,6 +106,7 @@ def dying(script: str, *flags: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # as cli.run does
     {"float64": float64, "saved": saved, "dying": dying}[sys.argv[1]](*sys.argv[2:])
     if processes.world() > 1:
         os._exit(0)  # as cli.run does, and for its reason
