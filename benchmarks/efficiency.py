@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from benchmarks import measure, plain
-from benchmarks.measure import DIM, seconds, slmrec_loss, training_step
+from benchmarks.measure import DIM, loss_parts, seconds, training_step
 from datasets import sequences
 from datasets.domain import Domain
 from datasets.interactions import read_csv
@@ -105,7 +105,7 @@ def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Mea
         if distilled:
             states = torch.randn(len(rows), BLOCKS, config.hidden_size).to(device)
             teacher = Output(torch.randn(len(rows), DIM).to(device), states, output.exits[:, :0])
-        return slmrec_loss(output, teacher, model.item_table, target)["total"]
+        return loss_parts(output, teacher, model.item_table, target)["total"]
 
     @torch.no_grad()
     def plain_encode(history):
@@ -187,9 +187,7 @@ def timed_round(
 
 
 def fitting_micro_batch(name: str, setting: Setting) -> tuple[int, int | None]:
-    """The largest halving of the batch that a training step has memory for, and the bytes it takes;
-    None: not even one user.
-    """
+    """The largest halving of the batch that a step has memory for, and its bytes or None."""
     micro, device = setting.batch_size, torch.device(setting.device)
     while True:
         given = name, setting, micro
@@ -256,9 +254,7 @@ def main(
 
 
 def ratios(times: dict[str, list]) -> dict[str, list[float]]:
-    """32 layers over four, training and inference, the median of the rounds' ratios; pruning and
-    the fast forward are kept apart.
-    """
+    """32 layers over four, training and inference: medians of the rounds' ratios."""
     spent = {name: np.array(rounds) for name, rounds in times.items()}
     large = "E4SRec, 32 layers"
     compared = {

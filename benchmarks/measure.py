@@ -24,6 +24,7 @@ from models import losses
 from models.base import prune_config
 from models.llm4rec import LLM4Rec, assemble
 from models.losses import Output
+from utils.flags import StudentLoss
 
 DIM = 128  # width of the item table
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
@@ -204,19 +205,37 @@ class Shape(NamedTuple):
         return linear * (2 if strategy == "lora" else 3) + 3 * (attention + lora + ends) + catalogue
 
 
-def slmrec_loss(
-    student: Output, teacher: Output | None, item_table: Tensor, target: Tensor
+def loss_parts(
+    student: Output,
+    teacher: Output | None,
+    table: Tensor,
+    target: Tensor,
+    loss: StudentLoss = StudentLoss(),
+    online: bool = False,
+    sasrec: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """distill.py's default loss, all parts; cross-entropy alone without a teacher."""
-    parts = {"ce": (1.0, losses.next_item(student.user, item_table, target))}
-    if teacher is None:
-        return losses.weighted_sum(parts)
-    states = teacher.states, student.states
-    parts["align_cos"] = 1.0, losses.block_cosine(*states, "sum")
-    parts["align_norm"] = 0.1, losses.block_distance(*states, "sum", "l2")
-    if student.exits.shape[1]:
-        parts["exits"] = 1.0, losses.exit_supervision(student.exits, item_table, target, "sum")
-    parts |= losses.of_teacher(teacher, item_table, target, "sum", None)
+    """The parts of the loss as distill.py adds them up, by default with its weights.
+
+    Args:
+        sasrec: its user vectors [B, D].
+    """
+    how, parts = loss.block_reduction, {"ce": (1.0, losses.next_item(student.user, table, target))}
+    if student.exits.shape[1] and loss.uses_exits:
+        exits = losses.exit_supervision(student.exits, table, target, how)
+        parts["exits"] = loss.cls_multiple_lambda, exits
+    if teacher is not None:
+        states = teacher.states, student.states
+        distance = losses.block_distance(*states, how, loss.norm_form)
+        parts["align_cos"] = loss.distill_lambda, losses.block_cosine(*states, how)
+        parts["align_norm"] = loss.norm_lambda, distance
+        exits = loss.cls_multiple_lambda if online else None
+        parts |= losses.of_teacher(teacher, table, target, how, exits)
+    if teacher is not None and loss.logit_lambda:
+        kl = losses.logit_kl(teacher, student, table, loss.temperature, how)
+        parts["logit_kl"] = loss.logit_lambda, kl
+    if sasrec is not None:
+        kl = losses.user_kl(sasrec, student.user, table, loss.sasrec_temperature)
+        parts["sasrec_kl"] = loss.sasrec_lambda, kl
     return losses.weighted_sum(parts)
 
 

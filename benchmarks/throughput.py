@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import measure, plain
-from benchmarks.measure import DIM, slmrec_loss, training_step
+from benchmarks.measure import DIM, loss_parts, training_step
 from datasets import sequences
 from datasets.domain import Domain
 from datasets.interactions import Interactions
@@ -155,9 +155,7 @@ def precision(bench: Bench, _: int, n_student: int) -> None:
 
 
 def distillation(bench: Bench, n_teacher: int, n_student: int, n_blocks: int) -> None:
-    """A student's step with every part of the loss: the teacher cached, then live, against a plain
-    live teacher and student.
-    """
+    """A student's whole step, its teacher cached, then live, against a plain live teacher."""
     teacher, plain_teacher = bench.shape.twins(n_teacher, "lora", n_blocks=n_blocks)
     student, plain_student = bench.shape.twins(n_student, "lora", n_blocks=n_blocks, exits=True)
     encode = teacher.requires_grad_(False).encoder()
@@ -166,7 +164,7 @@ def distillation(bench: Bench, n_teacher: int, n_student: int, n_blocks: int) ->
     def loss(rows, teacher_output):
         history, target = bench.batch(rows)
         outputs = student(history), teacher_output(rows, history)
-        return slmrec_loss(*outputs, student.item_table, target)["total"]
+        return loss_parts(*outputs, student.item_table, target)["total"]
 
     def plain_loss(rows):
         history, target = bench.batch(rows)

@@ -87,9 +87,7 @@ def _hashed(text: str) -> int:
 
 
 def print_ties(reviews: Reviews, what: str, ties: Literal["hash", "file"], tie_seed: int) -> None:
-    """One line: the share of a user's neighbouring reviews of equal time, and what orders them.
-    Reviews are sorted by user.
-    """
+    """One line: the share of a user's neighbouring reviews of equal time, and their order."""
     same_user = reviews.user[1:] == reviews.user[:-1]
     same_time = reviews.time[1:] == reviews.time[:-1]
     share = float((same_user & same_time).sum() / max(1, same_user.sum()))

@@ -183,9 +183,7 @@ def _times(path: Path, row: int, cell: str | None, n: int) -> list[float]:
 
 
 def _check_ends(path: Path, flat: np.ndarray, length: np.ndarray) -> None:
-    """Refuse lists of which too many have the same item, or a run of item 0, at an end: padding,
-    or markers.
-    """
+    """Refuse lists of which too many have the same item, or a run of item 0, at an end."""
     length = length[length > 0]
     first, n = np.cumsum(length) - length, len(length)
     ends = {"start": (first, 1), "end": (first + length - 1, -1)}

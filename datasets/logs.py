@@ -360,9 +360,7 @@ def _judge(path: Path, log: Reviews, columns: Columns, one_user: bool) -> None:
 
 
 def _judge_times(path: Path, time: np.ndarray, rows: np.ndarray, dates: bool) -> None:
-    """Refuse times that do not sort, and a 0, a -1, 1970, or a number that was cut, among dates:
-    they would come first.
-    """
+    """Refuse times that do not sort, and 0, -1, 1970 or a cut number among dates."""
     if not dates:
         _judge_numbers(path, time, rows)
     unknown = np.isin(time, UNKNOWN_TIMES)
@@ -379,9 +377,7 @@ def _judge_times(path: Path, time: np.ndarray, rows: np.ndarray, dates: bool) ->
 
 
 def _judge_numbers(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
-    """Refuse numbers that do not sort as times: two units or two forms in one column, a clock
-    without a date, days before years.
-    """
+    """Refuse two units or forms in one column, a clock without a date, days before years."""
     lengths = set((np.log10(np.maximum(np.abs(time), 1)).astype(np.int64) + 1).tolist())
     if 8 in lengths and lengths & {12, 14} and lengths <= {8, 12, 14}:
         raise UsageError(f"{path}: times of 8 and of more digits: days and minutes in one column?")

@@ -21,7 +21,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from datasets.cells import parsed
-from engine.errors import UsageError
+from engine.errors import UsageError, one_line
 
 SAMPLE_BYTES, SAMPLE_ROWS = 2**18, 50
 BATCH = 2**17  # rows of a frame
@@ -109,7 +109,7 @@ class Table(NamedTuple):
                 raise UsageError(f"{part}: not UTF-8; {SAVE_AS_UTF8}") from None
             except (pd.errors.ParserError, csv.Error) as error:
                 wrong = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
-                text = " ".join(str(error).split())[:120]
+                text = one_line(error, 120)
                 if wrong:
                     expected, row, found = wrong.groups()
                     text = f"row {row} has {found} fields, expected {expected}"
@@ -125,9 +125,7 @@ class Table(NamedTuple):
                 raise UsageError(f"{part}: lacks the column {error}") from None
 
     def _starts(self) -> Iterator[tuple[Path, int]]:
-        """The parts, and how many lines of each come before its first row. Refuses parts of text
-        whose header is not the first one's.
-        """
+        """The parts, and how many lines come before each one's first row; one header for all."""
         if self.kind not in ("text", "lines"):
             yield from ((part, 0) for part in self.parts)
             return
@@ -234,9 +232,7 @@ def open_table(
 
 
 def _look(head: bytes) -> tuple[str, list[str], list[str]]:
-    """The encoding of a text that starts so, the blank lines and comments before its first row, and
-    the lines after them.
-    """
+    """The encoding of a text, the blank lines and comments before its first row, the rest."""
     encoding = "utf-16" if head[:2] in UTF16 else "utf-8-sig"
     lines, skip = head.decode(encoding, "replace").splitlines(), 0
     while skip < len(lines) and (not lines[skip].strip() or COMMENT.match(lines[skip])):

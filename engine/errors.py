@@ -18,3 +18,8 @@ class Stopped(Exception):
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
         self.number = number
+
+
+def one_line(error: Exception, limit: int = 160) -> str:
+    """What an error of a library says, without its line ends."""
+    return " ".join(str(error).split())[:limit]

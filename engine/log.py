@@ -52,9 +52,7 @@ class MetricsLog:
             partial.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
 
     def write_seconds(self, seconds: float) -> None:
-        """Write the seconds trained so far to their own file, so that a checkpoint's bytes do not
-        depend on timing.
-        """
+        """Write the seconds trained so far; a checkpoint's bytes do not depend on timing."""
         write_json(self.path.with_name(CLOCK), {"seconds": seconds})
 
     def seconds(self) -> float:

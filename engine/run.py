@@ -399,9 +399,7 @@ class Run:
         _remove(self.folder / REPLACED)
 
     def failed(self, message: str) -> RunError:
-        """The error of a run that failed. A run that it was to replace is put back first, unless
-        this one has a checkpoint.
-        """
+        """The error of a failed run; without a checkpoint, what it was to replace is put back."""
         aside = self.folder / REPLACED
         if processes.is_first() and aside.is_dir() and not self._has_checkpoint():
             for name in OWN:
@@ -439,9 +437,7 @@ class Run:
             print(f"resuming with other library versions, so not bit for bit: {', '.join(other)}")
 
     def complete(self, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Write results.json, and ranks.npz from `arrays`; print the test metrics. A run that was
-        trained is finished then.
-        """
+        """Write results.json and ranks.npz; a run that was trained is finished then."""
         if processes.is_first():
             path = self.folder / "ranks.npz"
             with files.replacing(path) as partial, open(partial, "wb") as file:

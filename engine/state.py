@@ -74,9 +74,7 @@ class State:
         return self.seconds if self._began is None else time.perf_counter() - self._began
 
     def clip(self, max_norm: float) -> Tensor:
-        """The gradients' norm before they are clipped to `max_norm`, a scalar on the device; 0 only
-        measures it.
-        """
+        """The gradients' norm before they are clipped to `max_norm`; 0 only measures it."""
         limit = max_norm or math.inf
         return sharding.whole(nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True))
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from engine import cli
 from engine.cli import Seed, flag
-from engine.errors import UsageError
+from engine.errors import UsageError, one_line
 from engine.files import check_writable, save_whole
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _convert(path: Path, folder: Path) -> str:
         )
         tokenizer = AutoTokenizer.from_pretrained(**options)
     except Exception as error:  # the reader raises what it meets
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise UsageError(f"--base_model={path}: transformers cannot read it ({reason})") from None
     _refuse_partial(path, reader, model, loaded)
     # The weights are not quantised any more; with either of these they could not be saved.
@@ -121,9 +121,7 @@ def _convert(path: Path, folder: Path) -> str:
 
 
 def _refuse_partial(path: Path, reader: Any, model: "PreTrainedModel", loaded: dict) -> None:
-    """Raise UsageError where a weight of the base has no tensor in the file, or the other way
-    round.
-    """
+    """Raise UsageError where a weight has no tensor in the file, or the other way round."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     missing = sorted(set(loaded["missing_keys"]) - tied)
     layers = {int(n[1]) for t in reader.tensors if (n := re.match(r"blk\.(\d+)\.", t.name))}

@@ -87,10 +87,7 @@ def main(
 
 
 def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: list[str]) -> str:
-    """The Markdown of one domain; draws its figures.
-
-    Comparisons that cannot be made are added to the notes.
-    """
+    """The Markdown of one domain; draws its figures, notes what cannot be compared."""
     from experiments import figures
 
     by_label = {row.label: row for row in rows}
@@ -137,9 +134,7 @@ def _head(rows: list[Row], paper: bool) -> str:
 
 
 def _depths(rows: list[Row]) -> tuple[int, int]:
-    """Layers of student and teacher that most distilled runs have, of equals the larger; the
-    paper's 4 and 8 without any.
-    """
+    """Layers of student and teacher that most distilled runs have; the paper's without any."""
     pairs: Counter[tuple[int, int]] = Counter()
     for row in rows:
         for run in row.runs.values():

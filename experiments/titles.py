@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from engine import cli
 from engine.cli import PositiveInt, flag
-from engine.errors import UsageError
+from engine.errors import UsageError, one_line
 from engine.files import check_writable
 from utils.flags import Data, ItemTable
 
@@ -43,7 +43,7 @@ def sentence_vectors(titles: list[str], text_model: str, device: "torch.device")
     try:
         encoder = SentenceTransformer(text_model, device=str(device))
     except Exception as error:  # the package raises what it meets
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise UsageError(f"--text_model={text_model}: cannot be read ({reason})") from None
     options = {"normalize_embeddings": True, "convert_to_tensor": True, "show_progress_bar": True}
     return encoder.encode(titles, **options).float().cpu()

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from engine.errors import UsageError
+from engine.errors import UsageError, one_line
 from engine.files import read_json
 from models.builtin import BUILT_IN, FOLDER, ensure_built_in
 
@@ -44,9 +44,7 @@ class Base(NamedTuple):
 
     @property
     def is_random(self) -> bool:
-        """Whether the layers have random weights: a built-in base's, or a twin's
-        (experiments/bases.py).
-        """
+        """Whether the layers have random weights: a built-in base's, or a twin's."""
         return self.name in BUILT_IN or getattr(self.config, "random_layers", False)
 
     def describe(self) -> dict[str, Any]:
@@ -173,7 +171,7 @@ def read_config(base: str) -> PreTrainedConfig:
     try:
         return CONFIG_MAPPING[found](**content)
     except Exception as error:  # transformers checks fields in several ways
-        raise UsageError(f"{path}: not a {found}'s configuration ({_line(error)})") from None
+        raise UsageError(f"{path}: not a {found}'s configuration ({one_line(error)})") from None
 
 
 def new_decoder(config: PreTrainedConfig) -> PreTrainedModel:
@@ -325,11 +323,7 @@ def _opened(path: str):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path}: damaged or not safetensors ({_line(error)})") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+        raise UsageError(f"{path}: damaged or not safetensors ({one_line(error)})") from None
 
 
 def _file(base: str, name: str, optional: bool = False) -> str | None:
@@ -361,4 +355,4 @@ def _file(base: str, name: str, optional: bool = False) -> str | None:
             " ask for access and run `hf auth login`"
         ) from None
     except OSError as error:
-        raise UsageError(f"--base_model={base}: {_line(error)}") from None
+        raise UsageError(f"--base_model={base}: {one_line(error)}") from None

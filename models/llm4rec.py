@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine import checkpoint, sharding
-from engine.errors import UsageError
+from engine.errors import UsageError, one_line
 from engine.run import Run
 from models.attention import KeyValue
 from models.base import PROVEN, Base, load_llama, longest, open_base
@@ -256,7 +256,7 @@ def _prove(base: Base, item_table: Tensor, spec: dict[str, Any]) -> None:
         difference = float((found - expected).norm() / expected.norm())
         problem = "" if difference <= PROOF else f"states differ by {difference:.2g}"
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        problem = " ".join(str(error).split())[:120]
+        problem = one_line(error, 120)
     if problem:
         raise UsageError(
             f"--base_model={base.name}: the layers of model_type {base.config.model_type} compute"

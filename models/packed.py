@@ -4,6 +4,7 @@ Legend: B batch, L item slots, R response tokens, P prompt tokens, S packed toke
 response of all users), W most tokens of a user in a group; b, s: B and S of one group.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 GROUPS = 4  # groups of users whose attention is computed together; the best of 1, 4, 8, 16 on CPU
 SMALLEST_GROUP = 32
+ALIGNED = 16  # bytes; where a tensor may begin in a buffer
 
 
 class UserGroup(NamedTuple):
@@ -106,20 +108,42 @@ class Packed(NamedTuple):
         return cls(history[real], order.argsort(), items_back, layout)
 
     def to(self, device: torch.device) -> "Packed":
-        """On the device; to a GPU through pinned memory, so that the CPU does not wait."""
-        return _moved(self, device)
+        """On the device."""
+        return self if device.type == "cpu" else in_one_copy(self, device)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """Every tensor in nested tuples and lists, on the device."""
+def in_one_copy(value: Any, device: torch.device) -> Any:
+    """The tensors in nested tuples and lists on another device. They go there as one buffer, which
+    is pinned for a GPU, so that the CPU does not wait.
+    """
+    tensors = [*_tensors(value)]
+    sizes = [-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors]
+    pins = torch.accelerator.is_available() and device.type != "cpu"
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pins)
+    for part, tensor in zip(buffer.split(sizes), tensors):
+        part[: tensor.nbytes] = tensor.contiguous().flatten().view(torch.uint8)
+    moved = []
+    for part, tensor in zip(buffer.to(device, non_blocking=True).split(sizes), tensors):
+        moved.append(part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+    return _with(value, iter(moved))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        pins = torch.accelerator.is_available() and device.type != "cpu"
-        return (value.pin_memory() if pins else value).to(device, non_blocking=True)
-    if isinstance(value, list):
-        return [_moved(part, device) for part in value]
-    if isinstance(value, tuple):
-        return type(value)(*(_moved(part, device) for part in value))
-    return value
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _with(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """`value` with these tensors instead of its own, in their order."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if not isinstance(value, (list, tuple)):
+        return value
+    parts = [_with(part, tensors) for part in value]
+    return parts if isinstance(value, list) else type(value)(*parts)
 
 
 def _group(width: Tensor, widths: list[int]) -> UserGroup:

@@ -105,9 +105,7 @@ class SASRec(nn.Module):
         return x
 
     def padded_states(self, history: Tensor) -> Tensor:
-        """As `states`, [B, L, D], computed with the padding: the plain form, and the ONNX graph's.
-        A padding's state is unspecified.
-        """
+        """As `states`, [B, L, D], with the padding: the plain form, and the ONNX graph's."""
         length, tokens = history.shape[1], PaddedTokens(history != self.n_items)
         x = self._embedded(history, torch.arange(length, device=history.device), length)
         for block in self.blocks:

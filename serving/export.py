@@ -20,7 +20,7 @@ from pathlib import Path
 from datasets.domain import split_of
 from engine import cli
 from engine.cli import PositiveInt, flag
-from engine.errors import RunError
+from engine.errors import RunError, one_line
 from engine.files import check_replaceable, making, replace_folder
 from engine.run import Run
 from serving.served import Served, ServedFiles, is_export, read
@@ -182,7 +182,7 @@ def main(
             n_users = write(partial, served, verify_users, onnx)
             replace_folder(partial, folder)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise RunError(f"--output_dir={output_dir}: {reason}; nothing was written") from None
     ways = "the card's code and the ONNX graph give" if onnx else "the card's code gives"
     print(f"{ways} the model's scores for {n_users:,} test users")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from engine.errors import RunError, UsageError
+from engine.errors import RunError, UsageError, one_line
 from engine.files import read_json, write_json
 from models.decoder import Decoder
 from models.llm4rec import LLM4Rec
@@ -117,7 +117,7 @@ def load(
         else:
             model = _load_llm(folder, tensors, shape)
     except (OSError, KeyError, SafetensorError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise UsageError(f"{folder}: damaged, not a folder of serving.export ({reason})") from None
     slots = shape["max_seq_length"]
     return Recommender.of(model.to(device), popularity, slots, exit), item_ids.numpy()

@@ -229,9 +229,7 @@ def _open_export(files: ServedFiles, exit: int | None, device: str) -> tuple["Re
 
 
 def allowed_items(names: Items, offered: Offered) -> "torch.Tensor | None":
-    """bool [N], the items that may be recommended; None for all. A denied item that is unknown is
-    not recommended anyway.
-    """
+    """bool [N], the items that may be recommended; None for all. A denied one may be unknown."""
     import torch
 
     allow, deny = offered.allow, offered.deny

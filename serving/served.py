@@ -46,9 +46,7 @@ class Served(NamedTuple):
     table_path: Path | None
 
     def item_ids(self, unseen: bool = False) -> np.ndarray:
-        """The items to recommend from, ascending: those of the data, and with `unseen` the others
-        that the item table has vectors for.
-        """
+        """The items to recommend from, ascending; `unseen`: all that have a vector."""
         from datasets.item_table import ids_with_vectors
 
         if not unseen or self.table_path is None:
@@ -158,6 +156,26 @@ def read_all(files: ServedFiles) -> list[Served]:
     return found
 
 
+def _run_of(model: str, domain: Domain) -> Run:
+    """The run that --model names."""
+    folder = domain.run_folder(model, None) if model in STAGES else Path(model)
+    folder = best_run(domain) if model == "best" else folder
+    if not (folder / "config.json").is_file():
+        maker = STAGES.get(model, "one of the four scripts")
+        runs = sorted(path.parent.name for path in domain.folder.glob("*/config.json"))
+        there = f"; {domain.folder} has {', '.join(runs)}" if runs else ""
+        raise UsageError(f"--model={model}: no run in {folder}; {maker} makes it{there}")
+    if is_export(folder):
+        raise UsageError(f"--model={model}: an export, not a run; name the run's folder")
+    stage = read_json(folder / "config.json", "run").get("step")
+    run = Run.read(stage if stage in STAGES else "trained", folder, "--model")
+    if not run.has_best:
+        raise UsageError(f"--model={model}: {folder} has no checkpoint best/; train first")
+    if not isinstance(run.flags.get("max_seq_length"), int):
+        raise UsageError(f"{folder / 'config.json'}: damaged, its flags lack max_seq_length")
+    return run
+
+
 def read(files: ServedFiles) -> Served:
     """Find a run, and the CSV and item table that it was made from.
 
@@ -166,31 +184,15 @@ def read(files: ServedFiles) -> Served:
     Raises:
         UsageError: something is missing, or is not what the run was made from.
     """
-    if files.model == "best":
-        files = dataclasses.replace(files, model=str(best_run(Domain.of(files))))
-    named = files.model in STAGES
-    folder = Domain.of(files).run_folder(files.model, None) if named else Path(files.model)
-    if not (folder / "config.json").is_file():
-        maker = STAGES.get(files.model, "one of the four scripts")
-        runs = sorted(path.parent.name for path in Domain.of(files).folder.glob("*/config.json"))
-        there = f"; {Domain.of(files).folder} has {', '.join(runs)}" if runs else ""
-        raise UsageError(f"--model={files.model}: no run in {folder}; {maker} makes it{there}")
-    if is_export(folder):
-        raise UsageError(f"--model={files.model}: an export, not a run; name the run's folder")
-    stage = read_json(folder / "config.json", "run").get("step")
-    run = Run.read(stage if stage in STAGES else "trained", folder, "--model")
-    if not run.has_best:
-        raise UsageError(f"--model={files.model}: {folder} has no checkpoint best/; train first")
-    if not isinstance(run.flags.get("max_seq_length"), int):
-        raise UsageError(f"{folder / 'config.json'}: damaged, its flags lack max_seq_length")
+    run = _run_of(files.model, Domain.of(files))
     own = run.config.get("domain", files.domain_type)
-    refuse_other_domain(files, folder, own)
+    refuse_other_domain(files, run.folder, own)
     path = files.data_path or run.flags.get("data_path")
     domain = Domain(own, path, files.ends_are_items, files.split).read_as_in(run.flags)
     data, csv_path = domain.read()
     hashes, sources = {"data_sha256": data.sha256}, {"data_sha256": csv_path}
     table_path = None
-    if stage != "sasrec":
+    if run.stage != "sasrec":
         table_path = Path(files.item_table or run.flags.get("item_table") or domain.item_table)
         if not table_path.is_file():
             raise UsageError(f"item table not found: {table_path}; name it with --item_table")

@@ -24,7 +24,6 @@ from datasets.demo import write_demo
 from engine import cpu
 from engine.errors import RunError, UsageError
 from engine.log import SPEED
-from models import losses
 from models.base import new_decoder
 from models.llm4rec import LLM4Rec, assemble
 
@@ -89,28 +88,6 @@ def small_model(
             if "lora_B" in name:  # zero at the start: LoRA would not be felt
                 parameter.normal_(std=0.3)
     return model.double()
-
-
-def loss_parts(student, teacher, table, target, loss, online=False, sasrec=None):
-    """The parts of the loss as distill.py adds them up."""
-    how = loss.block_reduction
-    parts = {"ce": (1.0, losses.next_item(student.user, table, target))}
-    if student.exits.shape[1] and loss.uses_exits:
-        exits = losses.exit_supervision(student.exits, table, target, how)
-        parts["exits"] = loss.cls_multiple_lambda, exits
-    if teacher is not None:
-        states = teacher.states, student.states
-        distance = losses.block_distance(*states, how, loss.norm_form)
-        parts["align_cos"] = loss.distill_lambda, losses.block_cosine(*states, how)
-        parts["align_norm"] = loss.norm_lambda, distance
-        kl = losses.logit_kl(teacher, student, table, loss.temperature, how)
-        parts["logit_kl"] = loss.logit_lambda, kl
-        weight = loss.cls_multiple_lambda if online else None
-        parts |= losses.of_teacher(teacher, table, target, how, weight)
-    if sasrec is not None:
-        kl = losses.user_kl(sasrec, student.user, table, loss.sasrec_temperature)
-        parts["sasrec_kl"] = loss.sasrec_lambda, kl
-    return losses.weighted_sum(parts)
 
 
 @pytest.hookimpl(tryfirst=True)

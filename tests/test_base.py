@@ -240,19 +240,17 @@ def test_built_in_bases_load_like_any_other_and_keep_the_prompts_length(tmp_path
         assert (tmp_path / "again/tiny" / name).read_bytes() == content, name
 
 
-@pytest.mark.parametrize(
-    "layers, total, lora", [(4, 0.944, 2.90), (8, 1.756, 5.80), (32, 6.631, 23.20)]
-)
-def test_parameter_counts_are_the_papers(layers, total, lora):
+@pytest.mark.parametrize("n, total, lora", [(4, 0.944, 2.9), (8, 1.756, 5.8), (32, 6.631, 23.2)])
+def test_parameter_counts_are_the_papers(n, total, lora):
     """LLaMA-2-7B: all but the adapters in billions, LoRA alone in millions (the paper's table)."""
     config = LlamaConfig(**efficiency.LLAMA_2_7B, num_hidden_layers=32)
     with torch.device("meta"):
-        llama = LlamaModel(base.prune_config(config, layers))
+        llama = LlamaModel(base.prune_config(config, n))
         llama.requires_grad_(False)
         inject_lora(llama, 16, 16, 0.0, TARGETS)
     sizes = [(p.numel(), p.requires_grad) for p in llama.parameters()]
-    assert round(sum(n for n, _ in sizes) / 1e9, 3) == total
-    assert round(sum(n for n, trained in sizes if trained) / 1e6, 2) == lora
+    assert round(sum(size for size, _ in sizes) / 1e9, 3) == total
+    assert round(sum(size for size, trained in sizes if trained) / 1e6, 2) == lora
 
 
 def test_a_random_twin_has_the_shape_and_the_tokens_but_not_the_weights(checkpoint, tmp_path):

@@ -21,7 +21,7 @@ def test_the_plain_loss_is_distills_default_loss_in_parity():
     batch, target = histories([3, 8, 1, 5]), torch.tensor([1, 2, 3, 4])
     with torch.no_grad():
         wanted = teacher(batch)
-    parts = measure.slmrec_loss(student(batch), wanted, student.item_table, target)
+    parts = measure.loss_parts(student(batch), wanted, student.item_table, target)
     given = plain.plain_loss(student(batch), wanted, student.item_table, target)
     # the plain form rounds to float32
     torch.testing.assert_close(given.double(), parts["total"], atol=1e-5, rtol=1e-6)

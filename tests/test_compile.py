@@ -7,8 +7,9 @@ import torch
 
 import distill
 import finetune
+from benchmarks.measure import loss_parts
 from engine.errors import UsageError
-from tests.conftest import histories, loss_parts, small_model
+from tests.conftest import histories, small_model
 from utils.flags import StudentLoss
 
 BATCHES = [3, 8, 1, 5, 2, 7] * 6, [2, 1, 4] * 13  # lengths; the second has other shapes

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
+from benchmarks.measure import loss_parts
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, EvaluationSplit
 from models.catalogue import catalogue_cross_entropy
 from models.sasrec import SASRec
-from tests.conftest import histories, loss_parts, small_model, write_sequences
+from tests.conftest import histories, small_model, write_sequences
 from utils.evaluation import rank_all
 from utils.flags import StudentLoss
 

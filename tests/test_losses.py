@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.measure import loss_parts
 from models import catalogue, losses
 from models.catalogue import catalogue_cross_entropy
 from models.losses import block_cosine, block_distance, logit_kl, user_kl
-from tests.conftest import histories, loss_parts, small_model
+from tests.conftest import histories, small_model
 from utils.flags import StudentLoss
 
 

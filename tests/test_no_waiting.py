@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import loss_parts
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, EvaluationSplit
 from engine.run import Run
@@ -25,9 +26,9 @@ from engine.state import Progress, State
 from engine.tensor_cache import TensorCache
 from models.catalogue import catalogue_cross_entropy
 from models.losses import Output
-from models.packed import Packed
+from models.packed import Packed, _tensors, in_one_copy
 from models.sasrec import SASRec
-from tests.conftest import histories, loss_parts, small_model, write_sequences
+from tests.conftest import histories, small_model, write_sequences
 from utils.evaluation import Batch, rank_users
 from utils.flags import StudentLoss
 from utils.training import _Late
@@ -118,6 +119,15 @@ def test_from_histories_to_ranks(batch):
         encode = model.user_encoder()
         ranks = rank_users(encode(batch.history), model.item_table.float().T, batch)
         assert ranks.device == META and ranks.shape == (3, 23)
+
+
+def test_a_batch_goes_to_the_device_in_one_copy():
+    packed = Packed.of(histories(LENGTHS), 23, 4, 2)
+    copied, moved = in_one_copy(packed, torch.device("cpu")), packed.to(META)
+    pairs = zip(_tensors(packed), _tensors(copied), strict=True)
+    assert all(tensor.dtype == other.dtype and tensor.equal(other) for tensor, other in pairs)
+    assert [group[:2] for group in copied.layout.groups] == [g[:2] for g in packed.layout.groups]
+    assert len({tensor.untyped_storage().nbytes() for tensor in _tensors(moved)}) == 1
 
 
 def test_a_tensor_left_behind_is_noticed(monkeypatch):

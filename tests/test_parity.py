@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.measure import loss_parts
 from benchmarks.plain import plain_twin
 from models.attention import attend, attend_on_grids
 from models.packed import Packed
-from tests.conftest import TARGETS, histories, loss_parts, small_model
+from tests.conftest import TARGETS, histories, small_model
 from utils.flags import StudentLoss
 
 pytestmark = pytest.mark.usefixtures("float64_norm")

@@ -194,9 +194,7 @@ def beside(run: Run, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _print_beside(run: Run, results: dict[str, Any]) -> None:
-    """This run beside popularity and SASRec, as a table; a line for each of them that is ahead on
-    validation, and one if every target ranks first.
-    """
+    """This run beside popularity and SASRec, as a table, and a line for each that is ahead."""
     rows = beside(run, results)
     own = results["valid"]["sampled"]["MRR"]
     print("\n" + " " * 14 + "".join(f"{name:>13s}" for name in SHOWN))
@@ -310,9 +308,7 @@ def _in_step(
 
 
 def rank_tile(scores: Tensor, target: Tensor, seen: Tensor, candidates: Tensor) -> Tensor:
-    """Ranks [3, b] (sampled, full, full_all) from scores [b, N]. `scores` are left without the
-    history's, as `full` ranks them.
-    """
+    """Ranks [3, b] from scores [b, N], which lose the history's: as `full` ranks them."""
     own = scores.gather(1, target[:, None])  # [b, 1]
     finite = torch.isfinite(scores.sum(1))  # a sum shows it 20 times sooner than all terms
     drawn = scores.gather(1, candidates.clamp(min=0))

@@ -245,10 +245,7 @@ def _validate(
 
 
 def _batches(n: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Global batches of indices without end.
-
-    Epoch e is the permutation drawn from (seed, e); its last batch may be short.
-    """
+    """Global batches without end; epoch e is the permutation drawn from (seed, e)."""
     for epoch in itertools.count():
         order = np.random.default_rng((seed, epoch)).permutation(n)
         yield from np.split(order, range(batch_size, n, batch_size))
