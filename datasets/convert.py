@@ -23,7 +23,7 @@ import numpy as np
 from datasets import filters
 from datasets.cells import clean_title
 from datasets.domain import canonical_domain
-from datasets.filters import Reviews, often, print_counts
+from datasets.filters import Log, often, print_counts
 from datasets.interactions import MINIMUM_LENGTH
 from datasets.items import listing_of
 from datasets.logs import NAMES, canonical, choose_columns, read_log, report_columns
@@ -84,13 +84,8 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
 
 
 def filter_log(
-    log: Reviews,
-    ties: np.ndarray | None,
-    dedup: Dedup,
-    min_user: int,
-    min_item: int,
-    min_length: int,
-) -> Reviews:
+    log: Log, ties: np.ndarray | None, dedup: Dedup, min_user: int, min_item: int, min_length: int
+) -> Log:
     """Sort by user and time; then drop repeats, rare users and items, and short sequences, until
     nothing changes. Prints a line after every filter.
     """

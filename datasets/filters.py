@@ -15,8 +15,8 @@ from engine.errors import UsageError
 from engine.files import replacing
 
 
-class Reviews(NamedTuple):
-    """Reviews in file order: codes user, item int32 [n] into names; time [n], seconds."""
+class Log(NamedTuple):
+    """Interactions in file order: codes user, item int32 [n] into names; time [n], seconds."""
 
     users: list[str]
     items: list[str]
@@ -24,27 +24,27 @@ class Reviews(NamedTuple):
     item: np.ndarray
     time: np.ndarray
 
-    def keep(self, mask: np.ndarray) -> "Reviews":
+    def keep(self, mask: np.ndarray) -> "Log":
         return self._replace(user=self.user[mask], item=self.item[mask], time=self.time[mask])
 
     def repeated(self, *columns: str) -> np.ndarray:
         """Mask of the rows that an earlier one equals in these columns, bool [n]."""
         return pd.DataFrame({name: getattr(self, name) for name in columns}).duplicated().to_numpy()
 
-    def ordered(self, ties: np.ndarray | None, by_time: bool = True) -> "Reviews":
+    def ordered(self, ties: np.ndarray | None, by_time: bool = True) -> "Log":
         """By user, then by time, then by `ties` (int64 [n]; None is file order)."""
         keys = [self.time, self.user] if by_time else [self.user]
         return self.keep(np.lexsort(keys if ties is None else [ties, *keys]))
 
 
-def print_counts(stage: str, reviews: Reviews) -> None:
+def print_counts(stage: str, log: Log) -> None:
     """One line: the stage and how many users, items and interactions are left."""
-    users, items = (len(np.unique(codes)) for codes in (reviews.user, reviews.item))
-    rows = len(reviews.user)
+    users, items = (len(np.unique(codes)) for codes in (log.user, log.item))
+    rows = len(log.user)
     print(f"{stage:34s} {users:>11,} users {items:>10,} items {rows:>12,} interactions")
 
 
-def keep(log: Reviews, mask: np.ndarray, stage: str, flag: str) -> Reviews:
+def keep(log: Log, mask: np.ndarray, stage: str, flag: str) -> Log:
     """The rows of a mask. Prints what is left.
 
     Args:
@@ -64,17 +64,17 @@ def often(codes: np.ndarray, least: int) -> np.ndarray:
     return np.bincount(codes)[codes] >= least
 
 
-def occurring(reviews: Reviews) -> set[str]:
+def occurring(log: Log) -> set[str]:
     """The items that are left."""
-    return {reviews.items[code] for code in np.unique(reviews.item)}
+    return {log.items[code] for code in np.unique(log.item)}
 
 
-def tie_order(reviews: Reviews, seed: int) -> np.ndarray:
+def tie_order(log: Log, seed: int) -> np.ndarray:
     """An order that says nothing about item or file, int64 [n]: a hash of (seed, user, item)."""
-    users = np.array([_hashed(f"{seed} {name}") for name in reviews.users], dtype=np.uint64)
-    items = np.array([_hashed(f"{seed} {name}") for name in reviews.items], dtype=np.uint64)
+    users = np.array([_hashed(f"{seed} {name}") for name in log.users], dtype=np.uint64)
+    items = np.array([_hashed(f"{seed} {name}") for name in log.items], dtype=np.uint64)
     with np.errstate(over="ignore"):
-        mixed = users[reviews.user] * np.uint64(0x9E3779B97F4A7C15) ^ items[reviews.item]
+        mixed = users[log.user] * np.uint64(0x9E3779B97F4A7C15) ^ items[log.item]
         mixed ^= mixed >> np.uint64(30)
         mixed *= np.uint64(0xBF58476D1CE4E5B9)
         mixed ^= mixed >> np.uint64(27)
@@ -86,18 +86,16 @@ def _hashed(text: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def print_ties(reviews: Reviews, what: str, ties: Literal["hash", "file"], tie_seed: int) -> None:
+def print_ties(log: Log, what: str, ties: Literal["hash", "file"], tie_seed: int) -> None:
     """One line: the share of a user's neighbouring reviews of equal time, and their order."""
-    same_user = reviews.user[1:] == reviews.user[:-1]
-    same_time = reviews.time[1:] == reviews.time[:-1]
+    same_user = log.user[1:] == log.user[:-1]
+    same_time = log.time[1:] == log.time[:-1]
     share = float((same_user & same_time).sum() / max(1, same_user.sum()))
     how = f"by a hash with --tie_seed={tie_seed}" if ties == "hash" else "in file order"
     print(f"{share:.1%} of a user's neighbouring {what} share a time: {how}")
 
 
-def write_domain(
-    reviews: Reviews, titles: dict[str, str], path: str | Path, dated: bool = True
-) -> None:
+def write_domain(log: Log, titles: dict[str, str], path: str | Path, dated: bool = True) -> None:
     """Write <domain>.csv and, beside it, <domain>.items.csv (item_id, asin, title).
 
     Items are numbered from 0 in the order of their codes.
@@ -106,18 +104,18 @@ def write_domain(
         dated: whether the reviews have times, which are written then.
     """
     path = Path(path)
-    kept, number = np.unique(reviews.item, return_inverse=True)
-    asins = [reviews.items[code] for code in kept]
-    bounds = np.flatnonzero(np.diff(reviews.user, prepend=-1, append=-1))
+    kept, number = np.unique(log.item, return_inverse=True)
+    asins = [log.items[code] for code in kept]
+    bounds = np.flatnonzero(np.diff(log.user, prepend=-1, append=-1))
     names = [titles.get(asin, "") for asin in asins]
-    whole = np.array_equal(reviews.time, np.floor(reviews.time))
-    time = reviews.time.astype(np.int64) if whole else reviews.time
+    whole = np.array_equal(log.time, np.floor(log.time))
+    time = log.time.astype(np.int64) if whole else log.time
 
     def rows() -> Iterator[tuple[str, list, list, list]]:
         for a, b in zip(bounds[:-1], bounds[1:]):
             items = number[a:b].tolist()
             shown = [names[item] for item in items]
-            yield reviews.users[reviews.user[a]], items, shown, time[a:b].tolist()
+            yield log.users[log.user[a]], items, shown, time[a:b].tolist()
 
     with replacing(path) as lists, replacing(listing_of(path)) as listing:  # both, or none
         write_csv(lists, rows(), dated)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from datasets.cells import clean_title, parse_list, parsed, title_list
-from datasets.filters import Reviews
+from datasets.filters import Log
 from datasets.items import listing_of, read_listing
 from datasets.tables import Names, Table, bare
 from engine import cli
@@ -180,7 +180,7 @@ def read_log(
     drop_missing: bool = False,
     one_user: bool = False,
     mend: str = "--drop_missing true",
-) -> tuple[Reviews, dict[str, str]]:
+) -> tuple[Log, dict[str, str]]:
     """Read a log of interactions, or of lists, and judge what was read.
 
     Args:
@@ -226,13 +226,13 @@ def read_log(
         print(f"{low:,} interactions rated below {min_rating:g} left out")
     lower = "" if min_rating is None else "; lower --min_rating"
     cli.check((len(user) > 0, f"{table.path}: nothing is left of {n_rows:,} rows{lower}"))
-    _judge(table.path, Reviews([*users.codes], [*items.codes], user, item, time), columns, one_user)
+    _judge(table.path, Log([*users.codes], [*items.codes], user, item, time), columns, one_user)
     if columns.time is not None:
         _judge_times(table.path, time, rows, dates)
     named = {name: titles.get(code, "") for name, code in items.codes.items()}
     names, user = users.in_order(user, by_value=True)
     ids, item = items.in_order(item, by_value=True)
-    return Reviews(names, ids, user, item, time), named
+    return Log(names, ids, user, item, time), named
 
 
 def original_ids(path: Path) -> dict[str, str]:
@@ -337,7 +337,7 @@ def _judge_missing(path: Path, missing: dict, drop: bool, columns: Columns, mend
             print(f"{len(rows):,} rows without {role} left out")
 
 
-def _judge(path: Path, log: Reviews, columns: Columns, one_user: bool) -> None:
+def _judge(path: Path, log: Log, columns: Columns, one_user: bool) -> None:
     """Refuse what is no log of several users and items; say what is unusual."""
     for role, names, codes in (("user", log.users, log.user), ("item", log.items, log.item)):
         wrong = SHAPES if role == "user" or columns.lists else SHAPES | AN_ITEM

@@ -23,7 +23,7 @@ import pandas as pd
 from datasets import filters
 from datasets.cells import clean_title
 from datasets.domain import canonical_domain
-from datasets.filters import Reviews, keep, often, print_counts
+from datasets.filters import Log, keep, often, print_counts
 from datasets.tables import Names, open_table
 from engine import cli
 from engine.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
@@ -34,7 +34,7 @@ BROKEN_SHARE = 0.01  # more broken lines than this are an error
 SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written
 
 
-def read_reviews(path: str | Path, min_rating: float) -> tuple[Reviews, int]:
+def read_reviews(path: str | Path, min_rating: float) -> tuple[Log, int]:
     """Stream a review file; reviews rated below `min_rating` are left out.
 
     Returns:
@@ -52,18 +52,18 @@ def read_reviews(path: str | Path, min_rating: float) -> tuple[Reviews, int]:
         parts.append((*codes, rated["unixReviewTime"].to_numpy(np.float64).astype(np.int64)))
     user, item, time = (np.concatenate(column) for column in zip(*parts))
     asins, item = items.in_order(item)
-    return Reviews([*users.codes], asins, user, item, time), low
+    return Log([*users.codes], asins, user, item, time), low
 
 
 def filter_reviews(
-    reviews: Reviews,
+    reviews: Log,
     min_user: int,
     min_item: int,
     min_length: int,
     ties: np.ndarray | None,
     by_time: bool = True,
-) -> Reviews:
-    """The released filters in their order. The result is sorted as `Reviews.ordered` says."""
+) -> Log:
+    """The released filters in their order. The result is sorted as `Log.ordered` says."""
     log = reviews.ordered(ties, by_time)
     log = keep(log, ~log.repeated("user", "item", "time"), "duplicate reviews dropped", "min_user")
     log = keep(log, often(log.user, min_user), f"users with >= {min_user} reviews", "min_user")
