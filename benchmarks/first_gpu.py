@@ -105,6 +105,7 @@ def main(
             print(f"== {title}")
             try:
                 command = [sys.executable, *shlex.split(words)]
+                limit *= 5 if dry else 1  # the limits are of a GPU's machine
                 done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
                 text, status = done.stdout or done.stderr, done.returncode
                 text += done.stderr[-2000:] * (status != 0)
