@@ -129,6 +129,8 @@ def main(
             base, prompt, ids, first, lora, teacher_ends, loss.uses_exits, loss.exit_norm
         )
         online_model = LLM4Rec.build(base, data.item_table, their_spec, run.bf16, *options)
+        if run.source:
+            online_model.restore(run.source, "teacher")
         teacher = teachers.online(online_model.move(device, runtime.shard))
     sasrec = teachers.sasrec(sasrec_runs, data, cache, run, runtime)
 

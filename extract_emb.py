@@ -28,15 +28,16 @@ def main(*, files: flags.ExtractFiles) -> dict:
     inputs = read_sequences(files, runs[0].flags)
     domain, data = inputs.domain, inputs.data
     path = Path(files.item_table or domain.item_table)
+    notes = path.with_suffix(".json")
+    there = read_json(notes, "table notes") if path.exists() and notes.exists() else {}
     cli.check(
         (path.suffix == ".pkl", f"--item_table={path}: must end in .pkl"),
         (
-            not path.exists() or path.with_suffix(".json").exists(),
+            not path.exists() or "sasrec" in there,
             f"--item_table={path}: is there, and not written by this command; name another file",
         ),
     )
     check_writable(path.parent, "--item_table")
-    there = read_json(path.with_suffix(".json"), "table notes") if path.exists() else {}
     split = split_of(there.get("sasrec_flags", {}))
     same = not there or files.item_table or split == domain.split
     cli.check((same, f"{path} is a table of --split={split}; name another file with --item_table"))
@@ -64,9 +65,11 @@ def main(*, files: flags.ExtractFiles) -> dict:
 
     # 3. The file.
     started = sum(bool(run.flags.get("init_table")) for run in runs)
-    whole = {0: "SASRec", len(runs): "SASRec started from a table"}
+    kind = "SASRec started from a table" if started else "SASRec"
+    if runs[1:]:
+        kind = f"{len(runs)} SASRecs" + f", {started} started from a table" * bool(started)
     about = {
-        "items_from": whole.get(started, f"SASRecs, {started} started from a table"),
+        "items_from": kind,
         "sasrec": ",".join(str(run.folder) for run in runs),
         "sasrec_sha256": ",".join(run.weights_sha256() for run in runs),
         "sasrec_flags": runs[0].flags,

@@ -67,7 +67,7 @@ def main(
         return finish(run, model.restore(run), data, runtime, popularity=beside)
     run.prepare(**inputs.about)
     if files.init_table:
-        model.start(item_table.read_table(files.init_table, item_ids), sasrec.init_std)
+        model.start(inputs.vectors(files.init_table), sasrec.init_std)
     if run.source:
         model.restore(run.source)
 

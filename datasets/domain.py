@@ -1,5 +1,6 @@
 """A domain: its name, its files and folders, and every default path."""
 
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,9 @@ class Domain(NamedTuple):
             UsageError: the name is not one path component.
         """
         name = canonical_domain(files.domain_type)
-        return cls(name, files.data_path, files.ends_are_items, files.split)
+        kind, _, share = (files.split or "").partition(":")
+        split = f"{kind}:{Decimal(share).normalize()}" if share else files.split  # .90 is 0.9
+        return cls(name, files.data_path, files.ends_are_items, split)
 
     def read_as_in(self, recorded: dict) -> "Domain":
         """This domain with its lists read as an earlier step's flags say.
@@ -95,7 +98,7 @@ class Domain(NamedTuple):
         Raises:
             UsageError: there is no such run.
         """
-        names = run_names(named) if named else [None]
+        names = run_names(named, "sasrec") if named else [None]
         return [self.earlier_run("sasrec", name) for name in names]
 
     def read(self) -> tuple[Interactions, Path]:
@@ -111,9 +114,16 @@ class Domain(NamedTuple):
         return read_csv(path, self.ends_are_items, self.split), path
 
 
-def run_names(text: str) -> list[str]:
-    """The names of runs between commas; a folder's own name may hold commas."""
-    return [text] if Path(text).is_dir() else [name.strip() for name in text.split(",")]
+def run_names(text: str, flag: str) -> list[str]:
+    """The names of runs between commas; a folder's own name may hold commas.
+
+    Raises:
+        UsageError: one of several names is empty.
+    """
+    names = [text] if Path(text).is_dir() else [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise UsageError(f"--{flag}={text}: an empty name between commas")
+    return names
 
 
 def split_of(flags: dict) -> str:

@@ -125,6 +125,16 @@ class Inputs(NamedTuple):
         hashes = self.hashes | {"items_sha256": found}
         return self._replace(hashes=hashes, sources=self.sources | {"items_sha256": listing})
 
+    def vectors(self, path: str | Path) -> "torch.Tensor":
+        """The items' rows of a table, [N, D]. The numbering of someone's own is checked."""
+        from datasets.item_table import read_table
+
+        ids, largest, listing = self.data.item_ids, None, listing_of(self.csv_path)
+        if not _notes(Path(path)):
+            named = Items.read(listing, ids, others=True).ids if listing.is_file() else ids
+            largest = int(named[-1])
+        return read_table(path, ids, largest)
+
     def load(
         self,
         sequence: Sequence,
@@ -139,16 +149,9 @@ class Inputs(NamedTuple):
             training: settled.
             every_position: a sample is a whole history with a target after every item.
         """
-        from datasets import item_table, sequences
+        from datasets import sequences
 
-        table = None
-        if self.table_path is not None:
-            ids, largest = self.data.item_ids, None
-            if not _notes(self.table_path):  # someone's own: its numbering is checked
-                listing = listing_of(self.csv_path)
-                named = Items.read(listing, ids, others=True).ids if listing.is_file() else ids
-                largest = int(named[-1])
-            table = item_table.read_table(self.table_path, ids, largest).to(device)
+        table = None if self.table_path is None else self.vectors(self.table_path).to(device)
         targets = "last" if every_position else training.train_targets
         slots = sequence.max_seq_length
         samples = sequences.training_samples(self.data, targets, slots, every_position)
@@ -158,9 +161,10 @@ class Inputs(NamedTuple):
 
 
 def _notes(table_path: Path) -> dict:
-    """What the .json beside an item table says; empty without one."""
+    """What the .json beside an item table says; empty without one, or where it is not ours."""
     notes = table_path.with_suffix(".json")
-    return read_json(notes, "item table notes") if notes.is_file() else {}
+    about = read_json(notes, "item table notes") if notes.is_file() else {}
+    return about if "data_sha256" in about else {}
 
 
 def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:

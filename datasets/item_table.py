@@ -37,7 +37,8 @@ def _empty_array(kind: object, shape: tuple, code: bytes) -> np.ndarray:
 
 def _plain_dtype(code: str, align: bool = False, copy: bool = False) -> np.dtype:
     """A dtype of plain numbers; none that holds objects, fields or raw bytes."""
-    dtype = np.dtype(code) if isinstance(code, str) else None
+    # a copy: the pickle then sets its byte order
+    dtype = np.dtype(code, align, copy) if isinstance(code, str) else None
     if dtype is None or dtype.kind not in "fiub" or dtype.itemsize > 8:
         raise pickle.UnpicklingError(f"array of {str(code)[:20]}, expected plain numbers")
     return dtype

@@ -67,7 +67,8 @@ def flag(default: Any = dataclasses.MISSING, help: str = "", needs: str = "", **
         help: one or two lines for `--help`.
         needs: the flag without which this one has no effect: `name`, `name=value`, or `*mark` for
             all flags with that mark; several are separated by bars.
-        about: what else is kept beside the flag.
+        about: what else is kept beside the flag. `replaces` names flags of a --config that this one
+            stands in for.
     """
     metadata = {"help": help, "needs": needs} | about
     if isinstance(default, list):
@@ -314,14 +315,18 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
         problems.append(_problem(name, values[name], flag, text))
     _raise_all(problems)
     config = values.pop("config", None)
-    return _recorded(config, flags_of(main)) | values if config else values
+    recorded = _recorded(config, flags_of(main)) if config else {}
+    replaced = "|".join(flags[name].about.get("replaces", "") for name in values).split("|")
+    return {n: value for n, value in recorded.items() if n not in replaced} | values
 
 
 def _recorded(path: str, flags: dict[str, Flag]) -> dict[str, Any]:
     """The flags of a run's config.json that differ from the defaults, without its folder."""
     path = os.path.join(path, "config.json") if os.path.isdir(path) else path
     recorded = read_json(path, "--config").get("flags")
-    foreign = [name for name in recorded or {"flags": None} if name not in flags]
+    if not isinstance(recorded, dict):
+        raise UsageError(f"--config={path}: records no flags; name a run's config.json")
+    foreign = [name for name in recorded if name not in flags]
     if foreign:
         raise UsageError(f"--config={path}: not of this command, which has no --{foreign[0]}")
     own = {"output_dir", "eval_only", "overwrite"}

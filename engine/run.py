@@ -20,7 +20,7 @@ import numpy as np
 
 from engine import checkpoint, cpu, files, processes
 from engine.cli import Group
-from engine.errors import RunError, UsageError
+from engine.errors import UsageError
 from engine.files import read_json, write_json
 from engine.log import CLOCK, MetricsLog
 
@@ -398,18 +398,18 @@ class Run:
         """A checkpoint is there: what it replaces can go."""
         _remove(self.folder / REPLACED)
 
-    def failed(self, message: str) -> RunError:
-        """The error of a failed run; without a checkpoint, what it was to replace is put back."""
+    def put_back(self) -> bool:
+        """Put back what a run that failed without a checkpoint was to replace; whether it did."""
         aside = self.folder / REPLACED
-        if processes.is_first() and aside.is_dir() and not self._has_checkpoint():
-            for name in OWN:
-                if (aside / name).exists():
-                    _remove(self.folder / name)
-                    (aside / name).rename(self.folder / name)
-            _remove(aside)
-            files.release_lock(self.folder)
-            message += "; the run that was there is back"
-        return RunError(message)
+        if not processes.is_first() or not aside.is_dir() or self._has_checkpoint():
+            return False
+        for name in OWN:
+            if (aside / name).exists():
+                _remove(self.folder / name)
+                (aside / name).rename(self.folder / name)
+        _remove(aside)
+        files.release_lock(self.folder)
+        return True
 
     def _take_lock(self) -> None:
         while not files.take_lock(self.folder):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint, processes, sharding
+from engine.errors import RunError
 from engine.run import Run
 
 FROM_FLAGS = ("save_every", "patience")  # of the plan: taken from the command, not the checkpoint
@@ -98,7 +99,7 @@ class State:
         weights = self._gathered(checkpoint.trained_tensors(self.module))
         broken = [key for key, weight in weights.items() if not torch.isfinite(weight).all()]
         if broken:
-            raise self.run.failed(
+            raise RunError(
                 f"step {self.progress.step}: the weights {', '.join(broken[:3])} are not finite"
                 f" any more; {kept(self.run)}; lower --learning_rate"
             )

@@ -76,7 +76,8 @@ def _sasrec(flags: dict[str, Any]) -> str:
         return f"SASRec with frequencies, alpha {flags['alpha']:g}"
     if flags["train_targets"] == "all":
         return "SASRec"
-    if flags["init_std"] != 1:
+    released = {"init_std": 1, "norm": "query", "loss": "full"}
+    if any(flags.get(name, value) != value for name, value in released.items()):
         return "SASRec, one target per user"
     later = flags.get("max_seq_length") == 50
     return "SASRec, as released later" if later else "SASRec, as released"

@@ -124,11 +124,12 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
 def _head(rows: list[Row], paper: bool) -> str:
     runs = [run for row in rows for run in row.runs.values()]
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
-    random_base = any(run.results.get("random_base") for run in runs)
+    random_base = [run.results.get("random_base") for run in runs if run.stage != "sasrec"]
+    which = "LLM rows use" if all(random_base) else "Some LLM rows use"
     return (
         f"{rows[0].first.results['users']:,} users, test set;"
         f" mean, and standard deviation where a row has several seeds (of {seeds})."
-        + (" LLM rows use a random base." if random_base else "")
+        + (f" {which} a random base." if any(random_base) else "")
         + (f" {PAPERS_ORDER}" if paper else "")
     )
 

@@ -95,10 +95,21 @@ class FinishedRun(NamedTuple):
         return len(taught_by.split(",")) if taught_by else 0
 
     @property
+    def start(self) -> tuple[bool, str | None]:
+        """Whether another run's weights are its start; the hash of a table that no step of ours
+        made, which is the same for all seeds: SASRec's start, or an LLM's items.
+        """
+        foreign = self.config.get("init_table_sha256")
+        if self.config.get("items_from", "of before it was recorded") is None:
+            foreign = foreign or self.config.get("table_sha256")
+        return bool(self.flags.get("init_from")), foreign
+
+    @property
     def label(self) -> str:
+        started = ", started from another run" * self.start[0]
         items = f", items from {self.items_from}" if self.items_from else ""
         teachers = f", of {self.n_sasrecs} SASRecs" if self.n_sasrecs > 1 else ""
-        return label(self.stage, self.flags) + teachers + items
+        return label(self.stage, self.flags) + teachers + started + items
 
     @property
     def counted(self) -> set[str]:
@@ -120,7 +131,7 @@ class FinishedRun(NamedTuple):
             names -= {"distill_block", "cls_multiple_lambda", "block_reduction", "exit_norm"}
         layers = self.config.get("model", {}).get("layers")
         values = {name: flags[name] for name in sorted(names)}
-        made_by = self.items_from, self.n_sasrecs, self.config.get("items_flags")
+        made_by = self.items_from, self.n_sasrecs, self.config.get("items_flags"), *self.start
         return json.dumps([stage, layers, bool(self.config.get("bf16")), values, *made_by])
 
     def ranks(self, protocol: str) -> np.ndarray | None:
@@ -162,8 +173,11 @@ def read_runs(root: Path, unpacked: Path | None = None) -> tuple[list[FinishedRu
     found, notes = _read_folder(root)
     if unpacked is not None:
         for archive in sorted(root.glob("*.zip")):
-            with zipfile.ZipFile(archive) as file:
-                file.extractall(unpacked / archive.stem)
+            try:
+                with zipfile.ZipFile(archive) as file:
+                    file.extractall(unpacked / archive.stem)
+            except (zipfile.BadZipFile, zlib.error) as error:
+                notes.append(f"{archive.name}: damaged ({error})")
         more, more_notes = _read_folder(unpacked)
         found, notes = more + found, notes + more_notes  # of equal runs the last counts
     return sorted(found, key=lambda run: [*SCRIPTS].index(run.stage)), notes
@@ -198,7 +212,7 @@ def _read_folder(root: Path) -> tuple[list[FinishedRun], list[str]]:
 def _check(run: FinishedRun) -> None:
     """Raise KeyError, TypeError or AttributeError where the report would miss something."""
     splits = run.results["valid"], run.results["test"]
-    read = [split[protocol]["MRR"] for split in splits for protocol in TABLE]
+    read = [value for split in splits for name in TABLE for value in split[name].values()]
     named = run.label and run.key and run.config["domain"] and run.config["data_sha256"]
     whole = set(run.results) >= NEEDED and all(map(math.isfinite, read))
     if run.seed != run.config["flags"]["seed"] or not named or not whole:
@@ -214,14 +228,21 @@ def by_domain(runs: list[FinishedRun], notes: list[str]) -> dict[str, list[Row]]
     for run in runs:
         hashes[run.domain].add(run.config["data_sha256"])
     groups: dict[str, dict[str, dict[int, FinishedRun]]] = defaultdict(lambda: defaultdict(dict))
+    unknown = defaultdict(list)  # students whose teacher's run is not there, by row
     for run in runs:
         domain, sha = run.domain, run.config["data_sha256"]
         teacher = next((other.key for other in runs if run.taught_by(other)), "")
         name = domain if len(hashes[domain]) == 1 else f"{domain} ({sha[:8]})"
         row = groups[name][run.key + teacher]
+        if run.config.get("teacher") not in (None, "online") and not teacher:
+            unknown[name, run.key].append(run.name)
         if run.seed in row:
             notes.append(f"{row[run.seed].name} has the flags and the seed of {run.name}")
         row[run.seed] = run
+    for names in unknown.values():
+        if names[1:]:
+            shown = ", ".join(names)
+            notes.append(f"{shown} are one row, but their teachers' runs are not there to compare")
     return {domain: _named(list(rows.values())) for domain, rows in sorted(groups.items())}
 
 
@@ -266,6 +287,9 @@ def keep(rows: list[Row], archive: Path) -> None:
     """Write what the report reads of these runs into `archive`, and a table of their metrics."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     runs = sorted((run for row in rows for run in row.runs.values()), key=lambda run: run.name)
+    names = [run.name for run in runs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    cli.check((twice is None, f"--keep: two runs are called {twice}; move one of them"))
     with replacing(archive) as partial, zipfile.ZipFile(partial, "w") as file:
         for run in runs:
             for name, data in _kept_files(run).items():

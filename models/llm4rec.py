@@ -183,16 +183,19 @@ class LLM4Rec(nn.Module):
         base.check_unchanged(run.config)
         return cls.build(base, item_table, run.config["model"], bf16).restore(run)
 
-    def restore(self, run: Run) -> "LLM4Rec":
-        """Take the weights of a run's best checkpoint; of an online run, the student's.
+    def restore(self, run: Run, part: str = "student") -> "LLM4Rec":
+        """Take the weights of a run's best checkpoint; of an online run those of a part, `student`
+        or `teacher`. A run without a teacher gives none.
 
         Raises:
             UsageError: the checkpoint is missing or does not fit.
         """
         tensors, _ = checkpoint.load(run.folder / "best")
-        students = {name: t for name, t in tensors.items() if name.startswith("student.")}
-        if students:
-            tensors = {name.removeprefix("student."): t for name, t in students.items()}
+        mine = {n: t for n, t in tensors.items() if n.startswith(f"{part}.")}
+        if mine or part == "teacher":
+            tensors = {name.removeprefix(f"{part}."): t for name, t in mine.items()}
+        if not tensors:
+            return self
         checkpoint.restore(self, tensors, run.folder / "best")
         return self
 

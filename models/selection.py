@@ -103,8 +103,10 @@ def _listed(pool: list[int], n_layers: int, selection: str, owner: str) -> list[
         raise UsageError(f"{flag}: expected ascending numbers, each once")
     foreign = [layer for layer in layers if layer not in pool]
     if foreign:
+        whole = pool == [*range(pool[0], pool[-1] + 1)]
+        there = f"{pool[0]} to {pool[-1]}" if whole else ", ".join(map(str, pool))
         raise UsageError(
-            f"{flag}: {owner} has no layer {foreign[0]}; it has {pool[0]} to {pool[-1]},"
-            f" {len(pool)} layers counted from 0"
+            f"{flag}: {owner} has no layer {foreign[0]}; it has {there}, {len(pool)} layers"
+            " counted from 0"
         )
     return layers

@@ -50,7 +50,9 @@ def model_card(served: Served, code: str) -> str:
     run, data = served.run, served.data
     recorded = run.flags
     results = run.folder / "results.json"
-    measured = run.results() if results.is_file() else {"test": {}}
+    measured = run.results() if results.is_file() else {}
+    if measured.get("weights_sha256") != run.weights_sha256():  # of an earlier best/, or none
+        measured = {"test": {}}
     drawn = recorded["num_candidates"]
     fewest = measured.get("candidates", {}).get("fewest", drawn)  # an older run does not record it
     candidates = drawn if drawn == fewest else f"at least {fewest}"  # a small catalogue has fewer

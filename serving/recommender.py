@@ -114,7 +114,7 @@ class Recommender:
 
 
 def summed(models: Sequence[Recommender], scales: Sequence[float]) -> Recommender:
-    """The sum of several models' scores, each over its scale: vectors one after another.
+    """The sum of several models' scores, each over its scale: vectors one after another, items too.
 
     Args:
         models: over the same items.
@@ -123,13 +123,11 @@ def summed(models: Sequence[Recommender], scales: Sequence[float]) -> Recommende
     """
 
     def encode(history: Tensor) -> Tensor:
-        vectors = [
-            model.encode(history[:, -model.max_seq_length :]).float() / scale
-            for model, scale in zip(models, scales)
-        ]
-        return torch.cat(vectors, dim=1)
+        parts = [model.encode(history[:, -model.max_seq_length :]).float() for model in models]
+        return torch.cat(parts, dim=1)
 
-    table = torch.cat([model.item_table.float() for model in models], dim=1)
+    tables = [model.item_table.float() / scale for model, scale in zip(models, scales)]
+    table = torch.cat(tables, dim=1)
     longest = max(model.max_seq_length for model in models)
     return Recommender(encode, table, models[0].popularity, longest)
 

@@ -139,7 +139,7 @@ def read_all(files: ServedFiles) -> list[Served]:
     Raises:
         UsageError: as `read`, or they are of different data.
     """
-    names = run_names(files.model)
+    names = run_names(files.model, "model")
     if names[1:] and files.item_table:
         raise UsageError(
             f"--item_table={files.item_table}: of several models each reads its own table"

@@ -119,10 +119,10 @@ def write_sequences(path: Path, sequences: list, header: str = "reviewerID,asin"
     return path
 
 
-def real(name: str) -> Path:
-    path = REAL_DATA / name
+def real(name: str, folder: Path = REAL_DATA) -> Path:
+    path = folder / name
     if not path.exists():
-        pytest.skip(f"real data not here: {path}")
+        pytest.skip(f"not here: {path}")
     return path
 
 

@@ -214,6 +214,8 @@ def test_a_runs_config_repeats_it_and_flags_beside_it_come_first(inside):
     assert one["weights_sha256"] == two["weights_sha256"]
     given = cli.bind(train_sr_trad.main, ["--config=one/config.json", "--seed=7"])
     assert given["seed"] == 7 and given["hid_dim"] == 16 and "output_dir" not in given
+    given = cli.bind(train_sr_trad.main, ["--config=one/config.json", "--num_epochs=3"])
+    assert given["num_epochs"] == 3 and "max_steps" not in given
     with pytest.raises(UsageError, match="--config=one/config.json: not of this command"):
         cli.bind(distill.main, ["--config", "one/config.json"])
     with pytest.raises(UsageError, match="--config not found: none.json"):

@@ -17,7 +17,7 @@ from datasets import convert
 from datasets.interactions import read_csv
 from engine import cli
 from engine.errors import UsageError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, real
 
 CASES = ROOT.parent / "shared" / "cases"
 # user, item, time, rating; not in time order
@@ -360,9 +360,7 @@ SAME += ["space_separated", "gz_without_suffix", "utf16_excel"]
 
 @pytest.mark.parametrize("name", SAME)
 def test_public_cases_of_one_log_are_the_same_domain(name):
-    path = CASES / "csv" / f"{name}.csv"
-    if not path.exists():
-        pytest.skip(f"cases not here: {path}")
+    path = real(f"csv/{name}.csv", CASES)
     with pytest.raises(UsageError, match="python -m datasets.convert --input .* makes one"):
         read_csv(path)
     lists, items = written(path)
@@ -392,11 +390,8 @@ PUBLIC = {
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_cases_are_read_whole(name):
-    path = CASES / name
-    if not path.exists():
-        pytest.skip(f"cases not here: {path}")
     *expected, flags = PUBLIC[name]
-    lists, items = written(path, **flags)
+    lists, items = written(real(name, CASES), **flags)
     users = [json.loads(row[1]) for row in list(csv.reader(lists.splitlines()))[1:]]
     assert [len(users), len(items.splitlines()) - 1, sum(map(len, users))] == expected
 
@@ -414,11 +409,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_public_logs_that_cannot_be_told_are_refused(name):
-    path = CASES / "logs" / f"{name}.csv"
-    if not path.exists():
-        pytest.skip(f"cases not here: {path}")
+    path = str(real(f"logs/{name}.csv", CASES))
     with pytest.raises(UsageError) as refused:
-        convert.main(input=str(path), domain_type="x")
+        convert.main(input=path, domain_type="x")
     assert REFUSED[name] in str(refused.value) and not Path("data").exists()
 
 

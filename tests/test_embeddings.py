@@ -37,12 +37,13 @@ def test_round_trip_and_plain_pickle_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("kind", ["tensor", "parameter", "array", "half", "strided"])
+@pytest.mark.parametrize("kind", ["tensor", "parameter", "array", "big", "half", "strided"])
 def test_what_others_write_is_read(tmp_path, protocol, kind):
     value = {
         "tensor": table(),
         "parameter": torch.nn.Parameter(table()),
         "array": table().numpy(),
+        "big": table().numpy().astype(">f4"),
         "half": table().half(),
         "strided": torch.cat([table(), table()], dim=1)[:, :2],
     }[kind]

@@ -21,7 +21,7 @@ import train_sr_trad
 from datasets import process
 from engine import cli
 from experiments import bases, paper, report, results, significance, titles
-from tests.conftest import OFF, ROOT, refused
+from tests.conftest import OFF, ROOT, real, refused
 
 INHERITED = {"base_model": "tiny", "max_seq_length": 30, "prompt_template_name": "alpaca"}
 STUDENT = cli.defaults(distill.main) | INHERITED | {"llama_decoder_nums_teacher": 8}
@@ -84,9 +84,7 @@ def test_every_row_of_the_ablation_binds_and_has_a_name_of_its_own():
 
 def test_the_papers_figures_are_those_of_its_page():
     """Read again from shared/paper.md where it is: every figure of both tables."""
-    page = ROOT.parent / "shared" / "paper.md"
-    if not page.exists():
-        pytest.skip(f"not here: {page}")
+    page = real("paper.md", ROOT.parent / "shared")
     names = {
         "SASRec": "SASRec",
         "E4SRec (32 layers)": "E4SRec-like, 32 layers",
@@ -188,13 +186,17 @@ def test_another_item_table_or_another_sasrec_more_makes_another_row(tmp_path):
     flags = STUDENT | OFF | {"sasrec_lambda": 3.0}
     made = {"one": {"sasrec_sha256": "a"}, "two": {"sasrec_sha256": "a,b"}}
     made["titles"] = made["one"] | {"items_from": "titles"}
+    for sha in "xy":  # of tables that no step of ours made
+        made[sha] = made["one"] | {"items_from": None, "table_sha256": sha}
+    fake_run(tmp_path / "later", flags | {"init_from": "run"}, settings=made["one"])
     for name, settings in made.items():
         fake_run(tmp_path / name, flags, settings=settings)
     runs, _ = results.read_runs(tmp_path)
     found = {run.name: run.label for run in runs}
     assert found["two"] == found["one"] + ", of 2 SASRecs"
     assert found["titles"] == found["one"] + ", items from titles"
-    assert len({run.key for run in runs}) == 3
+    assert found["later"] == found["one"] + ", started from another run"
+    assert len({run.key for run in runs}) == 6
 
 
 def test_the_report_over_seeds_beside_the_paper(tmp_path):
@@ -292,13 +294,6 @@ def test_no_row_is_lost_and_none_is_mixed(tmp_path):
     settings = {"bf16": True, "teacher": "output/seed0/teacher"}  # on another machine
     fake_run(tmp_path / "two/slmrec", STUDENT, seed=1, settings=settings)
     assert "SLMRec 4 <- 8 [two/slmrec]" in rows_of(tmp_path)[0]
-
-
-def test_a_flag_that_came_later_has_its_default_in_older_runs(tmp_path):
-    older = {name: value for name, value in STUDENT.items() if name != "temperature"}
-    fake_run(tmp_path / "seed0/slmrec", older)
-    fake_run(tmp_path / "seed1/slmrec", STUDENT, seed=1)
-    assert list(rows_of(tmp_path)[0]["SLMRec 4 <- 8"].runs) == [0, 1]
 
 
 def test_the_t_test_by_hand():
@@ -430,6 +425,8 @@ def test_what_the_report_reads_is_kept(tmp_path):
     tables = plain.partition("![metrics]")[0]
     again = report.main(runs=str(kept), resamples=10).read_text()
     assert again.startswith(tables)  # from the archive as from the folder
+    Path(archive).write_bytes(before[:-9])
+    assert "x.zip: damaged (File is not a zip file)" in results.read_runs(kept, tmp_path)[1]
 
 
 @pytest.mark.parametrize(

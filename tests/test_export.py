@@ -161,6 +161,10 @@ def test_the_card_compares_and_says_how_to_feed_the_graph(inside):
     ran = subprocess.run([sys.executable, "-c", code], cwd="o", capture_output=True, text=True)
     expected = exported.card_scores((ROOT / "serving/scores.py").read_text(), Path("o"))([0, 1, 2])
     assert json.loads(ran.stdout) == pytest.approx(expected[:2].tolist(), abs=1e-5), ran.stderr
+    path = Path("output/demo/student/results.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights_sha256": "another best"}))
+    export.main(output_dir="q", model="student", verify_users=3)
+    assert "| the whole catalogue |" not in Path("q/README.md").read_text()
     distill.main(**SHORT, seed=8, num_candidates=50, output_dir="other")
     export.main(output_dir="p", model="other", verify_users=3)
     assert "| SASRec |" not in Path("p/README.md").read_text()

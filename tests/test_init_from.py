@@ -34,6 +34,10 @@ def test_a_run_starts_from_anothers_best_weights(inside, step):
 
 def test_an_online_students_weights_are_taken_and_a_run_resumes_bit_for_bit(inside, monkeypatch):
     distill.main(**SHORT, distill_mode="online", output_dir="online")
+    distill.main(**STILL, distill_mode="online", init_from="online", seed=9, output_dir="both")
+    first, then = (checkpoint.load(f"{name}/best")[0] for name in ("online", "both"))
+    for name, tensor in then.items():  # teacher.* and student.*
+        torch.testing.assert_close(tensor, first[name], atol=1e-8, rtol=0)
     flags = SHORT | {"init_from": "online", "save_steps": 1}
     assert_resumes(monkeypatch, distill.main, **flags)
     distill.main(**flags, output_dir="whole")  # finished: prints its results

@@ -187,10 +187,16 @@ def test_what_is_missing_or_cannot_be_is_named(inside):
     exported = {"output": "o.csv", "model": "out"}
     for flags, words in (
         ({"model": "none"}, "--model=none: no run in none; one of the four scripts makes it"),
+        ({"model": "student,"}, "--model=student,: an empty name between commas"),
         ({"domain_type": "x"}, "--model=best: no finished run in output/x/*; train one first"),
         ({"domain_type": "x", "model": "student"}, "output/x/student; distill.py makes it"),
         ({"item_table": "no.pkl"}, "item table not found: no.pkl; name it with --item_table"),
         ({"users": "all"}, "--users needs --output"),
+        ({"users": "U0012"}, "--users=U0012: no such file, and data/demo.csv has"),
+        ({"user": "U00012", "history": ["1"]}, "--history and --user: give one of them"),
+        ({"user": "U00012", "users": "U00013"}, "--user and --users: give one of them"),
+        ({"history": ["3"], "model": "student,sasrec", "exit": 1}, "--exit=1: is of one model"),
+        ({"history": ["3"], "model": "a,sasrec", "item_table": "x"}, "each reads its own table"),
         ({"users": "no.csv", "output": "a.csv"}, "--users=no.csv: file not found"),
         ({"output": "a.csv"}, "--output is of --users"),
         ({"users": "all", "output": "a.xlsx"}, "a.xlsx: must end in .csv, .jsonl, .parquet"),
@@ -392,12 +398,6 @@ def test_a_user_of_the_domain_by_name(inside, capsys):
     assert recommend.main(user="U00012", k=3) == expected
     assert recommend.main(users="U00012", k=3) == expected
     assert f"history, {len(history)} items" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="--users=U0012: no such file, and data/demo.csv has"):
-        recommend.main(users="U0012")
-    with pytest.raises(UsageError, match="--history and --user: give one of them"):
-        recommend.main(user="U00012", history=["1"])
-    with pytest.raises(UsageError, match="--user and --users: give one of them"):
-        recommend.main(user="U00012", users="U00013")
 
 
 def test_similar_items_by_hand():

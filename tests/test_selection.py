@@ -134,7 +134,7 @@ def test_a_start_from_the_teachers_ends_keeps_the_bases_layers(inside):
 
 def test_starting_from_a_teacher_refuses_what_cannot_be(inside):
     copy = {"student_init": "teacher"}
-    with refused("=teacher starts from a trained teacher: use --distill_mode=offline"):
+    with refused("=teacher starts from a trained teacher: give base, or --distill_mode=offline"):
         distill.main(**SHORT, **copy, distill_mode="online", overwrite=True)
     finetune.main(**SHORT, llama_decoder_nums=4, output_dir="t")
     with refused("the teacher has no layer 5; it has 0 to 3, 4 layers"):

@@ -156,7 +156,7 @@ def test_sasrec_starts_from_a_table(inside):
     for runs, kind in (("a", "SASRec started from a table"), ("output/demo/sasrec", "SASRec")):
         assert extract_emb.main(sasrec=runs, item_table="t.pkl")["items_from"] == kind
     about = extract_emb.main(sasrec="output/demo/sasrec,a,a", item_table="t.pkl")
-    assert about["items_from"] == "SASRecs, 2 started from a table"
+    assert about["items_from"] == "3 SASRecs, 2 started from a table"
     with pytest.raises(UsageError, match="from something else: init_table_sha256 is"):
         train_sr_trad.main(**still, output_dir="a")
     with pytest.raises(UsageError, match="--init_table=none.pkl: file not found"):
@@ -181,6 +181,9 @@ def test_the_sum_of_two_models_by_hand():
     items, scores = both.recommend([[0, 1]], 3, exclude="none")
     assert items.tolist() == [[1, 0, 2]] and scores.tolist() == [[3.5, 1.0, 1.0]]
     assert both.max_seq_length == 3
+    # items (2, 0, 0, 1), (0, 2, 1.5, 0), (1, 1, 0, 0) less their mean (1, 1, .5, 1/3)
+    expected = -(2 + 1 / 2 + 2 / 9) / ((2 + 1 / 4 + 4 / 9) * (3 + 1 / 9)) ** 0.5
+    assert float(both.similar(0, 2)[1].min()) == pytest.approx(expected)
 
 
 def spread(name: str) -> float:
@@ -201,10 +204,6 @@ def test_runs_are_recommended_from_together(inside):
     for row in recommend.main(**history, model=pair):
         expected = sum(scores[row["item_id"]] for scores in alone)
         assert row["score"] == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(UsageError, match="--exit=1: is of one model, not of several"):
-        recommend.main(history=["3"], model=pair, exit=1)
-    with pytest.raises(UsageError, match="of several models each reads its own table"):
-        recommend.main(history=["3"], model=pair, item_table="output/demo/sasrec_item.pkl")
 
 
 def test_titles_of_a_real_encoder_tell_things_apart(inside):

@@ -281,8 +281,9 @@ def rank_users(users: Tensor, columns: Tensor, batch: Batch, shown: Tensor | Non
             rank_tile(scores, batch.target[part], batch.seen[part], batch.candidates[part])
         )
         if shown is not None:  # `scores` are those of the full protocol now
-            best = scores.topk(min(TOP, scores.shape[1])).indices.flatten()
-            shown.scatter_add_(0, best, torch.ones_like(best))
+            best, items = scores.topk(min(TOP, scores.shape[1]))
+            listed = torch.isfinite(best).long().flatten()  # fewer where the history has the rest
+            shown.scatter_add_(0, items.flatten(), listed)
     vector = torch.isfinite(users).all(1)
     return torch.cat(tiles, dim=1).masked_fill(~vector, NO_VECTOR)
 

@@ -101,7 +101,11 @@ class Output(Group):
     output_dir: str | None = flag(
         None, "the run's folder; output/<domain>/<sasrec, teacher or student> by default"
     )
-    init_from: str | None = flag(None, "a run of the same stage: start from its best weights")
+    init_from: str | None = flag(
+        None,
+        "a run of the same stage: start from its best weights",
+        replaces="student_init|init_table",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +123,9 @@ class SASRecFiles(Output, Data):
     """Files"""
 
     init_table: str | None = flag(
-        None, "an item table to start from (experiments.titles makes one), scaled to init_std"
+        None,
+        "an item table to start from (experiments.titles makes one), scaled to init_std",
+        replaces="init_from",
     )
 
     def problems(self, flags: dict[str, Any]) -> list[str]:
@@ -262,7 +268,8 @@ class StudentLLM(LLM):
         start = self.student_init
         if start in (None, "base") or self.distill_mode == "offline":
             return []
-        return [f"--student_init={start} starts from a trained teacher: use --distill_mode=offline"]
+        way = "give base, or --distill_mode=offline"
+        return [f"--student_init={start} starts from a trained teacher: {way}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,14 +291,19 @@ class TeacherLoss(Group):
 
     kind = "model"
     distill_block: PositiveInt = flag(
-        4, "B, the number of blocks; divides the number of layers", needs=USES_BLOCKS
+        4,
+        "B, the number of blocks; divides the number of layers",
+        needs=USES_BLOCKS,
+        replaces="block_map",
     )
     cls_multiple_lambda: NonNegativeFloat = weight(0.0, EXITS, "L_ms", teacher=False)
     block_reduction: Literal["sum", "mean"] = flag(
         "sum", "over blocks and exits: sum (released) or mean (paper)", needs=USES_BLOCKS
     )
     exit_norm: bool = flag(
-        False, "inner exits read normed states; released: as they are", needs="cls_multiple_lambda"
+        False,
+        "inner exits read normed states; released: as they are",
+        needs="cls_multiple_lambda|logit_lambda",
     )
     sasrec_lambda: NonNegativeFloat = weight(
         0.0, "weight of the KL from SASRec's catalogue softmax", "SASRec KL", teacher=False
@@ -313,6 +325,7 @@ class StudentLoss(TeacherLoss):
         None,
         "instead of B equal blocks: where each ends, student:teacher, such as 2:4,4:8",
         needs=USES_BLOCKS,
+        replaces="distill_block",
     )
     distill_lambda: NonNegativeFloat = weight(1.0, "weight of the cosine term (lambda1)", "D_cos")
     norm_lambda: NonNegativeFloat = weight(0.1, "weight of the distance term (lambda2)", "D_norm")
@@ -378,7 +391,9 @@ class Training(Group):
     )
     batch_size: PositiveInt = flag(256, "users per optimizer step")
     num_epochs: PositiveInt | None = flag(
-        None, "passes over the training samples; by default 20 (SASRec 200), at least 240 steps"
+        None,
+        "passes over the training samples; by default 20 (SASRec 200), at least 240 steps",
+        replaces="max_steps",
     )
     max_steps: MaxSteps = flag(-1, "optimizer steps, instead of num_epochs; -1 for none")
     learning_rate: PositiveFloat = flag(1e-3, "peak learning rate of AdamW")

@@ -1,5 +1,6 @@
 """One fit loop for every stage: accumulation, clipping, evaluation, best checkpoint, patience."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -95,6 +96,22 @@ class Plan(NamedTuple):
         return 0 < self.patience <= progress.waited and progress.step >= self.patience_from
 
 
+def _puts_back(fit: Callable) -> Callable:
+    """`fit`, which puts back the run that was to be replaced where it ends without a checkpoint."""
+
+    @functools.wraps(fit)
+    def guarded(run: Run, *rest: Any) -> dict[str, Any]:
+        try:
+            return fit(run, *rest)
+        except BaseException as error:
+            if run.put_back() and isinstance(error, RunError):
+                raise RunError(f"{error}; the run that was there is back") from None
+            raise
+
+    return guarded
+
+
+@_puts_back
 def fit(
     run: Run,
     trained: nn.Module,
@@ -224,7 +241,7 @@ def _validate(
     try:
         ranks = evaluate(model, valid, runtime)
     except RunError as error:
-        raise run.failed(
+        raise RunError(
             f"step {progress.step}, validation: {error}; the checkpoints that were there are kept"
         ) from None
     metrics = ranks.metrics()
@@ -333,7 +350,7 @@ class _Late:
             if not math.isfinite(parts["total"]) or not math.isfinite(self.norm):
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
                 users = ", ".join(self.samples.users(indices[:5]))
-                raise self.run.failed(
+                raise RunError(
                     f"step {step}: the loss or a gradient is not finite ({shown}, gradient norm"
                     f" {self.norm:.4g}; batch of {len(indices)} samples"
                     f" {', '.join(map(str, indices[:5]))}, ... of users {users}, ...);"

@@ -20,6 +20,7 @@ from engine.errors import RunError, UsageError
 from serving import recommend
 from tests.conftest import SHORT, hashes
 from tests.faults.conftest import TRAIN, convert_by
+from utils import training
 
 
 def top(**flags) -> list[int]:
@@ -125,6 +126,8 @@ def test_a_table_of_ones_own_with_other_rows_than_ids_is_refused(inside, change)
     torch.save({"item_embedding": own}, "own.pkl")
     with pytest.raises(UsageError, match="own.pkl: .* no id is above 160: row i must be item id i"):
         finetune.main(**SHORT, item_table="own.pkl", output_dir="t")
+    with pytest.raises(UsageError, match="own.pkl: .* no id is above 160: row i must be item id i"):
+        train_sr_trad.main(**SHORT, emb_dim=own.shape[1], init_table="own.pkl", output_dir="t")
 
 
 def test_files_that_are_read_or_belong_to_a_run_are_not_replaced(shop):
@@ -141,9 +144,12 @@ def test_files_that_are_read_or_belong_to_a_run_are_not_replaced(shop):
     with pytest.raises(UsageError, match="--output_dir=u is the folder that is read"):
         convert.main(input="u", domain_type="a", output_dir="u", overwrite=True)
     Path("mine.pkl").write_bytes(b"mine")
-    with pytest.raises(UsageError, match="mine.pkl: is there, and not written by this command"):
-        extract_emb.main(domain_type="x", item_table="mine.pkl")
+    for notes in ("{}", '{"text_model": "of experiments.titles"}'):
+        Path("mine.json").write_text(notes)
+        with pytest.raises(UsageError, match="mine.pkl: is there, and not written by this command"):
+            extract_emb.main(domain_type="x", item_table="mine.pkl")
     Path("mine.pkl").unlink()
+    Path("mine.json").unlink()
     assert hashes(Path(".")) == before
 
 
@@ -160,10 +166,14 @@ def test_a_link_stays_a_link(shop):
     assert Path("o.csv").is_symlink() and "old" not in Path("shared/o.csv").read_text()
 
 
-def test_a_run_that_fails_leaves_the_one_that_it_was_to_replace(shop):
+def test_a_run_that_fails_leaves_the_one_that_it_was_to_replace(shop, monkeypatch):
     before = hashes(Path("output/x/sasrec"))
     with pytest.raises(RunError, match="not finite.*; the run that was there is back"):
         train_sr_trad.main(**TRAIN, domain_type="x", overwrite=True, learning_rate=1e30)
+    assert hashes(Path("output/x/sasrec")) == before
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(training, "evaluate", lambda *_, **__: 1 / 0)
+        train_sr_trad.main(**TRAIN, domain_type="x", overwrite=True)
     assert hashes(Path("output/x/sasrec")) == before
     assert train_sr_trad.main(**TRAIN, domain_type="x")["steps"] == 4
 
