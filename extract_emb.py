@@ -21,23 +21,13 @@ def main(*, files: flags.ExtractFiles) -> dict:
     """Write an item table: row i is the vector of item id i, ids that occur nowhere have zeros."""
     # 1. The request.
     from datasets.domain import Domain, split_of
-    from datasets.inputs import read_sequences
-    from engine.files import check_writable, read_json
+    from datasets.inputs import read_sequences, replaceable_table
 
     runs = Domain.of(files).sasrecs(files.sasrec)
     inputs = read_sequences(files, runs[0].flags)
     domain, data = inputs.domain, inputs.data
     path = Path(files.item_table or domain.item_table)
-    notes = path.with_suffix(".json")
-    there = read_json(notes, "table notes") if path.exists() and notes.exists() else {}
-    cli.check(
-        (path.suffix == ".pkl", f"--item_table={path}: must end in .pkl"),
-        (
-            not path.exists() or "sasrec" in there,
-            f"--item_table={path}: is there, and not written by this command; name another file",
-        ),
-    )
-    check_writable(path.parent, "--item_table")
+    there = replaceable_table(path, "sasrec")
     split = split_of(there.get("sasrec_flags", {}))
     same = not there or files.item_table or split == domain.split
     cli.check((same, f"{path} is a table of --split={split}; name another file with --item_table"))

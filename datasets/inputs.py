@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from datasets.domain import Domain, split_of
 from datasets.interactions import Interactions
 from datasets.items import Items, listing_of
-from engine import checkpoint
+from engine import checkpoint, cli
 from engine.errors import UsageError
-from engine.files import file_sha256, read_json
+from engine.files import check_writable, file_sha256, read_json
 from utils.flags import (
     Data,
     Evaluation,
@@ -165,6 +165,26 @@ def _notes(table_path: Path) -> dict:
     notes = table_path.with_suffix(".json")
     about = read_json(notes, "item table notes") if notes.is_file() else {}
     return about if "data_sha256" in about else {}
+
+
+def replaceable_table(path: Path, mark: str) -> dict:
+    """What is said beside the item table that a step replaces; empty where there is none.
+
+    Args:
+        mark: an entry that this step alone writes beside its tables.
+    Raises:
+        UsageError: the table there is of something else, or a table cannot be written there.
+    """
+    there = _notes(path) if path.exists() else {}
+    cli.check(
+        (path.suffix == ".pkl", f"--item_table={path}: must end in .pkl"),
+        (
+            not path.exists() or mark in there,
+            f"--item_table={path}: is there, and not written by this command; name another file",
+        ),
+    )
+    check_writable(path.parent, "--item_table")
+    return there
 
 
 def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:

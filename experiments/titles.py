@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 from engine import cli
 from engine.cli import PositiveInt, flag
 from engine.errors import UsageError, one_line
-from engine.files import check_writable, read_json
 from utils.flags import Data, ItemTable
 
 if TYPE_CHECKING:
@@ -85,19 +84,12 @@ def main(
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available"),
 ) -> dict:
     """Write an item table made of titles."""
-    from datasets.inputs import read_sequences
+    from datasets.inputs import read_sequences, replaceable_table
 
     inputs = read_sequences(data)
     domain, sequences = inputs.domain, inputs.data
     path = Path(table.item_table or domain.folder / "titles_item.pkl")
-    notes = path.with_suffix(".json")
-    there = read_json(notes, "table notes") if path.exists() and notes.exists() else {}
-    taken = f"--item_table={path}: is there, and not a table of titles; name another file"
-    cli.check(
-        (path.suffix == ".pkl", f"--item_table={path}: must end in .pkl"),
-        (not path.exists() or "text_model" in there, taken),
-    )
-    check_writable(path.parent, "--item_table")
+    replaceable_table(path, "text_model")
 
     import numpy as np
     import torch

@@ -191,12 +191,10 @@ class LLM4Rec(nn.Module):
             UsageError: the checkpoint is missing or does not fit.
         """
         tensors, _ = checkpoint.load(run.folder / "best")
-        mine = {n: t for n, t in tensors.items() if n.startswith(f"{part}.")}
-        if mine or part == "teacher":
-            tensors = {name.removeprefix(f"{part}."): t for name, t in mine.items()}
-        if not tensors:
-            return self
-        checkpoint.restore(self, tensors, run.folder / "best")
+        named = {n: t for n, t in tensors.items() if n.startswith(f"{part}.")}
+        mine = {name.removeprefix(f"{part}."): t for name, t in named.items()}
+        if mine or part == "student":  # a model that was trained alone has no prefix
+            checkpoint.restore(self, mine or tensors, run.folder / "best")
         return self
 
     def start(

@@ -31,8 +31,7 @@ TEACHER = cli.defaults(finetune.main)
 RELEASED_SASREC = {"train_targets": "last", "init_std": 1.0}
 COPIED = STUDENT | OFF | {"student_init": "teacher"}
 ADAPTER = STUDENT | {"student_init": "adapter"}
-TWO_LAYERS = {"llama_decoder_nums_student": 2, "distill_block": 2, "train_targets": "all"}
-TWO_LAYERS = STUDENT | TWO_LAYERS
+TWO_LAYERS = STUDENT | {"llama_decoder_nums_student": 2, "distill_block": 2, "train_targets": "all"}
 SASREC_KL = {"sasrec_lambda": 3.0, "sasrec_temperature": 2.0}
 
 

@@ -176,21 +176,26 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
 
 
 def beside(run: Run, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The results of popularity and of SASRec by name, where a finished run of SASRec is beside
-    this one, or named by its flags, of the same data and with the same candidates.
+    """The results of popularity and of SASRec by name, where a finished run of SASRec is named by
+    this one's flags, beside it or the domain's, of the same data and with the same candidates.
     """
-    flags, known = run.config["flags"], results if run.stage == "sasrec" else {}
+    flags, known = run.config["flags"], results
     drawn = flags
-    usual = Path("output") / results["domain"] / "sasrec", run.folder.with_name("sasrec")
-    for folder in (*usual, Path(flags.get("sasrec") or usual[0])):
-        if run.stage != "sasrec" and (folder / "results.json").is_file():
-            known = read_json(folder / "results.json", "results")
-            drawn = Run("sasrec", folder, read_json(folder / "config.json", "run")).flags
+    if run.stage != "sasrec":
+        folders = [Path(flags["sasrec"])] if flags.get("sasrec") else []
+        folders += [run.folder.with_name("sasrec"), Path("output", results["domain"], "sasrec")]
+        folder = next((path for path in folders if (path / "results.json").is_file()), None)
+        if folder is None:
+            return {}
+        known = read_json(folder / "results.json", "results")
+        drawn = Run("sasrec", folder, read_json(folder / "config.json", "run")).flags
     alike = all(known.get(name) == results.get(name) for name in ("data_sha256", "candidates"))
     alike = alike and drawn.get("candidate_seed") == flags.get("candidate_seed")
+    finished = known is results or known.get("steps") is not None
+    if not alike or not finished:
+        return {}
     rows = {"popularity": known.get("popularity"), "SASRec": None if known is results else known}
-    counts = alike and (known is results or known.get("steps") is not None)
-    return {name: found for name, found in rows.items() if found and counts}
+    return {name: found for name, found in rows.items() if found}
 
 
 def _print_beside(run: Run, results: dict[str, Any]) -> None:

@@ -144,7 +144,7 @@ def test_files_that_are_read_or_belong_to_a_run_are_not_replaced(shop):
     with pytest.raises(UsageError, match="--output_dir=u is the folder that is read"):
         convert.main(input="u", domain_type="a", output_dir="u", overwrite=True)
     Path("mine.pkl").write_bytes(b"mine")
-    for notes in ("{}", '{"text_model": "of experiments.titles"}'):
+    for notes in ("{}", '{"text_model": "titles\'", "data_sha256": "d"}'):
         Path("mine.json").write_text(notes)
         with pytest.raises(UsageError, match="mine.pkl: is there, and not written by this command"):
             extract_emb.main(domain_type="x", item_table="mine.pkl")
