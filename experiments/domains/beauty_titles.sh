@@ -8,11 +8,6 @@ DOMAIN=beauty DATA=${DATA:-data/amazon2014_beauty.csv.xz} BASE=${BASE:-small}
 
 run $PYTHON -m experiments.titles $WHERE --text_model output/base/minilm --item_table $ROOT/titles_item.pkl
 budget="--base_model $BASE --learning_rate 2.5e-4 --save_steps -1"
-tables() { # NAME RUNS: a student of two layers over these runs' item tables side by side, by the KL of their mean
-    run $PYTHON extract_emb.py $WHERE --sasrec $2 --item_table $out/$1_item.pkl
-    run $LAUNCH distill.py $common --item_table $out/$1_item.pkl --sasrec $2 --sasrec_lambda 10 --sasrec_temperature 2 $OFF $budget \
-        --llama_decoder_nums_student 2 --distill_block 2 --num_epochs 6 --eval_steps 88 --bf16 true --compile true --output_dir $out/$1_kl
-}
 
 for seed in $SEEDS; do
     out=$ROOT/seed$seed

@@ -22,4 +22,10 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $llm --output_dir $out/slmrec_sasrec_kl --teacher $out/teacher --student_init base $kl $budget
     run $LAUNCH distill.py $llm --output_dir $out/from_teachers_ends --teacher $out/teacher --student_init adapter $budget
 done
+seeds=($SEEDS) n=${#seeds[@]}
+for ((i = 0; n >= 4 && i < n; i++)); do # four tables: this seed's and those of the next three
+    out=$ROOT/seed${seeds[i]} common="$WHERE --seed ${seeds[i]}" runs=$ROOT/seed${seeds[i]}/sasrec
+    for ((j = 1; j < 4; j++)); do runs+=,$ROOT/seed${seeds[(i + j) % n]}/sasrec; done
+    tables four $runs
+done
 run $PYTHON -m experiments.report --runs "$ROOT"
