@@ -36,7 +36,7 @@ def main(
     llm: flags.StudentLLM,
     lora: flags.LoRA,
     loss: flags.StudentLoss,
-    training: flags.StudentTraining,
+    training: flags.Training,
     evaluation: flags.Evaluation,
     runtime: flags.LLMRuntime,
 ) -> dict:

@@ -13,9 +13,10 @@ Writes efficiency.json and efficiency.md.
 
 import functools
 import gc
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -157,8 +158,57 @@ ROWS = [f"E4SRec, {n} layers, {which}" for which in ("plain", "ours") for n in (
 ROWS += ["SLMRec 4 <- 8, ours", "SASRec, ours"]
 
 
+def peak_memory(
+    prepare: Callable[..., Callable[[], Any]], *arguments: Any, device: torch.device
+) -> int | None:
+    """Most bytes on the device that `prepare(*arguments)()` needs, in a fresh process, beyond what
+    was in use before; None where the process died, or ran out of memory.
+
+    Args:
+        prepare: a function of a module, sent by name, that builds what is measured and returns it.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the child needs the room
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    given = theirs, torch.get_num_threads(), prepare, arguments, device.type
+    process = context.Process(target=_measure_peak, args=given)
+    process.start()
+    theirs.close()
+    try:
+        return mine.recv()
+    except EOFError:
+        return None
+    finally:
+        process.join()
+
+
+def _measure_peak(pipe, threads: int, prepare: Callable, arguments: tuple, device: str) -> None:
+    torch.set_num_threads(threads)
+    cuda = torch.cuda
+    now, most = (lambda: _memory("VmRSS")), (lambda: _memory("VmHWM"))
+    if device == "cuda":
+        now, most = cuda.memory_allocated, cuda.max_memory_allocated
+    torch.mm(torch.ones(256, 256), torch.ones(256, 256))  # the threads' own buffers
+    before = now()
+    run = prepare(*arguments)
+    if device == "cuda":
+        cuda.reset_peak_memory_stats()
+    else:  # of this process; getrusage's is the parent's
+        Path("/proc/self/clear_refs").write_text("5")
+    run()
+    pipe.send(most() - before)
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process's resident memory now (VmRSS) or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
 def prepare_training(name: str, setting: Setting, micro: int) -> Callable[[], None]:
-    """For measure.peak_memory: two training steps, so that the optimizer's state is there."""
+    """For peak_memory: two training steps, so that the optimizer's state is there."""
     row = build(name, setting)
 
     def run() -> None:
@@ -191,7 +241,7 @@ def fitting_micro_batch(name: str, setting: Setting) -> tuple[int, int | None]:
     micro, device = setting.batch_size, torch.device(setting.device)
     while True:
         given = name, setting, micro
-        peak = measure.peak_memory(prepare_training, *given, device=device, with_preparation=True)
+        peak = peak_memory(prepare_training, *given, device=device)
         if peak is not None or micro == 1:
             return micro, peak
         micro //= 2

@@ -4,7 +4,6 @@ Legend: B batch, P prompt tokens, R response tokens, H width, I width of the MLP
     items.
 """
 
-import multiprocessing
 import platform
 import time
 from collections.abc import Callable
@@ -43,64 +42,6 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def peak_memory(
-    prepare: Callable[..., Callable[[], Any]],
-    *arguments: Any,
-    device: torch.device,
-    with_preparation: bool = False,
-) -> int | None:
-    """Most bytes on the device that `prepare(*arguments)()` needs, in a fresh process, beyond what
-    was in use before the call.
-
-    Args:
-        prepare: a function of a module, sent by name, that returns what is to be measured.
-        with_preparation: count what `prepare` itself takes, such as weights, too.
-    Returns:
-        None where the process died, or ran out of memory.
-    """
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the child needs the room
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    given = (theirs, torch.get_num_threads(), prepare, arguments, device.type, with_preparation)
-    process = context.Process(target=_measure_peak, args=given)
-    process.start()
-    theirs.close()
-    try:
-        return mine.recv()
-    except EOFError:
-        return None
-    finally:
-        process.join()
-
-
-def _measure_peak(
-    pipe, threads: int, prepare: Callable, arguments: tuple, device: str, with_preparation: bool
-) -> None:
-    torch.set_num_threads(threads)
-    cuda = torch.cuda
-    now, most = (lambda: _memory("VmRSS")), (lambda: _memory("VmHWM"))
-    if device == "cuda":
-        now, most = cuda.memory_allocated, cuda.max_memory_allocated
-    torch.mm(torch.ones(256, 256), torch.ones(256, 256))  # the threads' own buffers
-    before = now()
-    run = prepare(*arguments)
-    before = before if with_preparation else now()
-    if device == "cuda":
-        cuda.reset_peak_memory_stats()
-    else:  # of this process; getrusage's is the parent's
-        Path("/proc/self/clear_refs").write_text("5")
-    run()
-    pipe.send(most() - before)
-
-
-def _memory(field: str) -> int:
-    """Bytes of this process's resident memory now (VmRSS) or at most (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -13,7 +13,6 @@ throughput.md.
 import dataclasses
 import functools
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,7 +29,7 @@ from datasets.domain import Domain
 from datasets.interactions import Interactions
 from datasets.prompts import read_template, tokenise
 from engine import cli, processes, tensor_cache
-from engine.cli import NonNegativeFloat, PositiveInt, flag
+from engine.cli import PositiveInt, flag
 from engine.files import check_writable, markdown
 from models.base import open_base
 from models.catalogue import catalogue_cross_entropy
@@ -39,8 +38,6 @@ from models.losses import Output
 from models.sasrec import SASRec
 from models.selection import block_map
 from utils.flags import Data, SASRecModel
-
-LARGE = 376_858  # items of the paper's largest domain
 
 
 class Race(NamedTuple):
@@ -55,13 +52,22 @@ class Bench:
     """What the rows share: the domain, the models' shape, batches of real lengths, and the rows.
 
     Attributes:
+        n_teacher, n_student: layers. n_blocks: of the distillation row.
         batches: sample indices of every timed batch, int64 [repeats + 1, B]; the first warms up.
     """
 
     def __init__(
-        self, data: Interactions, shape: measure.Shape, batch_size: int, repeats: int, rest: float
+        self,
+        data: Interactions,
+        shape: measure.Shape,
+        batch_size: int,
+        repeats: int,
+        n_teacher: int,
+        n_student: int,
+        n_blocks: int,
     ) -> None:
-        self.data, self.shape, self.device, self.rest = data, shape, shape.item_table.device, rest
+        self.n_teacher, self.n_student, self.n_blocks = n_teacher, n_student, n_blocks
+        self.data, self.shape, self.device = data, shape, shape.item_table.device
         self.samples = sequences.training_samples(data, "last", shape.slots)
         self.batches = self.draw(batch_size, repeats + 1)
         self.rate = measure.matrix_rate(self.device, torch.float32)
@@ -75,7 +81,6 @@ class Bench:
         """Run both on every input in turn; the first pair warms up and does not count."""
         pairs = []
         for given in self.batches if inputs is None else inputs:
-            time.sleep(self.rest)
             runs = (lambda: ours(given)), (lambda: theirs(given))
             pairs.append([measure.seconds(run, self.device) for run in runs])
         fast, slow = np.array(pairs[1:]).T
@@ -121,12 +126,12 @@ class Bench:
 # -- the LLM ------------------------------------------------------------------------------------
 
 
-def steps(bench: Bench, n_teacher: int, n_student: int) -> None:
+def steps(bench: Bench) -> None:
     """Training steps with cross-entropy alone, LoRA and full."""
     for who, n_layers, strategy in (
-        ("teacher", n_teacher, "lora"),
-        ("student", n_student, "lora"),
-        ("student", n_student, "full"),
+        ("teacher", bench.n_teacher, "lora"),
+        ("student", bench.n_student, "lora"),
+        ("student", bench.n_student, "full"),
     ):
         ours, theirs = bench.shape.twins(n_layers, strategy)
 
@@ -139,8 +144,9 @@ def steps(bench: Bench, n_teacher: int, n_student: int) -> None:
         bench.add(name, "ms", timed, 1e3, operations=bench.operations(n_layers, strategy))
 
 
-def precision(bench: Bench, _: int, n_student: int) -> None:
+def precision(bench: Bench) -> None:
     """A student's step in bfloat16, compiled, and both, beside float32 as it is."""
+    n_student = bench.n_student
     as_it_is = bench.step(bench.shape.model(n_student, "full"))
     for name, bf16, compiled in (
         ("bf16", True, False),
@@ -154,8 +160,9 @@ def precision(bench: Bench, _: int, n_student: int) -> None:
         bench.add(row, "ms", timed, 1e3, first_step_seconds=spent)
 
 
-def distillation(bench: Bench, n_teacher: int, n_student: int, n_blocks: int) -> None:
+def distillation(bench: Bench) -> None:
     """A student's whole step, its teacher cached, then live, against a plain live teacher."""
+    n_teacher, n_student, n_blocks = bench.n_teacher, bench.n_student, bench.n_blocks
     teacher, plain_teacher = bench.shape.twins(n_teacher, "lora", n_blocks=n_blocks)
     student, plain_student = bench.shape.twins(n_student, "lora", n_blocks=n_blocks, exits=True)
     encode = teacher.requires_grad_(False).encoder()
@@ -205,7 +212,8 @@ def some_of(samples: sequences.Samples, indices: np.ndarray) -> sequences.Sample
     return dataclasses.replace(samples, end=end, length=length)
 
 
-def inference(bench: Bench, _: int, n_student: int) -> None:
+def inference(bench: Bench) -> None:
+    n_student = bench.n_student
     ours, theirs = bench.shape.twins(n_student, "lora")
     encode = ours.user_encoder()
     theirs.eval()
@@ -220,44 +228,7 @@ def inference(bench: Bench, _: int, n_student: int) -> None:
     bench.add(name, "users/s", timed, users, operations=own)
 
 
-# -- the parts around it ------------------------------------------------------------------------
-
-
-def catalogue(bench: Bench, n_rows: int = 256) -> None:
-    """Cross-entropy over the catalogue, both ways: time, and peak memory beyond its inputs."""
-    sizes = bench.data.n_items, LARGE
-    for n_items, trained in [(n, trained) for trained in (False, True) for n in sizes]:
-        given = (n_rows, n_items, trained, bench.device.type)
-        users, table, target = cross_entropy_inputs(*given)
-        again = range(len(bench.batches))
-        timed = bench.race(
-            lambda _: catalogue_cross_entropy(users, table, target).backward(),
-            lambda _: F.cross_entropy(users @ table.T, target).backward(),
-            again,
-        )
-        peaks = {}
-        for which in ("ours", "plain"):
-            peak = measure.peak_memory(cross_entropy_peak, which, *given, device=bench.device)
-            peaks[f"{which}_peak_mib"] = None if peak is None else peak / 2**20
-        kind = "trained" if trained else "frozen"
-        name = f"catalogue CE, {n_rows} x {n_items:,} x {DIM}, {kind} table"
-        bench.add(name, "ms", timed, 1e3, **peaks)
-
-
-def cross_entropy_inputs(n_rows: int, n_items: int, trained: bool, device: Any) -> list[Tensor]:
-    draws = torch.Generator().manual_seed(0)
-    users, table = (torch.randn(n, DIM, generator=draws) for n in (n_rows, n_items))
-    target = torch.randint(n_items, (n_rows,), generator=draws)
-    table = table.mul_(0.1).to(device).requires_grad_(trained)
-    return [users.to(device).requires_grad_(), table, target.to(device)]
-
-
-def cross_entropy_peak(which: str, *given: Any) -> Callable[[], None]:
-    """For measure.peak_memory: one forward and backward."""
-    users, table, target = cross_entropy_inputs(*given)
-    if which == "plain":
-        return lambda: F.cross_entropy(users @ table.T, target).backward()
-    return lambda: catalogue_cross_entropy(users, table, target).backward()
+# -- SASRec -------------------------------------------------------------------------------------
 
 
 def sasrec(bench: Bench, batch_size: int = 256) -> None:
@@ -289,15 +260,18 @@ def sasrec(bench: Bench, batch_size: int = 256) -> None:
         bench.add(name, "s", timed, per_epoch, operations=product)
 
 
-LLM_ROWS = {"steps": steps, "precision": precision, "distill": distillation, "inference": inference}
-PART_ROWS = {"catalogue": catalogue, "sasrec": sasrec}
-ROWS = (*LLM_ROWS, *PART_ROWS)
+ROWS = {
+    "steps": steps,
+    "precision": precision,
+    "distill": distillation,
+    "inference": inference,
+    "sasrec": sasrec,
+}
 
 
 def table(bench: Bench) -> str:
     """The rows as a Markdown table."""
     head = ["row", "unit", "ours", "plain", "ratio", "floor of a batch", "of matrix rate"]
-    head += ["peak MiB, ours / plain"]
     lines = []
     for row in bench.rows:
         digits = [2 if row[name] < 100 else 0 for name in ("ours", "plain")]
@@ -306,8 +280,6 @@ def table(bench: Bench) -> str:
         known = "floor_ms" in row
         cells += [f"{row['floor_ms']:.0f} ms" if known else "-"]
         cells += [f"{row['of_matrix_rate']:.2f}" if known else "-"]
-        peaks = [row.get("ours_peak_mib"), row.get("plain_peak_mib")]
-        cells += ["-" if None in peaks else " / ".join(f"{peak:,.0f}" for peak in peaks)]
         lines.append(cells)
     return markdown(head, lines)
 
@@ -323,7 +295,6 @@ def main(
     batch_size: PositiveInt = flag(128, "users per step"),
     max_seq_length: PositiveInt = flag(30, "item slots of the padded layout"),
     repeats: PositiveInt = flag(7, "timed pairs per row, after one that warms up"),
-    rest: NonNegativeFloat = flag(0.0, "seconds between pairs, where a shared machine needs it"),
     rows: list[str] = flag(["all"], f"all, or some of {', '.join(ROWS)}"),
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available"),
     output_dir: str = flag("output/benchmarks", "where throughput.json and throughput.md go"),
@@ -347,7 +318,8 @@ def main(
     items = nn.Embedding(interactions.n_items, DIM).weight.detach().mul_(0.1).to(device)
     ids = tokenise(read_template("alpaca"), base.location)
     shape = measure.Shape(base.config, *ids, items, max_seq_length)
-    bench = Bench(interactions, shape, batch_size, repeats, rest)
+    sizes = batch_size, repeats, teacher_layers, student_layers, distill_block
+    bench = Bench(interactions, shape, *sizes)
     about = measure.machine(device) | {
         "base_model": base_model,
         "batch_size": len(bench.batches[0]),
@@ -358,11 +330,7 @@ def main(
     print("  ".join(f"{name} {value}" for name, value in about.items()))
     print(f"{'':58s} {'ours':>12s} {'plain':>12s} {'':8s} {'ratio':>7s}")
     for name in rows:
-        if name in PART_ROWS:
-            PART_ROWS[name](bench)
-            continue
-        blocks = (distill_block,) if name == "distill" else ()
-        LLM_ROWS[name](bench, teacher_layers, student_layers, *blocks)
+        ROWS[name](bench)
     result = about | {"rows": bench.rows}
     measure.write_report(folder, "throughput", result, table(bench))
     return result

@@ -30,9 +30,7 @@ def parsed(cell: str) -> object:
 
 def parse_list(path: Path, row: int, cell: object) -> list[str]:
     """The item ids of a cell: JSON, a Python literal, or text split at commas, spaces or bars.
-
-    Raises:
-        UsageError: an element is no text and no whole number.
+    Raises UsageError: an element is no text and no whole number.
     """
     text = cell.strip() if isinstance(cell, str) else ""
     quoted = "'" in text or '"' in text

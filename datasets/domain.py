@@ -32,21 +32,15 @@ class Domain(NamedTuple):
 
     @classmethod
     def of(cls, files: Data) -> "Domain":
-        """The domain of a script's flags.
-
-        Raises:
-            UsageError: the name is not one path component.
-        """
+        """The domain of a script's flags. Raises UsageError: the name is not one path component."""
         name = canonical_domain(files.domain_type)
         kind, _, share = (files.split or "").partition(":")
         split = f"{kind}:{Decimal(share).normalize()}" if share else files.split  # .90 is 0.9
         return cls(name, files.data_path, files.ends_are_items, split)
 
     def read_as_in(self, recorded: dict) -> "Domain":
-        """This domain with its lists read as an earlier step's flags say.
-
-        Raises:
-            UsageError: that step split the data in another way.
+        """This domain with its lists read as an earlier step's flags say. Raises UsageError: that
+        step split the data in another way.
         """
         split = split_of(recorded)
         if recorded and self.split not in (None, split):
@@ -75,37 +69,29 @@ class Domain(NamedTuple):
         return f"where the data has changed, {REBUILD}"
 
     def earlier_run(self, stage: str, given: str | None) -> Run:
-        """The run of an earlier stage that `--<stage>` names, by default the domain's.
-
-        Raises:
-            UsageError: there is no such run.
+        """The run of an earlier stage that `--<stage>` names, by default the domain's. Raises
+        UsageError: there is no such run.
         """
         return Run.read(stage, self.run_folder(stage, given), f"--{stage}", STAGES[stage])
 
     def sasrec_runs(self, files: TeacherFiles, loss: TeacherLoss, runtime: Runtime) -> list[Run]:
-        """The runs of step 1 that teach; none where SASRec's KL has no weight.
-
-        Raises:
-            UsageError: there is no such run.
+        """The runs of step 1 that teach; none where SASRec's KL has no weight. Raises UsageError:
+        there is no such run.
         """
         if not loss.sasrec_lambda or runtime.eval_only:
             return []
         return self.sasrecs(files.sasrec)
 
     def sasrecs(self, named: str | None) -> list[Run]:
-        """The runs of step 1 that `--sasrec` names, separated by commas.
-
-        Raises:
-            UsageError: there is no such run.
+        """The runs of step 1 that `--sasrec` names, separated by commas. Raises UsageError: there
+        is no such run.
         """
         names = run_names(named, "sasrec") if named else [None]
         return [self.earlier_run("sasrec", name) for name in names]
 
     def read(self) -> tuple[Interactions, Path]:
         """The sequences, and the CSV that they are from. The demo domain is made on first use.
-
-        Raises:
-            UsageError: the CSV is missing or not what interactions.py expects.
+        Raises UsageError: the CSV is missing or not what interactions.py expects.
         """
         if self.name == "demo" and self.data_path is None and not DEMO.exists():
             write_demo(DEMO)
@@ -115,10 +101,8 @@ class Domain(NamedTuple):
 
 
 def run_names(text: str, flag: str) -> list[str]:
-    """The names of runs between commas; a folder's own name may hold commas.
-
-    Raises:
-        UsageError: one of several names is empty.
+    """The names of runs between commas; a folder's own name may hold commas. Raises UsageError: one
+    of several names is empty.
     """
     names = [text] if Path(text).is_dir() else [name.strip() for name in text.split(",")]
     if not all(names):
@@ -132,10 +116,8 @@ def split_of(flags: dict) -> str:
 
 
 def canonical_domain(domain_type: str) -> str:
-    """The domain's name, and so its folder under output/.
-
-    Raises:
-        UsageError: the name is not one path component.
+    """The domain's name, and so its folder under output/. Raises UsageError: the name is not one
+    path component.
     """
     domain = ALIASES.get(domain_type, domain_type)
     if not domain or domain.startswith(".") or {"/", "\\"} & set(domain):
@@ -145,9 +127,8 @@ def canonical_domain(domain_type: str) -> str:
 
 def find_csv(domain: str, data_path: str | None = None) -> Path:
     """The domain's CSV: `data_path`, else data/<domain>.csv[.gz|.xz], else in dataset/sequential/.
-
-    Raises:
-        UsageError: no such file; the line says where it was looked for and which domains are there.
+    Raises UsageError: no such file; the line says where it was looked for and which domains are
+    there.
     """
     if data_path is not None:
         path = Path(data_path)

@@ -87,9 +87,7 @@ class Inputs(NamedTuple):
 
     def settled(self, files: Data, training: Training) -> tuple[Data, Training]:
         """With how lists are read, and training targets that fit the data, where no flag says it.
-
-        Raises:
-            UsageError: --init_from names a run of another split.
+        Raises UsageError: --init_from names a run of another split.
         """
         split, source = self.domain.split, Path(files.init_from or "") / "config.json"
         if files.init_from and source.is_file():
@@ -212,10 +210,8 @@ def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:
 
 
 def read_inputs(files: TeacherFiles) -> Inputs:
-    """Find and check the CSV and the item table. Imports no torch.
-
-    Raises:
-        UsageError: a file is missing or wrong, or the table was extracted from another CSV.
+    """Find and check the CSV and the item table. Imports no torch. Raises UsageError: a file is
+    missing or wrong, or the table was extracted from another CSV.
     """
     domain = Domain.of(files)
     table_path = Path(files.item_table or domain.item_table)

@@ -206,11 +206,7 @@ def _check_ends(path: Path, flat: np.ndarray, length: np.ndarray) -> None:
 
 
 def read_histories(path: Path) -> Iterator[tuple[str, list[int]]]:
-    """(reviewerID, item ids) of every row of a sequence CSV.
-
-    Raises:
-        UsageError: as `read_csv`.
-    """
+    """(reviewerID, item ids) of every row of a sequence CSV. Raises UsageError: as `read_csv`."""
     for _, cells, ids in _rows(path, _content(path)):
         yield cells["reviewerID"], ids
 

@@ -113,9 +113,7 @@ def write_table(
 
 def check_size(path: Path, item_ids: np.ndarray, dim: int) -> None:
     """Refuse ids whose table, a row for every number up to the largest id, would be too large.
-
-    Raises:
-        UsageError: more than LARGEST_GIB, or more than SPARSE_GIB that are nearly all gaps.
+    Raises UsageError: more than LARGEST_GIB, or more than SPARSE_GIB that are nearly all gaps.
     """
     rows = int(item_ids[-1]) + 1
     gib = rows * dim * 4 / 2**30
@@ -162,10 +160,8 @@ def read_table(path: str | Path, item_ids: np.ndarray, largest: int | None = Non
 
 
 def ids_with_vectors(path: str | Path) -> np.ndarray:
-    """The ids whose row is not all zeros, ascending; int64.
-
-    Raises:
-        UsageError: as `read_table`, for what the file holds.
+    """The ids whose row is not all zeros, ascending; int64. Raises UsageError: as `read_table`, for
+    what the file holds.
     """
     return (_opened(Path(path)) != 0).any(1).nonzero().flatten().numpy()
 

@@ -46,10 +46,8 @@ class Items(NamedTuple):
 
     @classmethod
     def read(cls, listing: Path, item_ids: np.ndarray, others: bool = False) -> "Items":
-        """From an items.csv; ids that are not in it have no names.
-
-        Raises:
-            UsageError: it is damaged.
+        """From an items.csv; ids that are not in it have no names. Raises UsageError: it is
+        damaged.
         """
         named = read_listing(listing)
         if others:
@@ -130,10 +128,8 @@ class Finder:
         return finder
 
     def refuse_ambiguous(self, lists: list[list[str]], source: str) -> None:
-        """Refuse numbers that are original ids, and ids of other items in the run's own CSV.
-
-        Raises:
-            UsageError: nothing says which of both is meant.
+        """Refuse numbers that are original ids, and ids of other items in the run's own CSV. Raises
+        UsageError: nothing says which of both is meant.
         """
         if len(self.tables) != 2:  # one rule alone, or no original ids
             return
@@ -224,9 +220,7 @@ def _first(names: list[str]) -> dict[str, int]:
 
 def read_items(path: Path, finder: Finder, flag: str) -> list[int]:
     """Catalogue indices of a file with one item per line; a title names all items that have it.
-
-    Raises:
-        UsageError: the file is missing or empty, or a line names no item.
+    Raises UsageError: the file is missing or empty, or a line names no item.
     """
     if not path.is_file():
         raise UsageError(f"{flag}={path}: file not found; it takes a file with an item per line")

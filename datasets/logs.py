@@ -243,10 +243,8 @@ def original_ids(path: Path) -> dict[str, str]:
 
 
 def list_of_items(path: Path, row: int, cell: object, asins: dict[str, str]) -> list[str]:
-    """The original ids of a list; without `asins` as they stand there.
-
-    Raises:
-        UsageError: an element is no id, or the items.csv beside the file has no such item.
+    """The original ids of a list; without `asins` as they stand there. Raises UsageError: an
+    element is no id, or the items.csv beside the file has no such item.
     """
     names = parse_list(path, row, cell)
     foreign = [name for name in names if asins and not asins.get(name)]

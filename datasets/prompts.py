@@ -17,10 +17,8 @@ class Template(NamedTuple):
 
 
 def read_template(name: str) -> Template:
-    """The texts of templates/<name>.json, or of a JSON file given by its path.
-
-    Raises:
-        UsageError: no such file, or it lacks one of the two texts.
+    """The texts of templates/<name>.json, or of a JSON file given by its path. Raises UsageError:
+    no such file, or it lacks one of the two texts.
     """
     path = Path(name) if name.endswith(".json") else TEMPLATES / f"{name}.json"
     if not path.is_file():

@@ -88,10 +88,8 @@ class Table(NamedTuple):
 
     def frames(self, columns: list[str]) -> Iterator[pd.DataFrame]:
         """The columns of the file, many rows at a time; the index has their rows in the file, from
-        1, which is a header's.
-
-        Raises:
-            UsageError: the file is damaged or a row has another number of fields.
+        1, which is a header's. Raises UsageError: the file is damaged or a row has another number
+        of fields.
         """
         readers = {"text": _text, "lines": _lines, "json": _json, "parquet": _parquet}
         options = {"unit": "row", "unit_scale": True, "mininterval": 1.0, "dynamic_ncols": True}

@@ -112,19 +112,15 @@ def weights_sha256(folder: str | Path) -> str | None:
 
 def load(folder: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Trained tensors and meta of a checkpoint, after both files are checked against the manifest.
-
-    Raises:
-        UsageError: the folder is missing, or a file is missing, cut short or altered.
+    Raises UsageError: the folder is missing, or a file is missing, cut short or altered.
     """
     return _read(folder, WEIGHTS, META)
 
 
 def newest(run: str | Path) -> tuple[Saved, list[str]]:
     """The newest checkpoint of an unfinished run that verifies, and a note on each that does not.
-
-    Raises:
-        UsageError: there is no checkpoint to resume from, or the best one is lost and
-            resuming would not reach its step again.
+    Raises UsageError: there is no checkpoint to resume from, or the best one is lost and resuming
+    would not reach its step again.
     """
     run, saved, notes = Path(run), {}, []
     for name in NAMES:

@@ -191,10 +191,8 @@ def defaults(main: Callable) -> dict[str, Any]:
 
 
 def command(main: Callable) -> Callable:
-    """Let `main` be called with flags by name, all checked, and give it its groups.
-
-    Raises:
-        UsageError: naming every flag that does not fit the signature, in one line.
+    """Let `main` be called with flags by name, all checked, and give it its groups. Raises
+    UsageError: naming every flag that does not fit the signature, in one line.
     """
 
     @functools.wraps(main)

@@ -73,10 +73,8 @@ def file_sha256(path: str | Path) -> str:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Refuse a folder that cannot be made or written to.
-
-    Raises:
-        UsageError: naming the flag, the folder and the part of its path that is in the way.
+    """Refuse a folder that cannot be made or written to. Raises UsageError: naming the flag, the
+    folder and the part of its path that is in the way.
     """
     there = next(part for part in (folder, *folder.parents) if part.exists())
     if not there.is_dir():
@@ -118,10 +116,8 @@ def save_whole(folder: Path, *parts: Any) -> None:
 
 
 def check_replaceable(folder: Path, flag: str) -> Path:
-    """The real folder behind a name, one that can be moved aside.
-
-    Raises:
-        UsageError: it is a mount point, or the command runs in it.
+    """The real folder behind a name, one that can be moved aside. Raises UsageError: it is a mount
+    point, or the command runs in it.
     """
     real = folder.resolve()
     if real.is_mount():
@@ -139,10 +135,8 @@ def replaced(folder: Path) -> Path:
 
 def replace_folder(partial: Path, folder: Path) -> None:
     """Put a finished folder in the place of another one, which is renamed first: a rename cannot
-    replace a folder that is not empty.
-
-    Raises:
-        OSError: it cannot be moved; the old one is back in its place.
+    replace a folder that is not empty. Raises OSError: it cannot be moved; the old one is back in
+    its place.
     """
     old = replaced(folder)
     if folder.exists():

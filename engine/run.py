@@ -311,9 +311,8 @@ class Run:
     def choose_device(self) -> "torch.device":
         """The device. Sets `bf16`, whether to compute in bfloat16: by the flag, on CUDA by default,
         as recorded with `--eval_only`. The number of CPU threads is that of the run in the folder.
-
-        Raises:
-            UsageError: there is no such device, or the flag contradicts the run that is evaluated.
+        Raises UsageError: there is no such device, or the flag contradicts the run that is
+        evaluated.
         """
         before = {} if self.overwrite else self.config or {}
         device = processes.choose_device(self.flags["device"], before.get("threads"))

@@ -91,11 +91,7 @@ class State:
         self.optimizer.zero_grad(set_to_none=True)
 
     def save(self, name: str) -> None:
-        """Write best/ or last/.
-
-        Raises:
-            RunError: a weight is not finite, or the disk is full.
-        """
+        """Write best/ or last/. Raises RunError: a weight is not finite, or the disk is full."""
         weights = self._gathered(checkpoint.trained_tensors(self.module))
         broken = [key for key, weight in weights.items() if not torch.isfinite(weight).all()]
         if broken:

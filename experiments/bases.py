@@ -2,8 +2,6 @@
 
     python -m experiments.bases --kind gguf --base_model FILE.gguf --output_dir output/base/mine
     python -m experiments.bases --kind twin --base_model smollm2 --output_dir output/base/twin
-    python -m experiments.bases --kind twin --keep_embeddings true --base_model smollm2 \
-        --output_dir output/base/twin_with_tokens
     python -m experiments.bases --kind folded --base_model smollm2 --output_dir output/base/folded
 
 * gguf: a GGUF file, dequantised by transformers' reader. `make smollm2` does it with the file that
@@ -52,9 +50,6 @@ def main(
     kind: Literal["gguf", "twin", "folded"] = flag(help="what is made"),
     base_model: str = flag(help="a GGUF file, or a base as finetune.py reads it"),
     output_dir: str = flag(help="the folder of the new base; it must not exist"),
-    keep_embeddings: bool = flag(
-        False, "only the layers are random; tokens keep their vectors", needs="kind=twin"
-    ),
     seed: Seed = flag(1, "of the random weights; the built-in bases have 0", needs="kind=twin"),
 ) -> Path:
     """Write a base."""
@@ -69,7 +64,7 @@ def main(
         from models.base import open_base
 
         base = open_base(base_model)
-        made, said = _twin(base, keep_embeddings, seed) if kind == "twin" else _folded(base)
+        made, said = _twin(base, seed) if kind == "twin" else _folded(base)
         save_whole(folder, made, AutoTokenizer.from_pretrained(base.location))
     print(f"wrote {folder}: {said}")
     return folder
@@ -161,17 +156,14 @@ def _split_digits(tokenizer: Any) -> None:
 # -- twin ---------------------------------------------------------------------------------------
 
 
-def _twin(base: "Base", keep_embeddings: bool, seed: int) -> tuple["PreTrainedModel", str]:
+def _twin(base: "Base", seed: int) -> tuple["PreTrainedModel", str]:
     import torch
 
-    from models.base import load_llama, new_decoder
+    from models.base import new_decoder
 
     torch.manual_seed(seed)
     base.config.random_layers = True  # for tables: see models.base.Base.is_random
     twin = new_decoder(base.config)
-    if keep_embeddings:
-        original = load_llama(base.location, base.config, [], torch.float32)
-        twin.embed_tokens.load_state_dict(original.embed_tokens.state_dict())
     return twin, f"{base.config.num_hidden_layers} random layers of the shape of {base.name}"
 
 

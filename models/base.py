@@ -76,11 +76,8 @@ class Base(NamedTuple):
 
 
 def open_base(name: str) -> Base:
-    """The base behind `--base_model`.
-
-    Raises:
-        UsageError: a path that does not exist, a hub that does not have it, or a family that is not
-            read here.
+    """The base behind `--base_model`. Raises UsageError: a path that does not exist, a hub that
+    does not have it, or a family that is not read here.
     """
     if name in BUILT_IN:
         location = str(ensure_built_in(name))
@@ -146,10 +143,8 @@ def _tensor_starts(header: bytes) -> list[int]:
 
 
 def read_config(base: str) -> PreTrainedConfig:
-    """The base's configuration.
-
-    Raises:
-        UsageError: no config.json, or a family that is not read here.
+    """The base's configuration. Raises UsageError: no config.json, or a family that is not read
+    here.
     """
     path = _file(base, "config.json")
     if path is None:
@@ -183,11 +178,8 @@ def load_llama(
     base: str, config: PreTrainedConfig, layers: list[int], dtype: torch.dtype
 ) -> PreTrainedModel:
     """The base cut down to `layers` (renumbered) with its embeddings and final norm; reads nothing
-    else.
-
-    Raises:
-        UsageError: a needed tensor or the shard that holds it is missing, or has an unexpected
-            shape.
+    else. Raises UsageError: a needed tensor or the shard that holds it is missing, or has an
+    unexpected shape.
     """
     pruned = prune_config(config, len(layers))
     with torch.device("meta"):

@@ -174,10 +174,8 @@ class LLM4Rec(nn.Module):
 
     @classmethod
     def load(cls, run: Run, item_table: Tensor, bf16: bool) -> "LLM4Rec":
-        """The model of a run's best checkpoint.
-
-        Raises:
-            UsageError: the base or the checkpoint is missing, does not fit, or is another base.
+        """The model of a run's best checkpoint. Raises UsageError: the base or the checkpoint is
+        missing, does not fit, or is another base.
         """
         base = open_base(run.flags["base_model"])
         base.check_unchanged(run.config)
@@ -185,10 +183,8 @@ class LLM4Rec(nn.Module):
 
     def restore(self, run: Run, part: str = "student") -> "LLM4Rec":
         """Take the weights of a run's best checkpoint; of an online run those of a part, `student`
-        or `teacher`. A run without a teacher gives none.
-
-        Raises:
-            UsageError: the checkpoint is missing or does not fit.
+        or `teacher`. A run without a teacher gives none. Raises UsageError: the checkpoint is
+        missing or does not fit.
         """
         tensors, _ = checkpoint.load(run.folder / "best")
         named = {n: t for n, t in tensors.items() if n.startswith(f"{part}.")}

@@ -34,10 +34,8 @@ class FusedLinear(Linear):
 def inject_lora(
     llama: PreTrainedModel, r: int, alpha: int, dropout: float, targets: list[str]
 ) -> None:
-    """Put LoRA (float32, no bias) on every projection named in `targets`.
-
-    Raises:
-        UsageError: a name matches no module; peft would ignore it.
+    """Put LoRA (float32, no bias) on every projection named in `targets`. Raises UsageError: a name
+    matches no module; peft would ignore it.
     """
     linear = [n for n, module in llama.layers.named_modules() if isinstance(module, nn.Linear)]
     names = {name.rpartition(".")[2] for name in linear}

@@ -126,10 +126,8 @@ class SASRec(nn.Module):
 
     @torch.no_grad()
     def start(self, item_table: Tensor, init_std: float) -> None:
-        """Start the items from a table [N, D], scaled to the mean length of drawn ones.
-
-        Raises:
-            UsageError: the table has another width.
+        """Start the items from a table [N, D], scaled to the mean length of drawn ones. Raises
+        UsageError: the table has another width.
         """
         weight = self.item_embedding.weight
         if item_table.shape[1] != weight.shape[1]:
@@ -142,10 +140,8 @@ class SASRec(nn.Module):
         weight[: self.n_items] = scaled.to(weight)
 
     def restore(self, run: Run) -> "SASRec":
-        """Take the weights of a run's best checkpoint.
-
-        Raises:
-            UsageError: the checkpoint is missing or does not fit.
+        """Take the weights of a run's best checkpoint. Raises UsageError: the checkpoint is missing
+        or does not fit.
         """
         weights, _ = checkpoint.load(run.folder / "best")
         checkpoint.restore(self, weights, run.folder / "best")
@@ -159,10 +155,8 @@ class SASRec(nn.Module):
 
     @classmethod
     def load(cls, run: Run) -> "SASRec":
-        """The model of a run's best checkpoint.
-
-        Raises:
-            UsageError: the checkpoint is missing, damaged or of another model.
+        """The model of a run's best checkpoint. Raises UsageError: the checkpoint is missing,
+        damaged or of another model.
         """
         weights, _ = checkpoint.load(run.folder / "best")
         table = weights.get("item_embedding.weight")

@@ -155,11 +155,9 @@ def sasrec(
 
 
 def check_table(tables: list[Tensor], item_table: Tensor, runs: list[Run]) -> None:
-    """Refuse an item table [N, sum of D_i] that is not made of these SASRecs' item embeddings
-    [N, D_i]: a single one as it is, of several each divided by a number.
-
-    Raises:
-        UsageError: the table is of other runs.
+    """Refuse an item table [N, sum of D_i] that is not made of these SASRecs' item embeddings [N,
+    D_i]: a single one as it is, of several each divided by a number. Raises UsageError: the table
+    is of other runs.
     """
     named = ",".join(str(run.folder) for run in runs)
     widths = [table.shape[1] for table in tables]

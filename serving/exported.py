@@ -75,10 +75,8 @@ def save(
 
 def spell_for_older(path: Path) -> None:
     """Add to a config.json of transformers 5 the names under which transformers 4 reads the rotary
-    positions; it would take its default for `rope_parameters`, without a word.
-
-    Raises:
-        RunError: the installed version does not read the same from both.
+    positions; it would take its default for `rope_parameters`, without a word. Raises RunError: the
+    installed version does not read the same from both.
     """
     config = read_json(path, "config")
     rope = config.get("rope_parameters") or {}
@@ -102,10 +100,8 @@ def merge_lora(llama: PreTrainedModel) -> None:
 def load(
     folder: Path, device: torch.device, exit: int | None = None
 ) -> tuple[Recommender, np.ndarray]:
-    """The recommender of an exported folder, and its item ids, int64 [N].
-
-    Raises:
-        UsageError: a file is missing or damaged, or there is no such exit.
+    """The recommender of an exported folder, and its item ids, int64 [N]. Raises UsageError: a file
+    is missing or damaged, or there is no such exit.
     """
     shape = read_json(folder / SHAPE, "exported recommender")
     try:
@@ -149,11 +145,7 @@ def card_scores(code: str, folder: Path) -> Callable[[list[int]], Tensor]:
 
 
 def verify(expected: Tensor, found: Tensor, what: str) -> None:
-    """Compare scores [n, N] with those of the exported model.
-
-    Raises:
-        RunError: a score differs.
-    """
+    """Compare scores [n, N] with those of the exported model. Raises RunError: a score differs."""
     allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
     error = float((expected - found).abs().max())
     if not error <= allowed:

@@ -35,10 +35,8 @@ def with_known(own: Histories, csv_path: Path, names: Items, join: bool) -> Hist
 
 def of_file(path: Path, finder: Finder) -> Histories:
     """The users of a file. A log has original ids. A CSV of lists has them too, unless an items.csv
-    stands beside it: its numbers are mapped through that.
-
-    Raises:
-        UsageError: the file is damaged, a user comes twice, or an item is not known.
+    stands beside it: its numbers are mapped through that. Raises UsageError: the file is damaged, a
+    user comes twice, or an item is not known.
     """
     table = open_table(path, known=NAMES)
     by_name = {name.lower(): name for name in reversed(table.columns)}

@@ -247,10 +247,8 @@ def allowed_items(names: Items, offered: Offered) -> "torch.Tensor | None":
 
 
 def history_of(user: str, served: Served, names: Items, flag: str) -> list[int]:
-    """The catalogue indices of a user of the domain, whom `flag` names.
-
-    Raises:
-        UsageError: there is no such user.
+    """The catalogue indices of a user of the domain, whom `flag` names. Raises UsageError: there is
+    no such user.
     """
     from serving.histories import of_domain
 

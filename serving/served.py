@@ -96,10 +96,7 @@ def refuse_other_domain(files: ServedFiles, folder: Path, own: str) -> None:
 
 def best_run(domain: Domain) -> Path:
     """Of the domain's finished runs the one of the highest validation MRR, among those of the
-    newest one's data and candidates; it is printed.
-
-    Raises:
-        UsageError: there is none.
+    newest one's data and candidates; it is printed. Raises UsageError: there is none.
     """
     found = []
     for path in sorted(domain.folder.glob("*/results.json")):
@@ -134,10 +131,8 @@ def _of_present_data(domain: Domain, found: list[tuple[Path, dict]]) -> list[tup
 
 
 def read_all(files: ServedFiles) -> list[Served]:
-    """The runs of `--model`: one name, or several between commas. Imports no torch.
-
-    Raises:
-        UsageError: as `read`, or they are of different data.
+    """The runs of `--model`: one name, or several between commas. Imports no torch. Raises
+    UsageError: as `read`, or they are of different data.
     """
     names = run_names(files.model, "model")
     if names[1:] and files.item_table:

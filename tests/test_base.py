@@ -254,25 +254,19 @@ def test_parameter_counts_are_the_papers(n, total, lora):
 
 
 def test_a_random_twin_has_the_shape_and_the_tokens_but_not_the_weights(checkpoint, tmp_path):
-    twins = {keep: tmp_path / str(keep) for keep in (False, True)}
-    for keep, folder in twins.items():
-        made = {"kind": "twin", "base_model": str(checkpoint), "output_dir": str(folder)}
-        bases.main(**made, keep_embeddings=keep, seed=11)
-    config = base.read_config(str(checkpoint))
-    every = [str(folder) for folder in (checkpoint, *twins.values())]
-    read = (base.load_llama(folder, config, [0, 5], torch.float32) for folder in every)
-    original, random, layers_only = read
+    folder = str(tmp_path / "twin")
+    made = {"kind": "twin", "base_model": str(checkpoint), "output_dir": folder, "seed": 11}
+    bases.main(**made)
+    config, every = base.read_config(str(checkpoint)), [str(checkpoint), folder]
+    read = (base.load_llama(name, config, [0, 5], torch.float32) for name in every)
+    original, random = read
     weights = {name: w for name, w in original.state_dict().items() if w.dim() > 1}
-
-    def shared(twin):
-        return {name for name, w in weights.items() if twin.state_dict()[name].equal(w)}
-
-    assert shared(random) == set() and shared(layers_only) == {"embed_tokens.weight"}
+    assert not any(random.state_dict()[name].equal(w) for name, w in weights.items())
     prompt = read_template("alpaca")
     ids = [tokenise(prompt, folder) for folder in every]
-    assert ids[0] == ids[1] == ids[2]
+    assert ids[0] == ids[1]
     assert not opened(checkpoint).is_random
-    assert base.open_base(str(twins[True])).is_random
+    assert base.open_base(folder).is_random
     with pytest.raises(UsageError, match="already exists"):
         bases.main(**made)
 

@@ -249,6 +249,8 @@ class TeacherLLM(LLM):
 class StudentLLM(LLM):
     """Which decoder layers are kept, and what is trained"""
 
+    stream = STUDENT_STREAM
+
     llama_decoder_nums_student: PositiveInt = flag(4, "N, decoder layers kept")
     llama_decoder_nums_teacher: PositiveInt | None = flag(
         None, "M; the teacher's where there is one, else 8", needs=READS_TEACHER
@@ -431,13 +433,6 @@ class SASRecTraining(Training):
         "full", "cross-entropy over the catalogue, or over uniform negatives (millions of items)"
     )
     num_negatives: PositiveInt = flag(256, "per user; its positions share them", "loss=sampled")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentTraining(Training):
-    """Training; an empty flag adapts to the amount of data"""
-
-    stream = STUDENT_STREAM
 
 
 # -- free ---------------------------------------------------------------------------------------

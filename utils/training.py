@@ -335,10 +335,8 @@ class _Late:
         self.unread.append((step, indices, [*values], found, copied))
 
     def read(self, everything: bool) -> None:
-        """Note all steps but the last one in `progress`, or all.
-
-        Raises:
-            RunError: a value is not finite. The optimizer has left that step out.
+        """Note all steps but the last one in `progress`, or all. Raises RunError: a value is not
+        finite. The optimizer has left that step out.
         """
         pending = self.unread if everything else self.unread[:-1]
         self.unread = self.unread[len(pending) :]
