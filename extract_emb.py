@@ -54,6 +54,7 @@ def main(*, files: flags.ExtractFiles) -> dict:
     rows = torch.cat([table / scale for table, scale in zip(tables, scales)], dim=1)
 
     # 3. The file.
+    starts = [run.config.get("init_table_sha256") for run in runs]
     started = sum(bool(run.flags.get("init_table")) for run in runs)
     kind = "SASRec started from a table" if started else "SASRec"
     if runs[1:]:
@@ -63,6 +64,7 @@ def main(*, files: flags.ExtractFiles) -> dict:
         "sasrec": ",".join(str(run.folder) for run in runs),
         "sasrec_sha256": ",".join(run.weights_sha256() for run in runs),
         "sasrec_flags": runs[0].flags,
+        "sasrecs": [run.flags | {"init_table": init} for run, init in zip(runs, starts)],
         "scales": scales,
         "domain": domain.name,
         "data_sha256": data.sha256,

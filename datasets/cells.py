@@ -1,6 +1,7 @@
 """Cells of tables: lists of ids, lists of titles, and titles as they are shown."""
 
 import ast
+import csv
 import html
 import json
 import re
@@ -9,8 +10,10 @@ from pathlib import Path
 from engine.errors import UsageError
 
 PYTHONS = re.compile(r"\d_\d|\b0[xXoObB]")  # to Python 12_3 is 123
+QUOTED = r"""(?:'[^']*'|"[^"]*")"""
+ARRAY = re.compile(rf"\[\s*{QUOTED}(?:\s+{QUOTED})+\s*\]")  # numpy's; Python joins such texts
+CUT = re.compile(r"\d[eE]\+?\d")  # a number that lost its last digits
 SPLIT = re.compile(r"[\s,|;]+")
-BARE_NAN = re.compile(r"(?<=[\[, ])nan(?=[\], ])")
 # page code that stands as a title in some v2 files
 SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")
 TAG = re.compile(r"</?[A-Za-z][^<>]*>|<span\b[^<>]*$")  # whole tags, and one that was cut off
@@ -23,25 +26,39 @@ def parsed(cell: str) -> object:
     except (ValueError, RecursionError):
         pass
     try:
-        return ast.literal_eval(BARE_NAN.sub("None", cell) if "nan" in cell else cell)
+        tree = ast.parse(cell.strip(), mode="eval")
+        return ast.literal_eval(_NaNs().visit(tree) if "nan" in cell else tree)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
 
 
+class _NaNs(ast.NodeTransformer):
+    """A bare nan, as pandas writes a missing title, becomes None."""
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(None) if node.id == "nan" else node
+
+
 def parse_list(path: Path, row: int, cell: object) -> list[str]:
-    """The item ids of a cell: JSON, a Python literal, or text split at commas, spaces or bars.
-    Raises UsageError: an element is no text and no whole number.
+    """The item ids of a cell: JSON, a Python literal, an array of Postgres or numpy, or text split
+    at commas, spaces or bars. Raises UsageError: an element is no text and no whole number.
     """
     text = cell.strip() if isinstance(cell, str) else ""
     quoted = "'" in text or '"' in text
     literal = text[:1] in ("[", "(", "'", '"') and (quoted or not PYTHONS.search(text))
-    values = parsed(text) if literal else None
-    if not isinstance(values, list | tuple):
+    values = parsed(text) if literal and not ARRAY.fullmatch(text) else None
+    if text[:1] + text[-1:] == "{}":
+        inside = next(csv.reader([text[1:-1]], skipinitialspace=True), [])
+        values = [part.strip("'") for part in inside]
+    elif ARRAY.fullmatch(text):
+        values = [part[1:-1] for part in re.findall(QUOTED, text)]
+    elif not isinstance(values, list | tuple):
         values = [part.strip("'\"") for part in SPLIT.split(text.strip("[]()")) if part]
-    names = []
+    names, cut = [], CUT.search(text)
     for position, value in enumerate(values):
         name = str(value).strip() if type(value) in (int, float, str) else ""
-        if not name or name == "nan" or (type(value) is float and not value.is_integer()):
+        broken = type(value) is float and (cut or not value.is_integer())
+        if name in ("", "nan", "...") or broken or {"{", "}"} & set(name):
             raise UsageError(
                 f"{path}: row {row}: element {position} of the list is {str(value)[:40]!r},"
                 " expected an id"

@@ -46,7 +46,8 @@ class Inputs(NamedTuple):
     csv_path, table_path: where the sequences and the item table are; SASRec has no table.
     hashes: entry of config.json (such as data_sha256) -> the present file's hash. sources: entry ->
         where that file is. items_from: what the table's vectors were made from, None where nothing
-        says. items_flags: how the SASRec of the table was made.
+        says. items_flags: how the SASRec of the table was made; items_made_by: how each one was,
+        where that says more.
     """
 
     domain: Domain
@@ -57,9 +58,18 @@ class Inputs(NamedTuple):
     sources: dict[str, Path]
     items_from: str | None = None
     items_flags: dict[str, Any] | None = None
+    items_made_by: list[dict[str, Any]] | None = None
 
     def mend(self, config: dict) -> str:
         """What to do about a run's config.json that names other files, for messages."""
+        flags = config.get("flags") or {}
+        present = {"data_path": self.csv_path, "item_table": self.table_path}
+        for name, path in present.items():
+            recorded = flags.get(name)
+            if recorded and path and Path(recorded) != Path(path):
+                return f"the run read --{name} {recorded}"
+        if split_of(flags) != split_of(self.domain._asdict()):
+            return f"the run has --split {split_of(flags)}"
         return self.domain.mend(config)
 
     @property
@@ -77,7 +87,8 @@ class Inputs(NamedTuple):
     def about(self) -> dict[str, Any]:
         """What config.json says beside the hashes."""
         about = {"domain": self.domain.name, "items_from": self.items_from}
-        return about | ({"items_flags": self.items_flags} if self.items_flags else {})
+        more = {"items_flags": self.items_flags, "items_made_by": self.items_made_by}
+        return about | {name: value for name, value in more.items() if value}
 
     def items_sha256(self) -> str | None:
         """Of items.csv beside the CSV; None without one."""
@@ -243,7 +254,13 @@ def read_inputs(files: TeacherFiles) -> Inputs:
     named = {field.name for kind in kinds for field in kind.fields()} - {"seed", "bf16"}
     recorded = about.get("sasrec_flags", {})
     flags = {name: value for name, value in recorded.items() if name in named}
-    inputs = Inputs(domain, data, csv_path, table_path, hashes, sources, made_from, flags)
+    made_by = []
+    for each in about.get("sasrecs", []):  # tables of before 2026-11-29 do not say it
+        made = {name: value for name, value in each.items() if name in named}
+        start = {"init_table": each["init_table"], "init_from": bool(each["init_from"])}
+        made_by.append(made | {name: value for name, value in start.items() if value})
+    more = flags, made_by if any(made != flags for made in made_by) else None
+    inputs = Inputs(domain, data, csv_path, table_path, hashes, sources, made_from, *more)
     _report_newer(about)
     return inputs.with_items(about)
 

@@ -132,7 +132,8 @@ def _packed(
 ) -> Interactions:
     """Users' lists of `length` items [U], one after the other in `flat`; times of a split alone."""
     item_ids, items = np.unique(flat, return_inverse=True)
-    moment, enough, needs = None, length >= MINIMUM_LENGTH, f"{MINIMUM_LENGTH} items or more"
+    moment, enough = None, length >= MINIMUM_LENGTH
+    needs = f"{MINIMUM_LENGTH} items or more; leave-one-out needs train, valid and test items"
     if times is not None:
         share = Fraction(split.partition(":")[2])
         moment = np.sort(times)[int(share * len(times))].item()
@@ -145,9 +146,7 @@ def _packed(
         sha256 = hashlib.sha256(f"{sha256} {split}".encode()).hexdigest()
         needs = f"{MINIMUM_LENGTH - 1} items before time {moment:.15g} and one after (--split)"
     if not enough.any():
-        raise UsageError(
-            f"{path}: no user has {needs}; leave-one-out needs train, valid and test items"
-        )
+        raise UsageError(f"{path}: no user has {needs}")
     of_enough = np.repeat(enough, length)
     offsets = np.concatenate([[0], np.cumsum(length[enough])])
     return Interactions(

@@ -168,13 +168,11 @@ class Finder:
         """The indices of items whose names may hold commas, from parts that were split there."""
         found, start = [], 0
         while start < len(parts):
-            for end in range(len(parts), start + 1, -1):
-                if self._index(", ".join(parts[start:end])) is not None:
-                    break
-            else:
-                end = start + 1
-            found.append(self.find(", ".join(parts[start:end]), source))
-            start = end
+            ends, name = range(len(parts), start + 1, -1), parts[start]
+            joined = [(end, comma.join(parts[start:end])) for end in ends for comma in (", ", ",")]
+            named = [(end, text) for end, text in joined if self._index(text) is not None]
+            start, name = named[0] if named else (start + 1, name)
+            found.append(self.find(name, source))
         return found
 
     def all_called(self, index: int, name: str) -> list[int]:

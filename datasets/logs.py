@@ -35,14 +35,16 @@ HINTS = {  # for the command that a refusal offers; nothing is read by them
 }
 NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
 WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
-ZONE, AWAY = r"(?:[zZ]|[+-]\d\d:?\d\d)\s*$", r"[+-](?!00:?00)\d\d:?\d\d\s*$"  # any; not UTC
+CLOCK = r":\d\d(?:\.\d+)?\s*"
+ZONE = rf"(?:[zZ]|[+-]\d\d:?\d\d|{CLOCK}[+-]\d\d)\s*$"
+AWAY = rf"(?:[+-](?!00:?00)\d\d:?\d\d|{CLOCK}[+-](?!00)\d\d)\s*$"  # not UTC
 SHAPES = {  # of names that are none
-    re.compile(r"-?\d(\.\d+)?[eE]\+\d+"): (
+    re.compile(r"-?\d([.,]\d+)?[eE]\+\d+"): (
         "was cut by a spreadsheet or a float; save the ids as text, from their source"
     ),
     re.compile(r"\{.*:.*\}", re.DOTALL): "is an object; write its id alone as text",
 }
-AN_ITEM = {re.compile(r"(?s)\s*[\[(].*[\])]\s*"): "looks like a list; --lists yes reads lists"}
+A_LIST = re.compile(r"(?s)\s*[\[({].*[\])}]\s*")
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
 UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
@@ -51,14 +53,16 @@ FEW_USERS, LARGE_SHARE = 20, 0.1
 
 
 class Columns(NamedTuple):
-    """The column of each role, by name; None where there is none. lists: items are lists."""
+    """The column of each role, by name; None where there is none. lists: items are lists; None
+    where a flag says that they are none.
+    """
 
     user: str
     item: str
     time: str | None
     rating: str | None
     title: str | None
-    lists: bool
+    lists: bool | None
 
 
 def canonical(name: object) -> str:
@@ -98,7 +102,7 @@ def choose_columns(table: Table, given: dict[str, str | None], lists: str, comma
         raise UsageError(f"{table.path}: column {chosen['user']} cannot be both user and item")
     chosen["time"] = None if chosen["time"] == "none" else chosen["time"]
     in_lists = lists == "yes" or (lists == "auto" and "lists" in known and not given.get("time"))
-    return Columns(**chosen, lists=in_lists)
+    return Columns(**chosen, lists=in_lists or (None if lists == "no" else False))
 
 
 def _known(table: Table, lists: str, needs_time: bool) -> dict[str, str]:
@@ -142,7 +146,7 @@ def _offer(table: Table, chosen: dict[str, str | None]) -> str:
         near = times + near if role == "time" else near
         offer[role] = chosen[role] or (near[0] if near else "none" if role == "time" else "COLUMN")
     for name in free:
-        if bare(name) == "title":
+        if bare(name) == "title" and not chosen["title"]:
             offer["title"] = name
     return " ".join(f"--{role} {shlex.quote(name)}" for role, name in offer.items())
 
@@ -201,23 +205,25 @@ def read_log(
         if columns.lists:
             frame, rows = _unrolled(table.path, frame, rows, columns, asins)
         n_rows += len(frame)
+        for role in missing:
+            _refuse_rounded(table.path, frame[getattr(columns, role)], rows, role)
         user, item = users.encode(frame[columns.user]), items.encode(frame[columns.item])
         missing["user"] += rows[user < 0].tolist()
         missing["item"] += rows[item < 0].tolist()
-        kept = (user >= 0) & (item >= 0)
-        if min_rating is not None:
-            rating = _numbers(table.path, frame[columns.rating], rows, "rating")
-            low += int((kept & (rating < min_rating)).sum())
-            kept &= rating >= min_rating
-        time = np.arange(n_rows - len(frame), n_rows)
-        if columns.time is not None:
+        time, kept = np.arange(n_rows - len(frame), n_rows), (user >= 0) & (item >= 0)
+        frame, user, item, time, rows = (part[kept] for part in (frame, user, item, time, rows))
+        if columns.time is not None and len(frame):
             dates = _are_dates(frame[columns.time]) if dates is None else dates
             time = _times(table.path, frame[columns.time], rows, dates)
         if columns.title is not None:
             for code, cell in zip(item.tolist(), frame[columns.title]):
-                if code >= 0 and not titles.get(code):  # the first one of each item
+                if not titles.get(code):  # the first one of each item
                     titles[code] = clean_title(cell)
-        parts.append((user[kept], item[kept], time[kept], rows[kept]))
+        high = np.ones(len(frame), dtype=bool)
+        if min_rating is not None:
+            high = _numbers(table.path, frame[columns.rating], rows, "rating") >= min_rating
+            low += int((~high).sum())
+        parts.append((user[high], item[high], time[high], rows[high]))
     if not n_rows:
         raise UsageError(f"{table.path}: holds no interaction")
     _judge_missing(table.path, missing, drop_missing, columns, mend)
@@ -260,6 +266,8 @@ def _unrolled(
     cells = zip(rows, frame[columns.item])
     lists = [list_of_items(path, row, cell, asins) for row, cell in cells]
     lengths = np.array([len(items) for items in lists], dtype=np.int64)
+    filled = lengths > 0
+    frame, rows, lengths = frame[filled], rows[filled], lengths[filled]
     owner = np.repeat(np.arange(len(frame)), lengths)
     long = frame.iloc[owner].reset_index(drop=True)
     long[columns.item] = [item for items in lists for item in items]
@@ -273,6 +281,14 @@ def _unrolled(
         cells = zip(frame[columns.title], lengths)
         long[columns.title] = [t for cell, n in cells for t in title_list(cell, n) or [""] * n]
     return long, rows[owner]
+
+
+def _refuse_rounded(path: Path, cells: pd.Series, rows: np.ndarray, role: str) -> None:
+    """Refuse ids that a column of floats rounded to fewer digits than they had."""
+    if isinstance(cells.dtype, np.dtype) and cells.dtype.kind == "f":
+        wrong = (cells.abs() >= 2 ** (np.finfo(cells.dtype).nmant + 1)).to_numpy()
+        expected = f"an id with all its digits: {cells.dtype} cut them"
+        _refuse(path, wrong, cells, rows, role, expected)
 
 
 def _numbers(path: Path, cells: pd.Series, rows: np.ndarray, role: str) -> np.ndarray:
@@ -338,8 +354,7 @@ def _judge_missing(path: Path, missing: dict, drop: bool, columns: Columns, mend
 def _judge(path: Path, log: Log, columns: Columns, one_user: bool) -> None:
     """Refuse what is no log of several users and items; say what is unusual."""
     for role, names, codes in (("user", log.users, log.user), ("item", log.items, log.item)):
-        wrong = SHAPES if role == "user" or columns.lists else SHAPES | AN_ITEM
-        for shape, what in wrong.items():
+        for shape, what in SHAPES.items():
             name = next(filter(shape.fullmatch, names), None)
             if name is not None:
                 raise UsageError(f"{path}: the {role} {name[:40]!r} {what}")
@@ -348,6 +363,10 @@ def _judge(path: Path, log: Log, columns: Columns, one_user: bool) -> None:
                 f"{path}: one {role} in all, {names[codes[0]][:40]!r}: is column"
                 f" {getattr(columns, role)} the {role}? --{role} names another"
             )
+    lists = [name for name in log.items if A_LIST.fullmatch(name)]
+    if columns.lists is False and 2 * len(lists) >= len(log.items):
+        shown = lists[0][:40]
+        raise UsageError(f"{path}: the item {shown!r} looks like a list; --lists yes reads lists")
     counts = np.bincount(log.user)
     most = int(counts.argmax())
     if len(log.users) >= FEW_USERS and counts[most] > LARGE_SHARE * len(log.user):

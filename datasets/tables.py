@@ -196,6 +196,7 @@ def open_table(
     parts = [path]
     if path.is_dir():
         parts = sorted(p for p in path.iterdir() if p.name[0] not in "._")
+        parts = [part for part in parts if not part.is_file() or part.stat().st_size]
         inner = next((part for part in parts if part.is_dir()), None)
         if inner is not None or not parts:
             found = f"holds the folder {inner.name}" if inner else "a folder without files"
@@ -219,7 +220,7 @@ def open_table(
             raise UsageError(f"{first}: looks like {what}")
     encoding, _, every = _look(head)
     every = every[:-1] if len(head) == SAMPLE_BYTES and every[1:] else every  # cut off
-    rows = [line for line in every if line.strip()][: SAMPLE_ROWS + 1]
+    rows = [*filter(str.strip, every)]
     if not rows:
         raise UsageError(f"{first}: is empty")
     if lenient or rows[0].lstrip().startswith("{"):
@@ -256,7 +257,7 @@ def _look_at_json(
             f"{path}: its first line is {lines[0][:40]!r}; write a JSON object per line"
         )
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    sample = [*map(_texts, rows)]
+    sample = [*map(_texts, rows[:SAMPLE_ROWS])]
     return Table(path, parts, "json", "", encoding, True, columns, sample, lenient=lenient)
 
 
@@ -280,22 +281,28 @@ def _cell(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")  # different bytes stay different
     if isinstance(value, list | dict):
-        return orjson.dumps(value).decode()
+        return orjson.dumps(value, default=_text_of).decode()
     return value
+
+
+def _text_of(value: Any) -> str:
+    """A value inside a list that JSON does not have, such as bytes or a decimal."""
+    return _cell(value) if isinstance(value, bytes) else str(value)
 
 
 def _look_at_text(
     path: Path,
     parts: list[Path],
     encoding: str,
-    lines: list[str],
+    every: list[str],
     named: Sequence[str],
     known: Container[str],
     in_lines: bool,
 ) -> Table:
+    lines = every[: SAMPLE_ROWS + 1]
     separator = _separator(path, lines)
     # between tabs a quote may be a letter: it encloses a cell where every one that is opened ends
-    opened = [c for line in lines for c in line.split("\t") if c.startswith('"')]
+    opened = _opened_quotes(lines) or _opened_quotes(every)
     quoted = separator != "\t" or (bool(opened) and all(c.rstrip().endswith('"') for c in opened))
     quoted = quoted and separator != "::"
     rows = [_split(line, separator, quoted) for line in lines]
@@ -324,6 +331,10 @@ def _look_at_text(
     inside = [row for row in rows[header:] if len(row) == len(columns)]
     sample = [dict(zip(columns, (cell.strip() for cell in row))) for row in inside]
     return Table(path, parts, "text", separator, encoding, header, columns, sample, quoted)
+
+
+def _opened_quotes(lines: list[str]) -> list[str]:
+    return [cell for line in lines for cell in line.split("\t") if cell.startswith('"')]
 
 
 def _separator(path: Path, lines: list[str]) -> str:
@@ -406,9 +417,23 @@ def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
             break
         frame.index += 1 + table.header
         n_rows += len(frame)
+        if not table.quoted and separator == "\t":
+            _refuse_late_quotes(table, frame[columns])
         yield frame[columns]
     if table.quoted and text.line_ends > n_rows + table.header:  # cells hold line ends
         _refuse_open_quotes(table)
+
+
+def _refuse_late_quotes(table: Table, frame: pd.DataFrame) -> None:
+    """Refuse a cell with doubled quotes inside quotes where the first rows have letters of them."""
+    for name in frame:
+        cells = frame[name][frame[name].str.startswith('"')]
+        late = cells[cells.str.fullmatch(r'"([^"]|"")*""([^"]|"")*"')]
+        if len(late):
+            raise UsageError(
+                f"{table.path}: row {late.index[0]}: {late.iloc[0][:40]!r} is a cell in quotes,"
+                " which are letters in the rows before; write CSV or parquet instead"
+            )
 
 
 def _refuse_open_quotes(table: Table) -> None:

@@ -314,7 +314,10 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
     _raise_all(problems)
     config = values.pop("config", None)
     recorded = _recorded(config, flags_of(main)) if config else {}
-    replaced = "|".join(flags[name].about.get("replaces", "") for name in values).split("|")
+    replaced: list[str] = []
+    for name, value in values.items():
+        if value != recorded.get(name, flags[name].default):
+            replaced += flags[name].about.get("replaces", "").split("|")
     return {n: value for n, value in recorded.items() if n not in replaced} | values
 
 
@@ -431,8 +434,9 @@ def _split(text: str) -> list[str]:
     text = text.strip()
     if text[:1] + text[-1:] in ("[]", "()"):  # not those of a title's own
         text = text[1:-1]
-    items = text.split(",")
-    return [item.strip().strip("'\"") for item in items if item.strip()]
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    pairs = [len(item) > 1 and item[0] == item[-1] and item[0] in "'\"" for item in items]
+    return [item[1:-1] if pair else item for item, pair in zip(items, pairs)]
 
 
 def _problem(name: str, value: Any, flag: Flag, typed: str | None = None) -> str:

@@ -131,7 +131,8 @@ class FinishedRun(NamedTuple):
             names -= {"distill_block", "cls_multiple_lambda", "block_reduction", "exit_norm"}
         layers = self.config.get("model", {}).get("layers")
         values = {name: flags[name] for name in sorted(names)}
-        made_by = self.items_from, self.n_sasrecs, self.config.get("items_flags"), *self.start
+        tables = self.config.get("items_flags"), self.config.get("items_made_by")
+        made_by = self.items_from, self.n_sasrecs, *tables, *self.start
         return json.dumps([stage, layers, bool(self.config.get("bf16")), values, *made_by])
 
     def ranks(self, protocol: str) -> np.ndarray | None:

@@ -6,8 +6,16 @@ import numpy as np
 
 from datasets.interactions import read_histories
 from datasets.items import Finder, Items, listing_of
-from datasets.logs import NAMES, canonical, choose_columns, list_of_items, original_ids, read_log
-from datasets.tables import Table, open_table
+from datasets.logs import (
+    KNOWN,
+    NAMES,
+    canonical,
+    choose_columns,
+    list_of_items,
+    original_ids,
+    read_log,
+)
+from datasets.tables import Table, bare, open_table
 from engine.errors import UsageError
 
 Histories = dict[str, list[int]]  # user -> catalogue indices
@@ -42,7 +50,11 @@ def of_file(path: Path, finder: Finder) -> Histories:
     by_name = {name.lower(): name for name in reversed(table.columns)}
     found: dict[str, list[str]] = {}
     if not {"reviewerid", "asin"} <= by_name.keys() or "unixreviewtime" in by_name:
-        columns = choose_columns(table, {}, "auto", "")
+        times = {form["time"] for form in KNOWN}
+        untimed = table.header and not times & {bare(name) for name in table.columns}
+        if untimed:
+            print(f"{path}: no time: items are read in file order")
+        columns = choose_columns(table, {"time": "none"} if untimed else {}, "auto", "")
         log, _ = read_log(
             table, columns, drop_missing=finder.skip, one_user=True, mend="--unknown skip"
         )

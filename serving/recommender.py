@@ -70,7 +70,9 @@ class Recommender:
         Returns:
             items int64 [n, k] and scores float32 [n, k]; -1 and -inf where no item is left.
         """
-        found = []
+        found = [(torch.empty(0, k, dtype=torch.int64), torch.empty(0, k))]
+        if not len(histories):
+            return found[0]
         vectors = self.encode(self._padded(histories)).float()
         columns = self.item_table.float().T
         rows = users_per_tile(columns)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from datasets.domain import STAGES, Domain, canonical_domain, run_names
+from datasets.domain import STAGES, Domain, canonical_domain, run_names, split_of
 from datasets.inputs import Inputs
 from datasets.interactions import Interactions
 from datasets.items import Items, listing_of
@@ -95,35 +95,43 @@ def refuse_other_domain(files: ServedFiles, folder: Path, own: str) -> None:
 
 
 def best_run(domain: Domain) -> Path:
-    """Of the domain's finished runs the one of the highest validation MRR, among those of the
-    newest one's data and candidates; it is printed. Raises UsageError: there is none.
+    """Of the domain's finished runs the one of the highest validation MRR over the whole catalogue,
+    which no candidates decide; it is printed. Runs of other data than the newest one's are left
+    out. Raises UsageError: there is none.
     """
-    found = []
+    every = []
     for path in sorted(domain.folder.glob("*/results.json")):
         results = read_json(path, "results")
         whole = results.get("steps") is not None and {"data_sha256", "valid"} <= results.keys()
         if whole and (path.parent / "best").is_dir():
-            found.append((path, results))
+            every.append((path, results))
+    found = [pair for pair in every if domain.split in (None, split_of(_flags(pair[0])))]
     if not found:
         raise UsageError(f"--model=best: no finished run in {domain.folder}/*; train one first")
     if len({results["data_sha256"] for _, results in found}) > 1:
         found = _of_present_data(domain, found) or found
-    newest = max(found, key=lambda pair: pair[0].stat().st_mtime)[1]
-    alike = [
-        p for p in found if all(p[1].get(n) == newest.get(n) for n in ("data_sha256", "candidates"))
-    ]
-    path, results = max(alike, key=lambda pair: pair[1]["valid"]["sampled"]["MRR"])
-    best = results["valid"]["sampled"]["MRR"]
-    print(f"best of {len(alike)} runs: {path.parent}, validation MRR {best:.4f}")
+    newest = max(found, key=lambda pair: pair[0].stat().st_mtime)[1]["data_sha256"]
+    found = [pair for pair in found if pair[1]["data_sha256"] == newest]
+    path, results = max(found, key=lambda pair: pair[1]["valid"]["full"]["MRR"])
+    best = results["valid"]["full"]["MRR"]
+    print(f"best of {len(found)} runs: {path.parent}, validation MRR {best:.4f} (whole catalogue)")
+    if len(every) > len(found):
+        print(f"left out: {len(every) - len(found)} runs of other data or another split")
     return path.parent
+
+
+def _flags(results: Path) -> dict:
+    """The recorded flags of the run that results.json is of."""
+    return read_json(results.with_name("config.json"), "run").get("flags", {})
 
 
 def _of_present_data(domain: Domain, found: list[tuple[Path, dict]]) -> list[tuple[Path, dict]]:
     """Of results.json files those of runs that were made from the CSV as it is now."""
     kept, present = [], {}  # how lists are read -> the data's hash
     for path, results in found:
-        flags = read_json(path.with_name("config.json"), "run").get("flags", {})
-        own = domain._replace(split=None).read_as_in(flags)
+        flags = _flags(path)
+        data_path = domain.data_path or flags.get("data_path")
+        own = domain._replace(split=None, data_path=data_path).read_as_in(flags)
         if own not in present:
             present[own] = own.read()[0].sha256
         kept += [(path, results)] if present[own] == results["data_sha256"] else []

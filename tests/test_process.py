@@ -173,6 +173,8 @@ def test_what_strict_json_refuses_is_read_where_the_fields_are_whole(tmp_path, c
         '{"asin": 3, "overall": 5}',
         '{"asin": "A", "overall": true}',
         '{"asin": "A"}',
+        *('{"asin": "", "overall": 5}', '{"asin": ["B"], "overall": 5}'),
+        *('{"asin": "A\\ud800", "overall": 5}', f'{{"asin": "A", "overall": 1{"0" * 400}}}'),
         "[1]",
         "{'asin': f()}",
         "[" * 100000,
@@ -181,7 +183,7 @@ def test_what_strict_json_refuses_is_read_where_the_fields_are_whole(tmp_path, c
     (tmp_path / "a.json").write_bytes(b"\n".join(lines))
     frames = list(process._records(tmp_path / "a.json", ("asin",), ("overall",)))
     assert [asin for frame in frames for asin in frame["asin"]] == [*"ABCD"] * 400
-    assert "skipped 9 broken lines of 1,609, the first is line 1601" in capsys.readouterr().out
+    assert "skipped 13 broken lines of 1,613, the first is line 1601" in capsys.readouterr().out
 
 
 def plain_process(path, min_rating, min_user, min_item, min_length) -> pd.DataFrame:

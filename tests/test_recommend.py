@@ -325,7 +325,7 @@ def test_the_best_run_is_taken_and_a_worse_one_says_so(inside, capsys):
     for name, mrr in (("sasrec", 0.3), ("teacher", 0.1), ("student", 0.2)):
         path = Path(f"output/demo/{name}/results.json")
         results = json.loads(path.read_text())
-        results["valid"]["sampled"]["MRR"] = mrr
+        results["valid"]["sampled"]["MRR"] = results["valid"]["full"]["MRR"] = mrr
         path.write_text(json.dumps(results))
     best = recommend.main(history=["12", "99"], k=3)
     assert "best of 3 runs: output/demo/sasrec, validation MRR 0.3000" in capsys.readouterr().out
@@ -367,6 +367,9 @@ def test_a_log_of_new_users_by_original_ids_and_one_unknown_product(inside, caps
         expected = [row["item_id"] for row in recommend.main(history=history, k=2)]
         mine = [int(row["item_id"]) for row in found if row["reviewerID"] == user]
         assert mine == expected
+    Path("untimed.csv").write_text("user_id,item_id\nz,B012\nz,B099\n")
+    recommend.main(users="untimed.csv", output="again.csv", k=2)
+    assert "no time: items are read in file order" in capsys.readouterr().out
     best = recommend.main(history=["B012"], k=1)[0]["item_id"]
     Path("deny.txt").write_text(f"B999\nB{best:03d}\n")  # what is unknown is not recommended anyway
     assert recommend.main(history=["B012"], k=1, deny="deny.txt")[0]["item_id"] != best
@@ -399,6 +402,7 @@ def test_a_user_of_the_domain_by_name(inside, capsys):
     expected = recommend.main(history=history, k=3, by="id")
     assert recommend.main(user="U00012", k=3) == expected
     assert recommend.main(users="U00012", k=3) == expected
+    assert [found.shape for found in recommend.recommend([], k=3)] == [(0, 3)] * 2
     assert f"history, {len(history)} items" in capsys.readouterr().out
 
 

@@ -121,7 +121,7 @@ def test_later_steps_take_the_split_over_and_refuse_another(tmp_path, capsys):
     assert "## shop (split time:0.9)" in page
     assert Path("output/shop/report_shop_split_time_0.9_metrics.png").is_file()
     train_sr_trad.main(**short, output_dir="whole")
-    with pytest.raises(UsageError, match="another --split is other data too"):
+    with pytest.raises(UsageError, match="the run has --split time:0.9"):
         train_sr_trad.main(**short, eval_only=True)
     assert "test targets from time 720 on" in capsys.readouterr().out
 
@@ -205,6 +205,11 @@ def test_best_is_of_the_data_that_is_there(timed, capsys):
         Path(f"output/shop/newer/{name}").touch()
     recommend.main(domain_type="shop", history=["i01"], k=1)
     assert "best of 1 runs: output/shop/whole" in capsys.readouterr().out
+    split = {"split": "time:0.7", "data_path": "kept.csv"}
+    train_sr_trad.main(**SHORT, **split, output_dir="output/shop/split")
+    recommend.main(domain_type="shop", history=["1"], by="id", k=1, split="time:0.7")
+    told = capsys.readouterr().out
+    assert "best of 1 runs: output/shop/split" in told and "left out: 4 runs" in told
 
 
 def test_files_of_another_domain_are_named_as_such(timed):

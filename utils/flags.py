@@ -80,7 +80,9 @@ class Data(Group):
 
     kind = "files"
     domain_type: str = flag(
-        "demo", "the domain; its CSV is data/<domain>.csv[.gz|.xz]; demo is made on first use"
+        "demo",
+        "the domain; its CSV is data/<domain>.csv[.gz|.xz]; demo is made on first use",
+        replaces="data_path|ends_are_items|split|item_table|sasrec|teacher|init_table|init_from",
     )
     data_path: str | None = flag(None, "the domain's CSV, wherever it is")
     ends_are_items: bool = flag(
@@ -264,6 +266,7 @@ class StudentLLM(LLM):
         None,
         "start from the base; adapter takes the trained teacher's item adapter and head, teacher "
         "also its layers (layer_selection chooses among them); adapter where there is a teacher",
+        replaces="init_from",
     )
 
     def problems(self, flags: dict[str, Any]) -> list[str]:

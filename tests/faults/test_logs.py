@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datasets import convert, process
+from datasets import convert
 from datasets.cells import parse_list
 from datasets.items import Items
 from engine.errors import UsageError
@@ -52,6 +52,8 @@ NUMBERED = "".join(f"{n},{u},{i},{t}\n" for n, (u, i, t) in enumerate(ROWS))
 OBJECTS = '{"user_id": "a", "item_id": {"$oid": "x1"}, "timestamp": 3}\n' * 2
 OPEN = "".join(f'u{n % 7}\ti{n}\t{n + 1}\t"T {n}"\n' for n in range(60))
 OPEN += 'u2\ti60\t61\t"Open\nu3\ti61\t62\tx\nu4\ti62\t63\t"Close\n'
+LATE = "user_id\titem_id\ttimestamp\ttitle\n" + f"u1\ti1\t5\t{'long ' * 9}\n" * 9000
+LATE += 'u2\ti2\t6\t"T ""1"""\n'
 NOW = HEADER + "u1,1,now\nu1,2,2024-01-02\nu2,1,2024-01-03\n"
 REFUSED = [  # the files, the first one's first part is read; words of the answer; further flags
     ({"p/a": LOG[:SPLIT], "p/b": LOG[SPLIT:]}, "p/b: starts with 'u0,.*', p/a with 'user_id,ite"),
@@ -66,6 +68,15 @@ REFUSED = [  # the files, the first one's first part is read; words of the answe
     ({"a.csv": LOG}, "its first row has names, 'user_id,item_id,timestamp'; name the", NUMBERS),
     ({"a.csv": NOW}, "row 2: the time is 'now', expected a number or a date"),
     ({"a.json": '{\n"user_id": 1,\n"item_id": 2\n}\n'}, "first line is '{'; write a JSON"),
+    ({"a.csv": "user_id;item_id;timestamp\n1,5E+15;a;1\n2;b;2\n"}, "the user '1,5E.15' was cut"),
+    (
+        {"a.csv": 'reviewerID,asin\nu1,"[1.5E+15, 2]"\nu2,"[1, 2]"\n'},
+        "element 0 of the list is '15",
+    ),
+    ({"a.csv": "reviewerID,asin\nu1,[1 2 ... 3]\nu2,[1 2]\n"}, "element 2 of the list is '...'"),
+    ({"a.csv": zoned().replace("+05:00", "+05")}, "row 2: the time is .*, expected a time zone"),
+    ({"a.tsv": LATE}, 'row 9002: \'"T ""1"""\' is a cell in quotes, which are letters'),
+    ({"a.csv": LOG}, "--dedup=rows: compares times, and none", "--time none --dedup rows"),
     ({"a.zst": "\x28\u00b5/\u00fd"}, "looks like zstd; unpack it first"),
     ({"a.db": "SQLite format 3\0"}, "looks like an SQLite database; export"),
 ]
@@ -100,8 +111,23 @@ def test_double_colons_separate_text_without_quotes():
 
 def test_ids_that_python_would_read_as_numbers_stay_text():
     lists = ("12_3, 4_5", "1_23, 4_5", "[1e3x, 0x10]", "['a b', 'c']")
-    found = [parse_list(Path("x"), 2, cell) for cell in lists]
-    assert found == [["12_3", "4_5"], ["1_23", "4_5"], ["1e3x", "0x10"], ["a b", "c"]]
+    arrays = ('{"a b",c}', "{'d', 'e'}", "['f' 'g']")  # Postgres', a set, numpy's
+    found = [parse_list(Path("x"), 2, cell) for cell in lists + arrays]
+    assert found[:4] == [["12_3", "4_5"], ["1_23", "4_5"], ["1e3x", "0x10"], ["a b", "c"]]
+    assert found[4:] == [["a b", "c"], ["d", "e"], ["f", "g"]]
+
+
+def test_parts_without_rows_rows_without_anything_and_names_in_brackets_are_read():
+    Path("p").mkdir()
+    for name, text in (("a", ""), ("b", HEADER), ("c", LOG.replace(",100,", ",(Live),") + ",,\n")):
+        Path("p", name).write_text(text)
+    lists, names = convert_by("--input p --drop_missing true")[:2]
+    assert "(Live)" in names and [*map(len, lists.values())] == [*map(len, plain_lists().values())]
+    late = [{"user_id": u, "item_id": i, "timestamp": t} for u, i, t in ROWS]
+    late[-1]["title"] = "Late"
+    Path("l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in late * 9))
+    convert_by("--input l.jsonl")
+    assert ",Late\n" in Path("data/x.items.csv").read_text()
 
 
 def test_bytes_that_are_no_text_and_lone_surrogates_stay_different_ids():
@@ -124,6 +150,8 @@ def test_nanoseconds_are_times_and_float32_has_cut_them():
     pq.write_table(pa.table({"user_id": users, "item_id": items, "timestamp": cut}), "f.parquet")
     with pytest.raises(UsageError, match="row 1: the time is .*, expected all its digits: float32"):
         convert_by("--input f.parquet")
+    with pytest.raises(UsageError, match="the item is .*, expected an id with all its digits: flo"):
+        convert_by("--input f.parquet --user user_id --item timestamp --time none")
 
 
 def test_both_files_of_a_domain_are_written_or_none(monkeypatch):
@@ -145,6 +173,7 @@ def test_bytes_and_an_index_in_parquet_are_columns_like_others():
     users, items, times = zip(*ROWS)
     binary = [pa.array([x.encode() for x in column], pa.binary()) for column in (users, items)]
     table = pa.table({"user_id": binary[0], "item_id": binary[1], "timestamp": times})
+    table = table.append_column("image", pa.array([{"bytes": b"x"}] * len(ROWS)))
     pq.write_table(table, "b.parquet")
     assert convert_by("--input b.parquet")[0] == plain_lists()
     frame = pd.DataFrame({"user_id": users, "item_id": items, "timestamp": times})
@@ -171,7 +200,8 @@ def test_time_none_on_a_command_line_keeps_file_order():
     with pytest.raises(UsageError) as refused:
         convert_by("--input 'my orders.csv'")
     offered = str(refused.value).split("python -m datasets.convert ")[1]
-    offered = offered.replace("--domain_type x ", "").replace("--user COLUMN", "--user kunde")
+    offered = offered.replace("--domain_type x ", "").replace("--overwrite true ", "")
+    offered = offered.replace("--user COLUMN", "--user kunde")
     offered = offered.replace("--item COLUMN", "--item artikel")
     assert convert_by(offered)[0] == {"a": ["x", "y"], "b": ["x", "z"]}
     Path("back.csv").write_text(HEADER + "a,x,9\na,y,8\nb,x,9\nb,z,8\n")
@@ -226,9 +256,9 @@ def test_repeated_rows_are_not_later_purchases(capsys):
 
 def test_the_offer_has_the_column_of_times():
     rows = ["a;x;25.04.2024 08:00", "b;y;26.04.2024 08:00"]
-    with pytest.raises(UsageError, match="--user customer --item sku --time bought_at"):
+    with pytest.raises(UsageError, match="--dedup items --user customer --item sku --time bo"):
         path = save("log.csv", "customer;sku;bought_at", *rows)
-        convert.main(input=str(path), domain_type="shop")
+        convert.main(input=str(path), domain_type="shop", dedup="items")
 
 
 def test_titles_under_other_columns_are_offered(capsys):
@@ -239,14 +269,3 @@ def test_titles_under_other_columns_are_offered(capsys):
     named = {"user": "buyer", "item": "sku", "time": "bought_at"}
     convert.main(input=str(path), domain_type="shop", **named)
     assert "--title title reads the titles" in capsys.readouterr().out
-
-
-def test_reviews_without_a_name_or_with_huge_numbers_are_broken_lines(capsys):
-    good = {"reviewerID": "u", "asin": "A", "overall": 5, "unixReviewTime": 1}
-    many = [json.dumps(good | {"reviewerID": f"u{i // 5}", "asin": f"{i}"}) for i in range(600)]
-    for change in ({"reviewerID": ""}, {"asin": ["B"]}, {"reviewerID": "A\ud800"}):
-        many.append(json.dumps(good | change))
-    many.append(json.dumps(good).replace('"unixReviewTime": 1', f'"unixReviewTime": 1{"0" * 400}'))
-    save("r.json", *many)
-    process.main(reviews="r.json", domain_type="shop", min_item=1)
-    assert "skipped 4 broken lines of 604, the first is line 601" in capsys.readouterr().out
