@@ -161,9 +161,9 @@ def main(
             parts |= losses.of_teacher(t, table, batch.target, how, teachers_exits)
         return losses.weighted_sum(parts)  # every part, and "total"
 
-    run.begin()
     trained = teachers.trained_with(student, online_model)
-    fitted = fit(run, trained, loss_fn, student, data, training, runtime)
+    with run.training():
+        fitted = fit(run, trained, loss_fn, student, data, training, runtime)
     return finish(run, student.restore(run), data, runtime, fitted, teacher_states_seconds=seconds)
 
 

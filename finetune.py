@@ -91,8 +91,8 @@ def main(
             parts["sasrec_kl"] = loss.sasrec_lambda, kl
         return losses.weighted_sum(parts)  # every part, and "total"
 
-    run.begin()
-    fitted = fit(run, model, loss_fn, model, data, training, runtime)
+    with run.training():
+        fitted = fit(run, model, loss_fn, model, data, training, runtime)
     return finish(run, model.restore(run), data, runtime, fitted)
 
 

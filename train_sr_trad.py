@@ -82,8 +82,8 @@ def main(
             return {"total": losses.sampled_cross_entropy(*given)}
         return {"total": losses.next_item(states, model.item_table, batch.target)}
 
-    run.begin()
-    fitted = fit(run, model, loss_fn, model, data, training, runtime)
+    with run.training():
+        fitted = fit(run, model, loss_fn, model, data, training, runtime)
     return finish(run, model.restore(run), data, runtime, fitted, popularity=beside)
 
 

@@ -216,9 +216,7 @@ def read_log(
             dates = _are_dates(frame[columns.time]) if dates is None else dates
             time = _times(table.path, frame[columns.time], rows, dates)
         if columns.title is not None:
-            for code, cell in zip(item.tolist(), frame[columns.title]):
-                if not titles.get(code):  # the first one of each item
-                    titles[code] = clean_title(cell)
+            _add_titles(titles, item, frame[columns.title])
         high = np.ones(len(frame), dtype=bool)
         if min_rating is not None:
             high = _numbers(table.path, frame[columns.rating], rows, "rating") >= min_rating
@@ -239,6 +237,13 @@ def read_log(
     names, user = users.in_order(user, by_value=True)
     ids, item = items.in_order(item, by_value=True)
     return Log(names, ids, user, item, time), named
+
+
+def _add_titles(titles: dict[int, str], items: np.ndarray, cells: pd.Series) -> None:
+    """The first title of each item counts."""
+    for code, cell in zip(items.tolist(), cells):
+        if not titles.get(code):
+            titles[code] = clean_title(cell)
 
 
 def original_ids(path: Path) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """A run: the folder of one stage, and the rules of starting, resuming and reading it.
 
 `Run.open` is the one place that compares a command with what its folder holds: flags, input files,
-earlier runs. `prepare` adds the model, `begin` locks the folder and writes config.json, `complete`
-writes results.json. `Run.read` is for a later stage, which never writes there.
+earlier runs. `prepare` adds the model, `training` locks the folder and writes config.json,
+`complete` writes results.json. `Run.read` is for a later stage, which never writes there.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from engine import checkpoint, cpu, files, processes
 from engine.cli import Group
-from engine.errors import UsageError
+from engine.errors import RunError, UsageError
 from engine.files import read_json, write_json
 from engine.log import CLOCK, MetricsLog
 
@@ -350,15 +351,25 @@ class Run:
                 f"{self.folder} holds an unfinished run without a checkpoint: starting from scratch"
             )
 
-    def begin(self) -> None:
-        """Take the folder: lock it, remove what an earlier run left (its own files only), write
-        config.json.
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Take the folder for the block that trains. A block that ends by an error, without a
+        checkpoint, puts back the run that was to be replaced. Raises UsageError: another process
+        works in the folder, or did since `open`.
+        """
+        self._begin()
+        try:
+            yield
+        except BaseException as error:
+            if self._put_back() and isinstance(error, RunError):
+                raise RunError(f"{error}; the run that was there is back") from None
+            raise
+
+    def _begin(self) -> None:
+        """Lock the folder, remove what an earlier run left (its own files only), write config.json.
 
         A resumed run keeps everything but half-written checkpoints. The first process does it for
         all.
-
-        Raises:
-            UsageError: another process works in the folder, or did since `open`.
         """
         processes.barrier()  # every process has looked at the folder before it changes
         if processes.is_first():
@@ -397,8 +408,8 @@ class Run:
         """A checkpoint is there: what it replaces can go."""
         _remove(self.folder / REPLACED)
 
-    def put_back(self) -> bool:
-        """Put back what a run that failed without a checkpoint was to replace; whether it did."""
+    def _put_back(self) -> bool:
+        """Put back what this run was to replace, if it has no checkpoint; whether it did."""
         aside = self.folder / REPLACED
         if not processes.is_first() or not aside.is_dir() or self._has_checkpoint():
             return False

@@ -1,6 +1,5 @@
 """One fit loop for every stage: accumulation, clipping, evaluation, best checkpoint, patience."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -96,22 +95,6 @@ class Plan(NamedTuple):
         return 0 < self.patience <= progress.waited and progress.step >= self.patience_from
 
 
-def _puts_back(fit: Callable) -> Callable:
-    """`fit`, which puts back the run that was to be replaced where it ends without a checkpoint."""
-
-    @functools.wraps(fit)
-    def guarded(run: Run, *rest: Any) -> dict[str, Any]:
-        try:
-            return fit(run, *rest)
-        except BaseException as error:
-            if run.put_back() and isinstance(error, RunError):
-                raise RunError(f"{error}; the run that was there is back") from None
-            raise
-
-    return guarded
-
-
-@_puts_back
 def fit(
     run: Run,
     trained: nn.Module,

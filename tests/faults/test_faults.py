@@ -328,7 +328,7 @@ def test_a_run_that_came_in_between_is_not_wiped(inside):
     train_sr_trad.main(**RUN)
     before = hashes(Path("run"))
     with pytest.raises(UsageError, match="another process changed it in the meantime"):
-        run.begin()
+        run._begin()
     assert hashes(Path("run")) == before
 
 
