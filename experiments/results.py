@@ -25,7 +25,7 @@ from engine.errors import UsageError
 from engine.files import read_json, replacing
 from engine.run import Run, recorded_flags
 from experiments.paper import label, plain_ce
-from utils.flags import Training
+from utils.flags import SASRecTraining, Training
 
 SCRIPTS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
 KEPT = ("config.json", "results.json", "metrics.jsonl")
@@ -89,6 +89,17 @@ class FinishedRun(NamedTuple):
         return None if made_from == "SASRec" else made_from
 
     @property
+    def items_flags(self) -> dict[str, Any] | None:
+        """How the SASRec of its table was made. A later flag has its default; before 2026-11-28 a
+        flag that adapted had its usual value.
+        """
+        recorded, usual = self.config.get("items_flags"), SASRecTraining.usual
+        if not recorded:
+            return None
+        flags = cli.defaults(SCRIPTS["sasrec"]) | recorded
+        return {name: None if usual.get(name) == v else v for name, v in flags.items()}
+
+    @property
     def n_sasrecs(self) -> int:
         """How many SASRecs taught it."""
         taught_by = self.config.get("sasrec_sha256")
@@ -131,7 +142,7 @@ class FinishedRun(NamedTuple):
             names -= {"distill_block", "cls_multiple_lambda", "block_reduction", "exit_norm"}
         layers = self.config.get("model", {}).get("layers")
         values = {name: flags[name] for name in sorted(names)}
-        tables = self.config.get("items_flags"), self.config.get("items_made_by")
+        tables = self.items_flags, self.config.get("items_made_by")
         made_by = self.items_from, self.n_sasrecs, *tables, *self.start
         return json.dumps([stage, layers, bool(self.config.get("bf16")), values, *made_by])
 

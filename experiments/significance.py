@@ -64,18 +64,19 @@ def _references(row: Row, by_label: dict[str, Row]) -> list[str]:
     run = row.first
     stage, flags = run.stage, run.flags
     names = ["SASRec"]
-    targets = ", every prefix" if stage != "sasrec" and flags["train_targets"] == "all" else ""
+    items = f", items from {run.items_from}" if run.items_from else ""
+    every = ", every prefix" if stage != "sasrec" and flags["train_targets"] == "all" else ""
     if stage != "sasrec" and plain_ce(flags):
         others = [other.first for other in by_label.values() if other.first.stage != "sasrec"]
         depths = [_layers(other) for other in others if plain_ce(other.flags)]
-        names += [plain_name(max(depths)) + targets, plain_name(_layers(run))]
+        names += [plain_name(max(depths)) + every + items, plain_name(_layers(run)) + items]
     elif stage != "sasrec":
         between = f"{_layers(run)} <- {flags.get('llama_decoder_nums_teacher')}"
-        names.append(plain_name(_layers(run)) + targets)
+        names.append(plain_name(_layers(run)) + every + items)
         for text, other in by_label.items():
             if any(map(run.taught_by, other.runs.values())):
                 names.append(text)
-        names += [f"SLMRec {between}", f"{between}: D_cos"]
+        names += [f"SLMRec {between}{items}", f"{between}: D_cos{items}"]
     return [text for text in dict.fromkeys(names) if text in by_label and text != row.label]
 
 

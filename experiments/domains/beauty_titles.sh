@@ -29,6 +29,7 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $both --base_model $BASE $OFF $six --output_dir $out/both_ce
     run $LAUNCH distill.py $taught --output_dir $out/both_slmrec
     run $LAUNCH distill.py $taught $OFF --logit_lambda 3 --temperature 2 --output_dir $out/both_logit_kl
+    run $LAUNCH distill.py $taught $OFF --logit_lambda 10 --temperature 2 --output_dir $out/both_logit_kl_10
 
     run $PYTHON train_sr_trad.py $common --alpha 0.7 --norm post --emb_dim 64 --hid_dim 64 --num_blocks 2 --dropout 0.5 \
         --learning_rate 5e-4 --lr_scheduler constant --batch_size 256 --max_seq_length 50 --num_epochs 200 --patience 10 \
