@@ -217,9 +217,8 @@ def test_a_runs_config_repeats_it_and_flags_beside_it_come_first(inside):
     given = cli.bind(train_sr_trad.main, ["--config=one/config.json", "--num_epochs=3"])
     assert given["num_epochs"] == 3 and "max_steps" not in given
     train_sr_trad.main(**SHORT, data_path="data/demo.csv", output_dir="three")
-    for domain, same in (("other", False), ("demo", True)):
-        given = cli.bind(train_sr_trad.main, ["--config=three", f"--domain_type={domain}"])
-        assert ("data_path" in given) == same
+    given = cli.bind(train_sr_trad.main, ["--config=three", "--domain_type=other"])
+    assert "data_path" not in given
     with pytest.raises(UsageError, match="--config=one/config.json: not of this command"):
         cli.bind(distill.main, ["--config", "one/config.json"])
     with pytest.raises(UsageError, match="--config not found: none.json"):
