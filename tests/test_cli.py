@@ -217,8 +217,7 @@ def test_a_runs_config_repeats_it_and_flags_beside_it_come_first(inside):
     given = cli.bind(train_sr_trad.main, ["--config=one/config.json", "--num_epochs=3"])
     assert given["num_epochs"] == 3 and "max_steps" not in given
     train_sr_trad.main(**SHORT, data_path="data/demo.csv", output_dir="three")
-    given = cli.bind(train_sr_trad.main, ["--config=three", "--domain_type=other"])
-    assert "data_path" not in given
+    assert "data_path" not in cli.bind(train_sr_trad.main, ["--config=three", "--domain_type=x"])
     with pytest.raises(UsageError, match="--config=one/config.json: not of this command"):
         cli.bind(distill.main, ["--config", "one/config.json"])
     with pytest.raises(UsageError, match="--config not found: none.json"):

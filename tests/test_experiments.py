@@ -523,11 +523,11 @@ TITLES = {"SASRec, items from titles at the start": "SASRec, items from a table 
 OVER = "2 layers over {} tables and their SASRecs' KL", "2 layers: CE + SASRec KL, of {} SASRecs"
 TWO = {OVER[0].format(w): OVER[1].format(n) + STARTED for w, n in (("two", 2), ("four", 4))}
 TWO |= SASREC | TITLES
+FOUR = {OVER[0].format("four"): OVER[1].format(4) + ", items from 4 SASRecs"}
 TITLED = ", items from 2 SASRecs, 1 started from a table"
 TAUGHT = {"8 layers and the KL of both, the teacher": "8 layers: CE + SASRec KL, of 2 SASRecs"}
 OVER_TWO = {n: r + TITLED for n, r in (PLAIN | TAUGHT | SLMREC | SOFTMAX).items()} | SASREC
-WEIGHTED = f"4 <- 8: logit KL{END}{TITLED} [logit_lambda=10.0]"
-TEN = {"4 <- 8: logit KL, weight 10 at temperature 2": WEIGHTED}
+TEN = {[*SOFTMAX][0].replace("3", "10"): f"4 <- 8: logit KL{END}{TITLED} [logit_lambda=10.0]"}
 RELEASED = {
     "SASRec, first release: 1,100 steps at 1e-4": "SASRec, as released",
     "SASRec, later official script": "SASRec, as released later",
@@ -547,6 +547,7 @@ COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
         ("### A chain of teachers", "chain/beauty", CHAIN, "01234"),
         ("### A chain of teachers", "chain/beauty", CHAIN_OF_BOTH, "01"),
         ("### Several tables in one student", "two_tables/beauty", TWO, "01234"),
+        ("## Toys (", "two_tables/toys", FOUR, "0123"),
         ("### The chain over two tables", "chain_two_tables/beauty", OVER_TWO, "012"),
         ("### The chain over two tables", "chain_two_tables/beauty", TEN, "12"),
         ("### The paper's own conditions", "released/beauty", RELEASED, "0"),
