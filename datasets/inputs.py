@@ -257,7 +257,7 @@ def read_inputs(files: TeacherFiles) -> Inputs:
     made_by = []
     for each in about.get("sasrecs", []):  # tables of before 2026-11-29 do not say it
         made = {name: value for name, value in each.items() if name in named}
-        start = {"init_table": each["init_table"], "init_from": bool(each["init_from"])}
+        start = {"init_table": each["init_table"], "init_from": bool(each.get("init_from"))}
         made_by.append(made | {name: value for name, value in start.items() if value})
     more = flags, made_by if any(made != flags for made in made_by) else None
     inputs = Inputs(domain, data, csv_path, table_path, hashes, sources, made_from, *more)

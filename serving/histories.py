@@ -7,7 +7,7 @@ import numpy as np
 from datasets.interactions import read_histories
 from datasets.items import Finder, Items, listing_of
 from datasets.logs import (
-    KNOWN,
+    HINTS,
     NAMES,
     canonical,
     choose_columns,
@@ -15,7 +15,7 @@ from datasets.logs import (
     original_ids,
     read_log,
 )
-from datasets.tables import Table, bare, open_table
+from datasets.tables import Table, open_table
 from engine.errors import UsageError
 
 Histories = dict[str, list[int]]  # user -> catalogue indices
@@ -50,8 +50,7 @@ def of_file(path: Path, finder: Finder) -> Histories:
     by_name = {name.lower(): name for name in reversed(table.columns)}
     found: dict[str, list[str]] = {}
     if not {"reviewerid", "asin"} <= by_name.keys() or "unixreviewtime" in by_name:
-        times = {form["time"] for form in KNOWN}
-        untimed = table.header and not times & {bare(name) for name in table.columns}
+        untimed = table.header and not any(map(HINTS["time"].search, table.columns))
         if untimed:
             print(f"{path}: no time: items are read in file order")
         columns = choose_columns(table, {"time": "none"} if untimed else {}, "auto", "")
