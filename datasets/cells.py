@@ -46,18 +46,20 @@ def parse_list(path: Path, row: int, cell: object) -> list[str]:
     text = cell.strip() if isinstance(cell, str) else ""
     quoted = "'" in text or '"' in text
     literal = text[:1] in ("[", "(", "'", '"') and (quoted or not PYTHONS.search(text))
-    values = parsed(text) if literal and not ARRAY.fullmatch(text) else None
+    values: object = None
     if text[:1] + text[-1:] == "{}":
         inside = next(csv.reader([text[1:-1]], skipinitialspace=True), [])
         values = [part.strip("'") for part in inside]
     elif ARRAY.fullmatch(text):
         values = [part[1:-1] for part in re.findall(QUOTED, text)]
-    elif not isinstance(values, list | tuple):
+    elif literal:
+        values = parsed(text)
+    if not isinstance(values, list | tuple):
         values = [part.strip("'\"") for part in SPLIT.split(text.strip("[]()")) if part]
-    names, cut = [], CUT.search(text)
+    names = []
     for position, value in enumerate(values):
         name = str(value).strip() if type(value) in (int, float, str) else ""
-        broken = type(value) is float and (cut or not value.is_integer())
+        broken = type(value) is float and (not value.is_integer() or CUT.search(text))
         if name in ("", "nan", "...") or broken or {"{", "}"} & set(name):
             raise UsageError(
                 f"{path}: row {row}: element {position} of the list is {str(value)[:40]!r},"

@@ -368,8 +368,9 @@ def _judge(path: Path, log: Log, columns: Columns, one_user: bool) -> None:
                 f"{path}: one {role} in all, {names[codes[0]][:40]!r}: is column"
                 f" {getattr(columns, role)} the {role}? --{role} names another"
             )
-    lists = [name for name in log.items if A_LIST.fullmatch(name)]
-    if columns.lists is False and 2 * len(lists) >= len(log.items):
+    names = log.items if columns.lists is False else []
+    lists = [name for name in names if A_LIST.fullmatch(name)]
+    if lists and 2 * len(lists) >= len(names):
         shown = lists[0][:40]
         raise UsageError(f"{path}: the item {shown!r} looks like a list; --lists yes reads lists")
     counts = np.bincount(log.user)

@@ -105,7 +105,9 @@ def best_run(domain: Domain) -> Path:
         whole = results.get("steps") is not None and {"data_sha256", "valid"} <= results.keys()
         if whole and (path.parent / "best").is_dir():
             every.append((path, results))
-    found = [pair for pair in every if domain.split in (None, split_of(_flags(pair[0])))]
+    found = every
+    if domain.split is not None:
+        found = [pair for pair in every if split_of(_flags(pair[0])) == domain.split]
     if not found:
         raise UsageError(f"--model=best: no finished run in {domain.folder}/*; train one first")
     if len({results["data_sha256"] for _, results in found}) > 1:

@@ -326,9 +326,9 @@ def test_a_run_that_came_in_between_is_not_wiped(inside):
     run = Run.open("sasrec", Path("run"), groups, read_sequences(groups[0]))
     run.prepare()
     train_sr_trad.main(**RUN)
-    before = hashes(Path("run"))
-    with pytest.raises(UsageError, match="another process changed it in the meantime"):
-        run._begin()
+    before, told = hashes(Path("run")), "another process changed it in the meantime"
+    with pytest.raises(UsageError, match=told), run.training():
+        pass
     assert hashes(Path("run")) == before
 
 
