@@ -4,15 +4,14 @@
     python -m benchmarks.efficiency --shape llama-2-7b --batch_size 256 --eval_batch_size 512
 
 Weights are random. Prompt and response have 62 and 7 tokens. History lengths and the catalogue are
-those of the domain, by default the demo domain. In every round each row is built again, takes one
-step untimed and one timed: rows alternate, and only one is in memory. Figures are medians over
-rounds. Each row takes the largest micro-batch that fits, accumulating to the batch; a row that fits
-with none stays in the table as out of memory. Inference is history to user vector, without ranking.
+those of the domain, by default the demo domain. In every round each row is built in a process of
+its own, and takes one step untimed and one timed: rows alternate. Figures are medians over rounds.
+A row whose process dies takes half the micro-batch, accumulating to the batch; one that fits with
+none stays in the table as out of memory. Inference is history to user vector, without ranking.
 Writes efficiency.json and efficiency.md.
 """
 
 import functools
-import gc
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +55,7 @@ PAPER = {
 
 
 class Setting(NamedTuple):
-    """All that a row is built from; sent to the process that measures its memory."""
+    """All that a row is built from; sent to the row's process."""
 
     csv: str
     shape: str
@@ -65,7 +64,7 @@ class Setting(NamedTuple):
     device: str
 
 
-class Measured(NamedTuple):
+class Model(NamedTuple):
     """train takes micro-batches of sample indices, infer one batch; parameters as the paper counts
     them, decoder and embeddings with LoRA but without the adapters.
     """
@@ -86,7 +85,7 @@ def batches_of(setting: Setting, n: int, batch_size: int) -> list[np.ndarray]:
     return [rng.integers(0, len(samples_of(setting)), batch_size) for _ in range(n)]
 
 
-def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Measured:
+def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Model:
     """`which` is plain or ours; distilled: the whole loss, against states in memory."""
     samples, device = samples_of(setting), torch.device(setting.device)
     options = {"vocab_size": 390} | SHAPES[setting.shape]
@@ -119,7 +118,7 @@ def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Mea
 
     decoder = model.llama if which == "plain" else model.decoder
     sizes = [(p.numel(), p.requires_grad) for p in decoder.parameters()]
-    return Measured(
+    return Model(
         training_step(model, loss, bf16),
         lambda rows: encoder()(samples.histories(rows)),
         sum(n for n, trained in sizes if trained),
@@ -127,7 +126,7 @@ def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Mea
     )
 
 
-def sasrec_row(setting: Setting) -> Measured:
+def sasrec_row(setting: Setting) -> Model:
     samples, device = samples_of(setting), torch.device(setting.device)
     torch.manual_seed(0)
     model = SASRec(samples.data.n_items, SLOTS, **SASRecModel(emb_dim=DIM).values()).to(device)
@@ -142,10 +141,10 @@ def sasrec_row(setting: Setting) -> Measured:
         return model.user_encoder()(samples.histories(rows).to(device))
 
     size = sum(p.numel() for p in model.parameters())
-    return Measured(training_step(model, loss), infer, size, size)
+    return Model(training_step(model, loss), infer, size, size)
 
 
-def build(name: str, setting: Setting) -> Measured:
+def build(name: str, setting: Setting) -> Model:
     """The row of a name in ROWS."""
     if name.startswith("SASRec"):
         return sasrec_row(setting)
@@ -158,21 +157,23 @@ ROWS = [f"E4SRec, {n} layers, {which}" for which in ("plain", "ours") for n in (
 ROWS += ["SLMRec 4 <- 8, ours", "SASRec, ours"]
 
 
-def peak_memory(
-    prepare: Callable[..., Callable[[], Any]], *arguments: Any, device: torch.device
-) -> int | None:
-    """Most bytes on the device that `prepare(*arguments)()` needs, in a fresh process, beyond what
-    was in use before; None where the process died, or ran out of memory.
-
-    Args:
-        prepare: a function of a module, sent by name, that builds what is measured and returns it.
+class Round(NamedTuple):
+    """Seconds of a training step and of an inference batch, and the most bytes that steps took
+    beyond what the process held before; sizes as in Model.
     """
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the child needs the room
+
+    step: float
+    infer: float
+    peak_bytes: int
+    trained: int
+    parameters: int
+
+
+def measured(*given: Any) -> Round | None:
+    """`_measure(*given)` in a fresh process; None where it died, or ran out of memory."""
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
-    given = theirs, torch.get_num_threads(), prepare, arguments, device.type
-    process = context.Process(target=_measure_peak, args=given)
+    process = context.Process(target=_send, args=(theirs, torch.get_num_threads(), *given))
     process.start()
     theirs.close()
     try:
@@ -183,21 +184,31 @@ def peak_memory(
         process.join()
 
 
-def _measure_peak(pipe, threads: int, prepare: Callable, arguments: tuple, device: str) -> None:
+def _send(pipe: Any, threads: int, *given: Any) -> None:
     torch.set_num_threads(threads)
-    cuda = torch.cuda
-    now, most = (lambda: _memory("VmRSS")), (lambda: _memory("VmHWM"))
-    if device == "cuda":
-        now, most = cuda.memory_allocated, cuda.max_memory_allocated
+    pipe.send(_measure(*given))
+
+
+def _measure(name: str, setting: Setting, micro: int, number: int) -> Round:
+    """A step and an inference batch of a row, each after one that warms up; `number` of the round
+    says which samples.
+    """
+    device = torch.device(setting.device)
+    on_gpu = device.type == "cuda"
     torch.mm(torch.ones(256, 256), torch.ones(256, 256))  # the threads' own buffers
-    before = now()
-    run = prepare(*arguments)
-    if device == "cuda":
-        cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if on_gpu else _memory("VmRSS")
+    model = build(name, setting)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     else:  # of this process; getrusage's is the parent's
         Path("/proc/self/clear_refs").write_text("5")
-    run()
-    pipe.send(most() - before)
+    for rows in batches_of(setting, number + 2, setting.batch_size)[number:]:
+        step = seconds(lambda: model.train(*_micro_batches(rows, micro)), device)
+    peak = (torch.cuda.max_memory_allocated() if on_gpu else _memory("VmHWM")) - before
+    for rows in batches_of(setting, number + 2, setting.eval_batch_size)[number:]:
+        parts = _micro_batches(rows, max(micro, setting.batch_size))
+        infer = seconds(lambda: [model.infer(part) for part in parts], device)
+    return Round(step, infer, peak, model.trained, model.parameters)
 
 
 def _memory(field: str) -> int:
@@ -207,44 +218,8 @@ def _memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def prepare_training(name: str, setting: Setting, micro: int) -> Callable[[], None]:
-    """For peak_memory: two training steps, so that the optimizer's state is there."""
-    row = build(name, setting)
-
-    def run() -> None:
-        for rows in batches_of(setting, 2, setting.batch_size):
-            row.train(*_micro_batches(rows, micro))
-
-    return run
-
-
 def _micro_batches(rows: np.ndarray, micro: int) -> list[np.ndarray]:
     return np.split(rows, range(micro, len(rows), micro))
-
-
-def timed_round(
-    name: str, setting: Setting, micro: int, number: int
-) -> tuple[float, float, Measured]:
-    """Seconds of a training step and of an inference batch, each after one that warms up."""
-    row, device = build(name, setting), torch.device(setting.device)
-    for rows in batches_of(setting, number + 2, setting.batch_size)[number:]:
-        step = seconds(lambda: row.train(*_micro_batches(rows, micro)), device)
-    largest = max(micro, setting.batch_size)
-    for rows in batches_of(setting, number + 2, setting.eval_batch_size)[number:]:
-        parts = _micro_batches(rows, largest)
-        infer = seconds(lambda: [row.infer(part) for part in parts], device)
-    return step, infer, row._replace(train=None, infer=None)
-
-
-def fitting_micro_batch(name: str, setting: Setting) -> tuple[int, int | None]:
-    """The largest halving of the batch that a step has memory for, and its bytes or None."""
-    micro, device = setting.batch_size, torch.device(setting.device)
-    while True:
-        given = name, setting, micro
-        peak = peak_memory(prepare_training, *given, device=device)
-        if peak is not None or micro == 1:
-            return micro, peak
-        micro //= 2
 
 
 @cli.command
@@ -277,27 +252,31 @@ def main(
     n = len(samples_of(setting))
     about = measure.machine(device) | setting._asdict() | {"samples": n, "repeats": repeats}
     print("  ".join(f"{name} {value}" for name, value in about.items()))
-    about["rows"], times = {}, {}
-    for name in names:
-        micro, peak = fitting_micro_batch(name, setting)
-        about["rows"][name] = {"micro_batch_size": micro, "peak_bytes": peak}
-        if peak is not None:
-            times[name] = []
+    rounds: dict[str, list[Round]] = {name: [] for name in names}
+    micro = dict.fromkeys(names, batch_size)
     for i in range(repeats):
-        for name in times:
-            entry = about["rows"][name]
-            *spent, row = timed_round(name, setting, entry["micro_batch_size"], i)
-            times[name].append(spent)
-            entry |= {"trained_parameters": row.trained, "parameters": row.parameters}
-            print(f"{name:28s} step {spent[0]:8.3f} s  inference {spent[1]:8.3f} s")
-            gc.collect()
-    for name, spent in times.items():
-        step, infer = np.median(np.array(spent), axis=0)
-        about["rows"][name] |= {
-            "step_seconds": step,
-            "train_seconds_per_epoch": step * n / batch_size,
-            "inference_seconds": infer * n / eval_batch_size,
-        }
+        for name in filter(micro.get, names):
+            found = None
+            while found is None and micro[name]:
+                found = measured(name, setting, micro[name], i)
+                micro[name] //= 1 if found else 2  # 0: it fits with none
+            if found:
+                rounds[name].append(found)
+                print(f"{name:28s} step {found.step:8.3f} s  inference {found.infer:8.3f} s")
+    about["rows"], times = {}, {}
+    for name, found in rounds.items():
+        about["rows"][name] = {"micro_batch_size": micro[name], "peak_bytes": None}
+        if micro[name]:
+            times[name] = [each[:2] for each in found]
+            step, infer = np.median(np.array(times[name]), axis=0)
+            about["rows"][name] |= {
+                "peak_bytes": max(each.peak_bytes for each in found),
+                "trained_parameters": found[0].trained,
+                "parameters": found[0].parameters,
+                "step_seconds": step,
+                "train_seconds_per_epoch": step * n / batch_size,
+                "inference_seconds": infer * n / eval_batch_size,
+            }
     about["ratios"] = ratios(times)
     measure.write_report(folder, "efficiency", about, table(about))
     return about

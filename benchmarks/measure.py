@@ -1,7 +1,6 @@
-"""What both benchmarks share: timing side by side, peak memory, models of a shape, the floor.
+"""What the benchmarks share: timing, models of a shape, a training step.
 
-Legend: B batch, P prompt tokens, R response tokens, H width, I width of the MLP, D item dim, N
-    items.
+Legend: B batch, D item width, N items.
 """
 
 import platform
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -42,13 +40,6 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product, the best of several."""
-    n = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(6))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -114,36 +105,6 @@ class Shape(NamedTuple):
         """Ours and the plain form with the same weights."""
         model = self.model(n_layers, strategy, **shape)
         return model, plain_twin(model, (RANK, RANK, TARGETS) if strategy == "lora" else None)[0]
-
-    def operations(
-        self, lengths: np.ndarray, n_layers: int, strategy: str, training: bool = True
-    ) -> float:
-        """Operations of a training step over a batch (cross-entropy too), or of its inference.
-
-        A product counts 2 operations per multiply-add. Backward: a frozen matrix costs its input's
-        gradient alone (as much as the forward), a trained one as much again; attention twice its
-        forward. Inference has its prompt already. Norms, rotations and AdamW do not count.
-        """
-        width, inner = self.config.hidden_size, self.config.intermediate_size
-        shared = self.config.num_key_value_heads / self.config.num_attention_heads
-        prompt, response = len(self.prompt_ids), len(self.response_ids)
-        batch, own = len(lengths), lengths + response  # tokens of each user
-        tokens = int(own.sum()) + (prompt if training else 0)
-        pairs = float((own * prompt + own * (own + 1) / 2).sum()) + (
-            prompt * (prompt + 1) / 2 if training else 0
-        )
-        last_pairs = float((own + prompt).sum())
-        attention = 2 * 2 * width * (pairs * (n_layers - 1) + last_pairs)
-        key_value, query_out, mlp = 2 * width * width * shared, 2 * width * width, 3 * width * inner
-        layered = tokens * (n_layers - 1) + batch  # token-layers of queries, outputs and MLPs
-        linear = 2 * (tokens * n_layers * key_value + layered * (query_out + mlp))
-        lora = 2 * layered * 3 * RANK * (width + inner) if strategy == "lora" else 0.0
-        items, dim = self.item_table.shape
-        ends = 2 * dim * width * (int(lengths.sum()) + batch)
-        if not training:
-            return linear + attention + lora + ends
-        catalogue = 2 * 2 * batch * items * dim
-        return linear * (2 if strategy == "lora" else 3) + 3 * (attention + lora + ends) + catalogue
 
 
 def loss_parts(

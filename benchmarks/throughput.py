@@ -5,9 +5,7 @@
 
 Every pair has the same weights and the same batches. The plain form is benchmarks/plain.py: the
 padded Hugging Face forward with peft, and full logits. A training step is loss + backward + clip +
-AdamW. The floor is what must be computed (benchmarks/measure.py) over this machine's measured rate
-of large matrix products. In a row "A against B" both are of this code. Writes throughput.json and
-throughput.md.
+AdamW. In a row "A against B" both are of this code. Writes throughput.json and throughput.md.
 """
 
 import dataclasses
@@ -70,7 +68,6 @@ class Bench:
         self.data, self.shape, self.device = data, shape, shape.item_table.device
         self.samples = sequences.training_samples(data, "last", shape.slots)
         self.batches = self.draw(batch_size, repeats + 1)
-        self.rate = measure.matrix_rate(self.device, torch.float32)
         self.rows: list[dict[str, Any]] = []
 
     def draw(self, batch_size: int, n: int) -> list[np.ndarray]:
@@ -87,27 +84,12 @@ class Bench:
         return Race(float(np.median(fast)), float(np.median(slow)), float(np.median(slow / fast)))
 
     def add(self, name: str, unit: str, timed: Race, per: float = 1.0, **more: Any) -> None:
-        """A row; `per` turns seconds into the unit: units a call for a rate, else a factor.
-
-        Args:
-            more: further entries; of `operations` follow the floor and the share of the rate.
-        """
+        """A row; `per` turns seconds into the unit: units a call for a rate, else a factor."""
         rate = unit.endswith("/s")
         ours, theirs = ((per / t if rate else per * t) for t in (timed.ours, timed.plain))
         row = {"row": name, "unit": unit, "ours": ours, "plain": theirs, "ratio": timed.ratio}
-        if "operations" in more:
-            floor = more["operations"] / self.rate
-            row |= {"floor_ms": floor * 1e3, "of_matrix_rate": floor / timed.ours}
         self.rows.append(row | more)
         print(f"{name:58s} {ours:12.2f} {theirs:12.2f} {unit:8s} {timed.ratio:7.2f} x")
-
-    def operations(self, n_layers: int, strategy: str, training: bool = True) -> float:
-        """The mean of the timed batches."""
-        each = []
-        for rows in self.batches[1:]:
-            lengths = self.samples.lengths()[rows]
-            each.append(self.shape.operations(lengths, n_layers, strategy, training))
-        return float(np.mean(each))
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Histories on the CPU, where ours packs them, and targets on the device."""
@@ -141,7 +123,7 @@ def steps(bench: Bench) -> None:
 
         timed = bench.race(bench.step(ours), training_step(theirs, plain_loss))
         name = f"{who} train step, {n_layers} layers, {strategy}"
-        bench.add(name, "ms", timed, 1e3, operations=bench.operations(n_layers, strategy))
+        bench.add(name, "ms", timed, 1e3)
 
 
 def precision(bench: Bench) -> None:
@@ -181,8 +163,6 @@ def distillation(bench: Bench) -> None:
 
     plain_step = training_step(plain_student, plain_loss)
     step = functools.partial(training_step, student)
-    own = bench.operations(n_student, "lora")
-    own += 4 * (n_blocks - 1) * len(bench.batches[0]) * bench.shape.item_table.numel()
     every = np.unique(np.concatenate(bench.batches))
     part = some_of(bench.samples, np.arange(min(len(bench.samples), 4096)))
     with tempfile.TemporaryDirectory() as folder:
@@ -200,10 +180,9 @@ def distillation(bench: Bench) -> None:
     first = timed.ours + fill * len(bench.batches[0]) / len(bench.samples)
     first_epoch = Race(first, timed.plain, timed.plain / first)
     name = f"distill step {n_student} <- {n_teacher}"
-    bench.add(f"{name}, cached teacher", "ms", timed, 1e3, operations=own)
+    bench.add(f"{name}, cached teacher", "ms", timed, 1e3)
     bench.add(f"{name}, in the epoch that fills the cache", "ms", first_epoch, 1e3)
-    own += bench.operations(n_teacher, "lora", training=False)
-    bench.add(f"{name}, live teacher", "ms", live, 1e3, operations=own)
+    bench.add(f"{name}, live teacher", "ms", live, 1e3)
 
 
 def some_of(samples: sequences.Samples, indices: np.ndarray) -> sequences.Samples:
@@ -223,9 +202,7 @@ def inference(bench: Bench) -> None:
         return theirs(bench.batch(rows)[0]).user
 
     timed = bench.race(lambda rows: encode(bench.batch(rows)[0]), plain_encode)
-    own = bench.operations(n_student, "lora", training=False)
-    name, users = f"inference, {n_student} layers", len(bench.batches[0])
-    bench.add(name, "users/s", timed, users, operations=own)
+    bench.add(f"inference, {n_student} layers", "users/s", timed, len(bench.batches[0]))
 
 
 # -- SASRec -------------------------------------------------------------------------------------
@@ -253,11 +230,8 @@ def sasrec(bench: Bench, batch_size: int = 256) -> None:
 
         plain_step = training_step(theirs, lambda rows: loss(rows, plain_form=True))
         timed = bench.race(training_step(ours, loss), plain_step, batches)
-        targets = float(np.mean([bench.samples.lengths()[rows].sum() for rows in batches]))
-        product = 2 * 3 * targets * bench.data.n_items * DIM  # logits, two gradients
-        per_epoch = len(bench.samples) / batch_size
         name = f"SASRec epoch, width {hid_dim}, full catalogue"
-        bench.add(name, "s", timed, per_epoch, operations=product)
+        bench.add(name, "s", timed, len(bench.samples) / batch_size)
 
 
 ROWS = {
@@ -271,16 +245,12 @@ ROWS = {
 
 def table(bench: Bench) -> str:
     """The rows as a Markdown table."""
-    head = ["row", "unit", "ours", "plain", "ratio", "floor of a batch", "of matrix rate"]
+    head = ["row", "unit", "ours", "plain", "ratio"]
     lines = []
     for row in bench.rows:
         digits = [2 if row[name] < 100 else 0 for name in ("ours", "plain")]
         cells = [row["row"], row["unit"], f"{row['ours']:,.{digits[0]}f}"]
-        cells += [f"{row['plain']:,.{digits[1]}f}", f"{row['ratio']:.2f}x"]
-        known = "floor_ms" in row
-        cells += [f"{row['floor_ms']:.0f} ms" if known else "-"]
-        cells += [f"{row['of_matrix_rate']:.2f}" if known else "-"]
-        lines.append(cells)
+        lines.append([*cells, f"{row['plain']:,.{digits[1]}f}", f"{row['ratio']:.2f}x"])
     return markdown(head, lines)
 
 
@@ -324,7 +294,6 @@ def main(
         "base_model": base_model,
         "batch_size": len(bench.batches[0]),
         "repeats": repeats,
-        "gflops": round(bench.rate / 1e9),
         "data": str(csv),
     }
     print("  ".join(f"{name} {value}" for name, value in about.items()))
