@@ -73,7 +73,7 @@ def label(stage: str, flags: dict[str, Any]) -> str:
 def _sasrec(flags: dict[str, Any]) -> str:
     """The first release trains at length 30, the later official script at length 50."""
     if flags.get("alpha"):
-        return f"SASRec with frequencies, alpha {flags['alpha']:g}"
+        return f"BSARec, alpha {flags['alpha']:g}"
     if flags["train_targets"] == "all":
         return "SASRec"
     released = {"init_std": 1, "norm": "query", "loss": "full"}

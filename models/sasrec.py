@@ -1,5 +1,5 @@
-"""SASRec (Kang and McAuley, 2018) in the bottleneck form that the released SLMRec trains, and with
-BSARec's frequency layer beside its attention (Shin et al., 2024, arXiv 2312.10325).
+"""SASRec (Kang and McAuley, 2018) in the bottleneck form that the released SLMRec trains, or with
+the blocks of BSARec (Shin et al., 2024, arXiv 2312.10325).
 
 [B, L] history -> item embeddings -> causal transformer -> [S, D]; a row's last one is the user.
 
@@ -35,8 +35,9 @@ class SASRec(nn.Module):
         norm: `query` as released (only the query is normed, and the residual leaves from it), `pre`
             or `post`.
         init_std: standard deviation of item and position embeddings at the start; 1 as released.
-        alpha: share of the frequency layer beside attention. It sees a user's later items, so with
-            it only the last state of a history may be trained.
+        alpha: above 0 the blocks, norms and draws are BSARec's, and this is the share of its
+            frequency layer beside attention. It sees a user's later items, so with it only the last
+            state of a history may be trained.
         low_frequencies: how many of the lowest frequencies it keeps as they are.
     """
 
@@ -67,13 +68,15 @@ class SASRec(nn.Module):
         self.positions = nn.Embedding(max_seq_length, hid_dim)
         nn.init.normal_(self.positions.weight, std=init_std)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            [Block(hid_dim, num_heads, dropout, norm) for _ in range(num_blocks)]
-        )
-        for block in self.blocks if alpha else ():
-            block.alpha = alpha
-            block.frequencies = Frequencies(hid_dim, max_seq_length, low_frequencies, dropout)
-        self.final_norm = nn.LayerNorm(hid_dim, eps=1e-8)
+        kind, *more = (Block, norm)
+        if alpha:
+            kind, *more = BSARecBlock, alpha, max_seq_length, low_frequencies
+        blocks = [kind(hid_dim, num_heads, dropout, *more) for _ in range(num_blocks)]
+        self.blocks = nn.ModuleList(blocks)
+        # BSARec norms what its blocks read, and not again what they give
+        self.first_norm = nn.LayerNorm(hid_dim, eps=1e-8) if alpha else nn.Identity()
+        self.final_norm = nn.Identity() if alpha else nn.LayerNorm(hid_dim, eps=1e-8)
+        self.scale = 1.0 if alpha else math.sqrt(emb_dim)
         self.to_item = nn.Identity() if plain else nn.Linear(hid_dim, emb_dim)
 
     @property
@@ -114,10 +117,8 @@ class SASRec(nn.Module):
 
     def _embedded(self, items: Tensor, position: Tensor, slots: int) -> Tensor:
         """Items [...] at their positions among the last `slots`, [..., W]."""
-        x = self.to_hidden(self.item_embedding(items)) * math.sqrt(
-            self.item_embedding.embedding_dim
-        )
-        return self.dropout(x + self.positions.weight[-slots:][position])
+        x = self.to_hidden(self.item_embedding(items)) * self.scale
+        return self.dropout(self.first_norm(x + self.positions.weight[-slots:][position]))
 
     def user_encoder(self) -> Callable[[Tensor], Tensor]:
         """History [B, L] -> user vectors [B, D], in evaluation mode."""
@@ -231,27 +232,21 @@ class Frequencies(nn.Module):
     terms to zero and transforming back is one product with a circular [L, L] matrix.
     """
 
-    def __init__(self, width: int, slots: int, n_low: int, dropout: float) -> None:
+    def __init__(self, width: int, slots: int, n_low: int) -> None:
         super().__init__()
         kept = (torch.arange(slots // 2 + 1) < n_low).double()
         slot, response = torch.arange(slots), torch.fft.irfft(kept, n=slots)
         kernel = response[(slot[:, None] - slot) % slots]
         self.register_buffer("kernel", kernel, persistent=False)
         self.root = nn.Parameter(torch.randn(width))  # of the factor, as in the authors' code
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         low = tokens.filtered(x, self.kernel.to(x.dtype))
-        return self.dropout(low + self.root**2 * (x - low))
+        return low + self.root**2 * (x - low)
 
 
 class Block(nn.Module):
-    """Causal self-attention and a two-layer ReLU network, each with a residual.
-
-    alpha: share of `frequencies` beside attention.
-    """
-
-    alpha = 0.0
+    """Causal self-attention and a two-layer ReLU network, each with a residual."""
 
     def __init__(self, width: int, num_heads: int, dropout: float, norm: Norm) -> None:
         super().__init__()
@@ -269,21 +264,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         if self.norm == "post":
-            x = self.attention_norm(x + self.mixed(x, x, tokens))
+            x = self.attention_norm(x + self.attend(x, x, tokens))
             return self.feed_norm(x + self.feed(x))
         normed = self.attention_norm(x)
         if self.norm == "query":
-            x = self.feed_norm(normed + self.mixed(normed, x, tokens))
+            x = self.feed_norm(normed + self.attend(normed, x, tokens))
             return x + self.feed(x)
-        x = x + self.mixed(normed, normed, tokens)
+        x = x + self.attend(normed, normed, tokens)
         return x + self.feed(self.feed_norm(x))
-
-    def mixed(self, query: Tensor, source: Tensor, tokens: Tokens) -> Tensor:
-        """What a user's tokens tell each other, [..., W] x [..., W] -> [..., W]."""
-        attended = self.attend(query, source, tokens)
-        if not self.alpha:
-            return attended
-        return self.alpha * self.frequencies(source, tokens) + (1 - self.alpha) * attended
 
     def attend(self, query: Tensor, source: Tensor, tokens: Tokens) -> Tensor:
         """Multi-head attention, [..., W] x [..., W] -> [..., W]."""
@@ -292,3 +280,28 @@ class Block(nn.Module):
         heads = torch.cat([self.query(query), key_value], dim=-1)
         heads = heads.unflatten(-1, (3, self.num_heads, -1))
         return self.out(tokens.attend(heads, self.rate if self.training else 0.0).flatten(-2))
+
+
+class BSARecBlock(Block):
+    """The frequency layer beside attention, each with a residual and a norm of its own; a GELU
+    network four times as wide. Drawn from a normal distribution, as in the authors' code.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, dropout: float, alpha: float, slots: int, n_low: int
+    ) -> None:
+        super().__init__(width, num_heads, dropout, "post")
+        self.alpha, self.dropout = alpha, nn.Dropout(dropout)
+        self.frequencies = Frequencies(width, slots, n_low)
+        self.frequency_norm = nn.LayerNorm(width, eps=1e-8)
+        wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.feed = nn.Sequential(wide, nn.GELU(), narrow, self.dropout)
+        for linear in (self.query, self.key, self.value, self.out, wide, narrow):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        filtered = self.frequency_norm(x + self.dropout(self.frequencies(x, tokens)))
+        attended = self.attention_norm(x + self.dropout(self.attend(x, x, tokens)))
+        x = self.alpha * filtered + (1 - self.alpha) * attended
+        return self.feed_norm(x + self.feed(x))

@@ -42,7 +42,7 @@ SASREC_KL = {"sasrec_lambda": 3.0, "sasrec_temperature": 2.0}
         ("sasrec", RELEASED_SASREC, "SASRec, as released"),
         ("sasrec", RELEASED_SASREC | {"max_seq_length": 50}, "SASRec, as released later"),
         ("sasrec", {"train_targets": "last", "init_std": 0.02}, "SASRec, one target per user"),
-        ("sasrec", {"alpha": 0.7}, "SASRec with frequencies, alpha 0.7"),
+        ("sasrec", {"alpha": 0.7}, "BSARec, alpha 0.7"),
         ("teacher", TEACHER, "E4SRec-like, 8 layers"),
         ("teacher", TEACHER | {"cls_multiple_lambda": 1.0}, "8 layers: CE + L_ms"),
         ("student", STUDENT, "SLMRec 4 <- 8"),

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,11 @@ SHAPE = {"emb_dim": 6, "hid_dim": 4, "num_blocks": 2, "num_heads": 2, "dropout":
 SHAPE |= {"init_std": 0.7}
 
 
-def made(norm="query", **changes):
+def made(kind="query", **changes):
     torch.manual_seed(0)
-    model = SASRec(23, 8, norm=norm, **(SHAPE | changes)).double().eval()
+    if kind == "bsarec":
+        kind, changes = "query", changes | {"alpha": 0.7, "low_frequencies": 2}
+    model = SASRec(23, 8, norm=kind, **(SHAPE | changes)).double().eval()
     with torch.no_grad():  # norms that do something
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -27,6 +31,7 @@ def numpy_states(model, items):
     """The same forward for one unpadded sequence, written out in numpy."""
     w = {name: p.detach().numpy() for name, p in model.named_parameters()}
     n, heads = len(items), model.blocks[0].num_heads
+    bsarec = "first_norm.weight" in w
 
     def linear(x, name):
         if f"{name}.weight" not in w:  # no bottleneck, no projection
@@ -51,47 +56,57 @@ def numpy_states(model, items):
                 out[t, part] = weight / weight.sum() @ v[: t + 1, part]
         return linear(out, f"{name}.out")
 
-    def mixed(query, source, name):
-        attended, block = attend(query, source, name), model.blocks[int(name.split(".")[1])]
-        if not block.alpha:
-            return attended
+    def filtered(source, name):
         slots = np.zeros((model.max_seq_length, source.shape[1]))
         slots[-n:] = source  # left-padded, as BSARec's
         terms = np.fft.rfft(slots, axis=0, norm="ortho")
         terms[2:] = 0
         low = np.fft.irfft(terms, n=len(slots), axis=0, norm="ortho")[-n:]
-        filtered = low + w[f"{name}.frequencies.root"] ** 2 * (source - low)
-        return (1 - block.alpha) * attended + block.alpha * filtered
+        return low + w[f"{name}.frequencies.root"] ** 2 * (source - low)
 
     def feed(x, name):
         return linear(np.maximum(linear(x, f"{name}.feed.0"), 0), f"{name}.feed.3")
 
+    def wide_feed(x, name):
+        inner = linear(x, f"{name}.feed.0")
+        inner = inner * (1 + np.vectorize(math.erf)(inner / np.sqrt(2))) / 2
+        return linear(inner, f"{name}.feed.2")
+
     x = linear(w["item_embedding.weight"][items], "to_hidden")
-    x = x * np.sqrt(model.item_embedding.embedding_dim) + w["positions.weight"][-n:]
+    if bsarec:
+        x = layer_norm(x + w["positions.weight"][-n:], "first_norm")
+    else:
+        x = x * np.sqrt(model.item_embedding.embedding_dim) + w["positions.weight"][-n:]
     for i in range(2):
         b = f"blocks.{i}"
-        if model.blocks[0].norm == "query":
+        if bsarec:
+            x, of_low = (
+                layer_norm(x + mixed, f"{b}.{norm}_norm")
+                for mixed, norm in ((attend(x, x, b), "attention"), (filtered(x, b), "frequency"))
+            )
+            x = 0.3 * x + 0.7 * of_low
+            x = layer_norm(x + wide_feed(x, b), f"{b}.feed_norm")
+        elif model.blocks[0].norm == "query":
             q = layer_norm(x, f"{b}.attention_norm")
-            x = layer_norm(q + mixed(q, x, b), f"{b}.feed_norm")
+            x = layer_norm(q + attend(q, x, b), f"{b}.feed_norm")
             x = x + feed(x, b)
         elif model.blocks[0].norm == "pre":
             q = layer_norm(x, f"{b}.attention_norm")
-            x = x + mixed(q, q, b)
+            x = x + attend(q, q, b)
             x = x + feed(layer_norm(x, f"{b}.feed_norm"), b)
         else:
-            x = layer_norm(x + mixed(x, x, b), f"{b}.attention_norm")
+            x = layer_norm(x + attend(x, x, b), f"{b}.attention_norm")
             x = layer_norm(x + feed(x, b), f"{b}.feed_norm")
-    return linear(layer_norm(x, "final_norm"), "to_item")
+    return linear(x if bsarec else layer_norm(x, "final_norm"), "to_item")
 
 
-FREQUENCIES = {"alpha": 0.7, "low_frequencies": 2}
+KINDS = ["query", "pre", "post", "bsarec"]
 
 
-@pytest.mark.parametrize("norm", ["query", "pre", "post"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("hid_dim", [4, 6])
-@pytest.mark.parametrize("more", [{}, FREQUENCIES])
-def test_an_independent_numpy_forward_agrees(norm, hid_dim, more):
-    model = made(norm, hid_dim=hid_dim, **more)
+def test_an_independent_numpy_forward_agrees(kind, hid_dim):
+    model = made(kind, hid_dim=hid_dim)
     assert ("to_item.weight" in model.state_dict()) == (hid_dim == 4)
     items = [4, 0, 22, 7, 4]
     padded = torch.tensor([[23, 23, 23, *items]])
@@ -107,12 +122,11 @@ def test_padding_gets_no_gradient_and_is_no_class():
     assert model.item_table.shape == (23, 6)
 
 
-@pytest.mark.parametrize("norm", ["query", "pre", "post"])
-@pytest.mark.parametrize("more", [{}, FREQUENCIES])
-def test_packed_states_and_gradients_equal_the_padded_ones(norm, more):
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_states_and_gradients_equal_the_padded_ones(kind):
     """More users than a group of attention has, in no order of length."""
     lengths = [1, 8, 3, 3, 5, 2, 8, 1, 4, 6, 7] * 8
-    batch, model = histories(lengths), made(norm, **more)
+    batch, model = histories(lengths), made(kind)
     slope = torch.randn(sum(lengths), 6, dtype=torch.float64)
     found = []
     for states in (model.states(batch), model.padded_states(batch)[batch != 23]):

@@ -217,13 +217,18 @@ class SASRecModel(Group):
     dropout: DropRate = flag(0.5, "dropout in the transformer")
     norm: Literal["query", "pre", "post"] = flag("query", "where LayerNorm is; released: query")
     init_std: PositiveFloat = flag(0.02, "standard deviation of new embeddings; released: 1")
-    alpha: Share = flag(0.0, "share of BSARec's frequency layer beside attention; 0 leaves it out")
+    alpha: Share = flag(
+        0.0, "above 0: BSARec's blocks, and the share of their frequency layer beside attention"
+    )
     low_frequencies: PositiveInt = flag(3, "how many of the lowest it keeps", needs="alpha")
 
     def problems(self, flags: dict[str, Any]) -> list[str]:
-        if self.hid_dim % self.num_heads == 0:
-            return []
-        return [f"--num_heads={self.num_heads} does not divide --hid_dim={self.hid_dim}"]
+        lines = []
+        if self.hid_dim % self.num_heads:
+            lines.append(f"--num_heads={self.num_heads} does not divide --hid_dim={self.hid_dim}")
+        if self.alpha and "norm" in self.given:
+            lines.append("--norm is of SASRec's blocks, --alpha has BSARec's: give one of them")
+        return lines
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Item vectors that start from titles, two or four item tables in one student, the chain over two, and SASRec with BSARec's layer,
+# Item vectors that start from titles, two or four item tables in one student, the chain over two, and BSARec,
 # on amazon2014_beauty, after beauty.sh: docs/results.md.
 # Four are its seed's two and those of titles of the next two seeds, so that they take three seeds or more.
 # `make minilm` brings the encoder. docs/data.md says where the file is from. common.sh says what can be set from outside.
@@ -31,9 +31,9 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $taught $OFF --logit_lambda 3 --temperature 2 --output_dir $out/both_logit_kl
     run $LAUNCH distill.py $taught $OFF --logit_lambda 10 --temperature 2 --output_dir $out/both_logit_kl_10
 
-    run $PYTHON train_sr_trad.py $common --alpha 0.7 --norm post --emb_dim 64 --hid_dim 64 --num_blocks 2 --dropout 0.5 \
+    run $PYTHON train_sr_trad.py $common --alpha 0.7 --emb_dim 64 --hid_dim 64 --num_blocks 2 --dropout 0.5 \
         --learning_rate 5e-4 --lr_scheduler constant --batch_size 256 --max_seq_length 50 --num_epochs 200 --patience 10 \
-        --select full_ndcg10 --bf16 true --output_dir $out/sasrec_frequencies
+        --select full_ndcg10 --bf16 true --output_dir $out/bsarec
 done
 seeds=($SEEDS) n=${#seeds[@]}
 for ((i = 0; n >= 3 && i < n; i++)); do

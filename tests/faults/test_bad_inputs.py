@@ -209,6 +209,7 @@ FLAGS = [
     (50, "F", "--cls_multiple_lambda=1 --distill_block=3", "does not divide llama_decoder_nums 8"),
     (61, "D", "--distill_lambda=-1", "expected a number >= 0"),
     (62, "T", "--hid_dim=30 --num_heads=4", "--num_heads=4 does not divide --hid_dim=30"),
+    (62, "T", "--alpha=0.7 --norm=pre", "--norm is of SASRec's blocks, --alpha has BSARec's"),
     (58, "TEFD", "--batchsize=4", "unknown flag --batchsize"),
     (58, "TFD", "--batchsize=4", "(did you mean --batch_size?)"),
     (61, "FD", "--learning_rate=1e", "--learning_rate=1e: expected a number > 0"),
