@@ -60,14 +60,16 @@ class Inputs(NamedTuple):
     items_flags: dict[str, Any] | None = None
     items_made_by: list[dict[str, Any]] | None = None
 
-    def mend(self, config: dict) -> str:
-        """What to do about a run's config.json that names other files, for messages."""
+    def mend(self, config: dict, entry: str) -> str:
+        """What to do about a run whose config.json has another hash at `entry`, for messages."""
         flags = config.get("flags") or {}
+        usual = self.domain.item_table if entry == "table_sha256" else None
+        recorded = {"data_path": flags.get("data_path")}
+        recorded["item_table"] = flags.get("item_table") or usual
         present = {"data_path": self.csv_path, "item_table": self.table_path}
-        for name, path in present.items():
-            recorded = flags.get(name)
-            if recorded and path and Path(recorded) != Path(path):
-                return f"the run read --{name} {recorded}"
+        for name, path in recorded.items():
+            if path and present[name] and Path(path) != Path(present[name]):
+                return f"the run read --{name} {path}"
         if split_of(flags) != split_of(self.domain._asdict()):
             return f"the run has --split {split_of(flags)}"
         return self.domain.mend(config)

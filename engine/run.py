@@ -33,7 +33,8 @@ CHECKPOINTS = ("best", "last", ".old-best", ".old-last")
 OWN = (*OWN_FILES, *CHECKPOINTS, "tensorboard")
 REPLACED = ".replaced"  # what --overwrite replaces, until the new run has a checkpoint
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors", "fire")
-PATHS = ("base", "teacher")  # entries of config.json that may differ when a run resumes
+# entries of config.json that may differ when a run resumes
+PATHS = ("base", "teacher", "cached")
 G = TypeVar("G", bound=Group)
 
 
@@ -97,6 +98,8 @@ class Run:
         files.check_writable(folder, "--output_dir")
         if processes.is_first():
             _refuse_locked(folder)
+            if not (folder / "config.json").exists():  # of a start that died in between
+                cls(stage, folder, None)._put_back()
         try:
             there = (folder / "config.json").exists()
             config = read_json(folder / "config.json", "run") if there else None
@@ -198,7 +201,7 @@ class Run:
                 raise UsageError(
                     f"{self.folder} was made from another file: its {name} is"
                     f" {str(recorded)[:12]}..., {inputs.sources.get(name)} has"
-                    f" {str(value)[:12]}...; {inputs.mend(self.config)}"
+                    f" {str(value)[:12]}...; {inputs.mend(self.config, name)}"
                 )
 
     def report_unfinished(self) -> None:
@@ -234,7 +237,7 @@ class Run:
         return dataclasses.replace(group, **fixed)
 
     def _take_recorded(self, inputs: Any) -> None:
-        """With `--eval_only`: model flags and files are the run's."""
+        """With `--eval_only`: flags are the run's, and files must be."""
         if not self.has_best:
             raise UsageError(
                 f"--eval_only: no checkpoint {self.folder / 'best'}; train first, or name the run"
@@ -243,7 +246,13 @@ class Run:
         if not isinstance((self.config or {}).get("flags"), dict):
             path = self.folder / "config.json"
             raise UsageError(f"{path}: has no flags; it was written by something else")
-        self.groups = [self.fix(g) if g.kind == "model" else g for g in self.groups]
+        for i, group in enumerate(self.groups):
+            if group.kind == "model":
+                self.groups[i] = self.fix(group)
+            if group.kind == "training":
+                names = group.values().keys() - {"bf16"}  # which `choose_device` judges
+                own = {n: v for n, v in self.recorded.items() if n in names}
+                self.groups[i] = dataclasses.replace(group, **own)
         for group in self.groups:
             self.flags |= group.values()
         self.check_same(inputs)
@@ -383,12 +392,12 @@ class Run:
             if self.resume:
                 self._report_changes()
             else:
-                self._set_aside()
-                for name, source in self._kept.items():
-                    shutil.copyfile(source, self.folder / name)
                 name = processes.device_name(self.device) if self.device is not None else None
                 about = environment() | {"device": name}
+                self._set_aside()
                 write_json(self.folder / "config.json", self._new_config | about)
+                for name, source in self._kept.items():
+                    shutil.copyfile(source, self.folder / name)
         processes.barrier()
         self.config = read_json(self.folder / "config.json", "run")
 
@@ -410,8 +419,8 @@ class Run:
 
     def _put_back(self) -> bool:
         """Put back what this run was to replace, if it has no checkpoint; whether it did."""
-        aside = self.folder / REPLACED
-        if not processes.is_first() or not aside.is_dir() or self._has_checkpoint():
+        aside, began = self.folder / REPLACED, (self.folder / "config.json").exists()
+        if not processes.is_first() or not aside.is_dir() or (began and self._has_checkpoint()):
             return False
         for name in OWN:
             if (aside / name).exists():

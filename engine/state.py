@@ -13,7 +13,6 @@ from engine.errors import RunError
 from engine.run import Run
 
 FROM_FLAGS = ("save_every", "patience")  # of the plan: taken from the command, not the checkpoint
-BEST = "best_mrr"  # in checkpoints, whatever the metric
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
 
 
@@ -23,13 +22,13 @@ class Progress:
 
     With tensors and random state it is all that resuming needs.
 
-    best: the validation metric of best/. waited: evaluations since the best one. running: values of
-        the loss's parts since the last log line.
+    best_mrr: the validation metric of best/, whichever it is. waited: evaluations since the best
+        one. running: values of the loss's parts since the last log line.
     """
 
     step: int = 0
     best_step: int = 0
-    best: float = -math.inf
+    best_mrr: float = -math.inf
     waited: int = 0
     running: dict[str, list[float]] = field(default_factory=dict)
 
@@ -111,7 +110,7 @@ class State:
             state |= {f"{key}.{rank}": value for key, value in states.items()}
         progress = self.progress
         meta = self.meta | {"step": progress.step, "best_step": progress.best_step}
-        meta["progress"] = {BEST if n == "best" else n: v for n, v in vars(progress).items()}
+        meta["progress"] = vars(progress)
         meta["plan"] = self.plan._asdict()
         checkpoint.save(self.run.folder / name, weights, meta, state)
         self.run.drop_replaced()
@@ -141,9 +140,7 @@ class State:
         self._restore_generators(found)
         step = found.meta["step"]
         self.run.log.cut(step)
-        recorded = found.meta["progress"]
-        names = {"best" if name == BEST else name: value for name, value in recorded.items()}
-        self.progress = Progress(**names)
+        self.progress = Progress(**found.meta["progress"])
         now = {name: getattr(self.plan, name) for name in FROM_FLAGS}
         self.plan = type(self.plan)(**found.meta["plan"])._replace(**now)
         self.seconds = self.run.log.seconds()

@@ -25,7 +25,7 @@ from engine.errors import UsageError
 from engine.files import read_json, replacing
 from engine.run import Run, recorded_flags
 from experiments.paper import label, plain_ce
-from utils.flags import SASRecTraining, Training
+from utils.flags import SASRecTraining, Training, reads_teacher
 
 SCRIPTS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
 KEPT = ("config.json", "results.json", "metrics.jsonl")
@@ -140,6 +140,8 @@ class FinishedRun(NamedTuple):
             stage = "llm"
             names &= set(cli.defaults(SCRIPTS["teacher"])) & set(cli.defaults(SCRIPTS["student"]))
             names -= {"distill_block", "cls_multiple_lambda", "block_reduction", "exit_norm"}
+        if not reads_teacher(flags):  # before 2026-11-29 it was 8 then
+            names -= {"llama_decoder_nums_teacher"}
         layers = self.config.get("model", {}).get("layers")
         values = {name: flags[name] for name in sorted(names)}
         tables = self.items_flags, self.config.get("items_made_by")

@@ -209,7 +209,14 @@ class LLM4Rec(nn.Module):
         """
         if source is not None:
             other, where = source.config["model"], f"--init_from={source.folder}: its model has"
-            _refuse_other(spec, other, (*other, "exit_norm"), where, "this one")
+            names = ["layers", "prompt_ids", "response_ids", "exit_heads", *_trained_by(spec)]
+            if spec["exit_heads"]:
+                names += [
+                    "n_blocks",
+                    "exit_norm",
+                    *(["block_ends"] if "block_ends" in other else []),
+                ]
+            _refuse_other(spec, other, names, where, "this one")
             open_base(source.flags["base_model"]).check_unchanged(source.config)
             return self.restore(source)
         if how == "base":
@@ -223,9 +230,8 @@ class LLM4Rec(nn.Module):
         own = checkpoint.trained_tensors(self)
         if how == "teacher":
             open_base(teacher.flags["base_model"]).check_unchanged(teacher.config)
-            names = ("strategy", *LoRA().values())
             where = "--student_init=teacher: the teacher was trained with"
-            _refuse_other(spec, teacher.config["model"], names, where, "not")
+            _refuse_other(spec, teacher.config["model"], _trained_by(spec), where, "not")
             heads = {name: t for name, t in own.items() if name.startswith("exit_heads.")}
             layers = teacher.config["model"]["layers"], spec["layers"]
             own = kept_tensors(tensors, *layers) | heads
@@ -259,6 +265,11 @@ def _prove(base: Base, item_table: Tensor, spec: dict[str, Any]) -> None:
             f"--base_model={base.name}: the layers of model_type {base.config.model_type} compute"
             f" something else than models/decoder.py ({problem}); add it there"
         )
+
+
+def _trained_by(spec: dict[str, Any]) -> list[str]:
+    """The entries that say which of the decoder's weights are trained."""
+    return ["strategy", *(LoRA().values() if spec["strategy"] == "lora" else ())]
 
 
 def _refuse_other(

@@ -8,7 +8,7 @@ from utils.flags import LAYER_RULES, LLM
 
 
 def block_map(
-    n_student: int, n_teacher: int, n_blocks: int, pairs: str | None = None
+    n_student: int, n_teacher: int | None, n_blocks: int, pairs: str | None = None
 ) -> tuple[list[int], list[int]]:
     """After how many layers each block ends, of the student and of the teacher.
 
@@ -16,22 +16,25 @@ def block_map(
     are compared there.
 
     Args:
-        n_student, n_teacher: N and M.
+        n_student, n_teacher: N and M; None without a teacher, whose ends mean nothing then.
         n_blocks: B.
         pairs: the ends themselves, student:teacher, such as 2:4,4:8; instead of B equal blocks.
     Raises:
         UsageError: B does not divide N or M; pairs do not ascend, or do not end at N:M.
     """
     if pairs is None or n_blocks == 1:
-        student = equal_blocks(n_student, n_blocks, "llama_decoder_nums_student", n_teacher)
+        student = equal_blocks(n_student, n_blocks, "llama_decoder_nums_student", n_teacher or 0)
+        if n_teacher is None:
+            return student, student
         return student, equal_blocks(n_teacher, n_blocks, "llama_decoder_nums_teacher", n_student)
     ends = [[int(number) for number in pair.split(":")] for pair in pairs.split(",")]
     student, teacher = (list(side) for side in zip(*ends))
     ascending = all(side == sorted(set(side)) and side[0] > 0 for side in (student, teacher))
-    if not ascending or ends[-1] != [n_student, n_teacher]:
+    last = [n_student, n_teacher or teacher[-1]]
+    if not ascending or ends[-1] != last:
         raise UsageError(
             f"--block_map={pairs}: expected ascending pairs student:teacher that end with"
-            f" {n_student}:{n_teacher}, the numbers of layers"
+            f" {last[0]}:{last[1]}, the numbers of layers"
         )
     return student, teacher
 
@@ -51,8 +54,9 @@ def equal_blocks(
     if rest:
         fits = [d for d in range(1, n_layers + 1) if n_layers % d == 0 and other % d == 0]
         divisors = ", ".join(map(str, fits))
-        half = [n_layers // 2, other // 2, n_layers, other]
-        ends = ", or name their ends, as --block_map {}:{},{}:{}".format(*half) if other else ""
+        a, b = (other, n_layers) if flag.endswith("teacher") else (n_layers, other)
+        ends = f", or name their ends, as --block_map {a // 2}:{b // 2},{a}:{b}"
+        ends = ends if min(a, b) > 1 else ""
         raise UsageError(
             f"--distill_block={n_blocks} does not divide {flag} {n_layers}"
             f" ({n_layers} % {n_blocks} = {rest}); use one of {divisors}{ends}"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from engine import tensor_cache
 from engine.errors import UsageError
 from engine.run import Run
+from models.base import open_base
 from models.llm4rec import LLM4Rec, spec_ends
 from models.losses import Output
 from models.sasrec import SASRec
@@ -28,8 +29,10 @@ from utils.flags import Runtime
 Teacher = Callable[[Any], Output | None]
 HERE = Path(__file__).parent
 # read, not imported: peft takes seconds
-LLM_CODE = [HERE / f"{n}.py" for n in ("llm4rec", "decoder", "attention", "packed", "lora")]
-SASREC_CODE = [HERE / f"{name}.py" for name in ("sasrec", "packed")]
+SHARED_CODE = [HERE / "packed.py", HERE.parent / "datasets" / "sequences.py"]
+LLM_FILES = ("llm4rec", "decoder", "attention", "lora", "base", "catalogue")
+LLM_CODE = [*SHARED_CODE, *(HERE / f"{name}.py" for name in LLM_FILES)]
+SASREC_CODE = [*SHARED_CODE, HERE / "sasrec.py"]
 
 
 def none(batch: Any) -> None:
@@ -59,7 +62,8 @@ def _frozen(
     cache: Path | None,
     identity: dict[str, Any],
     device: torch.device,
-    runtime: Runtime,
+    batch_size: int,
+    divided: bool = False,
 ) -> tuple[Teacher, float | None]:
     """A frozen model: its outputs from disk where they were computed once, else in every step.
 
@@ -68,6 +72,7 @@ def _frozen(
         samples: the training samples, with histories of the teacher's own length.
         cache: the folder of the outputs; None runs the model in every step.
         identity: all that the outputs depend on, as JSON.
+        divided: see engine.tensor_cache.
     Returns:
         the teacher, and the seconds that the run waited for the outputs on disk.
     """
@@ -80,7 +85,7 @@ def _frozen(
 
         return live, None
     started = time.perf_counter()
-    given = cache, identity, load_encoder, samples, runtime.eval_batch_size, runtime.shard
+    given = cache, identity, load_encoder, samples, batch_size, divided
     stored = tensor_cache.open_or_build(*given)
     seconds = round(time.perf_counter() - started, 3)
     return lambda batch: Output(**stored.rows(batch.indices, device)), seconds
@@ -96,7 +101,10 @@ def offline(
         ends: after how many of its layers its states are read.
         data: the student's data (datasets.inputs.RunData).
         student: its run, for the device and the precision.
+    Raises:
+        UsageError: the base is another one than the teacher was trained on.
     """
+    open_base(run.flags["base_model"]).check_unchanged(run.config)
 
     def load_encoder() -> Callable[[Tensor], Output]:
         teacher = LLM4Rec.load(run, data.item_table, student.bf16)
@@ -112,7 +120,8 @@ def offline(
         "code": _code(*LLM_CODE),
     }
     identity |= _of_samples(data.samples, data, student)
-    return _frozen(load_encoder, data.samples, cache, identity, student.device, runtime)
+    given = load_encoder, data.samples, cache, identity, student.device
+    return _frozen(*given, runtime.eval_batch_size, runtime.shard)
 
 
 def sasrec(
@@ -151,7 +160,8 @@ def sasrec(
     identity = {"sasrec_sha256": ",".join(sha256)} | _of_samples(samples, data, student)
     identity["code"] = _code(*SASREC_CODE)
     identity |= {"scores": "mean"} if runs[1:] else {}
-    return _frozen(load_encoder, samples, cache, identity, student.device, runtime)[0]
+    given = load_encoder, samples, cache, identity, student.device, runtime.eval_batch_size
+    return _frozen(*given)[0]
 
 
 def check_table(tables: list[Tensor], item_table: Tensor, runs: list[Run]) -> None:

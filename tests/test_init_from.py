@@ -14,7 +14,7 @@ import train_sr_trad
 from datasets.demo import write_demo
 from engine import checkpoint
 from engine.errors import UsageError
-from tests.conftest import SHORT, assert_resumes
+from tests.conftest import OFF, SHORT, assert_resumes
 
 MAINS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
 STILL = SHORT | {"learning_rate": 1e-12, "warmup_steps": 0}
@@ -44,6 +44,12 @@ def test_an_online_students_weights_are_taken_and_a_run_resumes_bit_for_bit(insi
     distill.main(**SHORT, seed=3, output_dir="online", overwrite=True)
     with pytest.raises(UsageError, match="a finished run from something else: init_sha256"):
         distill.main(**flags, output_dir="whole")
+
+
+def test_what_no_weight_depends_on_may_differ_from_the_start(inside):
+    distill.main(**SHORT, cls_multiple_lambda=0, output_dir="blocks")
+    start = {"init_from": "blocks", "lora_r": 8, "output_dir": "alone"}  # trained in full
+    assert distill.main(**SHORT, **OFF, **start)["steps"] == 3
 
 
 def test_what_cannot_be_a_start_is_refused(inside):

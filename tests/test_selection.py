@@ -1,6 +1,7 @@
 """Which layers are kept, and a student that starts from its teacher's."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ def test_block_ends_of_both_sides():
     assert block_map(4, 8, 2) == ([2, 4], [4, 8])
     assert block_map(4, 8, 1) == ([4], [8])
     assert block_map(4, 8, 4, "1:2,3:7,4:8") == ([1, 3, 4], [2, 7, 8])
+    assert block_map(3, None, 3) == ([1, 2, 3], [1, 2, 3])  # exits alone, without a teacher
+    assert block_map(3, None, 4, "2:4,3:8") == ([2, 3], [4, 8])
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,32 @@ def test_block_ends_of_both_sides():
 def test_a_block_map_that_does_not_fit_is_refused(n_blocks, pairs, line):
     with pytest.raises(UsageError, match=line):
         block_map(4, 8, n_blocks, pairs)
+    with refused("llama_decoder_nums_teacher 8 (8 % 3 = 2); use one of 1, or name their ends, as"):
+        block_map(3, 8, 3)
+    assert block_map(3, 8, 3, "1:4,3:8") == ([1, 3], [4, 8])  # what it offers
+
+
+def test_exits_alone_ask_for_no_teachers_layers_and_a_repeat_may_have_a_teacher(inside):
+    alone = {"distill_lambda": 0, "norm_lambda": 0, "student_init": "base"}
+    shape = {"llama_decoder_nums_student": 3, "distill_block": 3}
+    result = distill.main(**SHORT, **alone, **shape, output_dir="alone")
+    again = distill.main(eval_only=True, llama_decoder_nums_student=3, output_dir="alone")
+    assert again["test"] == result["test"]
+    words = ["--config=alone", "--distill_lambda=1", "--distill_block=1", "--output_dir=taught"]
+    distill.main(**cli.bind(distill.main, words))
+    flags = json.loads(Path("taught/config.json").read_text())["flags"]
+    assert flags["llama_decoder_nums_teacher"] == 8
+
+
+def test_a_student_resumes_without_its_teachers_weights(inside, monkeypatch):
+    """Live where its states were cached, then from the cache where the weights were removed."""
+    whole = distill.main(**SHORT, output_dir="whole")["test"]
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.evaluation.finish", lambda *_, **__: None)  # it died before
+        distill.main(**SHORT, output_dir="cut")
+        distill.main(**SHORT, teacher_cache="off", output_dir="cut")
+    shutil.rmtree("output/demo/teacher/best")
+    assert distill.main(**SHORT, output_dir="cut")["test"] == whole
 
 
 def test_an_edited_block_map_never_meets_old_states(inside, capsys):

@@ -84,6 +84,8 @@ def test_an_edit_of_the_code_that_computes_states_makes_other_states(tmp_path):
         path.write_text(text)
         hashes.append(teachers._code(path))
     assert hashes[0] == hashes[2] != hashes[1]
+    names = {path.name for path in teachers.LLM_CODE}  # all that stands between a file and a state
+    assert names >= {"sequences.py", "base.py", "packed.py", "llm4rec.py", "decoder.py", "lora.py"}
 
 
 def made(tmp_path, data, identity=None, encode=None, calls=None):

@@ -42,7 +42,7 @@ EXITS = "weight of the cross-entropy at the inner block ends (lambda3); 0 trains
 NOT_FULL = "train_strategy=lora|train_strategy=auto"
 READS_TEACHER = "*teacher"  # any weight with teacher=True
 USES_BLOCKS = f"{READS_TEACHER}|cls_multiple_lambda"
-N_TEACHER = 8  # M, without a trained teacher
+N_TEACHER = 8  # M, of an online teacher
 STUDENT_STREAM = 0x5EED_0F_57D  # between a student's draws and those of a teacher of equal --seed
 NUMBERS = r"[0-9]+( *, *[0-9]+)*"
 Share = Annotated[float, Limits(">= 0 and <= 1", lambda x: 0 <= x <= 1)]
@@ -260,7 +260,7 @@ class StudentLLM(LLM):
 
     llama_decoder_nums_student: PositiveInt = flag(4, "N, decoder layers kept")
     llama_decoder_nums_teacher: PositiveInt | None = flag(
-        None, "M; the teacher's where there is one, else 8", needs=READS_TEACHER
+        None, "M; the trained teacher's, or 8 online", needs=READS_TEACHER
     )
     distill_mode: Literal["offline", "online"] = flag(
         "offline",
@@ -457,7 +457,7 @@ class Runtime(Group):
     )
     eval_batch_size: PositiveInt = flag(512, "users per batch in evaluation")
     save_steps: Interval | None = flag(
-        None, "steps between writing last/; -1 for every epoch; by default as --eval_steps"
+        None, "steps between writing last/; -1 for every epoch (SASRec); 100, at least five in all"
     )
     log_steps: PositiveInt = flag(10, "steps between lines of metrics.jsonl")
     tensorboard: bool = flag(False, "also write TensorBoard events")
@@ -529,10 +529,11 @@ def inherit(
     if teacher is None and not runtime.eval_only:
         print(f"base {prompt.base_model}, without a trained teacher")
     start = "adapter" if mode == "offline" and not files.init_from else "base"
-    n_teacher = llm.llama_decoder_nums_teacher or N_TEACHER
-    if mode != "none" and n_teacher < llm.llama_decoder_nums_student:
-        n_student = llm.llama_decoder_nums_student
-        print(f"the teacher has {n_teacher} layers, fewer than the student's {n_student}")
+    n_student, n_teacher = llm.llama_decoder_nums_student, llm.llama_decoder_nums_teacher
+    if mode != "none":
+        n_teacher = n_teacher or N_TEACHER
+        if n_teacher < n_student:
+            print(f"the teacher has {n_teacher} layers, fewer than the student's {n_student}")
     settled = {"llama_decoder_nums_teacher": n_teacher, "student_init": llm.student_init or start}
     return prompt, dataclasses.replace(llm, **settled)
 

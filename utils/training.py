@@ -198,6 +198,7 @@ def fit(
                 late.read(everything=True)
                 state.save("last")
             if stopping:
+                processes.barrier()  # torchrun ends the writing process once another one is gone
                 raise Stopped(
                     stopping,
                     f"step {step} is done and {run.folder / 'last'} saved;"
@@ -232,14 +233,14 @@ def _validate(
     run.log.add("valid", progress.step, flat)
     mrr, hit_rate = metrics["sampled"]["MRR"], metrics["sampled"]["HR@10"]
     score = mrr if select == "sampled_mrr" else metrics["full"]["NDCG@10"]
-    better = score > progress.best
+    better = score > progress.best_mrr
     if better:
-        progress.best_step, progress.best = progress.step, score
+        progress.best_step, progress.best_mrr = progress.step, score
     progress.waited = 0 if better else progress.waited + 1
     tqdm.write(
         f"step {progress.step}: valid MRR {mrr:.4f} HR@10 {hit_rate:.4f}"
         + f" full NDCG@10 {score:.4f}" * (select != "sampled_mrr")
-        + f" (best {progress.best:.4f} at step {progress.best_step})"
+        + f" (best {progress.best_mrr:.4f} at step {progress.best_step})"
     )
     return ranks
 

@@ -181,3 +181,19 @@ def test_a_run_that_fails_leaves_the_one_that_it_was_to_replace(shop, monkeypatc
 def test_a_run_that_replaces_another_leaves_nothing_of_it(shop):
     train_sr_trad.main(**TRAIN | {"max_steps": 2}, domain_type="x", overwrite=True)
     assert not Path("output/x/sasrec/.replaced").exists()
+
+
+def test_a_start_that_died_before_its_config_puts_the_old_run_back(inside, monkeypatch):
+    folder = Path("output/demo/sasrec")
+    before = hashes(folder)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.run.write_json", die)  # the old run has stepped aside
+        with pytest.raises(KeyboardInterrupt):
+            train_sr_trad.main(**SHORT, seed=5, overwrite=True)
+    assert not (folder / "config.json").exists()
+    train_sr_trad.main(**SHORT)  # finished: prints its results
+    assert hashes(folder) == before and not (folder / ".replaced").exists()

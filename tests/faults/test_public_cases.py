@@ -97,17 +97,19 @@ def test_an_exchanged_base_is_refused_by_name(inside):
     flags = changed_base(lambda tensors: None) | {"train_strategy": "lora", "output_dir": "lora"}
     result = finetune.main(**SHORT, **flags)
     assert finetune.main(eval_only=True, output_dir="lora")["test"] == result["test"]
+    distill.main(**SHORT, teacher="lora", output_dir="s")  # its states are on disk now
     weights = load_file("my base/model.safetensors")
     weights["layers.2.mlp.up_proj.weight"] *= 1.5  # the same names and sizes
     save_file(weights, "my base/model.safetensors")
     line = "--base_model=./my base: .* is another base than the one that the run was trained on"
     with pytest.raises(UsageError, match=line):
         finetune.main(eval_only=True, output_dir="lora")
-    with pytest.raises(UsageError, match=line):
-        distill.main(**SHORT, teacher="lora", teacher_cache="off", output_dir="s")
+    for cache in ("auto", "off"):
+        with pytest.raises(UsageError, match=line):
+            distill.main(**SHORT, teacher="lora", teacher_cache=cache, seed=1, output_dir="t")
     start = {"teacher": "lora", "student_init": "teacher", "train_strategy": "lora"}
     with pytest.raises(UsageError, match=line):
-        distill.main(**SHORT, **OFF, **start, llama_decoder_nums_student=2, output_dir="s")
+        distill.main(**SHORT, **OFF, **start, llama_decoder_nums_student=2, output_dir="t")
 
 
 def test_a_fingerprint_sees_a_byte_in_a_header_and_a_changed_size(tmp_path):
