@@ -130,6 +130,7 @@ def main(
     user: str | None = flag(None, "name of the user column; without a header its number, from 1"),
     item: str | None = flag(None, "the same of the item column"),
     time: str | None = flag(None, "the same of the time column; none keeps file order"),
+    time_format: str | None = flag(None, "of dates that are not ISO 8601, such as %d.%m.%Y %H:%M"),
     rating: str | None = flag(None, "the same of the rating column"),
     title: str | None = flag(None, "the same of the title column"),
     lists: Literal["auto", "yes", "no"] = flag("auto", "whether a row has a user's list of items"),
@@ -179,7 +180,7 @@ def main(
     if dedup == "rows" and columns.time is None:
         raise UsageError("--dedup=rows: compares times, and none are read; give items, or no")
     report_columns(table, columns, min_rating)
-    log, titles = read_log(table, columns, min_rating, drop_missing)
+    log, titles = read_log(table, columns, min_rating, drop_missing, time_format=time_format)
     dated = columns.time is not None
     print_counts("read", log)
     twice = int(log.repeated("user", "item", "time").sum()) if dated else 0

@@ -16,7 +16,7 @@ from datasets.filters import Log
 from datasets.items import listing_of, read_listing
 from datasets.tables import Names, Table, bare
 from engine import cli
-from engine.errors import UsageError
+from engine.errors import UsageError, one_line
 
 ROLES = ("user", "item", "time", "rating", "title")
 KNOWN = (  # published headers, as `bare` gives them: role -> column
@@ -31,7 +31,7 @@ NAMES = {name for form in (*KNOWN, CONTRACT) for name in form.values()} - {"rati
 HINTS = {  # for the command that a refusal offers; nothing is read by them
     "user": re.compile("user|customer|client|member|visitor|buyer|reviewer|session", re.I),
     "item": re.compile("item|product|article|movie|book|song|track|sku|asin", re.I),
-    "time": re.compile("time|date|stamp|when|_at$|day", re.I),
+    "time": re.compile("time|date|datum|stamp|when|_at$|day", re.I),
 }
 NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
 WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
@@ -48,7 +48,7 @@ A_LIST = re.compile(r"(?s)\s*[\[({].*[\])}]\s*")
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
 UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
-RENAME = "Rename them to user_id, item_id and timestamp"
+BY_COLUMNS = "Name them: --columns USER,ITEM,TIME (none for no time)"
 FEW_USERS, LARGE_SHARE = 20, 0.1
 
 
@@ -85,8 +85,9 @@ def choose_columns(table: Table, given: dict[str, str | None], lists: str, comma
     """
     for role, name in given.items():
         if name is not None and name not in table.columns and (role, name) != ("time", "none"):
+            flag = role if command else "columns"
             raise UsageError(
-                f"--{role}={name}: {table.path} has no such column; it has {table.shown()}"
+                f"--{flag}={name}: {table.path} has no such column; it has {table.shown()}"
             )
     known = _known(table, lists, needs_time=given.get("time") is None)
     chosen = {role: given.get(role) or known.get(role) for role in ROLES}
@@ -96,7 +97,7 @@ def choose_columns(table: Table, given: dict[str, str | None], lists: str, comma
     if missing:
         raise UsageError(
             f"{table.path}: which column is the {', the '.join(missing)}? It has {table.shown()}."
-            f" {f'Name them: {command} {_offer(table, chosen)}' if command else RENAME}"
+            f" {f'Name them: {command} {_offer(table, chosen)}' if command else BY_COLUMNS}"
         )
     if chosen["user"] == chosen["item"]:
         raise UsageError(f"{table.path}: column {chosen['user']} cannot be both user and item")
@@ -137,7 +138,7 @@ def _known(table: Table, lists: str, needs_time: bool) -> dict[str, str]:
 
 def _offer(table: Table, chosen: dict[str, str | None]) -> str:
     """Flags that the user may correct: columns whose names or cells look so, else COLUMN."""
-    dated = re.compile(r"\d{4}-\d\d-\d\d.*|\d{9,19}(\.\d+)?")
+    dated = re.compile(r"\d{4}-\d\d-\d\d.*|\d{9,19}(\.\d+)?|\d\d?([./-])\d\d?\2\d{2,4}.*")
     free = [name for name in table.columns if name not in chosen.values()]
     times = [n for n in free if table.cells(n) and all(map(dated.fullmatch, table.cells(n)))]
     offer = {}
@@ -184,10 +185,12 @@ def read_log(
     drop_missing: bool = False,
     one_user: bool = False,
     mend: str = "--drop_missing true",
+    time_format: str | None = None,
 ) -> tuple[Log, dict[str, str]]:
     """Read a log of interactions, or of lists, and judge what was read.
 
     Args:
+        time_format: of its times, such as %d.%m.%Y; numbers and ISO dates need none.
         one_user: a log of one user, or of one item, is fine.
         mend: the flag that leaves out rows without a user or an item.
     Returns:
@@ -213,8 +216,9 @@ def read_log(
         time, kept = np.arange(n_rows - len(frame), n_rows), (user >= 0) & (item >= 0)
         frame, user, item, time, rows = (part[kept] for part in (frame, user, item, time, rows))
         if columns.time is not None and len(frame):
-            dates = _are_dates(frame[columns.time]) if dates is None else dates
-            time = _times(table.path, frame[columns.time], rows, dates)
+            times = frame[columns.time]
+            dates = bool(time_format) or _are_dates(times) if dates is None else dates
+            time = _times(table.path, times, rows, dates, time_format)
         if columns.title is not None:
             _add_titles(titles, item, frame[columns.title])
         high = np.ones(len(frame), dtype=bool)
@@ -309,8 +313,14 @@ def _are_dates(cells: pd.Series) -> bool:
     return bool(pd.to_numeric(cells[:1], errors="coerce").isna().all())
 
 
-def _times(path: Path, cells: pd.Series, rows: np.ndarray, dates: bool) -> np.ndarray:
-    """Times that sort: numbers as they are, dates in seconds since 1970."""
+def _times(
+    path: Path, cells: pd.Series, rows: np.ndarray, dates: bool, form: str | None
+) -> np.ndarray:
+    """Times that sort: numbers as they are, dates in seconds since 1970.
+
+    Args:
+        form: of the dates; ISO 8601 by default.
+    """
     texts = cells.dtype == object or pd.api.types.is_string_dtype(cells)
     if not dates:
         numbers = _numbers(path, cells, rows, "time")
@@ -323,14 +333,18 @@ def _times(path: Path, cells: pd.Series, rows: np.ndarray, dates: bool) -> np.nd
             _refuse(path, cut, cells, rows, "time", "all its digits: a spreadsheet cut them")
         whole = pd.to_numeric(cells, errors="coerce")
         return whole.to_numpy() if whole.dtype == np.int64 else numbers
-    expected = "a number or a date such as 2024-04-25 08:00:00"
+    expected = "a number or a date such as 2024-04-25 08:00:00; --time_format reads other forms"
+    expected = f"a time of the form {form}" if form else expected
     if texts:  # not "now"
         without = ~cells.astype(str).str.contains(r"\d").to_numpy()
         _refuse(path, without, cells, rows, "time", expected)
-    if texts and cells.astype(str).str.contains(AWAY).any():
+    if not form and texts and cells.astype(str).str.contains(AWAY).any():
         bare_times = ~cells.astype(str).str.contains(ZONE).to_numpy()
         _refuse(path, bare_times, cells, rows, "time", "a time zone, as in other rows")
-    found = pd.to_datetime(cells, format="ISO8601", utc=True, errors="coerce")
+    try:
+        found = pd.to_datetime(cells, format=form or "ISO8601", utc=True, errors="coerce")
+    except ValueError as error:  # not a form of time
+        raise UsageError(f"--time_format={form}: {one_line(error)}") from None
     _refuse(path, found.isna().to_numpy(), cells, rows, "time", expected)
     return found.to_numpy("datetime64[us]").astype(np.int64) / 1e6
 

@@ -231,7 +231,8 @@ class Run:
                 problems.append(f"--{name}={given} contradicts {source}, which has {value}")
         if problems:
             raise UsageError("; ".join(problems))
-        inherited = [f"{n} {value}" for n, value in fixed.items() if getattr(group, n) is None]
+        said = {n: v for n, v in fixed.items() if v is not None and getattr(group, n) is None}
+        inherited = [f"{name} {value}" for name, value in said.items()]
         if inherited:
             print(f"inherited from {source}: {', '.join(inherited)}")
         return dataclasses.replace(group, **fixed)

@@ -154,7 +154,8 @@ def read_config(base: str) -> PreTrainedConfig:
     if found not in FAMILIES:
         raise UsageError(
             f"--base_model={base}: model_type {found} unsupported, expected"
-            f" {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}"
+            f" {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; to try a family with LLaMA's layers,"
+            " add it to FAMILIES in models/base.py"
         )
     if content.get("quantization_config"):
         method = content["quantization_config"]

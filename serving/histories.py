@@ -41,22 +41,29 @@ def with_known(own: Histories, csv_path: Path, names: Items, join: bool) -> Hist
     return own
 
 
-def of_file(path: Path, finder: Finder) -> Histories:
+def of_file(
+    path: Path, finder: Finder, columns: list[str], time_format: str | None = None
+) -> Histories:
     """The users of a file. A log has original ids. A CSV of lists has them too, unless an items.csv
-    stands beside it: its numbers are mapped through that. Raises UsageError: the file is damaged, a
-    user comes twice, or an item is not known.
+    stands beside it: its numbers are mapped through that.
+
+    Args:
+        columns: of user, item and time in a log; empty where their names are published ones.
+    Raises:
+        UsageError: the file is damaged, a user comes twice, or an item is not known.
     """
-    table = open_table(path, known=NAMES)
+    table = open_table(path, columns, NAMES)
     by_name = {name.lower(): name for name in reversed(table.columns)}
     found: dict[str, list[str]] = {}
-    if not {"reviewerid", "asin"} <= by_name.keys() or "unixreviewtime" in by_name:
-        untimed = table.header and not any(map(HINTS["time"].search, table.columns))
-        if untimed:
+    if columns or not {"reviewerid", "asin"} <= by_name.keys() or "unixreviewtime" in by_name:
+        given = dict(zip(("user", "item", "time"), columns))
+        if not given and table.header and not any(map(HINTS["time"].search, table.columns)):
+            given["time"] = "none"
+        chosen = choose_columns(table, given, "auto", "")
+        if chosen.time is None:
             print(f"{path}: no time: items are read in file order")
-        columns = choose_columns(table, {"time": "none"} if untimed else {}, "auto", "")
-        log, _ = read_log(
-            table, columns, drop_missing=finder.skip, one_user=True, mend="--unknown skip"
-        )
+        more = {"mend": "--unknown skip", "time_format": time_format}
+        log, _ = read_log(table, chosen, drop_missing=finder.skip, one_user=True, **more)
         log = log.ordered(None)
         for user, item in zip(log.user, log.item):
             found.setdefault(log.users[user], []).append(log.items[item])

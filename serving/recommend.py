@@ -54,6 +54,10 @@ class Asked(Group):
     users: str | None = flag(
         None, "all, a log by original ids, or a CSV with reviewerID and asin (item lists)"
     )
+    columns: list[str] = flag(
+        [], "user, item and time of the log of --users, where their names are not published ones"
+    )
+    time_format: str | None = flag(None, "of its dates, as datasets.convert takes it")
     similar: str | None = flag(None, "an item: the items whose vectors are nearest to its own")
     known: Literal["log", "join"] = flag(
         "log", "history of a user of --users whom the domain has: the log's alone, or its own first"
@@ -89,6 +93,7 @@ class Asked(Group):
                 f"--known=join: {flags['model']} is an export without users",
             ),
             (not users or target, "--users needs --output, the file of the lists"),
+            (len(self.columns) in (0, 3), "--columns: expected user, item and time (or none)"),
             (not target or users, "--output is of --users; one history is shown"),
             (users in (None, "all") or Path(users).exists(), f"--users={users}: file not found"),
             (
@@ -343,7 +348,7 @@ def write_lists(opened: Opened, asked: Asked, offered: Offered, batch_size: int)
         lists = histories.of_domain(runs[0].csv_path, names)
     else:
         finder = Finder(names, offered.by, skip=offered.unknown == "skip")
-        lists = histories.of_file(Path(asked.users), finder)
+        lists = histories.of_file(Path(asked.users), finder, asked.columns, asked.time_format)
         _report_unknown(finder, "--users")
         if finder.unknown and not any(lists.values()):
             raise UsageError(f"--users={asked.users}: none of its items is known here")

@@ -367,6 +367,14 @@ def test_a_log_of_new_users_by_original_ids_and_one_unknown_product(inside, caps
         expected = [row["item_id"] for row in recommend.main(history=history, k=2)]
         mine = [int(row["item_id"]) for row in found if row["reviewerID"] == user]
         assert mine == expected
+    rows = "kunde;artikel;datum\nz;B099;14.07.2017\ny;B007;13.03.2011\nz;B012;02.08.2016\n"
+    Path("kunden.csv").write_text(rows)
+    with pytest.raises(UsageError, match="kunden.csv: which column .*--columns USER,ITEM,TIME"):
+        recommend.main(users="kunden.csv", output="again.csv")
+    named_by = {"columns": ["kunde", "artikel", "datum"], "time_format": "%d.%m.%Y"}
+    recommend.main(users="kunden.csv", output="again.csv", k=2, **named_by)
+    assert Path("again.csv").read_text() == Path("lists.csv").read_text()
+    Path("again.csv").unlink()
     Path("untimed.csv").write_text("user_id,item_id\nz,B012\nz,B099\n")
     recommend.main(users="untimed.csv", output="again.csv", k=2)
     assert "no time: items are read in file order" in capsys.readouterr().out

@@ -83,7 +83,7 @@ class Plan(NamedTuple):
         )
 
     def __str__(self) -> str:
-        epochs = f"{self.total / self.per_epoch:.4g} epochs of {self.per_epoch}"
+        epochs = f"{self.total / self.per_epoch:.4g} epochs, {self.per_epoch} steps each"
         return (
             f"training: {self.total} steps ({epochs}), warm-up {self.warmup},"
             f" validation every {self.eval_every}"

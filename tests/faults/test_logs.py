@@ -252,11 +252,20 @@ def test_repeated_rows_are_not_later_purchases(capsys):
     assert told in capsys.readouterr().out
 
 
-def test_the_offer_has_the_column_of_times():
-    rows = ["a;x;25.04.2024 08:00", "b;y;26.04.2024 08:00"]
-    with pytest.raises(UsageError, match="--dedup items --user customer --item sku --time bo"):
-        path = save("log.csv", "customer;sku;bought_at", *rows)
+def test_the_offer_has_the_column_of_times_whose_form_can_be_named():
+    rows = ["a;x;25.04.2024 08:00", "a;y;03.05.2024 08:00", "b;y;26.04.2023 08:00"]
+    with pytest.raises(UsageError, match="--dedup items --user customer --item sku --time Bestellt"):
+        path = save("log.csv", "customer;sku;Bestellt", *reversed(rows))
         convert.main(input=str(path), domain_type="shop", dedup="items")
+    named = "--input log.csv --user customer --item sku --time Bestellt"
+    with pytest.raises(UsageError, match="expected a number or a date such as .*--time_format re"):
+        convert_by(named)
+    lists, _ = convert_by(f"{named} --time_format '%d.%m.%Y %H:%M'")
+    assert lists == {"a": ["x", "y"], "b": ["y"]}
+    with pytest.raises(UsageError, match="expected a time of the form %m.%d.%Y %H:%M"):
+        convert_by(f"{named} --time_format '%m.%d.%Y %H:%M'")
+    with pytest.raises(UsageError, match="--time_format=%Q: .*directive"):
+        convert_by(f"{named} --time_format %Q")
 
 
 def test_titles_under_other_columns_are_offered(capsys):
