@@ -87,12 +87,13 @@ def read_listing(listing: Path) -> dict[int, tuple[str, str]]:
                     columns = [[name.strip() for name in row].index(name) for name in COLUMNS]
                 elif row:
                     item, asin, title = (row[column] for column in columns)
-                    if not 0 <= int(item) <= LARGEST_ID:
+                    if not 0 <= int(item) <= LARGEST_ID or int(item) in named:
                         raise ValueError
                     named[int(item)] = asin, title
     except (ValueError, IndexError, csv.Error):
         raise UsageError(
-            f"{listing}: row {number}: expected item_id,asin,title with whole ids, in UTF-8"
+            f"{listing}: row {number}: expected item_id,asin,title with whole ids, each once, in"
+            " UTF-8"
         ) from None
     return named
 

@@ -195,7 +195,7 @@ def open_table(
     """
     parts = [path]
     if path.is_dir():
-        parts = sorted(p for p in path.iterdir() if p.name[0] not in "._")
+        parts = sorted((p for p in path.iterdir() if p.name[0] not in "._"), key=_by_number)
         parts = [part for part in parts if not part.is_file() or part.stat().st_size]
         inner = next((part for part in parts if part.is_dir()), None)
         if inner is not None or not parts:
@@ -228,6 +228,11 @@ def open_table(
     if rows[0].lstrip().startswith("[") and not rows[0].lstrip().startswith("[["):
         raise UsageError(f"{first}: looks like one JSON array; write a JSON object per line")
     return _look_at_text(path, parts, encoding, rows, named, known, lines)
+
+
+def _by_number(part: Path) -> list:
+    """A key for names in which day-2 comes before day-10."""
+    return [int(text) if text.isdecimal() else text for text in re.split(r"(\d+)", part.name)]
 
 
 def _look(head: bytes) -> tuple[str, list[str], list[str]]:

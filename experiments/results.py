@@ -107,11 +107,11 @@ class FinishedRun(NamedTuple):
 
     @property
     def start(self) -> tuple[bool, str | None]:
-        """Whether another run's weights are its start; the hash of a table that no step of ours
-        made, which is the same for all seeds: SASRec's start, or an LLM's items.
+        """Whether another run's weights are its start; the hash of a table that is the same for all
+        seeds, from titles or of one's own: SASRec's start, or an LLM's items.
         """
         foreign = self.config.get("init_table_sha256")
-        if self.config.get("items_from", "of before it was recorded") is None:
+        if self.config.get("items_from", "of before it was recorded") in (None, "titles"):
             foreign = foreign or self.config.get("table_sha256")
         return bool(self.flags.get("init_from")), foreign
 

@@ -158,7 +158,10 @@ def open_runs(
         models.append(Recommender.of(model.to(device), popularity, slots, exit))
     if not models[1:]:
         return models[0]
-    return summed(models, score_spreads(models, some_histories(runs[0].data, models)))
+    data = runs[0].data
+    place = np.append(np.searchsorted(item_ids, data.item_ids), len(item_ids))  # the padding's too
+    histories = torch.from_numpy(place)[some_histories(data, models)]
+    return summed(models, score_spreads(models, histories))
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -161,7 +161,8 @@ def fake_run(folder, flags=STUDENT, ranks=(1, 2), seed=0, domain="cloth", settin
 def test_another_item_table_or_another_sasrec_more_makes_another_row(tmp_path):
     flags = STUDENT | OFF | {"sasrec_lambda": 3.0}
     made = {"one": {"sasrec_sha256": "a"}, "two": {"sasrec_sha256": "a,b"}}
-    made["titles"] = made["one"] | {"items_from": "titles"}
+    made["titles"] = made["one"] | {"items_from": "titles", "table_sha256": "t"}
+    made["other titles"] = made["titles"] | {"table_sha256": "u"}
     for sha in "xy":  # of tables that no step of ours made
         made[sha] = made["one"] | {"items_from": None, "table_sha256": sha}
     fake_run(tmp_path / "later", flags | {"init_from": "run"}, settings=made["one"])
@@ -172,7 +173,7 @@ def test_another_item_table_or_another_sasrec_more_makes_another_row(tmp_path):
     assert found["two"] == found["one"] + ", of 2 SASRecs"
     assert found["titles"] == found["one"] + ", items from titles"
     assert found["later"] == found["one"] + ", started from another run"
-    assert len({run.key for run in runs}) == 6
+    assert len({run.key for run in runs}) == 7
 
 
 def test_the_report_over_seeds_beside_the_paper(tmp_path):

@@ -240,9 +240,10 @@ def test_names_are_found_in_order_and_near_ones_offered():
 
 def test_a_damaged_items_csv_is_refused_by_its_row(tmp_path):
     path = tmp_path / "a.items.csv"
-    path.write_text("item_id,asin,title\n1,x,y\none,x,y\n")
-    with pytest.raises(UsageError, match="a.items.csv: row 3: expected item_id,asin,title"):
-        Items.of(tmp_path / "a.csv", np.array([1]))
+    for row in ("one,x,y", "1,z,y"):  # the second names item 1 again
+        path.write_text(f"item_id,asin,title\n1,x,y\n{row}\n")
+        with pytest.raises(UsageError, match="a.items.csv: row 3: expected item_id,asin,title"):
+            Items.of(tmp_path / "a.csv", np.array([1]))
 
 
 @pytest.mark.parametrize("name", ["shop.txt", "shop.CSV", "shop.csv.gz"])

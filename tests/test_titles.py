@@ -12,8 +12,9 @@ import torch
 import extract_emb
 import finetune
 import train_sr_trad
+from datasets.interactions import read_csv
 from datasets.item_table import ids_with_vectors, read_table
-from datasets.sequences import training_samples
+from datasets.sequences import some_histories, training_samples
 from engine import checkpoint
 from engine.errors import UsageError
 from experiments import titles
@@ -23,6 +24,7 @@ from serving import recommend, served
 from serving.recommender import Recommender, summed
 from serving.served import ServedFiles
 from tests.conftest import ROOT, SHORT
+from utils.evaluation import score_spreads
 
 NEW = 170  # an item of items.csv that no sequence has; the demo's ids end at 160
 
@@ -92,6 +94,14 @@ def test_an_item_without_a_user_gets_a_vector_and_can_be_recommended(inside, enc
     options = {"history": ["3", "8"], "by": "id", "model": "titles", "exclude": "none"}
     found = {row["item_id"]: row for row in recommend.main(**options, k=161, unseen=True)}
     assert len(found) == 161 and found[NEW]["title"] == "quite new"
+    short = {"llama_decoder_nums": 1, "max_seq_length": 2, "output_dir": "short"}
+    finetune.main(**SHORT, item_table=str(table), **short)
+    names = ("titles", "short", "titles,short")
+    *each, both = (recommend.open_model(ServedFiles(model=n), None, "cpu", True)[0] for n in names)
+    histories = some_histories(read_csv("data/demo.csv"), each)
+    spreads = score_spreads(each, torch.where(histories == 160, 161, histories))  # the padding
+    scaled = [model.item_table / spread for model, spread in zip(each, spreads)]
+    torch.testing.assert_close(both.item_table, torch.cat(scaled, dim=1))
     recommender, _ = recommend.open_model(ServedFiles(model="titles"), None, "cpu")
     history = torch.full((1, recommender.max_seq_length), 160)
     history[0, -2:] = torch.tensor([2, 7])

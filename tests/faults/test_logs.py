@@ -92,6 +92,13 @@ def test_a_log_that_would_be_read_in_another_way_is_refused(files, line, more):
     assert not Path("data").exists()
 
 
+def test_parts_are_read_by_the_numbers_in_their_names():
+    Path("p").mkdir()
+    for n in range(1, 13):
+        Path("p", f"day-{n}.csv").write_text(f"user_id,item_id\na,{n}\nb,{n}\n")
+    assert convert_by("--input p --time none")[0]["a"] == [str(n) for n in range(1, 13)]
+
+
 def test_comments_are_skipped_in_the_parts_that_have_them():
     Path("p").mkdir()
     for name, start, rows in (("a", "# by x\n\n", ROWS[:9]), ("b", "", ROWS[9:])):
@@ -254,7 +261,9 @@ def test_repeated_rows_are_not_later_purchases(capsys):
 
 def test_the_offer_has_the_column_of_times_whose_form_can_be_named():
     rows = ["a;x;25.04.2024 08:00", "a;y;03.05.2024 08:00", "b;y;26.04.2023 08:00"]
-    with pytest.raises(UsageError, match="--dedup items --user customer --item sku --time Bestellt"):
+    with pytest.raises(
+        UsageError, match="--dedup items --user customer --item sku --time Bestellt"
+    ):
         path = save("log.csv", "customer;sku;Bestellt", *reversed(rows))
         convert.main(input=str(path), domain_type="shop", dedup="items")
     named = "--input log.csv --user customer --item sku --time Bestellt"
