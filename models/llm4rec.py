@@ -310,15 +310,11 @@ def specify(
     prompt_ids, response_ids = ids
     length = len(prompt_ids) + prompt.max_seq_length + len(response_ids)
     most, unit = longest(base.config)
-    if length - prompt.max_seq_length >= most:
-        raise UsageError(
-            f"prompt and response alone are {length - prompt.max_seq_length} tokens, the base has"
-            f" {most} {unit}; name a shorter --prompt_template_name or another --base_model"
-        )
     if length > most:
         raise UsageError(
-            f"prompt, items and response are {length} tokens, the base has {most} {unit};"
-            " lower --max_seq_length"
+            f"prompt, items and response are {len(prompt_ids)} + {prompt.max_seq_length} +"
+            f" {len(response_ids)} tokens, the base has {most} {unit}; lower --max_seq_length, or"
+            " name a shorter --prompt_template_name"
         )
     pool, owner = [*range(base.config.num_hidden_layers)], "the base checkpoint"
     if teacher_layers:

@@ -69,20 +69,6 @@ def test_a_row_is_measured_in_a_process_of_its_own(tmp_path):
     assert efficiency.measured("of 0 layers, ours", setting, 8, 0) is None  # it dies
 
 
-def test_micro_batches_accumulate():
-    weights = []
-    for parts in (1, 2, 4):
-        layer = torch.nn.Linear(3, 1)
-        torch.nn.init.ones_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
-        step = measure.training_step(layer, lambda x, layer=layer: layer(x).square().mean())
-        inputs = torch.arange(24.0).view(8, 3)
-        step(*inputs.chunk(parts))
-        step(*inputs.chunk(parts))
-        weights.append(layer.weight.detach())
-    torch.testing.assert_close(weights[1:], [weights[0]] * 2)
-
-
 def test_wrong_requests_are_refused_before_any_row_runs(tmp_path):
     with refused("--rows=nope: expected all, or beginnings of E4SRec, 32 layers, plain"):
         efficiency.main(rows=["nope", "SASRec"])

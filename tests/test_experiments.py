@@ -350,24 +350,6 @@ def test_older_runs_without_a_metric_and_a_runs_own_folder_are_shown(tmp_path, m
     assert "SLMRec 4 <- 8, blocks" in report.main(runs=str(tmp_path / "one")).read_text()
 
 
-@pytest.mark.parametrize(
-    "name, old, new",
-    [
-        ("ranks.npz", None, ""),
-        ("metrics.jsonl", None, '12\n{}\n{"event": "train", "step": 1, "ce": 2}\n'),
-        ("config.json", '"data_sha256"', '"sha"'),
-        ("results.json", '"full_all"', '"half"'),
-        ("results.json", '"steps": 2', '"steps": 0'),
-    ],
-)
-def test_one_odd_run_does_not_take_the_report_down(tmp_path, name, old, new):
-    fake_run(tmp_path / "seed0/slmrec")
-    fake_run(tmp_path / "seed0/ce", STUDENT | OFF)
-    path = tmp_path / "seed0/slmrec" / name
-    path.write_text(path.read_text().replace(old, new) if old else new)
-    assert "E4SRec-like, 4 layers" in report_of(tmp_path)
-
-
 def test_a_teacher_is_found_by_its_weights_and_other_depths_have_their_tables(tmp_path):
     depths = {"llama_decoder_nums_student": 1, "llama_decoder_nums_teacher": 32}
     deep = STUDENT | depths | {"distill_block": 1}

@@ -53,8 +53,8 @@ def test_exits_alone_ask_for_no_teachers_layers_and_a_repeat_may_have_a_teacher(
     alone = {"distill_lambda": 0, "norm_lambda": 0, "student_init": "base"}
     shape = {"llama_decoder_nums_student": 3, "distill_block": 3}
     result = distill.main(**SHORT, **alone, **shape, output_dir="alone")
-    again = distill.main(eval_only=True, llama_decoder_nums_student=3, output_dir="alone")
-    assert again["test"] == result["test"]
+    again = {"eval_only": True, "llama_decoder_nums_student": 3, "output_dir": "alone"}
+    assert distill.main(**again)["test"] == result["test"]
     words = ["--config=alone", "--distill_lambda=1", "--distill_block=1", "--output_dir=taught"]
     distill.main(**cli.bind(distill.main, words))
     flags = json.loads(Path("taught/config.json").read_text())["flags"]

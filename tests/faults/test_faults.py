@@ -233,15 +233,6 @@ def test_f13_a_second_process_is_kept_out_and_a_dead_ones_lock_is_free(inside):
     assert not Path("run/.lock-owner").exists()
 
 
-def test_f14_metrics_do_not_depend_on_threads(inside):
-    results = []
-    for threads in ("1", "2"):
-        flags = words(output_dir=f"run{threads}")
-        script("train_sr_trad.py", *flags, cwd=inside, OMP_NUM_THREADS=threads)
-        results.append(json.loads(Path(f"run{threads}/results.json").read_text())["test"]["full"])
-    assert results[0] == pytest.approx(results[1], abs=1e-6)
-
-
 def test_f16_a_closed_pipe_ends_the_run_without_a_traceback(inside):
     command = [sys.executable, "-u", ROOT / "train_sr_trad.py", *words()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -339,18 +330,6 @@ def test_a_folder_with_files_of_someone_else_is_left_alone(inside):
         with refused("--output_dir=mine holds best but no run's config.json"):
             train_sr_trad.main(**RUN | {"output_dir": "mine", "overwrite": overwrite})
     assert Path("mine/best/thesis.txt").exists()
-
-
-@pytest.mark.parametrize("content", ["", "{}", "[]"])
-def test_a_damaged_clock_is_only_a_clock(broken_off, content):
-    Path("run/clock.json").write_text(content)
-    train_sr_trad.main(**RUN)
-    assert left() == broken_off
-
-
-def test_without_git_a_run_starts(inside):
-    script("train_sr_trad.py", *words(), cwd=inside, PATH="/nowhere")
-    assert json.loads(Path("run/config.json").read_text())["commit"] is None
 
 
 def test_weights_that_are_not_finite_are_never_saved(inside):

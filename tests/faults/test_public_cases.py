@@ -21,7 +21,6 @@ from datasets import process, sequences
 from datasets.interactions import read_csv
 from datasets.item_table import check_size
 from engine.errors import RunError, UsageError
-from models import base
 from tests.conftest import OFF, SHORT, hashes, real, refused, script, stop_at_step, write_sequences
 
 LISTS = [[i % 7 + 1, i % 5 + 8, i % 11 + 13, i % 3 + 24, i + 30] for i in range(40)]
@@ -110,18 +109,6 @@ def test_an_exchanged_base_is_refused_by_name(inside):
     start = {"teacher": "lora", "student_init": "teacher", "train_strategy": "lora"}
     with pytest.raises(UsageError, match=line):
         distill.main(**SHORT, **OFF, **start, llama_decoder_nums_student=2, output_dir="t")
-
-
-def test_a_fingerprint_sees_a_byte_in_a_header_and_a_changed_size(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    path = tmp_path / "model.safetensors"
-    save_file({"a": torch.arange(10.0)}, path)
-    first = base.fingerprint(str(tmp_path))
-    save_file({"a": torch.arange(10.0)}, path)
-    assert base.fingerprint(str(tmp_path)) == first
-    for tensors in ({"b": torch.arange(10.0)}, {"a": torch.arange(11.0)}, {"a": torch.ones(10)}):
-        save_file(tensors, path)
-        assert base.fingerprint(str(tmp_path)) != first
 
 
 MEANING = {
