@@ -187,14 +187,12 @@ def read_log(
     mend: str = "--drop_missing true",
     time_format: str | None = None,
 ) -> tuple[Log, dict[str, str]]:
-    """Read a log of interactions, or of lists, and judge what was read.
+    """The interactions of a log, or of lists, in file order, and item -> title; both are judged.
 
     Args:
-        time_format: of its times, such as %d.%m.%Y; numbers and ISO dates need none.
         one_user: a log of one user, or of one item, is fine.
         mend: the flag that leaves out rows without a user or an item.
-    Returns:
-        the interactions in file order, and item -> title.
+        time_format: of its times, such as %d.%m.%Y; numbers and ISO dates need none.
     Raises:
         UsageError: the file is damaged, a cell is wrong (its row is named), or what was read is no
             log of several users and items.
@@ -216,9 +214,8 @@ def read_log(
         time, kept = np.arange(n_rows - len(frame), n_rows), (user >= 0) & (item >= 0)
         frame, user, item, time, rows = (part[kept] for part in (frame, user, item, time, rows))
         if columns.time is not None and len(frame):
-            times = frame[columns.time]
-            dates = bool(time_format) or _are_dates(times) if dates is None else dates
-            time = _times(table.path, times, rows, dates, time_format)
+            dates = _are_dates(frame[columns.time], time_format) if dates is None else dates
+            time = _times(table.path, frame[columns.time], rows, dates, time_format)
         if columns.title is not None:
             _add_titles(titles, item, frame[columns.title])
         high = np.ones(len(frame), dtype=bool)
@@ -232,7 +229,7 @@ def read_log(
     user, item, time, rows = (np.concatenate(column) for column in zip(*parts))
     if min_rating is not None:
         print(f"{low:,} interactions rated below {min_rating:g} left out")
-    lower = "" if min_rating is None else "; lower --min_rating"
+    lower = "; lower --min_rating" * (min_rating is not None)
     cli.check((len(user) > 0, f"{table.path}: nothing is left of {n_rows:,} rows{lower}"))
     _judge(table.path, Log([*users.codes], [*items.codes], user, item, time), columns, one_user)
     if columns.time is not None:
@@ -306,9 +303,9 @@ def _numbers(path: Path, cells: pd.Series, rows: np.ndarray, role: str) -> np.nd
     return numbers
 
 
-def _are_dates(cells: pd.Series) -> bool:
+def _are_dates(cells: pd.Series, form: str | None) -> bool:
     """Whether times are dates rather than numbers; what comes first decides."""
-    if pd.api.types.is_datetime64_any_dtype(cells):
+    if form or pd.api.types.is_datetime64_any_dtype(cells):
         return True
     return bool(pd.to_numeric(cells[:1], errors="coerce").isna().all())
 
