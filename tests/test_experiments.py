@@ -509,7 +509,9 @@ TWO |= SASREC | TITLES
 FOUR = {OVER[0].format("four"): OVER[1].format(4) + ", items from 4 SASRecs"}
 TITLED = ", items from 2 SASRecs, 1 started from a table"
 TAUGHT = {"8 layers and the KL of both, the teacher": "8 layers: CE + SASRec KL, of 2 SASRecs"}
-OVER_TWO = {n: r + TITLED for n, r in (PLAIN | TAUGHT | SLMREC | SOFTMAX).items()} | SASREC
+OVER_TWO = {n: r + TITLED for n, r in (PLAIN | TAUGHT | SLMREC).items()} | SASREC
+TUNED = {"SLMRec 4 <- 8, weights 300, .1, .1": f"SLMRec 4 <- 8, normed exits{END}{TITLED}"}
+THREE = {n: r + TITLED for n, r in SOFTMAX.items()}
 TEN = {[*SOFTMAX][0].replace("3", "10"): f"4 <- 8: logit KL{END}{TITLED} [logit_lambda=10.0]"}
 RELEASED = {
     "SASRec, first release: 1,100 steps at 1e-4": "SASRec, as released",
@@ -531,7 +533,9 @@ COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
         ("### A chain of teachers", "chain/beauty", CHAIN_OF_BOTH, "01"),
         ("### Several tables in one student", "two_tables/beauty", TWO, "01234"),
         ("## Toys (", "two_tables/toys", FOUR, "0123"),
-        ("### The chain over two tables", "chain_two_tables/beauty", OVER_TWO, "012"),
+        ("### The chain over two tables", "chain_two_tables/beauty", OVER_TWO, "01234"),
+        ("### The chain over two tables", "chain_two_tables/beauty", TUNED, "1234"),
+        ("### The chain over two tables", "chain_two_tables/beauty", THREE, "012"),
         ("### The chain over two tables", "chain_two_tables/beauty", TEN, "12"),
         ("### The paper's own conditions", "released/beauty", RELEASED, "0"),
     ],

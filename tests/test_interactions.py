@@ -41,17 +41,13 @@ def test_compression_bom_and_line_ends_do_not_matter(tmp_path):
 
 BAD = {
     "empty": ("", "is empty; expected a header with reviewerID,asin"),
-    "header only": ("reviewerID,asin\n", "0 users"),
     "wrong column": ("reviewerID,asins\nu,[1]\n", "asin; found reviewerID, asins; is 'asins' mea"),
     "a column twice": ('reviewerID,asin,asin\nu,"[1]",\n', "column asin appears 2 times"),
     "no user": ('reviewerID,asin\na,"[1, 2, 3, 4]"\n ,"[1]"\n', "row 3: reviewerID is empty"),
-    "tab": ('reviewerID\tasin\nu\t"[1]"\n', "looks '\\t'-separated"),
     "unquoted list": ("reviewerID,asin\nu,[1,2,3]\n", "4 fields, expected 2; quote the list"),
     "python list": ("reviewerID,asin\nu,\"['a','b']\"\n", "row 2: asin is \"['a','b']\", expected"),
     "empty cell": ('reviewerID,asin\nv,"[1,2,3,4]"\nu,\n', "row 3: asin is '', expected a JSON"),
     "string ids": ('reviewerID,asin\nu,"[""12""]"\n', "element 0 of asin is '12' (str)"),
-    "float ids": ('reviewerID,asin\nu,"[1.0, 2]"\n', "element 0 of asin is '1.0' (float)"),
-    "nan": ('reviewerID,asin\nu,"[1, NaN]"\n', "element 1 of asin is 'nan' (float)"),
     "too large": ('reviewerID,asin\nu,"[99999999999]"\n', "a whole number from 0 to 2147483646"),
     "5000 digits": (f'reviewerID,asin\nu,"[{"9" * 5000}]"\n', "row 2: asin is '[999"),
     "deep": (f'reviewerID,asin\nu,"{"[" * 100000}"\n', "row 2: asin is '[[[["),
