@@ -58,6 +58,11 @@ def main(
     teacher_run = domain.earlier_run("teacher", files.teacher) if mode == "offline" else None
     sasrec_runs = domain.sasrec_runs(files, loss, runtime)
     prompt, llm = flags.inherit(prompt, llm, files, teacher_run, mode, runtime)
+    n_blocks = loss.distill_block if loss.uses_blocks and not runtime.eval_only else 1
+    n_teacher = llm.llama_decoder_nums_teacher if loss.reads_teacher else None
+    student_ends, teacher_ends = block_map(  # EDIT models/selection.py for another one
+        llm.llama_decoder_nums_student, n_teacher, n_blocks, loss.block_map
+    )
     template = read_template(prompt.prompt_template_name)
     folder = domain.run_folder("student", files.output_dir)
     cache = cache_folder(files.teacher_cache, domain.run_folder("teacher", files.teacher))
@@ -69,11 +74,6 @@ def main(
     if run.finished and not run.eval_only:
         return run.print_results()
     files, prompt, llm, lora, loss, training, evaluation, runtime = run.groups
-    n_student = llm.llama_decoder_nums_student
-    n_teacher = llm.llama_decoder_nums_teacher if loss.reads_teacher else None
-    student_ends, teacher_ends = block_map(  # EDIT models/selection.py for another one
-        n_student, n_teacher, loss.distill_block if loss.uses_blocks else 1, loss.block_map
-    )
 
     # 2. Data: item table [N, D], samples, splits.
     import torch

@@ -37,6 +37,8 @@ def main(
 
     domain = Domain.of(files)
     sasrec_runs = domain.sasrec_runs(files, loss, runtime)
+    n_blocks = loss.distill_block if loss.uses_exits and not runtime.eval_only else 1
+    ends = equal_blocks(llm.llama_decoder_nums, n_blocks)
     template = read_template(prompt.prompt_template_name)
     folder = domain.run_folder("teacher", files.output_dir)
     cache = cache_folder(files.teacher_cache, folder)
@@ -47,7 +49,6 @@ def main(
     if run.finished and not run.eval_only:
         return run.print_results()
     files, prompt, llm, lora, loss, training, evaluation, runtime = run.groups
-    ends = equal_blocks(llm.llama_decoder_nums, loss.distill_block if loss.uses_exits else 1)
 
     # 2. Data.
     import torch
