@@ -210,12 +210,8 @@ class LLM4Rec(nn.Module):
         if source is not None:
             other, where = source.config["model"], f"--init_from={source.folder}: its model has"
             names = ["layers", "prompt_ids", "response_ids", "exit_heads", *_trained_by(spec)]
-            if spec["exit_heads"]:
-                names += [
-                    "n_blocks",
-                    "exit_norm",
-                    *(["block_ends"] if "block_ends" in other else []),
-                ]
+            ends = [name for name in ("n_blocks", "block_ends") if name in other]
+            names += [*ends, "exit_norm"] * spec["exit_heads"]
             _refuse_other(spec, other, names, where, "this one")
             open_base(source.flags["base_model"]).check_unchanged(source.config)
             return self.restore(source)

@@ -65,7 +65,8 @@ def test_a_row_is_measured_in_a_process_of_its_own(tmp_path):
     found = efficiency.measured("SASRec, ours", setting, 8, 0)
     assert found.step > 0 and found.infer > 0 and found.trained == found.parameters > 40_000 * 128
     weights = 4 * found.parameters  # bytes; with gradients and AdamW's two moments four times that
-    assert 4 * weights < found.peak_bytes < 8 * weights
+    # and the gradients of the table, which are summed from its two uses
+    assert 4 * weights < found.peak_bytes < 10 * weights
     assert efficiency.measured("of 0 layers, ours", setting, 8, 0) is None  # it dies
 
 
