@@ -206,7 +206,7 @@ def _measure(name: str, setting: Setting, micro: int, number: int) -> Round:
         step = seconds(lambda: model.train(*_micro_batches(rows, micro)), device)
     peak = (torch.cuda.max_memory_allocated() if on_gpu else _memory("VmHWM")) - before
     for rows in batches_of(setting, number + 2, setting.eval_batch_size)[number:]:
-        parts = _micro_batches(rows, max(micro, setting.batch_size))
+        parts = _micro_batches(rows, setting.batch_size)
         infer = seconds(lambda: [model.infer(part) for part in parts], device)
     return Round(step, infer, peak, model.trained, model.parameters)
 
@@ -255,14 +255,14 @@ def main(
     rounds: dict[str, list[Round]] = {name: [] for name in names}
     micro = dict.fromkeys(names, batch_size)
     for i in range(repeats):
-        for name in filter(micro.get, names):
-            found = None
-            while found is None and micro[name]:
+        for name in names:
+            while micro[name]:
                 found = measured(name, setting, micro[name], i)
-                micro[name] //= 1 if found else 2  # 0: it fits with none
-            if found:
-                rounds[name].append(found)
-                print(f"{name:28s} step {found.step:8.3f} s  inference {found.infer:8.3f} s")
+                if found is not None:
+                    rounds[name].append(found)
+                    print(f"{name:28s} step {found.step:8.3f} s  inference {found.infer:8.3f} s")
+                    break
+                micro[name] //= 2  # 0: it fits with none
     about["rows"], times = {}, {}
     for name, found in rounds.items():
         about["rows"][name] = {"micro_batch_size": micro[name], "peak_bytes": None}

@@ -68,15 +68,16 @@ class SASRec(nn.Module):
         self.positions = nn.Embedding(max_seq_length, hid_dim)
         nn.init.normal_(self.positions.weight, std=init_std)
         self.dropout = nn.Dropout(dropout)
-        kind, *more = (Block, norm)
-        if alpha:
-            kind, *more = BSARecBlock, alpha, max_seq_length, low_frequencies
-        blocks = [kind(hid_dim, num_heads, dropout, *more) for _ in range(num_blocks)]
+        shape, layer_norm = (hid_dim, num_heads, dropout), nn.LayerNorm(hid_dim, eps=1e-8)
+        if alpha:  # BSARec norms what its blocks read, and not again what they give
+            filters = alpha, max_seq_length, low_frequencies
+            blocks = [BSARecBlock(*shape, *filters) for _ in range(num_blocks)]
+            first_norm, final_norm, self.scale = layer_norm, nn.Identity(), 1.0
+        else:
+            blocks = [Block(*shape, norm) for _ in range(num_blocks)]
+            first_norm, final_norm, self.scale = nn.Identity(), layer_norm, math.sqrt(emb_dim)
         self.blocks = nn.ModuleList(blocks)
-        # BSARec norms what its blocks read, and not again what they give
-        self.first_norm = nn.LayerNorm(hid_dim, eps=1e-8) if alpha else nn.Identity()
-        self.final_norm = nn.Identity() if alpha else nn.LayerNorm(hid_dim, eps=1e-8)
-        self.scale = 1.0 if alpha else math.sqrt(emb_dim)
+        self.first_norm, self.final_norm = first_norm, final_norm
         self.to_item = nn.Identity() if plain else nn.Linear(hid_dim, emb_dim)
 
     @property

@@ -9,6 +9,7 @@ from datasets.items import Finder, Items, listing_of
 from datasets.logs import (
     HINTS,
     NAMES,
+    ROLES,
     canonical,
     choose_columns,
     list_of_items,
@@ -56,7 +57,7 @@ def of_file(
     by_name = {name.lower(): name for name in reversed(table.columns)}
     found: dict[str, list[str]] = {}
     if columns or not {"reviewerid", "asin"} <= by_name.keys() or "unixreviewtime" in by_name:
-        given = dict(zip(("user", "item", "time"), columns))
+        given = dict(zip(ROLES, columns))  # user, item, time
         if not given and table.header and not any(map(HINTS["time"].search, table.columns)):
             given["time"] = "none"
         chosen = choose_columns(table, given, "auto", "")

@@ -9,8 +9,6 @@ parts = load_file(f"{FOLDER}/recommender.safetensors")
 with open(f"{FOLDER}/recommender.json", encoding="utf-8") as file:
     about = json.load(file)
 table = parts["item_embedding.weight"][:-1]  # the last row is the padding
-
-
 shape = about["sasrec"]
 alpha = shape["alpha"]  # above 0: the blocks are BSARec's
 
@@ -22,9 +20,9 @@ def linear(name, x):
 
 def norm(name, x):
     weight = parts.get(f"{name}.weight")  # SASRec has none before its blocks, BSARec none after
-    return (
-        x if weight is None else F.layer_norm(x, weight.shape, weight, parts[f"{name}.bias"], 1e-8)
-    )
+    if weight is None:
+        return x
+    return F.layer_norm(x, weight.shape, weight, parts[f"{name}.bias"], 1e-8)
 
 
 def attend(block, query, source):
