@@ -145,7 +145,7 @@ def main(
     ties: Literal["file", "hash"] = flag(
         "file", "interactions of one user and time: in file order, or by a hash of user and item"
     ),
-    tie_seed: NonNegativeInt = flag(0, "seed of that hash"),
+    tie_seed: NonNegativeInt = flag(0, "seed of that hash", needs="ties=hash"),
     output_dir: str = flag("data", "where the files go"),
     overwrite: bool = flag(False, "replace the domain's files"),
 ) -> None:
@@ -177,8 +177,16 @@ def main(
     columns = choose_columns(table, given, lists, command)
     if min_rating is not None and columns.rating is None:
         raise UsageError(f"--min_rating={min_rating}: {input} has no rating; name it with --rating")
-    if dedup == "rows" and columns.time is None:
-        raise UsageError("--dedup=rows: compares times, and none are read; give items, or no")
+    cli.check(
+        (
+            dedup != "rows" or columns.time is not None,
+            "--dedup=rows: compares times, and none are read; give items, or no",
+        ),
+        (
+            not time_format or columns.time is not None,
+            f"--time_format={time_format}: no times are read; name their column with --time",
+        ),
+    )
     report_columns(table, columns, min_rating)
     log, titles = read_log(table, columns, min_rating, drop_missing, time_format=time_format)
     dated = columns.time is not None

@@ -143,7 +143,7 @@ def main(
     ties: Literal["hash", "file"] = flag(
         "hash", "reviews of one user and time: by a hash of user and item, or in file order"
     ),
-    tie_seed: NonNegativeInt = flag(0, "seed of that hash"),
+    tie_seed: NonNegativeInt = flag(0, "seed of that hash", needs="ties=hash"),
     output_dir: str = flag("data", "where the files go"),
     overwrite: bool = flag(False, "replace the domain's files"),
 ) -> None:

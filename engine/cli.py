@@ -65,8 +65,8 @@ def flag(default: Any = dataclasses.MISSING, help: str = "", needs: str = "", **
     Args:
         default: the value without the flag; left out, the flag is required. A list is copied.
         help: one or two lines for `--help`.
-        needs: the flag without which this one has no effect: `name`, `name=value`, or `*mark` for
-            all flags with that mark; several are separated by bars.
+        needs: the flag without which this one has no effect: `name` (set, and not 0), `name=value`,
+            or `*mark` for all flags with that mark; several are separated by bars.
         about: what else is kept beside the flag. `replaces` names flags of a --config that this one
             stands in for.
     """
@@ -243,7 +243,8 @@ def _report_unused(flags: dict[str, Flag], given: dict[str, Any], every: dict[st
         needs = [(n, value) for n, value in needs if n in every]
         met = [str(every[n]) == value if value else every[n] for n, value in needs]
         if needs and not any(met):
-            ways = [f"--{n}={value}" if value else f"--{n} above 0" for n, value in needs]
+            above = {n: " above 0" * (flags[n].kind in (int, float)) for n, _ in needs}
+            ways = [f"--{n}={value}" if value else f"--{n}{above[n]}" for n, value in needs]
             lines.append(f"--{name}={shown} (needs {' or '.join(ways)})")
     if lines:
         print(f"without effect: {', '.join(lines)}")

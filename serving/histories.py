@@ -68,6 +68,8 @@ def of_file(
         log = log.ordered(None)
         for user, item in zip(log.user, log.item):
             found.setdefault(log.users[user], []).append(log.items[item])
+    elif time_format:
+        raise UsageError(f"--time_format={time_format}: {path} has lists of items, without times")
     else:
         found = _lists(path, table, by_name["reviewerid"], by_name["asin"])
         if not listing_of(path).is_file():

@@ -55,12 +55,18 @@ class Asked(Group):
         None, "all, a log by original ids, or a CSV with reviewerID and asin (item lists)"
     )
     columns: list[str] = flag(
-        [], "user, item and time of the log of --users, where their names are not published ones"
+        [],
+        "user, item and time of the log of --users, where their names are not published ones",
+        needs="users",
     )
-    time_format: str | None = flag(None, "of its dates, as datasets.convert takes it")
+    time_format: str | None = flag(
+        None, "of its dates, as datasets.convert takes it", needs="users"
+    )
     similar: str | None = flag(None, "an item: the items whose vectors are nearest to its own")
     known: Literal["log", "join"] = flag(
-        "log", "history of a user of --users whom the domain has: the log's alone, or its own first"
+        "log",
+        "history of a user of --users whom the domain has: the log's alone, or its own first",
+        needs="users",
     )
     output: str | None = flag(None, "the file of --users: .parquet, .csv or .jsonl")
     overwrite: bool = flag(False, "replace the file of --output")
@@ -271,9 +277,11 @@ def _report_unknown(finder: Finder, source: str) -> None:
         print(f"{source}: {len(finder.unknown):,} unknown items skipped, such as {shown}")
 
 
-def show(history: list[int], items: list[int], scores: list[float], names: Items) -> None:
+def show(
+    heading: str, history: list[int], items: list[int], scores: list[float], names: Items
+) -> None:
     """One history and its list, as a table."""
-    print(f"history, {len(history)} items" if history else "no history: by popularity")
+    print(heading)
     for item in history:
         print(LINE.format(rank="", score="", id=names.name(item), title=names.show(item)))
     print(f"top {len(items)}")
@@ -318,11 +326,13 @@ def one_list(opened: Opened, asked: Asked, offered: Offered) -> list[dict]:
     if asked.similar is not None:
         own = [finder.find(asked.similar, "--similar")]
         items, scores = recommender.similar(own[0], k, allowed)
+        heading = "items like"
     else:
         own = finder.find_joined(asked.history, "--history")
         if asked.name is not None:
             own = history_of(asked.name, runs[0], names, "users" if asked.one_of_users else "user")
         items, scores = recommender.recommend([own], k, offered.exclude, allowed)
+        heading = f"history, {len(own)} items" if own else "no history: by popularity"
     typed = [asked.similar] if asked.similar else [names.titles[i] for i in own]
     for item, name in zip(own, typed):
         same = finder.all_called(item, name) if name in [asked.similar, *asked.history] else []
@@ -333,7 +343,7 @@ def one_list(opened: Opened, asked: Asked, offered: Offered) -> list[dict]:
     if not there:
         print("no item is left: the history, --allow and --deny take all of them")
     best, values = items[0, :there].tolist(), scores[0, :there].tolist()
-    show(own, best, values, names)
+    show(heading, own, best, values, names)
     shown = [(int(names.ids[item]), names.titles[item]) for item in best]
     return [{"item_id": i, "title": t, "score": s} for (i, t), s in zip(shown, values)]
 

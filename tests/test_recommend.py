@@ -375,9 +375,11 @@ def test_a_log_of_new_users_by_original_ids_and_one_unknown_product(inside, caps
     named_by = {"columns": ["kunde", "artikel", "datum"], "time_format": "%d.%m.%Y"}
     recommend.main(users="kunden.csv", output="again.csv", k=2, **named_by)
     assert Path("again.csv").read_text() == Path("lists.csv").read_text()
-    Path("again.csv").unlink()
+    Path("lists_in.csv").write_text('reviewerID,asin\nz,"[""B012""]"\n')
+    with pytest.raises(UsageError, match="--time_format=%Y: lists_in.csv has lists of items, wit"):
+        recommend.main(users="lists_in.csv", output="of_lists.csv", time_format="%Y")
     Path("untimed.csv").write_text("user_id,item_id\nz,B012\nz,B099\n")
-    recommend.main(users="untimed.csv", output="again.csv", k=2)
+    recommend.main(users="untimed.csv", output="again.csv", k=2, overwrite=True)
     assert "no time: items are read in file order" in capsys.readouterr().out
     best = recommend.main(history=["B012"], k=1)[0]["item_id"]
     Path("deny.txt").write_text(f"B999\nB{best:03d}\n")  # what is unknown is not recommended anyway
@@ -389,12 +391,8 @@ def test_no_file_of_the_run_is_written_over(inside):
     named(inside)
     Path("link.csv").symlink_to("data/demo.csv")
     before = hashes(Path("."))
-    for users, output in (
-        ("all", "data/demo.csv"),
-        ("all", "link.csv"),
-        ("all", "data/demo.items.csv"),
-        ("new.csv", "new.csv"),
-    ):
+    read = [("all", name) for name in ("data/demo.csv", "link.csv", "data/demo.items.csv")]
+    for users, output in [*read, ("new.csv", "new.csv")]:
         with pytest.raises(UsageError, match=f"--output={output} is a file that"):
             recommend.main(users=users, output=output, overwrite=True, unknown="skip")
     Path("mine.csv").write_text("x")
@@ -429,4 +427,5 @@ def test_similar_items_by_hand():
 def test_similar_items_on_the_screen(inside, capsys):
     found = recommend.main(similar="99", k=4)
     assert len(found) == 4 and 99 not in [row["item_id"] for row in found]
-    assert "top 4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "items like\n" in printed and "top 4\n" in printed

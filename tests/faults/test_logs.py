@@ -76,7 +76,7 @@ REFUSED = [  # the files, the first one's first part is read; words of the answe
     ({"a.csv": "reviewerID,asin\nu1,[1 2 ... 3]\nu2,[1 2]\n"}, "element 2 of the list is '...'"),
     ({"a.csv": zoned().replace("+05:00", "+05")}, "row 2: the time is .*, expected a time zone"),
     ({"a.tsv": LATE}, 'row 9002: \'"T ""1"""\' is a cell in quotes, which are letters'),
-    ({"a.csv": LOG}, "--dedup=rows: compares times, and none", "--time none --dedup rows"),
+    ({"a.csv": LOG}, "--dedup=rows: .*=%d: no times", "--time none --dedup rows --time_format %d"),
     ({"a.zst": "\x28\u00b5/\u00fd"}, "looks like zstd; unpack it first"),
     ({"a.db": "SQLite format 3\0"}, "looks like an SQLite database; export"),
 ]
