@@ -97,18 +97,9 @@ def main(
     ids = ids or tokenise(template, base.location)
     same_exits = taught is not None and teachers.exit_ends(taught) == teacher_ends
     use_exits = loss.uses_exits or (loss.logit_lambda > 0 and same_exits)
-    spec = specify(
-        base,
-        prompt,
-        ids,
-        llm,
-        lora,
-        student_ends,
-        use_exits,
-        loss.exit_norm,
-        teacher_ends if loss.reads_teacher else None,
-        taught["layers"] if llm.student_init == "teacher" else None,
-    )
+    blocks = student_ends, use_exits, loss.exit_norm, teacher_ends if loss.reads_teacher else None
+    pool = taught["layers"] if llm.student_init == "teacher" else None
+    spec = specify(base, prompt, ids, llm, lora, *blocks, pool)
     flags.report_lora(lora, llm, spec)
     named = str(teacher_run.folder) if teacher_run else mode if mode == "online" else None
     run.prepare(
@@ -123,13 +114,11 @@ def main(
 
     teacher, online_model, seconds = teachers.none, None, None
     if mode == "offline" and loss.reads_teacher:  # from disk; live with --teacher_cache off
-        frozen = teacher_run, teacher_ends, data, cache, run, runtime
-        teacher, seconds = teachers.offline(*frozen)
+        teacher, seconds = teachers.offline(teacher_run, teacher_ends, data, cache, run, runtime)
     elif mode == "online":
         first = flags.first_layers(llm)  # a list of layers is the student's
-        their_spec = specify(
-            base, prompt, ids, first, lora, teacher_ends, loss.uses_exits, loss.exit_norm
-        )
+        blocks = teacher_ends, loss.uses_exits, loss.exit_norm
+        their_spec = specify(base, prompt, ids, first, lora, *blocks)
         online_model = LLM4Rec.build(base, data.item_table, their_spec, run.bf16, *options)
         if run.source:
             online_model.restore(run.source, "teacher")
@@ -163,7 +152,9 @@ def main(
             parts |= losses.of_teacher(t, table, batch.target, how, teachers_exits)
         return losses.weighted_sum(parts)  # every part, and "total"
 
-    trained = teachers.trained_with(student, online_model)
+    trained = student
+    if online_model is not None:
+        trained = torch.nn.ModuleDict({"student": student, "teacher": online_model})
     with run.training():
         fitted = fit(run, trained, loss_fn, student, data, training, runtime)
     return finish(run, student.restore(run), data, runtime, fitted, teacher_states_seconds=seconds)

@@ -14,6 +14,7 @@ Writes efficiency.json and efficiency.md.
 import functools
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,7 @@ from datasets.domain import Domain
 from datasets.interactions import read_csv
 from engine import cli, processes
 from engine.cli import PositiveInt, flag
+from engine.errors import one_line
 from engine.files import check_writable, markdown
 from models.builtin import BUILT_IN
 from models.catalogue import catalogue_cross_entropy
@@ -171,22 +173,13 @@ class Round(NamedTuple):
 
 def measured(*given: Any) -> Round | None:
     """`_measure(*given)` in a fresh process; None where it died, or ran out of memory."""
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=_send, args=(theirs, torch.get_num_threads(), *given))
-    process.start()
-    theirs.close()
-    try:
-        return mine.recv()
-    except EOFError:
-        return None
-    finally:
-        process.join()
-
-
-def _send(pipe: Any, threads: int, *given: Any) -> None:
-    torch.set_num_threads(threads)
-    pipe.send(_measure(*given))
+    spawn, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) as pool:
+        try:
+            return pool.submit(_measure, *given).result()
+        except Exception as error:  # a dead process too
+            print(f"{given[0]}: {one_line(error)}")
+            return None
 
 
 def _measure(name: str, setting: Setting, micro: int, number: int) -> Round:

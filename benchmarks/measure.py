@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers import AutoModel, LlamaConfig
 
 from benchmarks.plain import PlainLLM4Rec, plain_twin
 from engine import processes
@@ -30,16 +29,12 @@ RANK = 16
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
     """Wall time of one call, with the device's queue empty before and after."""
-    _wait(device)
+    synchronize = getattr(torch, device.type).synchronize  # on CPU there is nothing to wait for
+    synchronize()
     started = time.perf_counter()
     run()
-    _wait(device)
+    synchronize()
     return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -81,13 +76,10 @@ class Shape(NamedTuple):
     ) -> LLM4Rec:
         """Ours, with random weights; LoRA r=16 on the MLP without dropout, or trained in full."""
         torch.manual_seed(0)
-        device, before = self.item_table.device, torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16 if bf16 and strategy == "lora" else before)
-        try:
-            with device:
-                llama = LlamaModel(prune_config(self.config, n_layers))
-        finally:
-            torch.set_default_dtype(before)
+        device, half = self.item_table.device, bf16 and strategy == "lora"
+        dtype = torch.bfloat16 if half else torch.get_default_dtype()
+        with device:
+            llama = AutoModel.from_config(prune_config(self.config, n_layers), dtype=dtype)
         spec = {
             "prompt_ids": self.prompt_ids,
             "response_ids": self.response_ids,

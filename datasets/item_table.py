@@ -168,33 +168,21 @@ def ids_with_vectors(path: str | Path) -> np.ndarray:
 
 def _opened(path: Path) -> Tensor:
     """The table of a file, floating point [rows, dim]; maybe mapped into memory."""
-    table = _the_table(path, _content(path))
+    table = _content(path)
+    if isinstance(table, dict):
+        table = table.get(KEY, next(iter(table.values())) if len(table) == 1 else table)
     if isinstance(table, np.ndarray) and table.dtype.kind == "f" and table.dtype.itemsize <= 8:
         table = torch.as_tensor(table.astype(table.dtype.newbyteorder("="), copy=False))
     dense = isinstance(table, Tensor) and table.layout == torch.strided
     if dense and table.dim() == 2 and table.is_floating_point():
         return table.detach()
     found = type(table).__name__
+    if isinstance(table, dict):
+        found = f"{len(table)} entries: {', '.join(map(str, table))}"[:100]
     if isinstance(table, Tensor | np.ndarray):
         found = f"{table.dtype} of shape {tuple(table.shape)}"
     raise UsageError(
-        f"{path}: the item table must be floating point of shape [items, dim], found {found}"
-    )
-
-
-def _the_table(path: Path, content: object) -> object:
-    """The item table inside the loaded content of a file."""
-    if isinstance(content, Tensor | np.ndarray):
-        return content
-    if isinstance(content, dict) and KEY in content:
-        return content[KEY]
-    if isinstance(content, dict) and len(content) == 1:
-        return next(iter(content.values()))
-    found = type(content).__name__
-    if isinstance(content, dict):
-        found = f"{len(content)} entries: {', '.join(map(str, content))}"[:100]
-    raise UsageError(
-        f"{path}: which is the item table? found {found};"
+        f"{path}: the item table must be floating point of shape [items, dim], found {found};"
         f" write it as torch.save({{'{KEY}': table}}, path), row = item id"
     )
 

@@ -144,23 +144,23 @@ class Finder:
                 " another; say --by asin or --by id"
             )
 
-    def find(self, name: str, source: str) -> int:
+    def find(self, name: str, source: str, mend: str = "") -> int:
         """The catalogue index of an item.
 
         Args:
-            source: what named it, for messages.
+            source: what named it, for messages. mend: what else can be done.
         Raises:
             UsageError: there is no such item; a near one is offered.
         """
         index = self._index(name.strip())
         if index is None:
-            raise UsageError(f"{source}: {name.strip()[:60]!r} is no item{self._near(name)}")
+            raise UsageError(f"{source}: {name.strip()[:60]!r} is no item{self._near(name)}{mend}")
         return index
 
     def find_all(self, names: list[str], source: str) -> list[int]:
         """The indices of several items; unknown ones are left out where the finder skips."""
         if not self.skip:
-            return [self.find(name, source) for name in names]
+            return [self.find(n, source, "; --unknown skip leaves it out") for n in names]
         found = [(name, self._index(name.strip())) for name in names]
         self.unknown += [name for name, index in found if index is None]
         return [index for _, index in found if index is not None]
@@ -200,7 +200,7 @@ class Finder:
             if "title" in self.tables and title:
                 names.setdefault(title.casefold(), f"{title!r} ({known_as})")
             if "asin" in self.tables and asin:
-                names[asin.casefold()] = f"{asin!r} ({title or f'id {item}'})"
+                names[asin.casefold()] = f"{asin!r}{f' ({title})' * bool(title)}"
         near = [] if folded.isdigit() else difflib.get_close_matches(folded, names, n=1)
         if near:
             return f"; did you mean {names[near[0]]}?"

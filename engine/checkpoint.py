@@ -72,18 +72,12 @@ def save(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise RunError(_no_room(folder, sum(map(len, contents.values())), error)) from None
-
-
-def _no_room(folder: Path, needed: int, error: OSError) -> str:
-    kept = "no checkpoint was there before"
-    if folder.exists():
-        kept = f"the checkpoint that was there stays in {folder}"
-    free = shutil.disk_usage(folder.parent).free
-    return (
-        f"{folder} cannot be written ({error.strerror}): {needed:,} bytes needed, {free:,} free;"
-        f" {kept}; make room and start again with the same flags"
-    )
+        needed, free = sum(map(len, contents.values())), shutil.disk_usage(folder.parent).free
+        kept = "the checkpoint that was there stays" if folder.exists() else "there was none before"
+        raise RunError(
+            f"{folder} cannot be written ({error.strerror}): {needed:,} bytes needed, {free:,}"
+            f" free; {kept}; make room and start again with the same flags"
+        ) from None
 
 
 def _present(folder: str | Path) -> Path:
@@ -117,8 +111,8 @@ def load(folder: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     return _read(folder, WEIGHTS, META)
 
 
-def newest(run: str | Path) -> tuple[Saved, list[str]]:
-    """The newest checkpoint of an unfinished run that verifies, and a note on each that does not.
+def newest(run: str | Path) -> Saved:
+    """The newest checkpoint of an unfinished run that verifies; each that does not is reported.
     Raises UsageError: there is no checkpoint to resume from, or the best one is lost and resuming
     would not reach its step again.
     """
@@ -142,7 +136,9 @@ def newest(run: str | Path) -> tuple[Saved, list[str]]:
             f"{run / 'best'}: the best checkpoint is missing or damaged"
             f" ({'; '.join(notes) or 'missing'}); --overwrite starts from scratch"
         )
-    return found, notes
+    for note in notes:
+        print(f"skipped: {note}")
+    return found
 
 
 def _claimed_step(folder: Path) -> int | None:

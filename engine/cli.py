@@ -21,7 +21,6 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from engine import processes
@@ -29,7 +28,7 @@ from engine.errors import UsageError
 from engine.files import read_json
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-REQUIRED = inspect.Parameter.empty
+REQUIRED = dataclasses.MISSING  # the default of a flag that must be given
 
 
 class Limits(NamedTuple):
@@ -59,7 +58,7 @@ NonNegativeFloat = Annotated[float, Limits(">= 0", lambda x: 0 <= x < math.inf)]
 DropRate = Annotated[float, Limits(">= 0 and < 1", lambda x: 0 <= x < 1)]
 
 
-def flag(default: Any = dataclasses.MISSING, help: str = "", needs: str = "", **about: Any) -> Any:
+def flag(default: Any = REQUIRED, help: str = "", needs: str = "", **about: Any) -> Any:
     """A flag of a group, or of a script's own.
 
     Args:
@@ -76,9 +75,11 @@ def flag(default: Any = dataclasses.MISSING, help: str = "", needs: str = "", **
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True, kw_only=True)
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Flags of one kind.
+    """Flags of one kind, each a field; a subclass is a frozen dataclass, and names its kind once:
+    `class Data(Group, kind="files")`.
 
     Attributes:
         kind: files (where they are), model and training (the same when a run resumes), or free.
@@ -91,6 +92,10 @@ class Group:
     usual: ClassVar[dict[str, int]] = {}
     stream: ClassVar[int] = 0
     given: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, compare=False)
+
+    def __init_subclass__(cls, kind: str = "") -> None:
+        cls.kind = kind or cls.kind
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
     @classmethod
     def fields(cls) -> list[dataclasses.Field]:
@@ -136,10 +141,6 @@ class Flag(NamedTuple):
         kind, limits = typing.get_args(kind) if limited else (kind, None)
         return cls(kind, limits, union and default in (None, REQUIRED), default, *rest)
 
-    @property
-    def is_switch(self) -> bool:
-        return self.kind is bool
-
     def describe(self) -> str:
         """What its value has to be, in words."""
         if typing.get_origin(self.kind) is Literal:
@@ -152,8 +153,8 @@ class Flag(NamedTuple):
         return f"{words} {self.limits.words}" if self.limits else words
 
 
-PLAIN = {"help": "", "needs": ""}
-CONFIG = Flag.of(Annotated[str, Limits("the config.json of a run", bool)], "", PLAIN, "", None)
+A_FILE = Annotated[str, Limits("the config.json of a run", bool)]
+CONFIG = Flag.of(A_FILE, "", flag().metadata, "", None)
 
 
 @functools.cache
@@ -162,27 +163,21 @@ def flags_of(main: Callable) -> dict[str, Flag]:
     found: dict[str, Flag] = {}
     hints = typing.get_type_hints(main, include_extras=True)
     for name, parameter in inspect.signature(main).parameters.items():
-        hint, default = hints[name], parameter.default
+        absent = parameter.default is inspect.Parameter.empty
+        hint, default = hints[name], REQUIRED if absent else parameter.default
         if isinstance(hint, type) and issubclass(hint, Group):
-            instance = hint() if default is REQUIRED else default
+            instance = hint() if absent else default
             types_of = typing.get_type_hints(hint, include_extras=True)
             for field in hint.fields():
                 default = getattr(instance, field.name)
                 given = types_of[field.name], default, field.metadata, name, instance
                 found[field.name] = Flag.of(*given)
         else:
-            found[name] = Flag.of(hint, *_own_default(default), name, None)
+            field = default if isinstance(default, dataclasses.Field) else flag(default)
+            listed = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if listed else field.default
+            found[name] = Flag.of(hint, default, field.metadata, name, None)
     return found
-
-
-def _own_default(default: Any) -> tuple[Any, Mapping[str, Any]]:
-    """Value of a flag of a script's own, and what is kept beside it."""
-    if not isinstance(default, dataclasses.Field):
-        return default, PLAIN
-    if default.default_factory is not dataclasses.MISSING:
-        return default.default_factory(), default.metadata
-    value = REQUIRED if default.default is dataclasses.MISSING else default.default
-    return value, default.metadata
 
 
 def defaults(main: Callable) -> dict[str, Any]:
@@ -268,10 +263,8 @@ def run(main: Callable, argv: list[str] | None = None) -> None:
     # titles that the terminal cannot show are escaped; a pipe gets every line at once
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     processes.quiet_all_but_first()
-    if any(word in ("-h", "--help") for word in argv):
-        print(_help_page(main))
-        return
-    processes.call(lambda: main(**bind(main, argv)))
+    helps = {"-h", "--help"} & set(argv)
+    processes.call(lambda: print(_help_page(main)) if helps else main(**bind(main, argv)))
 
 
 def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
@@ -303,8 +296,8 @@ def bind(main: Callable, argv: list[str]) -> dict[str, Any]:
             continue
         flag = flags[name]
         if text is None:
-            switch = name if flag.is_switch else ""
-            text = _next_value(words, flag.is_switch)
+            switch = name if flag.kind is bool else ""
+            text = _next_value(words, bool(switch))
         if text is None:
             problems.append(f"--{name} needs a value, expected {flag.describe()}")
             continue
@@ -340,7 +333,7 @@ def _split_word(word: str, flags: dict[str, Flag]) -> tuple[str, str | None]:
     name, equals, text = word[2:].partition("=")
     name = name.replace("-", "_")
     negated = flags.get(name.removeprefix("no"))
-    if name not in flags and not equals and negated is not None and negated.is_switch:
+    if name not in flags and not equals and negated is not None and negated.kind is bool:
         return name.removeprefix("no"), "false"
     return name, text if equals else None
 
@@ -414,7 +407,7 @@ def _convert(text: str, flag: Flag) -> Any:
     words = ("None",) if flag.kind is str else ("None", "none", "null")  # a text may be "none"
     if flag.optional and text in words:
         return None
-    if flag.is_switch:
+    if flag.kind is bool:
         return BOOLEANS.get(text.lower(), text)
     if typing.get_origin(flag.kind) is list:
         return _split(text)

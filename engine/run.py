@@ -205,7 +205,14 @@ class Run:
                 )
 
     def report_unfinished(self) -> None:
-        """Report that a later stage reads an unfinished run."""
+        """Report that a later stage reads an unfinished run. Raises UsageError: it has no
+        checkpoint best/ yet.
+        """
+        if not (self.finished or self.has_best):
+            raise UsageError(
+                f"the {self.stage} run in {self.folder} stopped before its first evaluation;"
+                " run its command again to finish it"
+            )
         if not self.finished:
             print(
                 f"the {self.stage} run in {self.folder} is unfinished:"

@@ -39,19 +39,12 @@ class State:
     Args:
         module: what is trained in it requires a gradient.
         plan: stored with every checkpoint; a resumed run continues with the one it began with.
-        meta: stored with every checkpoint.
     """
 
     def __init__(
-        self,
-        run: Run,
-        module: nn.Module,
-        learning_rate: float,
-        weight_decay: float,
-        plan: Any,
-        meta: dict[str, Any],
+        self, run: Run, module: nn.Module, learning_rate: float, weight_decay: float, plan: Any
     ) -> None:
-        self.run, self.module, self.plan, self.meta = run, module, plan, meta
+        self.run, self.module, self.plan = run, module, plan
         self.progress = Progress()
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.parameters = list(self.trained.values())
@@ -109,8 +102,7 @@ class State:
         for rank, states in enumerate(generators):
             state |= {f"{key}.{rank}": value for key, value in states.items()}
         progress = self.progress
-        meta = self.meta | {"step": progress.step, "best_step": progress.best_step}
-        meta["progress"] = vars(progress)
+        meta = {"step": progress.step, "best_step": progress.best_step, "progress": vars(progress)}
         meta["plan"] = self.plan._asdict()
         checkpoint.save(self.run.folder / name, weights, meta, state)
         self.run.drop_replaced()
@@ -128,9 +120,7 @@ class State:
     def resume(self) -> str:
         """Restore the newest good checkpoint, and the log; returns the checkpoint's name."""
         folder = self.run.folder
-        found, notes = checkpoint.newest(folder)
-        for note in notes:
-            print(f"skipped: {note}")
+        found = checkpoint.newest(folder)
         checkpoint.restore(self.module, found.tensors, folder / found.name)
         for name, p in self.trained.items():
             saved = {key: found.state.get(f"{key}/{name}") for key in ADAM}

@@ -80,7 +80,10 @@ def open_or_build(
         if first:
             files.release_lock(root)
     processes.barrier()
-    return _mapped(folder)
+    found = TensorCache()
+    for name, about in read_json(folder / "meta.json", "teacher states")["arrays"].items():
+        found[name] = _map(folder / f"{name}.bin", getattr(torch, about["dtype"]), about["shape"])
+    return found
 
 
 def _are_needed(folder: Path, identity: dict[str, Any], n_samples: int) -> bool:
@@ -147,15 +150,6 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _mapped(folder: Path) -> TensorCache:
-    stored = read_json(folder / "meta.json", "teacher states")["arrays"]
-    found = TensorCache()
-    for name, about in stored.items():
-        dtype = getattr(torch, about["dtype"])
-        found[name] = _map(folder / f"{name}.bin", dtype, about["shape"])
-    return found
-
-
 def _map(path: Path, dtype: torch.dtype, shape: list[int], write: bool = False) -> Tensor:
     """A tensor that lies in a file."""
     size = math.prod(shape)
@@ -170,18 +164,21 @@ def _claim(path: Path, size: int) -> None:
 
 
 def _build(
-    folder: Path,
-    identity: dict[str, Any],
-    encode: Callable[[Tensor], Any],
-    samples: Any,
-    batch_size: int,
+    folder: Path, identity: dict[str, Any], encode: Callable, samples: Any, batch_size: int
 ) -> None:
     """Run the encoder over all samples and put the result in place."""
     batches = _batches(samples.lengths(), batch_size)
     first = values = encode(samples.histories(batches[0]))
     kept = {name: part for name, part in first._asdict().items() if part is not None}
     sizes = {n: len(samples) * part[0].numel() * part.element_size() for n, part in kept.items()}
-    _check_room(folder, sum(sizes.values()), len(samples))
+    needed, free = sum(sizes.values()) / 2**30, shutil.disk_usage(folder.parent).free / 2**30
+    print(f"teacher states: {len(samples):,} samples, {needed:.2f} GiB to {folder}")
+    if needed > free:
+        raise UsageError(
+            f"{FLAG}: {folder.parent} has {free:.2f} GiB free, the teacher's states need"
+            f" {needed:.2f} GiB; name a folder on a larger disk, or use off (the teacher then runs"
+            " in every step)"
+        )
     with files.making(folder) as partial:
         arrays = {}
         for name, part in kept.items():
@@ -215,16 +212,3 @@ def _batches(length: np.ndarray, batch_size: int) -> list[np.ndarray]:
     ordered = [part[np.argsort(length[part], kind="stable")] for part in stretches]
     every = np.concatenate(ordered)
     return np.split(every, range(batch_size, len(every), batch_size))
-
-
-def _check_room(folder: Path, needed: int, n_samples: int) -> None:
-    """Say how large the files will be, and refuse a disk that lacks room."""
-    size = f"{n_samples:,} samples, {needed / 2**30:.2f} GiB"
-    print(f"teacher states: {size} to {folder}")
-    free = shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise UsageError(
-            f"{FLAG}: {folder.parent} has {free / 2**30:.2f} GiB free,"
-            f" the teacher's states need {needed / 2**30:.2f} GiB; name a folder on a larger disk,"
-            " or use off (the teacher then runs in every step)"
-        )

@@ -36,6 +36,10 @@ SPENT += ("inference_users_per_second",)
 COST = ["row", "parameters", "trained", "steps", "best step", "training s"]
 COST += ["teacher states s", "inference users/s", "valid MRR"]
 NOT_RUN = "not run"
+NAMES = (
+    "E4SRec-like rows are trained by cross-entropy alone. SLMRec among the main rows starts from"
+    " the base (`--student_init base`); by default a student starts from its teacher's ends."
+)
 PAPERS_ORDER = (
     "The paper's figures are of sequences in file order (its notebook drops the time); ours are as"
     " `datasets.process` was told, by time unless `--order file`."
@@ -130,6 +134,7 @@ def _head(rows: list[Row], paper: bool) -> str:
         f"{rows[0].first.results['users']:,} users, test set;"
         f" mean, and standard deviation where a row has several seeds (of {seeds})."
         + (f" {which} a random base." if any(random_base) else "")
+        + (f" {NAMES}" if random_base else "")
         + (f" {PAPERS_ORDER}" if paper else "")
     )
 
@@ -232,17 +237,10 @@ def write_main_table(stem: Path, rows: list[Row], popularity: dict | None) -> No
             flat.append([text, seed, *(test[protocol].get(name) for protocol, name in metrics)])
     frame = pd.DataFrame(flat, columns=["row", "seed", *head[2:]])
     frame.to_csv(stem.with_name(f"{stem.name}.csv"), index=False)
-    latex = pd.DataFrame([[*map(_latex, cells)] for cells in lines], columns=head)
-    columns = "l" + "r" * (len(head) - 1)
-    path = stem.with_name(f"{stem.name}.tex")
-    latex.to_latex(path, index=False, column_format=columns, encoding="utf-8")
-
-
-def _latex(cell: str) -> str:
-    names = {"<-": r"$\leftarrow$", "±": r"$\pm$", "_": r"\_", "%": r"\%", "&": r"\&"}
-    for text, command in names.items():
-        cell = cell.replace(text, command)
-    return cell
+    options = {"index": False, "escape": True, "column_format": "l" + "r" * (len(head) - 1)}
+    latex = pd.DataFrame(lines, columns=head).to_latex(**options)
+    latex = latex.replace("<-", r"$\leftarrow$").replace("±", r"$\pm$")
+    stem.with_name(f"{stem.name}.tex").write_text(latex, encoding="utf-8")
 
 
 def _values(tests: list[dict], protocol: str, name: str) -> list[float]:

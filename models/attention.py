@@ -84,14 +84,11 @@ def attend_last(
     layer: LlamaDecoderLayer, query: Tensor, own: KeyValue, known: KeyValue, groups: list[UserGroup]
 ) -> Tensor:
     """Attention of each user's last token, [B, h, d] -> [B, h, d]."""
-    users, tokens = ([getattr(g, name) for g in groups] for name in ("n_users", "n_tokens"))
     mixed, level = [], []
-    parts = query.split(users), *(t.split(tokens) for t in own)
-    for group, asking, *shared in zip(groups, *parts):
-        shared = (_gridded(t, group) for t in shared)
-        grids = _softmax(layer, asking[:, :, None], *shared, group.absent)
-        for found, grid in zip((mixed, level), grids):
-            found.append(grid.squeeze(2))  # [b, h, 1, d] -> [b, h, d]
+    asking = query[:, :, None].split([group.n_users for group in groups])  # each [b, h, 1, d]
+    for part, (group, shared) in zip(asking, _grids(groups, *own)):
+        for parts, grid in zip((mixed, level), _softmax(layer, part, *shared, group.absent)):
+            parts.append(grid.squeeze(2))
     return _joined(layer, query, known, torch.cat(mixed), torch.cat(level))
 
 
@@ -117,11 +114,6 @@ def _by_tokens(by_keys: Tensor, n: int, shared: int) -> Tensor:
     return by_keys.unflatten(1, (n, shared)).transpose(0, 1).flatten(1, 2)
 
 
-def _gridded(own: Tensor, group: UserGroup) -> Tensor:
-    """Packed [s, h, ...] -> padded [b, h, W, ...]."""
-    return group.on_grid(own).transpose(1, 2)
-
-
 def _repeated(layer: LlamaDecoderLayer, shared: Tensor) -> Tensor:
     """Keys or values, heads in dimension 1, once for each head that reads them."""
     n = layer.self_attn.num_key_value_groups
@@ -129,16 +121,12 @@ def _repeated(layer: LlamaDecoderLayer, shared: Tensor) -> Tensor:
 
 
 def _softmax(
-    layer: LlamaDecoderLayer,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    barred: Tensor | None = None,
+    layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 ) -> KeyValue:
     """Softmax attention [..., n, d] and the logarithm of its mass [..., n, 1], in float32 at least.
 
     Args:
-        barred: True where a query must not attend.
+        mask: True where a query must not attend.
     """
     if query.dim() == 4:
         key, value = (_repeated(layer, t) for t in (key, value))
@@ -146,8 +134,8 @@ def _softmax(
     with torch.autocast(query.device.type, enabled=False):
         query, key, value = wide(query), wide(key), wide(value)
         scores = (query * layer.self_attn.scaling) @ key.transpose(-1, -2)
-        if barred is not None:
-            scores = scores.masked_fill(barred, -torch.inf)
+        if mask is not None:
+            scores = scores.masked_fill(mask, -torch.inf)
         peak = scores.detach().amax(-1, keepdim=True)  # a constant: it cancels in the result
         weight = (scores - peak).exp()
         mass = weight.sum(-1, keepdim=True)
@@ -209,7 +197,7 @@ def _grids(groups: list[UserGroup], *tensors: Tensor) -> Iterator[tuple[UserGrou
     """Each group, with its part of every tensor [S, h, ...] on its grid, [b, h, W, ...]."""
     sizes = [group.n_tokens for group in groups]
     for group, *parts in zip(groups, *(t.split(sizes) for t in tensors)):
-        yield group, [_gridded(part, group) for part in parts]
+        yield group, [group.on_grid(part).transpose(1, 2) for part in parts]
 
 
 def _packed(grid: Tensor, group: UserGroup) -> Tensor:

@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_ro
 
 from engine.errors import UsageError
 from models.attention import KeyValue, attend, attend_last, attend_prompt, compilable
-from models.packed import Layout
+from models.packed import Packed
 
 Rotation = tuple[Tensor, Tensor]  # rotary cosines and sines of the packed tokens, each [T, d]
 
@@ -77,34 +77,34 @@ class Decoder(nn.Module):
         self.register_buffer("response_ids", torch.tensor(response_ids), persistent=False)
 
     def forward(
-        self, items: Tensor, layout: Layout, prompt: list[KeyValue] | None = None
+        self, items: Tensor, packed: Packed, prompt: list[KeyValue] | None = None
     ) -> Tensor:
         """Last-token states at the block ends, [B, E, H]: inner ones raw, the last one after the
         final norm.
 
         Args:
             items: vectors of the real items, user after user, [sum of lengths, H].
-            layout: where they stand, on the same device.
+            packed: where they stand, on the same device.
             prompt: what `prompt_states` returned, to skip the prompt's own computation (inference).
         """
         n_prompt = len(self.prompt_ids)
         response = self.llama.embed_tokens(self.response_ids)
         # Under autocast the stream stays in the base's precision, as Hugging Face's does.
-        x = torch.cat([items, response]).index_select(0, layout.source)  # [S, H]
-        position = layout.position
+        x = torch.cat([items, response]).index_select(0, packed.source)  # [S, H]
+        position = packed.position
         if prompt is None:  # the prompt's tokens go first in the same packed product
             x = torch.cat([self.llama.embed_tokens(self.prompt_ids), x])  # [T, H]
             position = torch.cat([torch.arange(n_prompt, device=x.device), position])
-        rotation = self._rotation(x, layout.length, position)
-        last = layout.last + len(x) - len(layout.source)
+        rotation = self._rotation(x, packed.length, position)
+        last = packed.last + len(x) - len(packed.source)
         states = []
         for i, layer in enumerate(self.llama.layers):
             known = None if prompt is None else prompt[i]
             if i + 1 == self.n_layers:
-                x = self._run(_last_layer, layer, x, rotation, layout, known)
+                x = self._run(_last_layer, layer, x, rotation, packed, known)
                 states.append(self.llama.norm(x))
                 continue
-            x = self._run(_inner_layer, layer, x, rotation, layout, known)
+            x = self._run(_inner_layer, layer, x, rotation, packed, known)
             if i + 1 in self.block_ends:
                 states.append(x.index_select(0, last))
         return torch.stack(states, dim=1)
@@ -160,7 +160,8 @@ def queries_keys_values(
     """
     attention, cos, sin = layer.self_attn, *rotation
     normed = layer.input_layernorm(x)
-    q_norm, k_norm = (getattr(attention, name, _same) for name in ("q_norm", "k_norm"))  # Qwen3
+    norms = "q_norm", "k_norm"  # Qwen3 has them
+    q_norm, k_norm = (getattr(attention, name, lambda x: x) for name in norms)
     # The order of the three products is the order in which their gradients are summed.
     if query_tokens is None:
         query = _rotated(q_norm(_heads(layer, attention.q_proj(normed))), rotation)
@@ -185,10 +186,10 @@ def _prompt_layer(
 
 
 def _inner_layer(
-    layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, layout: Layout, known: KeyValue | None
+    layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, packed: Packed, known: KeyValue | None
 ) -> Tensor:
     """One layer over all packed tokens [T, H]; T = P + S, or S where the prompt is known."""
-    n_own = len(layout.source)
+    n_own = len(packed.source)
     # split, not slices: a slice's gradient is a tensor of zeros around it, that of a split one cat
     parts = [t.split([len(x) - n_own, n_own]) for t in queries_keys_values(layer, x, rotation)]
     prompt, own = zip(*parts)
@@ -196,26 +197,22 @@ def _inner_layer(
     if known is None:
         known = prompt[1:]
         mixed.append(attend_prompt(layer, prompt[0], known))
-    mixed.append(attend(layer, own[0], own[1:], known, layout.groups))
+    mixed.append(attend(layer, own[0], own[1:], known, packed.groups))
     return _feed(layer, x, torch.cat(mixed).flatten(1))
 
 
 def _last_layer(
-    layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, layout: Layout, known: KeyValue | None
+    layer: LlamaDecoderLayer, x: Tensor, rotation: Rotation, packed: Packed, known: KeyValue | None
 ) -> Tensor:
     """The last layer for the last token alone, [T, H] -> [B, H]; keys and values of all tokens."""
-    n_own = len(layout.source)
+    n_own = len(packed.source)
     n_prompt = len(x) - n_own
-    last = layout.last + n_prompt
+    last = packed.last + n_prompt
     query, *shared = queries_keys_values(layer, x, rotation, last)  # query [B, h, d]
     prompt, own = zip(*(t.split([n_prompt, n_own]) for t in shared))
     known = prompt if known is None else known
-    mixed = attend_last(layer, query, own, known, layout.groups)
+    mixed = attend_last(layer, query, own, known, packed.groups)
     return _feed(layer, x.index_select(0, last), mixed.flatten(1))
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _heads(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class LLM4Rec(nn.Module):
         """The forward of a packed batch: no step depends on the data."""
         items = F.embedding(packed.items, self.item_table)  # [sum of lengths, D]
         items = self.adapter(items.to(self.adapter.weight.dtype))
-        states = self.decoder(items, packed.layout, prompt)
+        states = self.decoder(items, packed, prompt)
         states = states.index_select(0, packed.back)  # [B, E, H]
         user = self.head(states[:, -1])
         inner = self.decoder.llama.norm(states[:, :-1]) if self.exit_norm else states

@@ -4,11 +4,11 @@ Legend: B batch, L item slots, R response tokens, P prompt tokens, S packed toke
 response of all users), W most tokens of a user in a group; b, s: B and S of one group.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 GROUPS = 4  # groups of users whose attention is computed together; the best of 1, 4, 8, 16 on CPU
 SMALLEST_GROUP = 32
@@ -41,46 +41,8 @@ class UserGroup(NamedTuple):
         return grid.flatten(0, 1).index_select(0, self.packed)
 
 
-class Layout(NamedTuple):
-    """Where the packed suffix tokens stand; made once per batch, on the CPU.
-
-    length: T of the padded layout, P + L + R.
-    source: [S], index into [item vectors | response vectors].
-    position: [S], position in the padded layout, counted from the prompt's start.
-    last: [B], packed index of each user's last token.
-    groups: users in order, a few at a time, so that a batch sorted by length pads little.
-    """
-
-    length: int
-    source: Tensor
-    position: Tensor
-    last: Tensor
-    groups: list[UserGroup]
-
-    @classmethod
-    def of(cls, real: Tensor, n_prompt: int, n_response: int) -> "Layout":
-        """From real [B, L] (True = an item), left-padded."""
-        batch, slots = real.shape
-        tail = torch.ones(batch, n_response, dtype=torch.bool)
-        token = torch.cat([real, tail], dim=1)  # [B, L + R]
-        width = token.sum(1)
-        last = width.cumsum(0) - 1
-        widths = width.tolist()
-        n_items = sum(widths) - batch * n_response
-        items = (real.flatten().cumsum(0) - 1).view_as(real)
-        response = (n_items + torch.arange(n_response)).expand(batch, -1)
-        source = torch.cat([items, response], dim=1)[token]
-        slot = torch.arange(slots + n_response).expand(batch, -1)
-        position = n_prompt + slot[token]
-        groups = []
-        for part in width.split(max(SMALLEST_GROUP, -(-batch // GROUPS))):
-            groups.append(_group(part, widths[: len(part)]))
-            widths = widths[len(part) :]
-        return cls(n_prompt + slots + n_response, source, position, last, groups)
-
-
 class Packed(NamedTuple):
-    """A batch of histories without padding, users sorted by length.
+    """A batch of histories without padding, users sorted by length, and where their tokens stand.
 
     Everything that depends on the data is worked out here, on the CPU. The forward only indexes: it
     never waits for the device, and can be captured.
@@ -88,12 +50,21 @@ class Packed(NamedTuple):
     items: [sum of lengths], catalogue indices, user after user.
     back: [B], where each user of the batch stands in the sorted one.
     items_back: [sum of lengths], where each item of the batch, row after row, stands in `items`.
+    length: T of the padded layout, P + L + R.
+    source: [S], index into [item vectors | response vectors].
+    position: [S], position in the padded layout, counted from the prompt's start.
+    last: [B], packed index of each user's last token.
+    groups: users in order, a few at a time, so that a batch sorted by length pads little.
     """
 
     items: Tensor
     back: Tensor
     items_back: Tensor
-    layout: Layout
+    length: int
+    source: Tensor
+    position: Tensor
+    last: Tensor
+    groups: list[UserGroup]
 
     @classmethod
     def of(cls, history: Tensor, n_items: int, n_prompt: int = 0, n_response: int = 0) -> "Packed":
@@ -103,9 +74,29 @@ class Packed(NamedTuple):
         order = real.sum(1).argsort(stable=True)  # neighbours of similar length pad little
         number = (real.flatten().cumsum(0) - 1).view_as(real)
         history, real, number = history[order], real[order], number[order]
-        items_back = number[real].argsort()
-        layout = Layout.of(real, n_prompt, n_response)
-        return cls(history[real], order.argsort(), items_back, layout)
+        batch, slots = real.shape
+        tail = torch.ones(batch, n_response, dtype=torch.bool)
+        token = torch.cat([real, tail], dim=1)  # [B, L + R]
+        width = token.sum(1)
+        widths = width.tolist()
+        n_real = sum(widths) - batch * n_response
+        place = (real.flatten().cumsum(0) - 1).view_as(real)
+        response = (n_real + torch.arange(n_response)).expand(batch, -1)
+        slot = torch.arange(slots + n_response).expand(batch, -1)
+        groups = []
+        for part in width.split(max(SMALLEST_GROUP, -(-batch // GROUPS))):
+            groups.append(_group(part, widths[: len(part)]))
+            widths = widths[len(part) :]
+        return cls(
+            items=history[real],
+            back=order.argsort(),
+            items_back=number[real].argsort(),
+            length=n_prompt + slots + n_response,
+            source=torch.cat([place, response], dim=1)[token],
+            position=n_prompt + slot[token],
+            last=width.cumsum(0) - 1,
+            groups=groups,
+        )
 
     def to(self, device: torch.device) -> "Packed":
         """On the device."""
@@ -116,7 +107,7 @@ def in_one_copy(value: Any, device: torch.device) -> Any:
     """The tensors in nested tuples and lists on another device. They go there as one buffer, which
     is pinned for a GPU, so that the CPU does not wait.
     """
-    tensors = [*_tensors(value)]
+    tensors = [part for part in tree_leaves(value) if isinstance(part, Tensor)]
     sizes = [-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors]
     pins = torch.accelerator.is_available() and device.type != "cpu"
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pins)
@@ -125,25 +116,8 @@ def in_one_copy(value: Any, device: torch.device) -> Any:
     moved = []
     for part, tensor in zip(buffer.to(device, non_blocking=True).split(sizes), tensors):
         moved.append(part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape))
-    return _with(value, iter(moved))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
-
-
-def _with(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """`value` with these tensors instead of its own, in their order."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if not isinstance(value, (list, tuple)):
-        return value
-    parts = [_with(part, tensors) for part in value]
-    return parts if isinstance(value, list) else type(value)(*parts)
+    left = iter(moved)
+    return tree_map_only(Tensor, lambda _: next(left), value)
 
 
 def _group(width: Tensor, widths: list[int]) -> UserGroup:

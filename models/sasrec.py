@@ -90,23 +90,23 @@ class SASRec(nn.Module):
 
         Padding is not computed: items are packed one after another, and read with one gather.
         """
-        packed = Packed.of(history, self.n_items).to(self.item_embedding.weight.device)
-        x = self._packed_states(packed, history.shape[1])
+        packed, x = self._packed_states(history)
         return self.to_item(self.final_norm(x)).index_select(0, packed.items_back)
 
     def forward(self, history: Tensor) -> Tensor:
         """User vectors [B, D]: the state of the last position."""
-        packed = Packed.of(history, self.n_items).to(self.item_embedding.weight.device)
-        x = self._packed_states(packed, history.shape[1]).index_select(0, packed.layout.last)
+        packed, x = self._packed_states(history)
+        x = x.index_select(0, packed.last)
         return self.to_item(self.final_norm(x)).index_select(0, packed.back)
 
-    def _packed_states(self, packed: Packed, slots: int) -> Tensor:
-        """States of the blocks at every packed item, [S, W]."""
-        tokens = PackedTokens(packed.layout.groups)
-        x = self._embedded(packed.items, packed.layout.position, slots)
+    def _packed_states(self, history: Tensor) -> tuple[Packed, Tensor]:
+        """The packed batch, and states of the blocks at every packed item, [S, W]."""
+        packed = Packed.of(history, self.n_items).to(self.item_embedding.weight.device)
+        tokens = PackedTokens(packed.groups)
+        x = self._embedded(packed.items, packed.position, history.shape[1])
         for block in self.blocks:
             x = block(x, tokens)
-        return x
+        return packed, x
 
     def padded_states(self, history: Tensor) -> Tensor:
         """As `states`, [B, L, D], with the padding: the plain form, and the ONNX graph's."""
@@ -178,27 +178,21 @@ class PackedTokens:
 
     def attend(self, heads: Tensor, rate: float) -> Tensor:
         """Causal attention of queries, keys and values, [S, 3, h, d] -> [S, h, d]."""
-
-        def attention(grid: Tensor, _: UserGroup) -> Tensor:
-            q, k, v = grid.permute(2, 0, 3, 1, 4)  # each [b, h, width, d], left-aligned
+        parts = []
+        for group, own in zip(self.groups, heads.split(self.sizes)):
+            q, k, v = group.on_grid(own).permute(2, 0, 3, 1, 4)  # each [b, h, width, d]
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=rate)
-            return mixed.transpose(1, 2)
-
-        return self._on_grids(heads, attention)
+            parts.append(group.off_grid(mixed.transpose(1, 2)))
+        return torch.cat(parts)
 
     def filtered(self, x: Tensor, kernel: Tensor) -> Tensor:
         """Each user's tokens, and zeros where there are none, by `kernel` [L, L]; [S, W]."""
-
-        def product(grid: Tensor, group: UserGroup) -> Tensor:
-            width, absent = grid.shape[1], group.absent[:, 0, 0, :, None]
-            return kernel[:width, :width] @ grid.masked_fill(absent, 0.0)
-
-        return self._on_grids(x, product)
-
-    def _on_grids(self, x: Tensor, mix: Callable[[Tensor, UserGroup], Tensor]) -> Tensor:
-        """[S, ...] -> [S, ...] by what `mix` makes of a group's grid [b, width, ...]."""
-        parts = zip(self.groups, x.split(self.sizes))
-        return torch.cat([group.off_grid(mix(group.on_grid(own), group)) for group, own in parts])
+        parts = []
+        for group, own in zip(self.groups, x.split(self.sizes)):
+            grid = group.on_grid(own).masked_fill(group.absent[:, 0, 0, :, None], 0.0)
+            width = grid.shape[1]
+            parts.append(group.off_grid(kernel[:width, :width] @ grid))
+        return torch.cat(parts)
 
 
 class PaddedTokens:

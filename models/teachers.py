@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine import tensor_cache
 from engine.errors import UsageError
@@ -42,13 +42,6 @@ def none(batch: Any) -> None:
 def online(teacher: LLM4Rec) -> Teacher:
     """A teacher that is trained beside the student, on the same histories."""
     return lambda batch: teacher(batch.history)
-
-
-def trained_with(student: LLM4Rec, teacher: LLM4Rec | None) -> nn.Module:
-    """What is trained: the student, and online its teacher."""
-    if teacher is None:
-        return student
-    return nn.ModuleDict({"student": student, "teacher": teacher})
 
 
 def exit_ends(spec: dict[str, Any]) -> list[int] | None:

@@ -21,7 +21,6 @@ ranked by popularity. As a function:
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -45,7 +44,6 @@ SUFFIXES = (".csv", ".jsonl", ".parquet")  # of files of lists
 LINE = "  {rank:>4}  {score:>9}  {id:>10}  {title}"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Asked(Group):
     """Whose list: one history on the screen, or those of many users into a file"""
 
@@ -125,7 +123,6 @@ class Asked(Group):
         return [message for holds, message in rules if not holds]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Offered(Group):
     """What is recommended"""
 
@@ -165,6 +162,7 @@ def recommend(
     histories: Sequence[Sequence[int]],
     k: int = 10,
     *,
+    by: Literal["id", "asin", "title", "auto"] = "id",
     exclude: Literal["seen", "none"] = "seen",
     exit: int | None = None,
     device: str = "auto",
@@ -175,7 +173,8 @@ def recommend(
     Every call reads the model. `open_model` reads it once for many.
 
     Args:
-        histories: item ids of the domain's CSV, in time order; n lists of any length.
+        histories: items in time order; n lists of any length.
+        by: what names an item: its id in the domain's CSV, or as `--by` on the command line.
         exclude: `seen` leaves out the items of the history, `none` nothing.
         exit: the inner exit of a student to read, from 1.
         device: auto, cpu or cuda.
@@ -186,7 +185,7 @@ def recommend(
         UsageError: a file is missing, or an id is unknown.
     """
     recommender, names = open_model(ServedFiles(**files), exit, device)
-    finder = Finder(names, "id")
+    finder = Finder(names, by)
     rows = [[finder.find(str(item), "histories") for item in history] for history in histories]
     items, scores = recommender.recommend(rows, k, exclude)
     found = items.numpy()

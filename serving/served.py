@@ -1,7 +1,6 @@
 """Finished runs as models to serve: which run, and the files that it was made from."""
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
 class ServedFiles(ItemTable, Data):
     """Files; by default those that the run was made from"""
 

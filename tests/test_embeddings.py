@@ -125,7 +125,7 @@ HOLDS = {  # what the file holds under the key -> words of the answer
 }
 CASES = {name: ({"item_embedding": value}, said) for name, (value, said) in HOLDS.items()}
 CASES |= {
-    "two entries": ({"a": table(), "b": table()}, r"table\? found 2 entries: a, b; write it as"),
+    "two entries": ({"a": table(), "b": table()}, "found 2 entries: a, b; write it as"),
     "not a dict": ([table()], "found list"),
     "nan": (broken(float("nan")), "rows 3 contain NaN"),
     "text": (b"hello", "refused, not a plain tensor"),

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import loss_parts
 from datasets.interactions import read_csv
@@ -26,7 +27,7 @@ from engine.state import Progress, State
 from engine.tensor_cache import TensorCache
 from models.catalogue import catalogue_cross_entropy
 from models.losses import Output
-from models.packed import Packed, _tensors, in_one_copy
+from models.packed import Packed, in_one_copy
 from models.sasrec import SASRec
 from tests.conftest import histories, small_model, write_sequences
 from utils.evaluation import Batch, rank_users
@@ -121,13 +122,17 @@ def test_from_histories_to_ranks(batch):
         assert ranks.device == META and ranks.shape == (3, 23)
 
 
+def tensors(value):
+    return [part for part in tree_leaves(value) if isinstance(part, Tensor)]
+
+
 def test_a_batch_goes_to_the_device_in_one_copy():
     packed = Packed.of(histories(LENGTHS), 23, 4, 2)
     copied, moved = in_one_copy(packed, torch.device("cpu")), packed.to(META)
-    pairs = zip(_tensors(packed), _tensors(copied), strict=True)
+    pairs = zip(tensors(packed), tensors(copied), strict=True)
     assert all(tensor.dtype == other.dtype and tensor.equal(other) for tensor, other in pairs)
-    assert [group[:2] for group in copied.layout.groups] == [g[:2] for g in packed.layout.groups]
-    assert len({tensor.untyped_storage().nbytes() for tensor in _tensors(moved)}) == 1
+    assert [group[:2] for group in copied.groups] == [g[:2] for g in packed.groups]
+    assert len({tensor.untyped_storage().nbytes() for tensor in tensors(moved)}) == 1
 
 
 def test_a_tensor_left_behind_is_noticed(monkeypatch):
@@ -159,7 +164,7 @@ def test_the_optimizer_and_the_log_read_nothing_of_the_present_step(tmp_path):
 
     module = torch.nn.Linear(3, 2)
     run = Run("sasrec", tmp_path, {"flags": {}})
-    state = State(run, module, 1e-2, 0.0, None, {})
+    state = State(run, module, 1e-2, 0.0, None)
     samples, progress = SimpleNamespace(users=list), Progress()
     late = _Late(run, samples, progress, SimpleNamespace(received=0))
     totals, before = [], module.weight.clone()
@@ -181,7 +186,7 @@ def test_the_optimizer_and_the_log_read_nothing_of_the_present_step(tmp_path):
 
 def test_a_step_that_is_not_finite_changes_no_weight(tmp_path):
     module = torch.nn.Linear(3, 2)
-    state = State(Run("sasrec", tmp_path, {"flags": {}}), module, 1e-2, 0.0, None, {})
+    state = State(Run("sasrec", tmp_path, {"flags": {}}), module, 1e-2, 0.0, None)
     module(torch.ones(1, 3)).sum().backward()
     before = [p.clone() for p in module.parameters()]
     state.step(torch.tensor(False))

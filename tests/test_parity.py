@@ -186,7 +186,7 @@ def test_attention_on_grids_equals_the_flash_kernels_and_a_plain_softmax(kv_head
         return torch.cat(outputs)
 
     def ours(form):
-        return lambda q, *t: form(layer, q, t[:2], t[2:], packed.layout.groups)
+        return lambda q, *t: form(layer, q, t[:2], t[2:], packed.groups)
 
     found = []
     for form in (plain, ours(attend), ours(attend_on_grids)):

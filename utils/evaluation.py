@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from utils.metrics import TOP, beyond_accuracy, summarise
 Encode = Callable[[Tensor], Tensor]  # history [B, L] -> user vectors [B, D]
 
 PROTOCOLS = {"sampled": (5, 10), "full": (5, 10, 20), "full_all": (5, 10, 20)}  # -> cut-offs
-NO_SCORE, NO_VECTOR = 0, -1  # in place of a rank
+NO_SCORE = 0  # in place of a rank
 SHOWN = {  # in the table at a run's end: split, protocol and metric
     "valid MRR": ("valid", "sampled", "MRR"),
     "test MRR": ("test", "sampled", "MRR"),
@@ -48,15 +48,6 @@ class Batch(NamedTuple):
     target: Tensor
     seen: Tensor
     candidates: Tensor
-
-
-class Model(Protocol):
-    """item_table: [N, D]; a score is the product of a user vector and a row."""
-
-    item_table: Tensor
-
-    def user_encoder(self) -> Encode:
-        """In evaluation mode, with the present weights."""
 
 
 class Popularity:
@@ -87,15 +78,13 @@ class Ranks(NamedTuple):
 
 
 def evaluate(
-    model: Model,
-    split: Any,
-    runtime: Runtime,
-    limit: int | None = None,
-    shown: Tensor | None = None,
+    model: Any, split: Any, runtime: Runtime, limit: int | None = None, shown: Tensor | None = None
 ) -> Ranks:
     """Rank the targets of a split's users by a model.
 
     Args:
+        model: has `item_table` [N, D], and `user_encoder()`, an Encode in evaluation mode with the
+            present weights. A score is the product of a user vector and a row.
         split: datasets.sequences.EvaluationSplit.
         limit: at most so many batches.
         shown: int64 [N] on the model's device; counts in how many lists of TOP items each item is.
@@ -231,21 +220,18 @@ def rank_all(
         batches: user batches, in user order.
         shown: see `evaluate`.
     Raises:
-        RunError: a user's vector or a score is not finite.
+        RunError: a score is not finite.
     """
     columns = item_table.float().T
     found = [rank_users(encode(batch.history), columns, batch, shown) for batch in batches]
     shares = processes.gather([part.cpu() for part in found])  # every world-th batch each
     turns = itertools.zip_longest(*shares)
     ranks = torch.cat([part for turn in turns for part in turn if part is not None], dim=1).numpy()
-    if (ranks == NO_VECTOR).any():
-        user = int((ranks == NO_VECTOR).any(0).argmax())
-        raise RunError(
-            f"the vector of user {user} is NaN or infinite: the model holds non-finite values"
-        )
     if (ranks == NO_SCORE).any():
+        user = int((ranks == NO_SCORE).any(0).argmax())
         raise RunError(
-            "a score is NaN or infinite: the model or the item table holds non-finite values"
+            f"a score of user {user} is NaN or infinite: the model or the item table holds"
+            " non-finite values"
         )
     return Ranks(*ranks)
 
@@ -269,8 +255,7 @@ def score_spreads(models: list[Any], histories: Tensor) -> list[float]:
 def rank_users(users: Tensor, columns: Tensor, batch: Batch, shown: Tensor | None = None) -> Tensor:
     """Ranks [3, B] (sampled, full, full_all) of one batch; `rank_all` checks them.
 
-    Nothing here waits for the device: where the user's vector is not finite the ranks are
-    NO_VECTOR, where a score is not NO_SCORE.
+    Nothing here waits for the device: where a score is not finite the ranks are NO_SCORE.
 
     Args:
         users: user vectors [B, D].
@@ -289,8 +274,7 @@ def rank_users(users: Tensor, columns: Tensor, batch: Batch, shown: Tensor | Non
             best, items = scores.topk(min(TOP, scores.shape[1]))
             listed = torch.isfinite(best).long().flatten()  # fewer where the history has the rest
             shown.scatter_add_(0, items.flatten(), listed)
-    vector = torch.isfinite(users).all(1)
-    return torch.cat(tiles, dim=1).masked_fill(~vector, NO_VECTOR)
+    return torch.cat(tiles, dim=1)
 
 
 def users_per_tile(columns: Tensor) -> int:

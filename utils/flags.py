@@ -12,7 +12,6 @@ import dataclasses
 import os
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,53 +73,38 @@ def weight(default: float, help: str, term: str, teacher: bool = True) -> Any:
 # -- files --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data(Group):
+class Data(Group, kind="files"):
     """The domain"""
 
-    kind = "files"
     domain_type: str = flag(
         "demo",
         "the domain; its CSV is data/<domain>.csv[.gz|.xz]; demo is made on first use",
         replaces="data_path|ends_are_items|split|item_table|sasrec|teacher|init_table|init_from",
     )
     data_path: str | None = flag(None, "the domain's CSV, wherever it is")
-    ends_are_items: bool = flag(
-        False, "treat ids at the ends of many lists that look like padding or markers as items"
-    )
+    ends_are_items: bool = flag(False, "list ends that look like padding or markers are items")
     split: Split | None = flag(
-        None,
-        "leave_one_out (default), or time:0.9: targets after the moment that ends the first 90 % "
-        "of all interactions; later steps take it over",
+        None, "leave_one_out (default), or time:0.9: targets after the first 90 % of interactions"
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Output(Group):
+class Output(Group, kind="files"):
     """Where the run goes"""
 
-    kind = "files"
     output_dir: str | None = flag(
         None, "the run's folder; output/<domain>/<sasrec, teacher or student> by default"
     )
     init_from: str | None = flag(
-        None,
-        "a run of the same stage: start from its best weights",
-        replaces="student_init|init_table",
+        None, "a run of the same stage to start from", replaces="student_init|init_table"
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ItemTable(Group):
+class ItemTable(Group, kind="files"):
     """Where the item table is"""
 
-    kind = "files"
-    item_table: str | None = flag(
-        None, "what step 2 writes and later steps read; by default output/<domain>/sasrec_item.pkl"
-    )
+    item_table: str | None = flag(None, "step 2's file; output/<domain>/sasrec_item.pkl by default")
 
 
-@dataclass(frozen=True, kw_only=True)
 class SASRecFiles(Output, Data):
     """Files"""
 
@@ -139,14 +123,12 @@ class SASRecFiles(Output, Data):
         return lines
 
 
-@dataclass(frozen=True, kw_only=True)
 class ExtractFiles(ItemTable, Data):
     """Files"""
 
     sasrec: str | None = flag(None, SASREC)
 
 
-@dataclass(frozen=True, kw_only=True)
 class TeacherFiles(Output, ItemTable, Data):
     """Files"""
 
@@ -159,7 +141,6 @@ class TeacherFiles(Output, ItemTable, Data):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class StudentFiles(TeacherFiles):
     """Files"""
 
@@ -182,15 +163,12 @@ class StudentFiles(TeacherFiles):
 # -- model --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sequence(Group):
+class Sequence(Group, kind="model"):
     """What the model reads"""
 
-    kind = "model"
     max_seq_length: PositiveInt | None = flag(30, "how many of the last items are read")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Prompt(Sequence):
     """What the LLM reads; teacher and student agree on it"""
 
@@ -205,11 +183,9 @@ class Prompt(Sequence):
 FROM_TEACHER = Prompt(base_model=None, prompt_template_name=None, max_seq_length=None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SASRecModel(Group):
+class SASRecModel(Group, kind="model"):
     """SASRec"""
 
-    kind = "model"
     emb_dim: PositiveInt = flag(128, "width of the item table")
     hid_dim: PositiveInt = flag(32, "width of the transformer; projected where it is another")
     num_blocks: PositiveInt = flag(2, "transformer blocks")
@@ -231,11 +207,9 @@ class SASRecModel(Group):
         return lines
 
 
-@dataclass(frozen=True, kw_only=True)
-class LLM(Group):
+class LLM(Group, kind="model"):
     """Which decoder layers are kept, and what is trained"""
 
-    kind = "model"
     layer_selection: LayerSelection = flag("first", "first, interval, last, or numbers: 0,2,4,6")
     interval_nums: PositiveInt = flag(
         1, "one layer in interval_nums + 1 is left out", needs="layer_selection=interval"
@@ -245,14 +219,12 @@ class LLM(Group):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class TeacherLLM(LLM):
     """Which decoder layers are kept, and what is trained"""
 
     llama_decoder_nums: PositiveInt = flag(8, "M, decoder layers kept")
 
 
-@dataclass(frozen=True, kw_only=True)
 class StudentLLM(LLM):
     """Which decoder layers are kept, and what is trained"""
 
@@ -263,9 +235,7 @@ class StudentLLM(LLM):
         None, "M; the trained teacher's, or 8 online", needs=READS_TEACHER
     )
     distill_mode: Literal["offline", "online"] = flag(
-        "offline",
-        "offline: the teacher is frozen; online: both train together from the base",
-        needs=READS_TEACHER,
+        "offline", "offline: a frozen teacher; online: both are trained", needs=READS_TEACHER
     )
     student_init: Literal["base", "adapter", "teacher"] | None = flag(
         None,
@@ -282,11 +252,9 @@ class StudentLLM(LLM):
         return [f"--student_init={start} starts from a trained teacher: {way}"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoRA(Group):
+class LoRA(Group, kind="model"):
     """LoRA; without effect where the base is trained in full"""
 
-    kind = "model"
     lora_r: PositiveInt = flag(16, "rank", needs=NOT_FULL)
     lora_alpha: PositiveInt = flag(16, "scale", needs=NOT_FULL)
     lora_dropout: DropRate = flag(0.05, "dropout", needs=NOT_FULL)
@@ -295,16 +263,11 @@ class LoRA(Group):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherLoss(Group):
+class TeacherLoss(Group, kind="model"):
     """The loss beside the cross-entropy at the end; a weight of 0 leaves a term out"""
 
-    kind = "model"
     distill_block: PositiveInt = flag(
-        4,
-        "B, the number of blocks; divides the number of layers",
-        needs=USES_BLOCKS,
-        replaces="block_map",
+        4, "B, blocks of equally many layers", needs=USES_BLOCKS, replaces="block_map"
     )
     cls_multiple_lambda: NonNegativeFloat = weight(0.0, EXITS, "L_ms", teacher=False)
     block_reduction: Literal["sum", "mean"] = flag(
@@ -312,7 +275,7 @@ class TeacherLoss(Group):
     )
     exit_norm: bool = flag(
         False,
-        "inner exits read normed states; released: as they are",
+        "inner exits read normed states (released: raw)",
         needs="cls_multiple_lambda|logit_lambda",
     )
     sasrec_lambda: NonNegativeFloat = weight(
@@ -326,7 +289,6 @@ class TeacherLoss(Group):
         return self.cls_multiple_lambda > 0
 
 
-@dataclass(frozen=True, kw_only=True)
 class StudentLoss(TeacherLoss):
     """The distillation loss; EDIT HERE with models/losses.py; a weight of 0 leaves a term out"""
 
@@ -377,11 +339,9 @@ def terms() -> dict[str, str]:
     return {name: named[name] for name in (*paper, *named)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation(Group):
+class Evaluation(Group, kind="model"):
     """The sampled protocol; the same candidates for all models and seeds"""
 
-    kind = "model"
     num_candidates: PositiveInt = flag(999, "negatives per user in the sampled protocol")
     candidate_seed: NonNegativeInt = flag(42, "seed for drawing these negatives")
 
@@ -389,11 +349,9 @@ class Evaluation(Group):
 # -- training -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Training(Group):
+class Training(Group, kind="training"):
     """Training; an empty flag adapts to the amount of data"""
 
-    kind = "training"
     usual = {"num_epochs": 20, "warmup_steps": 50, "patience": 10, "eval_steps": 100}
     train_targets: Literal["last", "all"] | None = flag(None, TARGETS)
     select: Literal["sampled_mrr", "full_ndcg10"] = flag(
@@ -402,10 +360,12 @@ class Training(Group):
     batch_size: PositiveInt = flag(256, "users per optimizer step")
     num_epochs: PositiveInt | None = flag(
         None,
-        "passes over the training samples; by default 20 (SASRec 200), at least 240 steps",
+        "passes over the data; by default 20 (SASRec 200), at least 240 steps",
         replaces="max_steps",
     )
-    max_steps: MaxSteps = flag(-1, "optimizer steps, instead of num_epochs; -1 for none")
+    max_steps: MaxSteps = flag(
+        -1, "optimizer steps, instead of num_epochs; -1 for none", replaces="num_epochs"
+    )
     learning_rate: PositiveFloat = flag(1e-3, "peak learning rate of AdamW")
     lr_scheduler: Literal["cosine", "linear", "constant"] = flag(
         "cosine", "learning rate after the warm-up"
@@ -425,8 +385,11 @@ class Training(Group):
     seed: Seed = flag(42, "seed of new weights, sample order and dropout")
     bf16: bool | None = flag(None, "compute in bfloat16; by default on CUDA (SASRec: off)")
 
+    def problems(self, flags: dict[str, Any]) -> list[str]:
+        both = self.max_steps > 0 and self.num_epochs is not None
+        return ["--max_steps and --num_epochs: give one of them"] * both
 
-@dataclass(frozen=True, kw_only=True)
+
 class SASRecTraining(Training):
     """Training; an empty flag adapts to the amount of data"""
 
@@ -446,11 +409,10 @@ class SASRecTraining(Training):
 # -- free ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Runtime(Group):
+class Runtime(Group, kind="free"):
     """Speed, memory, logs"""
 
-    kind, shard = "free", False
+    shard = False
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available")
     micro_batch_size: PositiveInt | None = flag(
         None, "users per forward pass, by default batch_size; gradients accumulate to that"
@@ -474,7 +436,6 @@ class Runtime(Group):
         return [f"--batch_size={batch_size} is not a multiple of {' x '.join(factors)}"]
 
 
-@dataclass(frozen=True, kw_only=True)
 class LLMRuntime(Runtime):
     """Speed, memory, logs"""
 

@@ -16,7 +16,7 @@ from engine.log import SPEED, peak_mib
 from engine.processes import Signals
 from engine.run import Run
 from engine.state import Progress, State, kept
-from utils.evaluation import Model, Ranks, evaluate
+from utils.evaluation import Ranks, evaluate
 from utils.flags import Runtime, Training
 
 LEAST_STEPS = 240  # minimum length of training unless num_epochs or max_steps is given: see Plan
@@ -99,7 +99,7 @@ def fit(
     run: Run,
     trained: nn.Module,
     loss_fn: LossFn,
-    model: Model,
+    model: Any,
     data: Any,
     training: Training,
     runtime: Runtime,
@@ -128,8 +128,7 @@ def fit(
     samples, valid = data.samples, data.splits["valid"]
     counts = samples.counts()
     plan = Plan.of(len(counts), training, runtime)
-    meta = {"layers": run.config["model"]["layers"]} if "model" in run.config else {}
-    state = State(run, trained, training.learning_rate, training.weight_decay, plan, meta)
+    state = State(run, trained, training.learning_rate, training.weight_decay, plan)
     micro_batch_size = runtime.micro_batch_size or training.batch_size // processes.world()
     autocast = torch.autocast(state.device.type, torch.bfloat16, enabled=run.bf16)
 
@@ -214,12 +213,11 @@ def fit(
     processes.barrier()  # the last checkpoint is there for all
     state.stop_clock()
     done = {"steps": progress.step, "best_step": progress.best_step, "plan": plan._asdict()}
-    done["valid"] = best_ranks
-    return done | {"train_seconds": round(state.seconds, 3)}
+    return done | {"valid": best_ranks, "train_seconds": round(state.seconds, 3)}
 
 
 def _validate(
-    model: Model, valid: Any, runtime: Runtime, select: str, progress: Progress, run: Run
+    model: Any, valid: Any, runtime: Runtime, select: str, progress: Progress, run: Run
 ) -> Ranks:
     """Validate, and note in `progress` whether it is the best so far. A tie is not better."""
     try:

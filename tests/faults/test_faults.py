@@ -179,7 +179,7 @@ def test_f8_a_gradient_that_is_no_number_stops_the_run_and_is_never_logged(insid
     assert max(line["step"] for line in logged) <= 7 and np.isfinite(numbers).all()
 
 
-TOLD = "step 8, validation: the vector of user 0 is NaN.*the checkpoints that were there are kept"
+TOLD = "step 8, validation: a score of user 0 is NaN.*the checkpoints that were there are kept"
 
 
 def test_f8_a_metric_that_is_no_number_stops_the_run(inside, monkeypatch):

@@ -77,7 +77,7 @@ def saved(folder: str, shard: str = "") -> None:
     settings, runtime = Training(seed=1), Runtime()
     run = open_run(folder, settings, runtime)
     torch.manual_seed(1)
-    State(run, model, 1e-3, 0.0, training.Plan.of(21, settings, runtime), {}).save("last")
+    State(run, model, 1e-3, 0.0, training.Plan.of(21, settings, runtime)).save("last")
     processes.barrier()
 
 
