@@ -43,23 +43,23 @@ def parts(device: str, dry: bool, folder: str) -> list[tuple[str, int, str]]:
     base, shape = ("tiny", "tiny") if dry else ("small", "llama-2-7b")
     short = f"--max_steps {6 if dry else 200} --device {device}"
     table = f"--item_table {folder}/item.pkl"
-    rows = "steps,sasrec" if dry else "all"
-    sizes = ["SASRec"] if dry else ["E4SRec, 8 layers, ours", "E4SRec, 4 layers, ours", "SLMRec"]
+    rows = "steps,sasrec" if dry else "steps,distill,inference,sasrec"
+    sizes = ["SASRec"] if dry else ["E4SRec, 8 layers"]  # plain and ours
     sizes = shlex.quote(json.dumps(sizes))
-    speed = f"--device {device} --output_dir {folder} --repeats {1 if dry else 5}"
+    speed = f"--device {device} --output_dir {folder} --repeats"
     profiled = shlex.quote(PROFILE.format(device, base))
     distil = f"distill.py --teacher {folder}/teacher --output_dir {folder}/student {table} {short}"
     teach = f"finetune.py --output_dir {folder}/teacher --base_model {base} {table} {short}"
-    memory = f"-m benchmarks.efficiency --shape {shape} {speed} --rows {sizes}"
-    race = f"-m benchmarks.throughput --base_model {base} --rows {rows} {speed}"
+    memory = f"-m benchmarks.efficiency --shape {shape} {speed} {1 if dry else 2} --rows {sizes}"
+    race = f"-m benchmarks.throughput --base_model {base} --rows {rows} {speed} {1 if dry else 5}"
     return [
-        ("Tests of CUDA", 90, "-m pytest -q tests/test_cuda.py"),
+        ("Tests of CUDA", 60, "-m pytest -q tests/test_cuda.py"),
         ("Step 1", 60, f"train_sr_trad.py --output_dir {folder}/sasrec {short}"),
         ("Step 2", 30, f"extract_emb.py --sasrec {folder}/sasrec {table}"),
         ("Step 3", 60, teach),
         ("Step 4", 60, distil),
-        ("Speed beside the plain form", 120, race),
-        (f"Memory and time at the shape {shape}", 100, memory),
+        ("Speed beside the plain form", 100, race),
+        (f"Memory and time at the shape {shape}", 130, memory),
         ("Profile of a student's step", 40, f"-c {profiled}"),
     ]
 

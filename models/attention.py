@@ -1,9 +1,10 @@
 """Attention of packed users over [prompt | own tokens], exact. LEAVE ALONE.
 
-All tokens attend to the same prompt, so that part is one dense product of all of them with its
-keys. A user's own tokens stand on a grid with those of users of similar length. The two parts are
-joined by their shares of the softmax's mass, whose logarithms are the levels (as flash attention
-joins its tiles; Dao et al., 2022).
+A user's own tokens stand on a grid with those of users of similar length. On CPU arithmetic is
+dear: all tokens attend to the same prompt, so that part is one dense product of all of them with
+its keys. The two parts are joined by their shares of the softmax's mass, whose logarithms are the
+levels (as flash attention joins its tiles; Dao et al., 2022). On a GPU launches are dear: the
+prompt's keys stand before each user's own, and one call of the library does both.
 
 Legend: S packed tokens of all users, P prompt tokens, h heads, d head width, g heads that share
 keys, W widest user of a group; b, s: users and tokens of one group.
@@ -15,11 +16,14 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from models.catalogue import wide
 from models.packed import UserGroup
 
+# cuDNN's would be compiled for every new shape, seconds each; the flash kernel takes no mask
+KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 KeyValue = tuple[Tensor, Tensor]  # keys (rotated) and values, each [P, h_kv, d] or [S, h_kv, d]
 
 
@@ -72,24 +76,53 @@ def attend(
 def attend_on_grids(
     layer: LlamaDecoderLayer, query: Tensor, own: KeyValue, known: KeyValue, groups: list[UserGroup]
 ) -> Tensor:
-    """`attend` by dense products on the grids, on any device."""
-    mixed, level = [], []
-    for group, grids in _grids(groups, query, *own):
-        for parts, grid in zip((mixed, level), _softmax(layer, *grids, group.later)):
-            parts.append(_packed(grid, group))
-    return _joined(layer, query, known, torch.cat(mixed), torch.cat(level))
+    """`attend` by one call of the library for each grid, on any device."""
+    mixed, heads = [], [tokens.shape[1] for tokens in (query, *own)]
+    for group, (grid,) in _grids(groups, torch.cat([query, *own], dim=1)):
+        asking, *grids = grid.split(heads, dim=1)
+        mixed.append(_packed(_with_prompt(layer, asking, grids, known, group.seen), group))
+    return torch.cat(mixed)
 
 
 def attend_last(
     layer: LlamaDecoderLayer, query: Tensor, own: KeyValue, known: KeyValue, groups: list[UserGroup]
 ) -> Tensor:
     """Attention of each user's last token, [B, h, d] -> [B, h, d]."""
+    if query.device.type != "cpu":
+        return attend_last_on_grids(layer, query, own, known, groups)
     mixed, level = [], []
     asking = query[:, :, None].split([group.n_users for group in groups])  # each [b, h, 1, d]
     for part, (group, shared) in zip(asking, _grids(groups, *own)):
         for parts, grid in zip((mixed, level), _softmax(layer, part, *shared, group.absent)):
             parts.append(grid.squeeze(2))
     return _joined(layer, query, known, torch.cat(mixed), torch.cat(level))
+
+
+def _with_prompt(
+    layer: LlamaDecoderLayer, query: Tensor, own: list[Tensor], known: KeyValue, seen: Tensor
+) -> Tensor:
+    """Attention [b, h, n, d] over [prompt | own tokens] on a grid, `own` keys and values [b, h_kv,
+    W, d], where `seen` [..., P + W] is True.
+    """
+    both = []
+    for prompt, part in zip(known, own):
+        prompt = prompt.to(part.dtype).transpose(0, 1).expand(len(part), -1, -1, -1)
+        both.append(_repeated(layer, torch.cat([prompt, part], dim=2)))
+    scale = layer.self_attn.scaling
+    with sdpa_kernel(KERNELS):
+        return F.scaled_dot_product_attention(query, *both, attn_mask=seen, scale=scale)
+
+
+def attend_last_on_grids(
+    layer: LlamaDecoderLayer, query: Tensor, own: KeyValue, known: KeyValue, groups: list[UserGroup]
+) -> Tensor:
+    """`attend_last` by one call of the library for each grid, on any device."""
+    mixed = []
+    asking = query[:, :, None].split([group.n_users for group in groups])
+    for part, (group, grids) in zip(asking, _grids(groups, *own)):
+        seen = F.pad(~group.absent, (len(known[0]), 0), value=True)
+        mixed.append(_with_prompt(layer, part, grids, known, seen))
+    return torch.cat(mixed).squeeze(2)
 
 
 @compilable

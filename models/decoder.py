@@ -163,14 +163,14 @@ def queries_keys_values(
     norms = "q_norm", "k_norm"  # Qwen3 has them
     q_norm, k_norm = (getattr(attention, name, lambda x: x) for name in norms)
     # The order of the three products is the order in which their gradients are summed.
-    if query_tokens is None:
-        query = _rotated(q_norm(_heads(layer, attention.q_proj(normed))), rotation)
-    key = _rotated(k_norm(_heads(layer, attention.k_proj(normed))), rotation)
+    query = q_norm(_heads(layer, attention.q_proj(normed))) if query_tokens is None else None
+    key = k_norm(_heads(layer, attention.k_proj(normed)))
     value = _heads(layer, attention.v_proj(normed))
-    if query_tokens is not None:
-        query = q_norm(_heads(layer, attention.q_proj(normed.index_select(0, query_tokens))))
-        query = _rotated(query, (cos[query_tokens], sin[query_tokens]))
-    return query, key, value
+    if query_tokens is None:
+        return *apply_rotary_pos_emb(query, key, cos, sin), value
+    query = q_norm(_heads(layer, attention.q_proj(normed.index_select(0, query_tokens))))
+    own = cos[query_tokens], sin[query_tokens]
+    return _rotated(query, own), _rotated(key, rotation), value
 
 
 def _prompt_layer(

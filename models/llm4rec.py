@@ -68,8 +68,8 @@ class LLM4Rec(nn.Module):
     def pack(self, history: Tensor) -> Packed:
         """The batch as the forward reads it, on the model's device."""
         decoder, n_items = self.decoder, len(self.item_table)
-        packed = Packed.of(history, n_items, len(decoder.prompt_ids), len(decoder.response_ids))
-        return packed.to(self.item_table.device)
+        tokens = len(decoder.prompt_ids), len(decoder.response_ids)
+        return Packed.of(history, n_items, *tokens, self.item_table.device)
 
     def forward_packed(self, packed: Packed, prompt: list[KeyValue] | None = None) -> Output:
         """The forward of a packed batch: no step depends on the data."""

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 GROUPS = 4  # groups of users whose attention is computed together; the best of 1, 4, 8, 16 on CPU
 SMALLEST_GROUP = 32
+CPU = torch.device("cpu")
 ALIGNED = 16  # bytes; where a tensor may begin in a buffer
 
 
@@ -21,7 +22,7 @@ class UserGroup(NamedTuple):
     n_users, n_tokens: b and s.
     grid: [b * W], index into their packed tokens, left-aligned; arbitrary where there is no token.
     packed: [s], index of each of their tokens in the flattened grid.
-    later: [W, W], the positions that a grid position must not attend to.
+    seen: [W, P + W], the prompt's and the grid's positions that a grid position attends to.
     absent: [b, 1, 1, W], the positions that a user's last token must not attend to.
     """
 
@@ -29,7 +30,7 @@ class UserGroup(NamedTuple):
     n_tokens: int
     grid: Tensor
     packed: Tensor
-    later: Tensor
+    seen: Tensor
     absent: Tensor
 
     def on_grid(self, tokens: Tensor) -> Tensor:
@@ -67,8 +68,18 @@ class Packed(NamedTuple):
     groups: list[UserGroup]
 
     @classmethod
-    def of(cls, history: Tensor, n_items: int, n_prompt: int = 0, n_response: int = 0) -> "Packed":
-        """From left-padded catalogue indices [B, L]; n_items is the padding."""
+    def of(
+        cls,
+        history: Tensor,
+        n_items: int,
+        n_prompt: int = 0,
+        n_response: int = 0,
+        device: torch.device = CPU,
+    ) -> "Packed":
+        """From left-padded catalogue indices [B, L]; n_items is the padding.
+
+        A GPU waits for launches, not for arithmetic: all users are one group there.
+        """
         history = history.cpu()
         real = history != n_items
         order = real.sum(1).argsort(stable=True)  # neighbours of similar length pad little
@@ -84,10 +95,11 @@ class Packed(NamedTuple):
         response = (n_real + torch.arange(n_response)).expand(batch, -1)
         slot = torch.arange(slots + n_response).expand(batch, -1)
         groups = []
-        for part in width.split(max(SMALLEST_GROUP, -(-batch // GROUPS))):
-            groups.append(_group(part, widths[: len(part)]))
+        n_groups = GROUPS if device.type == "cpu" else 1
+        for part in width.split(max(SMALLEST_GROUP, -(-batch // n_groups))):
+            groups.append(_group(part, widths[: len(part)], n_prompt))
             widths = widths[len(part) :]
-        return cls(
+        packed = cls(
             items=history[real],
             back=order.argsort(),
             items_back=number[real].argsort(),
@@ -97,10 +109,7 @@ class Packed(NamedTuple):
             last=width.cumsum(0) - 1,
             groups=groups,
         )
-
-    def to(self, device: torch.device) -> "Packed":
-        """On the device."""
-        return self if device.type == "cpu" else in_one_copy(self, device)
+        return packed if device.type == "cpu" else in_one_copy(packed, device)
 
 
 def in_one_copy(value: Any, device: torch.device) -> Any:
@@ -120,12 +129,12 @@ def in_one_copy(value: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda _: next(left), value)
 
 
-def _group(width: Tensor, widths: list[int]) -> UserGroup:
+def _group(width: Tensor, widths: list[int], n_prompt: int) -> UserGroup:
     """The group of users with these numbers of tokens, as a tensor and as Python numbers."""
     column = torch.arange(max(widths))
     first = width.cumsum(0) - width
     grid = (first[:, None] + column).clamp(max=sum(widths) - 1).flatten()
     inside = column < width[:, None]  # [b, W]
     packed = inside.flatten().nonzero().squeeze(1)
-    later = inside.new_ones(len(column), len(column)).triu(1)
-    return UserGroup(len(widths), sum(widths), grid, packed, later, ~inside[:, None, None])
+    seen = inside.new_ones(len(column), n_prompt + len(column)).tril(n_prompt)
+    return UserGroup(len(widths), sum(widths), grid, packed, seen, ~inside[:, None, None])

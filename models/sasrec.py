@@ -101,7 +101,7 @@ class SASRec(nn.Module):
 
     def _packed_states(self, history: Tensor) -> tuple[Packed, Tensor]:
         """The packed batch, and states of the blocks at every packed item, [S, W]."""
-        packed = Packed.of(history, self.n_items).to(self.item_embedding.weight.device)
+        packed = Packed.of(history, self.n_items, device=self.item_embedding.weight.device)
         tokens = PackedTokens(packed.groups)
         x = self._embedded(packed.items, packed.position, history.shape[1])
         for block in self.blocks:

@@ -128,7 +128,7 @@ def tensors(value):
 
 def test_a_batch_goes_to_the_device_in_one_copy():
     packed = Packed.of(histories(LENGTHS), 23, 4, 2)
-    copied, moved = in_one_copy(packed, torch.device("cpu")), packed.to(META)
+    copied, moved = in_one_copy(packed, torch.device("cpu")), in_one_copy(packed, META)
     pairs = zip(tensors(packed), tensors(copied), strict=True)
     assert all(tensor.dtype == other.dtype and tensor.equal(other) for tensor, other in pairs)
     assert [group[:2] for group in copied.groups] == [g[:2] for g in packed.groups]
@@ -138,7 +138,7 @@ def test_a_batch_goes_to_the_device_in_one_copy():
 def test_a_tensor_left_behind_is_noticed(monkeypatch):
     """What these tests are for: without the move to the device they fail."""
     model = on_meta(small_model())
-    monkeypatch.setattr(Packed, "to", lambda packed, device: packed)
+    monkeypatch.setattr("models.packed.in_one_copy", lambda packed, device: packed)
     with pytest.raises(Exception, match="device|meta"):
         model(histories(LENGTHS))
 

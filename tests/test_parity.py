@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.measure import loss_parts
 from benchmarks.plain import plain_twin
-from models.attention import attend, attend_on_grids
+from models.attention import attend, attend_last, attend_last_on_grids, attend_on_grids
 from models.packed import Packed
 from tests.conftest import TARGETS, histories, small_model
 from utils.flags import StudentLoss
@@ -164,7 +164,7 @@ def test_bfloat16_with_full_training_is_as_near_as_the_plain_form(seed):
 def test_attention_on_grids_equals_the_flash_kernels_and_a_plain_softmax(kv_heads):
     """The form that other devices take, on users of three groups; outputs and gradients."""
     lengths, n_prompt, width = [3, 8, 1, 5] * 20, 4, 6
-    packed = Packed.of(histories(lengths), 23)
+    packed = Packed.of(histories(lengths), 23, n_prompt)
     attention = SimpleNamespace(scaling=0.4, num_key_value_groups=4 // kv_heads)
     layer = SimpleNamespace(self_attn=attention)
     torch.manual_seed(0)
@@ -188,10 +188,18 @@ def test_attention_on_grids_equals_the_flash_kernels_and_a_plain_softmax(kv_head
     def ours(form):
         return lambda q, *t: form(layer, q, t[:2], t[2:], packed.groups)
 
+    def last(form):  # from the users' last tokens alone
+        return lambda q, *t: ours(form)(q[packed.last], *t)
+
     found = []
     for form in (plain, ours(attend), ours(attend_on_grids)):
         output = form(*given)
         found.append([output, *torch.autograd.grad((output * slope).sum(), given)])
+    of_last = [lambda *t: plain(*t)[packed.last], last(attend_last), last(attend_last_on_grids)]
+    for i, form in enumerate(of_last):
+        output = form(*given)
+        slopes = torch.autograd.grad((output * slope[packed.last]).sum(), given)
+        found[i] += [output, *slopes]
     for expected, *others in zip(*found):
         for other in others:
             torch.testing.assert_close(other, expected, atol=1e-11, rtol=1e-11)
