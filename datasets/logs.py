@@ -30,9 +30,13 @@ BARE = ("user", "item", "rating", "time")  # MovieLens without a header
 NAMES = {name for form in (*KNOWN, CONTRACT) for name in form.values()} - {"rating"}
 HINTS = {  # for the command that a refusal offers; nothing is read by them
     "user": re.compile("user|customer|client|member|visitor|buyer|reviewer|session", re.I),
-    "item": re.compile("item|product|article|movie|book|song|track|sku|asin", re.I),
+    "item": re.compile(
+        "^(?!.*(rating|score)).*(item|product|article|movie|book|song|track|sku|asin|isbn)", re.I
+    ),
     "time": re.compile("time|date|datum|stamp|when|_at$|day", re.I),
 }
+PART = re.compile("year|month|week|day|dow|hour|minute|second", re.I)  # of a time: does not sort
+UNTIMED = {*NAMES, "rating", "overall", "title"} - {form["time"] for form in KNOWN}
 NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
 WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
 CLOCK = r":\d\d(?:\.\d+)?\s*"
@@ -144,8 +148,10 @@ def _offer(table: Table, chosen: dict[str, str | None]) -> str:
     offer = {}
     for role, hint in HINTS.items():
         near = sorted(filter(hint.search, free), key=lambda name: -int("id" in name.lower()))
-        near = times + near if role == "time" else near
-        offer[role] = chosen[role] or (near[0] if near else "none" if role == "time" else "COLUMN")
+        if role == "time":
+            whole = times + [name for name in near if not PART.search(name)]
+            near = whole or ["COLUMN" if near else "none"]
+        offer[role] = chosen[role] or (near[0] if near else "COLUMN")
     for name in free:
         if bare(name) == "title" and not chosen["title"]:
             offer["title"] = name
@@ -415,7 +421,9 @@ def _judge_numbers(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
     lengths = set((np.log10(np.maximum(np.abs(time), 1)).astype(np.int64) + 1).tolist())
     if 8 in lengths and lengths & {12, 14} and lengths <= {8, 12, 14}:
         raise UsageError(f"{path}: times of 8 and of more digits: days and minutes in one column?")
-    if time.max() < 2400 and (time % 100 < 60).all() and len(np.unique(time)) > 60:
+    month, day = time // 100, time % 100
+    days = ((month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)).all()  # 1229 of one year sorts
+    if time.max() < 2400 and (day < 60).all() and len(np.unique(time)) > 60 and not days:
         raise UsageError(
             f"{path}: times from {time.min():.0f} to {time.max():.0f} look like a clock (HHMM)"
             " without a date; join the date and the time in one column"

@@ -238,7 +238,8 @@ def _by_number(part: Path) -> list:
 def _look(head: bytes) -> tuple[str, list[str], list[str]]:
     """The encoding of a text, the blank lines and comments before its first row, the rest."""
     encoding = "utf-16" if head[:2] in UTF16 else "utf-8-sig"
-    lines, skip = head.decode(encoding, "replace").splitlines(), 0
+    text = io.StringIO(head.decode(encoding, "replace"), newline=None)  # ends lines as readers do
+    lines, skip = [line.rstrip("\n") for line in text], 0
     while skip < len(lines) and (not lines[skip].strip() or COMMENT.match(lines[skip])):
         skip += 1
     return encoding, lines[:skip], lines[skip:]
@@ -326,7 +327,8 @@ def _look_at_text(
         )
     texts = not any(map(NUMBER.fullmatch, first)) and separator not in (" ", "::")
     header = not numbered if named else texts or has_names
-    if in_lines and not header:
+    blanks = (" ",) if named else (" ", "\t")
+    if in_lines and not header and separator in blanks:
         sample = [dict(zip("12", _two_cells(line))) for line in lines]
         return Table(path, parts, "lines", " ", encoding, False, ["1", "2"], sample)
     columns = [str(i + 1) for i in range(len(first))]

@@ -7,16 +7,16 @@ import numpy as np
 from datasets.interactions import read_histories
 from datasets.items import Finder, Items, listing_of
 from datasets.logs import (
-    HINTS,
     NAMES,
     ROLES,
+    UNTIMED,
     canonical,
     choose_columns,
     list_of_items,
     original_ids,
     read_log,
 )
-from datasets.tables import Table, open_table
+from datasets.tables import Table, bare, open_table
 from engine.errors import UsageError
 
 Histories = dict[str, list[int]]  # user -> catalogue indices
@@ -58,7 +58,7 @@ def of_file(
     found: dict[str, list[str]] = {}
     if columns or not {"reviewerid", "asin"} <= by_name.keys() or "unixreviewtime" in by_name:
         given = dict(zip(ROLES, columns))  # user, item, time
-        if not given and table.header and not any(map(HINTS["time"].search, table.columns)):
+        if not given and table.header and {bare(name) for name in table.columns} <= UNTIMED:
             given["time"] = "none"
         chosen = choose_columns(table, given, "auto", "")
         if chosen.time is None:

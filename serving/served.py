@@ -191,7 +191,7 @@ def read(files: ServedFiles) -> Served:
     own = run.config.get("domain", files.domain_type)
     refuse_other_domain(files, run.folder, own)
     path = files.data_path or run.flags.get("data_path")
-    domain = Domain(own, path, files.ends_are_items, files.split).read_as_in(run.flags)
+    domain = Domain.of(files)._replace(name=own, data_path=path).read_as_in(run.flags)
     data, csv_path = domain.read()
     hashes, sources = {"data_sha256": data.sha256}, {"data_sha256": csv_path}
     table_path = None

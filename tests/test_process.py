@@ -111,11 +111,6 @@ def test_broken_lines_are_counted_and_too_many_are_an_error(tmp_path, capsys):
     assert not (tmp_path / "more/out").exists()
 
 
-def test_python_literal_metadata_is_read(tmp_path):
-    out = written(tmp_path, meta=["{'asin': 'A', 'title': \"It's\"}", *META[1:]])
-    assert (out / "hand.items.csv").read_text().splitlines()[1] == "0,A,It's"
-
-
 def test_refusals(tmp_path):
     written(tmp_path)
     with pytest.raises(UsageError, match="already exists; --overwrite replaces it"):

@@ -28,7 +28,6 @@ def four(monkeypatch):
         ({4: [9, 9, 1], 2: [10, 10, 10], 1: [11, 11, 11]}, 4),  # one hiccup
         ({4: [9, 9, 1, 1], 2: [10, 10, 10], 1: [11, 11, 11]}, 2),  # stuck now and then
         ({4: [6, 6, 6], 2: [10, 10, 10], 1: [11, 11, 11]}, 2),  # slow in the median
-        ({4: [7, 7, 6], 2: [10, 10, 10], 1: [11, 11, 11]}, 4),
         ({4: [1, 1, 1], 2: [2, 2, 9], 1: [11, 10, 10]}, 1),
     ],
 )
@@ -84,13 +83,6 @@ def test_onednn_takes_float32_products_on_amd_alone(highest, monkeypatch, amd, e
     assert torch.get_float32_matmul_precision() == expected
 
 
-def test_a_precision_that_the_user_set_is_left_alone(highest, monkeypatch):
-    monkeypatch.setattr(cpu, "_about", lambda: "vendor_id: AuthenticAMD")
-    torch.set_float32_matmul_precision("high")
-    cpu.choose_products()
-    assert torch.get_float32_matmul_precision() == "high"
-
-
 def test_the_error_shows_bfloat16(monkeypatch):
     exact = torch.Tensor.__matmul__
 
@@ -103,15 +95,8 @@ def test_the_error_shows_bfloat16(monkeypatch):
 
 SLOWER = "bf16 products are 35 times slower than float32 here; leave --bf16 out\n"
 FASTER = "bf16 products are 8 times faster than float32 here: --bf16 true"
-TOLD = [
-    (35, True, True, SLOWER),
-    (35, False, True, ""),
-    (0.5, True, True, ""),
-    (0.5, False, True, ""),
-    (0.125, False, True, f"{FASTER} --compile true\n"),
-    (0.125, False, False, f"{FASTER}\n"),
-    (0.125, True, True, ""),
-]
+TOLD = [(35, True, True, SLOWER), (0.5, True, True, ""), (0.125, True, True, "")]
+TOLD += [(0.125, False, True, f"{FASTER} --compile true\n"), (0.125, False, False, f"{FASTER}\n")]
 
 
 @pytest.mark.parametrize("ratio, used, compiles, expected", TOLD)

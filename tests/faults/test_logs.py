@@ -74,11 +74,10 @@ REFUSED = [  # the files, the first one's first part is read; words of the answe
         "element 0 of the list is '15",
     ),
     ({"a.csv": "reviewerID,asin\nu1,[1 2 ... 3]\nu2,[1 2]\n"}, "element 2 of the list is '...'"),
-    ({"a.csv": zoned().replace("+05:00", "+05")}, "row 2: the time is .*, expected a time zone"),
     ({"a.tsv": LATE}, 'row 9002: \'"T ""1"""\' is a cell in quotes, which are letters'),
     ({"a.csv": LOG}, "--dedup=rows: .*=%d: no times", "--time none --dedup rows --time_format %d"),
     ({"a.zst": "\x28\u00b5/\u00fd"}, "looks like zstd; unpack it first"),
-    ({"a.db": "SQLite format 3\0"}, "looks like an SQLite database; export"),
+    ({"a.csv": "userID,movieID,date_day\n1,2,3\n2,3,4\n"}, "--item movieID --time COLUMN"),
 ]
 
 
@@ -107,6 +106,10 @@ def test_comments_are_skipped_in_the_parts_that_have_them():
     lists = {user: " ".join([user, *items]) for user, items in plain_lists().items()}
     Path("lines.txt").write_text("\n".join(["# a user and items per line", *lists.values()]))
     assert convert_by("--input lines.txt --lists yes")[0] == plain_lists()
+    quoted = [f'{user},"{" ".join(items)}"' for user, items in plain_lists().items()]
+    Path("quoted.csv").write_text("\n".join(quoted))  # not split at blanks
+    by_number = "--user 1 --item 2 --time none --lists yes"
+    assert convert_by(f"--input quoted.csv {by_number}")[0] == plain_lists()
 
 
 def test_double_colons_separate_text_without_quotes():
