@@ -46,12 +46,13 @@ def parts(device: str, dry: bool, folder: str) -> list[tuple[str, int, str]]:
     rows = "steps,sasrec" if dry else "steps,distill,inference,sasrec"
     sizes = ["SASRec"] if dry else ["E4SRec, 8 layers"]  # plain and ours
     sizes = shlex.quote(json.dumps(sizes))
-    speed = f"--device {device} --output_dir {folder} --repeats"
+    speed = f"--device {device} --output_dir {folder}"
+    rounds, pairs = (1, 1) if dry else (2, 5)
     profiled = shlex.quote(PROFILE.format(device, base))
     distil = f"distill.py --teacher {folder}/teacher --output_dir {folder}/student {table} {short}"
     teach = f"finetune.py --output_dir {folder}/teacher --base_model {base} {table} {short}"
-    memory = f"-m benchmarks.efficiency --shape {shape} {speed} {1 if dry else 2} --rows {sizes}"
-    race = f"-m benchmarks.throughput --base_model {base} --rows {rows} {speed} {1 if dry else 5}"
+    memory = f"-m benchmarks.efficiency --shape {shape} {speed} --repeats {rounds} --rows {sizes}"
+    race = f"-m benchmarks.throughput --base_model {base} {speed} --repeats {pairs} --rows {rows}"
     return [
         ("Tests of CUDA", 60, "-m pytest -q tests/test_cuda.py"),
         ("Step 1", 60, f"train_sr_trad.py --output_dir {folder}/sasrec {short}"),

@@ -177,19 +177,19 @@ def main(
     columns = choose_columns(table, given, lists, command)
     if min_rating is not None and columns.rating is None:
         raise UsageError(f"--min_rating={min_rating}: {input} has no rating; name it with --rating")
+    dated = columns.time is not None
     cli.check(
         (
-            dedup != "rows" or columns.time is not None,
+            dated or dedup != "rows",
             "--dedup=rows: compares times, and none are read; give items, or no",
         ),
         (
-            not time_format or columns.time is not None,
+            dated or not time_format,
             f"--time_format={time_format}: no times are read; name their column with --time",
         ),
     )
     report_columns(table, columns, min_rating)
     log, titles = read_log(table, columns, min_rating, drop_missing, time_format=time_format)
-    dated = columns.time is not None
     print_counts("read", log)
     twice = int(log.repeated("user", "item", "time").sum()) if dated else 0
     if twice:

@@ -421,9 +421,10 @@ def _judge_numbers(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
     lengths = set((np.log10(np.maximum(np.abs(time), 1)).astype(np.int64) + 1).tolist())
     if 8 in lengths and lengths & {12, 14} and lengths <= {8, 12, 14}:
         raise UsageError(f"{path}: times of 8 and of more digits: days and minutes in one column?")
-    month, day = time // 100, time % 100
-    days = ((month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)).all()  # 1229 of one year sorts
-    if time.max() < 2400 and (day < 60).all() and len(np.unique(time)) > 60 and not days:
+    first, last = time // 100, time % 100
+    in_year = (first >= 1) & (first <= 12) & (last >= 1) & (last <= 31)  # MMDD, which sorts
+    clock = time.max() < 2400 and (last < 60).all() and not in_year.all()
+    if clock and len(np.unique(time)) > 60:
         raise UsageError(
             f"{path}: times from {time.min():.0f} to {time.max():.0f} look like a clock (HHMM)"
             " without a date; join the date and the time in one column"

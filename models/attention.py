@@ -154,12 +154,16 @@ def _repeated(layer: LlamaDecoderLayer, shared: Tensor) -> Tensor:
 
 
 def _softmax(
-    layer: LlamaDecoderLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    layer: LlamaDecoderLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    barred: Tensor | None = None,
 ) -> KeyValue:
     """Softmax attention [..., n, d] and the logarithm of its mass [..., n, 1], in float32 at least.
 
     Args:
-        mask: True where a query must not attend.
+        barred: True where a query must not attend.
     """
     if query.dim() == 4:
         key, value = (_repeated(layer, t) for t in (key, value))
@@ -167,8 +171,8 @@ def _softmax(
     with torch.autocast(query.device.type, enabled=False):
         query, key, value = wide(query), wide(key), wide(value)
         scores = (query * layer.self_attn.scaling) @ key.transpose(-1, -2)
-        if mask is not None:
-            scores = scores.masked_fill(mask, -torch.inf)
+        if barred is not None:
+            scores = scores.masked_fill(barred, -torch.inf)
         peak = scores.detach().amax(-1, keepdim=True)  # a constant: it cancels in the result
         weight = (scores - peak).exp()
         mass = weight.sum(-1, keepdim=True)
