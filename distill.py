@@ -109,7 +109,7 @@ def main(
     options = runtime.gradient_checkpointing, runtime.compile
     student = LLM4Rec.build(base, data.item_table, spec, run.bf16, *options)
     if not run.resume:
-        student.start(llm.student_init, teacher_run, run.source, spec)
+        student.start(llm.student_init, teacher_run, run.source, spec, base)
     student.move(device, runtime.shard)
 
     teacher, online_model, seconds = teachers.none, None, None

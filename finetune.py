@@ -74,7 +74,7 @@ def main(
     torch.manual_seed(run.seed)
     options = runtime.gradient_checkpointing, runtime.compile
     model = LLM4Rec.build(base, data.item_table, spec, run.bf16, *options)
-    model.start("base", None, run.source, spec).move(device, runtime.shard)
+    model.start("base", None, run.source, spec, base).move(device, runtime.shard)
     sasrec = teachers.sasrec(sasrec_runs, data, cache, run, runtime)
 
     # 4. The method: L = L_ce, + lambda3 L_ms with exits, + SASRec's KL.

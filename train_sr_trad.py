@@ -69,7 +69,7 @@ def main(
     if files.init_table:
         model.start(inputs.vectors(files.init_table), sasrec.init_std)
     if run.source:
-        model.restore(run.source)
+        model.start_from(run)
 
     # 4. The method: the next item, among all items or sampled ones.
     def loss_fn(batch):

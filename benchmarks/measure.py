@@ -79,7 +79,7 @@ class Shape(NamedTuple):
         device, half = self.item_table.device, bf16 and strategy == "lora"
         dtype = torch.bfloat16 if half else torch.get_default_dtype()
         with device:
-            llama = AutoModel.from_config(prune_config(self.config, n_layers), dtype=dtype)
+            llama = AutoModel.from_config(prune_config(self.config, range(n_layers)), dtype=dtype)
         spec = {
             "prompt_ids": self.prompt_ids,
             "response_ids": self.response_ids,

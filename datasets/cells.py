@@ -13,7 +13,7 @@ PYTHONS = re.compile(r"\d_\d|\b0[xXoObB]")  # to Python 12_3 is 123
 QUOTED = r"""(?:'[^']*'|"[^"]*")"""
 ARRAY = re.compile(rf"\[\s*{QUOTED}(?:\s+{QUOTED})+\s*\]")  # numpy's; Python joins such texts
 CUT = re.compile(r"\d[eE]\+?\d")  # a number that lost its last digits
-SPLIT = re.compile(r"[\s,|;]+")
+SPLIT, BLANKS = re.compile(r"\s*[,|;][\s,|;]*"), re.compile(r"\s+")
 # page code that stands as a title in some v2 files
 SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")
 TAG = re.compile(r"</?[A-Za-z][^<>]*>|<span\b[^<>]*$")  # whole tags, and one that was cut off
@@ -41,7 +41,8 @@ class _NaNs(ast.NodeTransformer):
 
 def parse_list(path: Path, row: int, cell: object) -> list[str]:
     """The item ids of a cell: JSON, a Python literal, an array of Postgres or numpy, or text split
-    at commas, spaces or bars. Raises UsageError: an element is no text and no whole number.
+    at commas or bars, or at blanks where it has none. Raises UsageError: an element is no text and
+    no whole number.
     """
     text = cell.strip() if isinstance(cell, str) else ""
     quoted = "'" in text or '"' in text
@@ -55,7 +56,9 @@ def parse_list(path: Path, row: int, cell: object) -> list[str]:
     elif literal:
         values = parsed(text)
     if not isinstance(values, list | tuple):
-        values = [part.strip("'\"") for part in SPLIT.split(text.strip("[]()")) if part]
+        inside = text.strip("[]()")
+        split = SPLIT if SPLIT.search(inside) else BLANKS
+        values = [part.strip("'\"") for part in split.split(inside.strip()) if part]
     names = []
     for position, value in enumerate(values):
         name = str(value).strip() if type(value) in (int, float, str) else ""

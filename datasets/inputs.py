@@ -174,7 +174,8 @@ class Inputs(NamedTuple):
 def _notes(table_path: Path) -> dict:
     """What the .json beside an item table says; empty without one, or where it is not ours."""
     notes = table_path.with_suffix(".json")
-    about = read_json(notes, "item table notes") if notes.is_file() else {}
+    foreign = notes.is_file() and notes.read_bytes().lstrip()[:1] == b"["
+    about = read_json(notes, "item table notes") if notes.is_file() and not foreign else {}
     return about if "data_sha256" in about else {}
 
 

@@ -48,7 +48,9 @@ SHAPES = {  # of names that are none
     ),
     re.compile(r"\{.*:.*\}", re.DOTALL): "is an object; write its id alone as text",
 }
-A_LIST = re.compile(r"(?s)\s*[\[({].*[\])}]\s*")
+A_LIST = re.compile(  # in brackets, or several ids, each of which has a digit
+    r"(?s)\s*[\[({].*[\])}]\s*|[^\s,|]*\d[^\s,|]*([\s,|]+[^\s,|]*\d[^\s,|]*)+"
+)
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
 UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
@@ -206,7 +208,8 @@ def read_log(
     users, items, parts = Names(canonical), Names(canonical), []
     titles: dict[int, str] = {}  # by code
     missing: dict[str, list[int]] = {"user": [], "item": []}  # rows
-    asins, low, n_rows, dates = original_ids(table.path) if columns.lists else {}, 0, 0, None
+    asins = original_ids(table.path) if columns.lists else {}
+    low, n_rows, dates, zones = 0, 0, None, {}
     for frame in table.frames([name for name in columns if isinstance(name, str)]):
         rows = frame.index.to_numpy()
         if columns.lists:
@@ -221,7 +224,7 @@ def read_log(
         frame, user, item, time, rows = (part[kept] for part in (frame, user, item, time, rows))
         if columns.time is not None and len(frame):
             dates = _are_dates(frame[columns.time], time_format) if dates is None else dates
-            time = _times(table.path, frame[columns.time], rows, dates, time_format)
+            time = _times(table.path, frame[columns.time], rows, dates, time_format, zones)
         if columns.title is not None:
             _add_titles(titles, item, frame[columns.title])
         high = np.ones(len(frame), dtype=bool)
@@ -229,8 +232,7 @@ def read_log(
             high = _numbers(table.path, frame[columns.rating], rows, "rating") >= min_rating
             low += int((~high).sum())
         parts.append((user[high], item[high], time[high], rows[high]))
-    if not n_rows:
-        raise UsageError(f"{table.path}: holds no interaction")
+    cli.check((n_rows > 0, f"{table.path}: holds no interaction"))
     _judge_missing(table.path, missing, drop_missing, columns, mend)
     user, item, time, rows = (np.concatenate(column) for column in zip(*parts))
     if min_rating is not None:
@@ -271,12 +273,21 @@ def list_of_items(path: Path, row: int, cell: object, asins: dict[str, str]) -> 
     return [asins.get(name, name) for name in names]
 
 
+def list_of_times(path: Path, row: int, cell: object, n: int) -> list:
+    """The times of a list of n items. Raises UsageError: the cell holds something else."""
+    times = parsed(cell) if isinstance(cell, str) else None
+    if not isinstance(times, list) or len(times) != n:
+        raise UsageError(f"{path}: row {row}: expected a list of {n} times")
+    return times
+
+
 def _unrolled(
     path: Path, frame: pd.DataFrame, rows: np.ndarray, columns: Columns, asins: dict[str, str]
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """A row per item of lists; the row of the file of each."""
     cells = zip(rows, frame[columns.item])
     lists = [list_of_items(path, row, cell, asins) for row, cell in cells]
+    _refuse_repeated(path, frame[columns.user], rows, lists)
     lengths = np.array([len(items) for items in lists], dtype=np.int64)
     filled = lengths > 0
     frame, rows, lengths = frame[filled], rows[filled], lengths[filled]
@@ -284,15 +295,31 @@ def _unrolled(
     long = frame.iloc[owner].reset_index(drop=True)
     long[columns.item] = [item for items in lists for item in items]
     if columns.time is not None and frame[columns.time].astype(str).str.startswith("[").all():
-        times = [parsed(cell) for cell in frame[columns.time]]
-        for row, found, n in zip(rows, times, lengths):
-            if not isinstance(found, list) or len(found) != n:
-                raise UsageError(f"{path}: row {row}: expected a list of {n} times")
-        long[columns.time] = [time for found in times for time in found]
+        cells = zip(rows, frame[columns.time], lengths)
+        long[columns.time] = [time for given in cells for time in list_of_times(path, *given)]
     if columns.title is not None:
         cells = zip(frame[columns.title], lengths)
         long[columns.title] = [t for cell, n in cells for t in title_list(cell, n) or [""] * n]
     return long, rows[owner]
+
+
+def _refuse_repeated(path: Path, users: pd.Series, rows: np.ndarray, lists: list) -> None:
+    """Refuse rows that hold a user's earlier list again (MIND's), or a window that moves by one."""
+    before, pairs, again = {}, 0, []
+    for user, row, items in zip(users, rows, lists):
+        last = before.get(user, [])
+        before[user] = items
+        if len(last) > 1:
+            pairs += 1
+            grown = last in (items[: len(last)], items[-len(last) :])
+            moved = len(last) > 2 and last[1:] == items[: len(last) - 1]
+            again += [row] if grown or moved else []
+    if again and 2 * len(again) >= pairs:
+        raise UsageError(
+            f"{path}: row {again[0]} holds the list of the user's row before again"
+            f" ({len(again):,} such rows), joined they would count twice; keep one row per user,"
+            " with the whole history"
+        )
 
 
 def _refuse_rounded(path: Path, cells: pd.Series, rows: np.ndarray, role: str) -> None:
@@ -317,12 +344,18 @@ def _are_dates(cells: pd.Series, form: str | None) -> bool:
 
 
 def _times(
-    path: Path, cells: pd.Series, rows: np.ndarray, dates: bool, form: str | None
+    path: Path,
+    cells: pd.Series,
+    rows: np.ndarray,
+    dates: bool,
+    form: str | None,
+    zones: dict[str, tuple],
 ) -> np.ndarray:
     """Times that sort: numbers as they are, dates in seconds since 1970.
 
     Args:
         form: of the dates; ISO 8601 by default.
+        zones: see `_judge_zones`.
     """
     texts = cells.dtype == object or pd.api.types.is_string_dtype(cells)
     if not dates:
@@ -341,15 +374,33 @@ def _times(
     if texts:  # not "now"
         without = ~cells.astype(str).str.contains(r"\d").to_numpy()
         _refuse(path, without, cells, rows, "time", expected)
-    if not form and texts and cells.astype(str).str.contains(AWAY).any():
-        bare_times = ~cells.astype(str).str.contains(ZONE).to_numpy()
-        _refuse(path, bare_times, cells, rows, "time", "a time zone, as in other rows")
+    if not form:
+        _judge_zones(path, cells, rows, zones)
     try:
         found = pd.to_datetime(cells, format=form or "ISO8601", utc=True, errors="coerce")
     except ValueError as error:  # not a form of time
         raise UsageError(f"--time_format={form}: {one_line(error)}") from None
     _refuse(path, found.isna().to_numpy(), cells, rows, "time", expected)
     return found.to_numpy("datetime64[us]").astype(np.int64) / 1e6
+
+
+def _judge_zones(path: Path, cells: pd.Series, rows: np.ndarray, seen: dict[str, tuple]) -> None:
+    """Refuse times without a zone beside times of one other than UTC, in this frame or before."""
+    zone = getattr(cells.dtype, "tz", None)
+    kinds = {"bare": np.full(len(cells), zone is None)}
+    kinds["away"] = np.full(len(cells), str(zone) not in ("None", "UTC", "Etc/UTC", "+00:00"))
+    if not pd.api.types.is_datetime64_any_dtype(cells):
+        texts = cells.astype(str).str
+        kinds = {"bare": ~texts.contains(ZONE), "away": texts.contains(AWAY)}
+    for kind, found in kinds.items():
+        if found.any():
+            first = int(np.argmax(found))
+            seen.setdefault(kind, (rows[first], str(cells.iloc[first])))
+    if len(seen) == 2:
+        row, shown = seen["bare"]
+        raise UsageError(
+            f"{path}: row {row}: the time is {shown!r}, expected a time zone, as in other rows"
+        )
 
 
 def _refuse(

@@ -52,15 +52,20 @@ def tokenise(texts: Template, base: str) -> tuple[list[int], list[int]]:
     kind = LlamaTokenizer if alone else AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(base, trust_remote_code=False)
+        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     except Exception as error:  # tokenizers raises a plain Exception for a damaged file
         reason = str(error).strip().split("\n")[0][:120]
         raise UsageError(
             f"--base_model={base}: no usable tokenizer; expected tokenizer.json, or"
             f" tokenizer.model, beside the weights ({reason})"
         ) from None
-    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     if not all(ids):
         raise UsageError(
             f"--base_model={base}: its tokenizer makes no tokens of the prompt template"
+        )
+    if {*ids[0], *ids[1]} == {tokenizer.unk_token_id}:
+        raise UsageError(
+            f"--base_model={base}: its tokenizer knows nothing of the prompt: every token is"
+            f" {tokenizer.unk_token}; put the base's own there"
         )
     return ids

@@ -290,6 +290,12 @@ class Run:
         """Refuse a folder whose run has other flags, or other entries of config.json."""
         state = "a finished" if self.finished else "an unfinished"
         mend = "choose another folder" if self.finished else "give its flags to resume it"
+        flags = self._other_flags("model", "training")
+        if flags:
+            raise UsageError(
+                f"--output_dir={self.folder} holds {state} run with other flags: {flags};"
+                f" {mend}, or --overwrite starts from scratch"
+            )
         other = []
         for name, value in json.loads(json.dumps(content)).items():
             recorded = self.config.get(name, value)  # it may have been added after the run
@@ -299,12 +305,6 @@ class Run:
             raise UsageError(
                 f"--output_dir={self.folder} holds {state} run from something else:"
                 f" {'; '.join(other)}; choose another folder, or --overwrite starts from scratch"
-            )
-        flags = self._other_flags("model", "training")
-        if flags:
-            raise UsageError(
-                f"--output_dir={self.folder} holds {state} run with other flags: {flags};"
-                f" {mend}, or --overwrite starts from scratch"
             )
 
     def _other_flags(

@@ -25,6 +25,7 @@ from engine.errors import UsageError
 from engine.files import read_json, replacing
 from engine.run import Run, recorded_flags
 from experiments.paper import label, plain_ce
+from models.builtin import BUILT_IN
 from utils.flags import SASRecTraining, Training, reads_teacher
 
 SCRIPTS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
@@ -146,6 +147,8 @@ class FinishedRun(NamedTuple):
         values = {name: flags[name] for name in sorted(names)}
         tables = self.items_flags, self.config.get("items_made_by")
         made_by = self.items_from, self.n_sasrecs, *tables, *self.start
+        if flags.get("base_model") not in (None, *BUILT_IN):  # which may be another one there
+            made_by += (self.config.get("base_sha256"),)
         return json.dumps([stage, layers, bool(self.config.get("bf16")), values, *made_by])
 
     def ranks(self, protocol: str) -> np.ndarray | None:

@@ -9,6 +9,7 @@ library's own modules (models/decoder.py).
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from engine.errors import UsageError, one_line
-from engine.files import read_json
+from engine.files import file_sha256, read_json
 from models.builtin import BUILT_IN, FOLDER, ensure_built_in
 
 MADE = {"smollm2": FOLDER / "smollm2"}  # by `make`
@@ -50,23 +51,31 @@ class Base(NamedTuple):
     def describe(self) -> dict[str, Any]:
         """What config.json says of it: whether its weights are random, where it is, and a hash."""
         about = {"random_base": self.is_random, "base": self.location}
+        if self.name not in BUILT_IN:
+            about["base_config_sha256"] = self.config_sha256()
         return about | {"base_sha256": fingerprint(self.location)}
+
+    def config_sha256(self) -> str:
+        """Hash of config.json, which decides on positions, heads and norms."""
+        return file_sha256(_file(self.location, "config.json"))
 
     def check_unchanged(self, config: dict[str, Any]) -> None:
         """Refuse another base than the one that a run was trained on.
 
-        Where the base was trained in full its weights are in the checkpoint, and nothing is
-        compared.
+        Where the base was trained in full its weights are in the checkpoint: its config.json alone
+        is compared.
 
         Args:
             config: the run's config.json.
         Raises:
             UsageError: the base differs.
         """
-        recorded = config.get("base_sha256")
-        if config["model"]["strategy"] == "full" or recorded is None:
+        whole = config["model"]["strategy"] != "full"
+        recorded = config.get("base_sha256" if whole else "base_config_sha256")
+        if recorded is None:
             return
-        found = fingerprint(self.location, every_tensor=recorded.startswith(FINGERPRINT))
+        with_tensors = whole and recorded.startswith(FINGERPRINT)
+        found = fingerprint(self.location, with_tensors) if whole else self.config_sha256()
         if found != recorded:
             raise UsageError(
                 f"--base_model={self.name}: {self.location} is another base than the one"
@@ -146,6 +155,11 @@ def read_config(base: str) -> PreTrainedConfig:
     """The base's configuration. Raises UsageError: no config.json, or a family that is not read
     here.
     """
+    if (Path(base) / "adapter_config.json").is_file():
+        raise UsageError(
+            f"--base_model={base}: has a LoRA adapter (adapter_config.json), which nothing here"
+            " reads; merge it into the weights (peft: merge_and_unload) and save, or remove it"
+        )
     path = _file(base, "config.json")
     if path is None:
         raise UsageError(f"--base_model={base}: has no config.json")
@@ -182,7 +196,7 @@ def load_llama(
     else. Raises UsageError: a needed tensor or the shard that holds it is missing, or has an
     unexpected shape.
     """
-    pruned = prune_config(config, len(layers))
+    pruned = prune_config(config, layers)
     with torch.device("meta"):
         llama = new_decoder(pruned)
     stored = {}  # name in the pruned model -> name in the checkpoint
@@ -202,12 +216,15 @@ def load_llama(
     return llama
 
 
-def prune_config(config: PreTrainedConfig, n_layers: int) -> PreTrainedConfig:
-    """A copy of the configuration for `n_layers` layers."""
-    content = config.to_dict() | {"num_hidden_layers": n_layers, "use_cache": False}
+def prune_config(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
+    """A copy of the configuration for these layers."""
+    content, n = config.to_dict(), config.num_hidden_layers
+    for name, value in content.items():
+        if isinstance(value, list) and len(value) == n:  # an entry per layer
+            content[name] = [value[layer] for layer in layers]
     if content.get("layer_types"):  # attention windows are longer than our sequences
-        content["layer_types"] = ["full_attention"] * n_layers
-    return type(config)(**content)
+        content["layer_types"] = ["full_attention"] * len(layers)
+    return type(config)(**content | {"num_hidden_layers": len(layers), "use_cache": False})
 
 
 def longest(config: PreTrainedConfig) -> tuple[int, str]:

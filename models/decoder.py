@@ -14,8 +14,8 @@ result is not used, or is the same for every user, is left out:
 With LoRA dropout > 0 the prompt's dropout mask is therefore shared by the batch; the expectation is
 unchanged.
 
-EDIT `queries_keys_values` where queries, keys or values are computed differently. LEAVE the rest
-ALONE.
+EDIT `queries_keys_values` where queries, keys or values are computed differently, and
+`Decoder.forward` to return more than the last tokens. LEAVE the rest ALONE.
 
 Legend: B batch, P prompt tokens, S packed suffix tokens (items and response of all users), T all
 tokens computed (P + S, or S where the prompt is known), W widest suffix of a group, H width, h

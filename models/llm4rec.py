@@ -194,7 +194,7 @@ class LLM4Rec(nn.Module):
         return self
 
     def start(
-        self, how: str, teacher: Run | None, source: Run | None, spec: dict[str, Any]
+        self, how: str, teacher: Run | None, source: Run | None, spec: dict[str, Any], base: Base
     ) -> "LLM4Rec":
         """Take the weights that training starts from; what is not taken stays as it was drawn.
 
@@ -203,7 +203,7 @@ class LLM4Rec(nn.Module):
                 `teacher` also its layers.
             teacher: the run of step 3.
             source: another run of the same stage, whose weights are all taken (`--init_from`).
-            spec: this model's.
+            spec, base: this model's.
         Raises:
             UsageError: the other run is of another model or base, or its checkpoint is missing.
         """
@@ -213,7 +213,7 @@ class LLM4Rec(nn.Module):
             ends = [name for name in ("n_blocks", "block_ends") if name in other]
             names += [*ends, "exit_norm"] * spec["exit_heads"]
             _refuse_other(spec, other, names, where, "this one")
-            open_base(source.flags["base_model"]).check_unchanged(source.config)
+            base.check_unchanged(source.config)
             return self.restore(source)
         if how == "base":
             return self
@@ -225,7 +225,7 @@ class LLM4Rec(nn.Module):
         tensors, _ = checkpoint.load(teacher.folder / "best")
         own = checkpoint.trained_tensors(self)
         if how == "teacher":
-            open_base(teacher.flags["base_model"]).check_unchanged(teacher.config)
+            base.check_unchanged(teacher.config)
             where = "--student_init=teacher: the teacher was trained with"
             _refuse_other(spec, teacher.config["model"], _trained_by(spec), where, "not")
             heads = {name: t for name, t in own.items() if name.startswith("exit_heads.")}
@@ -248,9 +248,10 @@ def _prove(base: Base, item_table: Tensor, spec: dict[str, Any]) -> None:
     decoder = model.decoder
     history = torch.arange(min(PROOF_ITEMS, len(item_table)))[None]
     items = model.adapter(model.item_table[history[0]].float())
-    parts = llama.embed_tokens(decoder.prompt_ids), items, llama.embed_tokens(decoder.response_ids)
-    expected = llama(inputs_embeds=torch.cat(parts)[None]).last_hidden_state[0, -1]
     try:
+        before, after = map(llama.embed_tokens, (decoder.prompt_ids, decoder.response_ids))
+        inputs = torch.cat([before, items, after])[None]
+        expected = llama(inputs_embeds=inputs).last_hidden_state[0, -1]
         found = model(history).states[0, -1]
         difference = float((found - expected).norm() / expected.norm())
         problem = "" if difference <= PROOF else f"states differ by {difference:.2g}"
@@ -311,6 +312,12 @@ def specify(
             f"prompt, items and response are {len(prompt_ids)} + {prompt.max_seq_length} +"
             f" {len(response_ids)} tokens, the base has {most} {unit}; lower --max_seq_length, or"
             " name a shorter --prompt_template_name"
+        )
+    largest, known = max(*prompt_ids, *response_ids), base.config.vocab_size
+    if largest >= known:
+        raise UsageError(
+            f"--base_model={base.name}: its tokenizer gives token {largest}, its config.json says"
+            f" vocab_size {known}: a tokenizer of another base?"
         )
     pool, owner = [*range(base.config.num_hidden_layers)], "the base checkpoint"
     if teacher_layers:

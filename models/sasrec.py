@@ -149,6 +149,17 @@ class SASRec(nn.Module):
         checkpoint.restore(self, weights, run.folder / "best")
         return self
 
+    def start_from(self, run: Run) -> None:
+        """Take the weights of the run of --init_from. Raises UsageError: it is another model."""
+        own, other = self.shape(run), self.shape(run.source)
+        for name in own:
+            if name not in ("dropout", "init_std") and own[name] != other[name]:
+                raise UsageError(
+                    f"--init_from={run.source.folder}: its model has {name} {other[name]},"
+                    f" this one {own[name]}"
+                )
+        self.restore(run.source)
+
     @staticmethod
     def shape(run: Run) -> dict[str, Any]:
         """The arguments of SASRec beside N and L, as a run's flags say."""

@@ -13,6 +13,7 @@ from datasets.logs import (
     canonical,
     choose_columns,
     list_of_items,
+    list_of_times,
     original_ids,
     read_log,
 )
@@ -30,9 +31,10 @@ def of_domain(csv_path: Path, names: Items) -> Histories:
 
 def with_known(own: Histories, csv_path: Path, names: Items, join: bool) -> Histories:
     """The histories, after those that users of the domain have there where `join` says so."""
-    stored = of_domain(csv_path, names)
+    stored = {canonical(user): items for user, items in of_domain(csv_path, names).items()}
     there = len(own.keys() & stored.keys())
     if join:
+        print(f"{there:,} of {len(own):,} users are users of {csv_path}: their own come first")
         return {user: stored.get(user, []) + items for user, items in own.items()}
     if there:
         print(
@@ -71,7 +73,8 @@ def of_file(
     elif time_format:
         raise UsageError(f"--time_format={time_format}: {path} has lists of items, without times")
     else:
-        found = _lists(path, table, by_name["reviewerid"], by_name["asin"])
+        needed = [by_name[name] for name in ("reviewerid", "asin", "time") if name in by_name]
+        found = _lists(path, table, needed)
         if not listing_of(path).is_file():
             finder.refuse_ambiguous([*found.values()], f"--users={path}")
         else:  # its numbers were mapped to original ids
@@ -80,12 +83,13 @@ def of_file(
     return {user: finder.find_all(names, f"{source}: {user}") for user, names in found.items()}
 
 
-def _lists(path: Path, table: Table, user_column: str, item_column: str) -> dict[str, list[str]]:
+def _lists(path: Path, table: Table, columns: list[str]) -> dict[str, list[str]]:
+    """The lists by user, in the order of their times where `columns` has these too."""
     asins = original_ids(path)
     rows: dict[str, int] = {}
     lists: dict[str, list[str]] = {}
-    for frame in table.frames([user_column, item_column]):
-        for row, name, cell in zip(frame.index, frame[user_column], frame[item_column]):
+    for frame in table.frames(columns):
+        for row, name, cell, *time in zip(frame.index, *(frame[column] for column in columns)):
             user = canonical(name)
             if not user:
                 raise UsageError(f"--users={path}: row {row}: the user is missing")
@@ -93,5 +97,12 @@ def _lists(path: Path, table: Table, user_column: str, item_column: str) -> dict
                 raise UsageError(
                     f"--users={path}: reviewerID {user!r} appears in rows {rows[user]} and {row}"
                 )
-            lists[user] = list_of_items(path, row, cell, asins)
+            items = list_of_items(path, row, cell, asins)
+            if time:
+                times = list_of_times(path, row, *time, len(items))
+                order = sorted(
+                    range(len(items)), key=lambda i: (isinstance(times[i], str), times[i])
+                )
+                items = [items[i] for i in order]
+            lists[user] = items
     return lists

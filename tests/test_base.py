@@ -211,6 +211,16 @@ def test_prompt_ids_are_the_templates_without_special_tokens(checkpoint):
     assert tokenizer("Response")["input_ids"] == [tokenizer.bos_token_id, 6]  # what must not happen
 
 
+def test_a_tokenizer_of_another_base_is_refused(checkpoint, tmp_path):
+    words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
+    with refused("knows nothing of the prompt: every token is [UNK]"):
+        tokenise(read_template("alpaca"), str(tmp_path))
+    n = opened(checkpoint).config.vocab_size
+    with refused(f"gives token {n}, its config.json says vocab_size {n}"):
+        specify(opened(checkpoint), PROMPT, ([n], [1]), choice("first", 1), LoRA(), **SMALL)
+
+
 LACKS = "expected the texts prompt and response, found prompt"
 
 
@@ -245,7 +255,7 @@ def test_parameter_counts_are_the_papers(n, total, lora):
     """LLaMA-2-7B: all but the adapters in billions, LoRA alone in millions (the paper's table)."""
     config = LlamaConfig(**efficiency.LLAMA_2_7B, num_hidden_layers=32)
     with torch.device("meta"):
-        llama = LlamaModel(base.prune_config(config, n))
+        llama = LlamaModel(base.prune_config(config, range(n)))
         llama.requires_grad_(False)
         inject_lora(llama, 16, 16, 0.0, TARGETS)
     sizes = [(p.numel(), p.requires_grad) for p in llama.parameters()]

@@ -39,18 +39,6 @@ def test_every_item_is_drawn_equally_often(n_items):
     assert abs(chi_square - n_items) < 5 * np.sqrt(2 * n_items)
 
 
-def test_unused_ids_change_no_candidate(tmp_path):
-    rng = np.random.default_rng(0)
-    dense = [rng.permutation(30)[:6].tolist() for _ in range(12)]
-    gappy = [[3 * i + 7 for i in items] for items in dense]
-    views = []
-    for name, sequences in (("dense", dense), ("gappy", gappy)):
-        data = read_csv(write_sequences(tmp_path / f"{name}.csv", sequences))
-        views.append(EvaluationSplit(data, TEST, 5, 42, 10))
-    everyone = np.arange(12)
-    assert np.array_equal(views[0].candidates(everyone), views[1].candidates(everyone))
-
-
 def test_no_candidate_was_met_at_any_time_and_splits_differ(tmp_path):
     rng = np.random.default_rng(0)
     lists = [rng.permutation(60)[:8].tolist() for _ in range(20)]

@@ -431,6 +431,8 @@ def test_lists_and_names_of_two_words_are_kept_apart():
     assert lists_of(shirts, **NO_TIME) == [["u1", "[0, 1]"], ["u2", "[0]"]]
     columns = {"user": "user_id", "item": "item_id", "lists": "yes"}
     assert lists_of(shirts, **columns)[0] == ["u1", "[0, 2, 1, 2]"]
+    bars = save_text("c.csv", "user_id,item_id\nu1,Red Shirt | Blue Shirt\nu2,Blue Shirt|Hat\n")
+    assert lists_of(bars, **columns) == [["u1", "[2, 0]"], ["u2", "[0, 1]"]]
 
 
 def test_headers_are_found_where_they_are():

@@ -44,7 +44,6 @@ SASREC_KL = {"sasrec_lambda": 3.0, "sasrec_temperature": 2.0}
         ("sasrec", {"train_targets": "last", "init_std": 0.02}, "SASRec, one target per user"),
         ("sasrec", {"alpha": 0.7}, "BSARec, alpha 0.7"),
         ("teacher", TEACHER, "E4SRec-like, 8 layers"),
-        ("teacher", TEACHER | {"cls_multiple_lambda": 1.0}, "8 layers: CE + L_ms"),
         ("student", STUDENT, "SLMRec 4 <- 8"),
         ("student", STUDENT | OFF, "E4SRec-like, 4 layers"),
         ("student", COPIED, "4 layers: CE, from the teacher's layers"),

@@ -14,6 +14,7 @@ import train_sr_trad
 from datasets.demo import write_demo
 from engine import checkpoint
 from engine.errors import UsageError
+from experiments import bases
 from tests.conftest import OFF, SHORT, assert_resumes
 
 MAINS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
@@ -70,6 +71,25 @@ def test_what_cannot_be_a_start_is_refused(inside):
         with pytest.raises(UsageError, match=message):
             distill.main(**SHORT, **flags, output_dir="s")
     assert not Path("s/best").exists()
+
+
+def test_another_base_or_another_kind_of_blocks_is_no_start(inside):
+    made = {"kind": "twin", "base_model": "tiny", "output_dir": "twin", "seed": 1}
+    bases.main(**made)
+    lora = SHORT | {"train_strategy": "lora"}
+    finetune.main(**lora, base_model="twin", output_dir="l")
+    with pytest.raises(UsageError, match="--base_model=tiny: .* is another base than the one"):
+        finetune.main(**lora, init_from="l", output_dir="next")
+    finetune.main(**SHORT, base_model="twin", train_strategy="full", output_dir="f")
+    config = Path("twin/config.json")
+    config.write_text(config.read_text().replace("10000.0", "20000.0"))  # of the positions
+    with pytest.raises(UsageError, match="--base_model=twin: twin is another base than the one"):
+        finetune.main(eval_only=True, output_dir="f")
+    Path("twin/adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="--base_model=twin: has a LoRA adapter .*; merge it"):
+        finetune.main(**lora, base_model="twin", output_dir="m")
+    with pytest.raises(UsageError, match="its model has norm query, this one post"):
+        train_sr_trad.main(**SHORT, norm="post", init_from="output/demo/sasrec", output_dir="s")
 
 
 def test_numbers_of_other_data_are_not_taken_for_items(inside):

@@ -1,4 +1,4 @@
-"""A new loss term is a function, a weight in its group, and a line in the sum: here with a toy."""
+"""A new loss term is a function, a weight in its group and two lines in the script: here a toy."""
 
 import json
 import subprocess

@@ -149,11 +149,13 @@ def finish(run: Run, model: Any, data: Any, runtime: Runtime, fitted: dict | Non
     results["lists"] = beyond_accuracy(*given)
     again = split.repeated()
     results["repeated_targets"] = round(float(again.mean()), 6)
-    if 0 < again.mean() < 1:
-        results["test_first_time"] = test.metrics(~again)
+    if again.any():
+        others = ": metrics of the others are test_first_time" * (not again.all())
+        if others:
+            results["test_first_time"] = test.metrics(~again)
         print(
-            f"{again.mean():.1%} of the test users had met their target before: metrics of the"
-            " others are test_first_time; lists leave such items out, but for --exclude none"
+            f"{again.mean():.1%} of the test users had met their target before{others}; lists"
+            " leave such items out, but for --exclude none"
         )
     arrays = {"reviewerID": np.array(split.data.users)}
     for name, ranks in (("valid", valid), ("test", test)):

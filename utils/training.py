@@ -84,10 +84,12 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         epochs = f"{self.total / self.per_epoch:.4g} epochs, {self.per_epoch} steps each"
+        waits = f", patience {self.patience} from step {self.patience_from}"
         return (
             f"training: {self.total} steps ({epochs}), warm-up {self.warmup},"
             f" validation every {self.eval_every}"
-            + (f", patience {self.patience} from step {self.patience_from}" * (self.patience > 0))
+            + waits
+            * (self.patience > 0 and self.patience_from < self.total)
         )
 
     def ends(self, progress: Progress) -> bool:

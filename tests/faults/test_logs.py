@@ -55,6 +55,8 @@ OPEN += 'u2\ti60\t61\t"Open\nu3\ti61\t62\tx\nu4\ti62\t63\t"Close\n'
 LATE = "user_id\titem_id\ttimestamp\ttitle\n" + f"u1\ti1\t5\t{'long ' * 9}\n" * 9000
 LATE += 'u2\ti2\t6\t"T ""1"""\n'
 NOW = HEADER + "u1,1,now\nu1,2,2024-01-02\nu2,1,2024-01-03\n"
+ZONED = ["u1,a,2024-01-02 08:00\nu2,b,2024-01-03 08:00\n", "u1,b,2024-01-01 08:00+09:00\n"]
+MIND = 'reviewerID,asin\nu1,"[1, 2]"\nu1,"[1, 2]"\nu2,"[1, 2, 4]"\nu2,"[2, 4, 1]"\n'
 REFUSED = [  # the files, the first one's first part is read; words of the answer; further flags
     ({"p/a": LOG[:SPLIT], "p/b": LOG[SPLIT:]}, "p/b: starts with 'u0,.*', p/a with 'user_id,ite"),
     ({"p/a": TWO[0], "p/b": TWO[1]}, "p/b: starts with 'item_id,user_id,timestamp', p/a with"),
@@ -77,6 +79,9 @@ REFUSED = [  # the files, the first one's first part is read; words of the answe
     ({"a.tsv": LATE}, 'row 9002: \'"T ""1"""\' is a cell in quotes, which are letters'),
     ({"a.csv": LOG}, "--dedup=rows: .*=%d: no times", "--time none --dedup rows --time_format %d"),
     ({"a.zst": "\x28\u00b5/\u00fd"}, "looks like zstd; unpack it first"),
+    ({"z/a": HEADER + ZONED[0], "z/b": HEADER + ZONED[1]}, "row 2: .*, expected a time zone, as"),
+    ({"a.csv": HEADER + "u1,i1 i2,1\nu1,i2 i3,2\nu2,i4,3\n"}, "'i1 i2' looks like a list; --list"),
+    ({"a.csv": MIND}, "row 3 holds the list of the user's row before again .2 such rows"),
     ({"a.csv": "userID,movieID,date_day\n1,2,3\n2,3,4\n"}, "--item movieID --time COLUMN"),
 ]
 

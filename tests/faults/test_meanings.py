@@ -69,6 +69,11 @@ def test_users_of_a_file_of_lists_are_named_as_those_of_a_log(shop):
     history = [*convert_by("--input orders.csv")[0]["u0"], "100"]
     best = recommend.main(domain_type="x", history=history, k=1)
     assert joined["item_id"].tolist() == [best[0]["item_id"]]
+    timed = {"reviewerID": "n", "asin": ["100", "101", "102"], "time": [3, 1, 2]}
+    Path("l.jsonl").write_text(json.dumps(timed) + "\n")
+    recommend.main(**asked, overwrite=True)
+    best = recommend.main(domain_type="x", history=["101", "102", "100"], k=1)
+    assert pd.read_csv("o.csv")["score"].tolist() == [pytest.approx(best[0]["score"], rel=1e-5)]
     Path("l.jsonl").write_text(json.dumps({"reviewerID": None, "asin": ["100"]}) + "\n")
     with pytest.raises(UsageError, match="--users=l.jsonl: row 1: the user is missing"):
         recommend.main(**asked, overwrite=True)

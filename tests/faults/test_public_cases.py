@@ -239,13 +239,6 @@ def test_the_filter_that_left_nothing_is_named(tmp_path):
             process.main(**common, min_rating=1, overwrite=True, **{"min_item": 1, flag: 99})
 
 
-def test_the_home_folder_is_expanded(inside, monkeypatch):
-    (inside / "home").mkdir()
-    monkeypatch.setenv("HOME", str(inside / "home"))
-    train_sr_trad.main(**SHORT, output_dir="~/run", data_path="~/../data/demo.csv")
-    assert (inside / "home/run/results.json").is_file() and not Path("~").exists()
-
-
 # -- advice that the next command takes ---------------------------------------------------------
 
 
