@@ -198,6 +198,8 @@ def test_what_has_no_effect_is_said(capsys):
         return seed
 
     assert made(seed=3) == 3  # a flag of a script's own
+    with pytest.raises(UsageError, match="--cls_multiple_lambda=2: one block has no inner exit"):
+        main(cls_multiple_lambda=2.0, block_map="4:8")
     assert capsys.readouterr().out == "without effect: --seed=3 (needs --kind)\n"
 
 

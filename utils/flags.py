@@ -283,6 +283,14 @@ class TeacherLoss(Group, kind="model"):
     )
     sasrec_temperature: PositiveFloat = flag(1.0, "of SASRec's KL", needs="sasrec_lambda")
 
+    def problems(self, flags: dict[str, Any]) -> list[str]:
+        pairs, asked = flags.get("block_map"), "cls_multiple_lambda" in self.given
+        one = "," not in pairs if pairs else self.distill_block == 1
+        if one and asked and self.uses_exits:
+            shown = f"--cls_multiple_lambda={self.cls_multiple_lambda:g}"
+            return [f"{shown}: one block has no inner exit; name more blocks, or leave it out"]
+        return []
+
     @property
     def uses_exits(self) -> bool:
         """Whether inner block ends predict too."""
@@ -312,7 +320,7 @@ class StudentLoss(TeacherLoss):
     def problems(self, flags: dict[str, Any]) -> list[str]:
         if self.block_map and "distill_block" in self.given:
             return ["--block_map and --distill_block both say the blocks: give one"]
-        return []
+        return super().problems(flags)
 
     @property
     def reads_teacher(self) -> bool:
