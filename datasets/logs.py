@@ -316,9 +316,9 @@ def _refuse_repeated(path: Path, users: pd.Series, rows: np.ndarray, lists: list
             again += [row] if grown or moved else []
     if again and 2 * len(again) >= pairs:
         raise UsageError(
-            f"{path}: row {again[0]} holds the list of the user's row before again"
-            f" ({len(again):,} such rows), joined they would count twice; keep one row per user,"
-            " with the whole history"
+            f"{path}: row {again[0]} repeats the list of the user's row before ({len(again):,} such"
+            " rows): joined, their items would count twice; keep one row per user, with the whole"
+            " history"
         )
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import UsageError
+from engine.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -83,6 +83,14 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UsageError(f"{flag}={folder}: {there} is not writable")
 
 
+def copy(source: Path, target: Path) -> None:
+    """Copy a file. Raises RunError: naming the target, where it cannot be written."""
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise RunError(f"{target}: {error.strerror or error}") from None
+
+
 @contextmanager
 def making(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, to be renamed; removed with what is still in it."""
@@ -108,6 +116,8 @@ def save_whole(folder: Path, *parts: Any) -> None:
     with making(folder) as partial:
         for part in parts:
             part.save_pretrained(partial)
+        for path in partial.iterdir():
+            path.chmod(0o644)  # safetensors are written for the owner alone
         try:
             partial.rename(folder)
         except OSError:

@@ -95,11 +95,9 @@ class Run:
             UsageError: the folder cannot be written, is locked, or holds another run; an earlier
                 run was made from other files. What differs is named.
         """
-        files.check_writable(folder, "--output_dir")
         if processes.is_first():
             _refuse_locked(folder)
-            if not (folder / "config.json").exists():  # of a start that died in between
-                cls(stage, folder, None)._put_back()
+            cls(stage, folder, None)._put_back()  # of a start that died before its checkpoint
         try:
             there = (folder / "config.json").exists()
             config = read_json(folder / "config.json", "run") if there else None
@@ -108,6 +106,8 @@ class Run:
                 f"--output_dir: {error}; choose another folder, or remove this one"
             ) from None
         run = cls(stage, folder, config, groups)
+        if run.eval_only or not run.finished:
+            files.check_writable(folder, "--output_dir")
         run._refuse_foreign()
         earlier = earlier or {}
         for other in (other for runs in earlier.values() for other in runs):
@@ -374,24 +374,28 @@ class Run:
         checkpoint, puts back the run that was to be replaced. Raises UsageError: another process
         works in the folder, or did since `open`.
         """
-        self._begin()
+        self._lock()
         try:
+            self._begin()
             yield
         except BaseException as error:
             if self._put_back() and isinstance(error, RunError):
                 raise RunError(f"{error}; the run that was there is back") from None
             raise
 
-    def _begin(self) -> None:
-        """Lock the folder, remove what an earlier run left (its own files only), write config.json.
-
-        A resumed run keeps everything but half-written checkpoints. The first process does it for
-        all.
-        """
+    def _lock(self) -> None:
         processes.barrier()  # every process has looked at the folder before it changes
         if processes.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
+
+    def _begin(self) -> None:
+        """Remove what an earlier run left (its own files only), write config.json.
+
+        A resumed run keeps everything but half-written checkpoints. The first process does it for
+        all.
+        """
+        if processes.is_first():
             for partial in self.folder.glob(".tmp-*"):
                 _remove(partial)
             for name in checkpoint.NAMES:  # of a run that died before it removed the old one
@@ -405,7 +409,7 @@ class Run:
                 self._set_aside()
                 write_json(self.folder / "config.json", self._new_config | about)
                 for name, source in self._kept.items():
-                    shutil.copyfile(source, self.folder / name)
+                    files.copy(source, self.folder / name)
         processes.barrier()
         self.config = read_json(self.folder / "config.json", "run")
 

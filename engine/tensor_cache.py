@@ -11,6 +11,7 @@ Legend: n samples.
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +66,8 @@ def open_or_build(
     identity = identity | {"format": FORMAT}
     folder = root / _digest(identity)[:16]
     first = processes.is_first()
-    if first:
+    locks = first and not (folder.exists() and not os.access(root, os.W_OK))  # or only reads
+    if locks:
         _lock(root)
     try:
         needed, *_ = processes.gather(first and _are_needed(folder, identity, len(samples)))
@@ -77,7 +79,7 @@ def open_or_build(
             for indices in _batches(samples.lengths(), batch_size):
                 encode(samples.histories(indices))
     finally:
-        if first:
+        if locks:
             files.release_lock(root)
     processes.barrier()
     found = TensorCache()

@@ -251,15 +251,16 @@ def by_domain(runs: list[FinishedRun], notes: list[str]) -> dict[str, list[Row]]
         teacher = next((other.key for other in runs if run.taught_by(other)), "")
         name = domain if len(hashes[domain]) == 1 else f"{domain} ({sha[:8]})"
         row = groups[name][run.key + teacher]
-        if run.config.get("teacher") not in (None, "online") and not teacher:
-            unknown[name, run.key].append(run.name)
+        if run.config.get("teacher") not in (None, "online"):
+            unknown[name, run.key].append("" if teacher else run.name)
         if run.seed in row:
             notes.append(f"{row[run.seed].name} has the flags and the seed of {run.name}")
         row[run.seed] = run
     for names in unknown.values():
-        if names[1:]:
-            shown = ", ".join(names)
-            notes.append(f"{shown} are one row, but their teachers' runs are not there to compare")
+        lone = [name for name in names if name]
+        if lone and names[1:]:
+            shown = ", ".join(lone)
+            notes.append(f"{shown}: a row of its own, since no teacher's run is there to compare")
     return {domain: _named(list(rows.values())) for domain, rows in sorted(groups.items())}
 
 
@@ -327,7 +328,8 @@ def keep(rows: list[Row], archive: Path) -> None:
 
 def _kept_files(run: FinishedRun) -> dict[str, bytes]:
     """Of the ranks, the test ones that significance needs, in the fewest bits."""
-    files = {name: (run.folder / name).read_bytes() for name in KEPT}
+    paths = [run.folder / name for name in KEPT]
+    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
     ranks = {f"test_{protocol}": run.ranks(protocol) for protocol in ("sampled", "full")}
     if all(values is not None for values in ranks.values()):
         small = {

@@ -40,9 +40,12 @@ def compare(rows: list[Row], resamples: int, notes: list[str]) -> list[list[str]
         for other in _references(row, by_label):
             theirs = by_label[other].runs
             pairs = [(run, theirs[seed]) for seed, run in row.runs.items() if seed in theirs]
-            problem = _problem(pairs)
-            if problem:
-                notes.append(f"{row.label} against {other}: {problem}")
+            problems = [_incomparable(*pair) for pair in pairs] or ["no seed in common"]
+            told = "; ".join(dict.fromkeys(filter(None, problems)))
+            if told:
+                notes.append(f"{row.label} against {other}: {told}")
+            pairs = [pair for pair, problem in zip(pairs, problems) if not problem]
+            if not pairs:
                 continue
             names.append([row.label, other])
             seeds.append(", ".join(str(mine.seed) for mine, _ in pairs))
@@ -82,13 +85,6 @@ def _references(row: Row, by_label: dict[str, Row]) -> list[str]:
 
 def _layers(run: FinishedRun) -> int:
     return run.flags.get("llama_decoder_nums_student") or run.flags["llama_decoder_nums"]
-
-
-def _problem(pairs: list[tuple[FinishedRun, FinishedRun]]) -> str:
-    """Why the runs of two rows cannot be paired; empty where they can."""
-    if not pairs:
-        return "no seed in common"
-    return next((problem for pair in pairs if (problem := _incomparable(*pair))), "")
 
 
 def _incomparable(mine: FinishedRun, theirs: FinishedRun) -> str:

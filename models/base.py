@@ -8,6 +8,7 @@ library's own modules (models/decoder.py).
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -330,6 +331,8 @@ def _weight_map(index: str) -> dict[str, str]:
 
 
 def _opened(path: str):
+    if not os.access(path, os.R_OK):
+        raise UsageError(f"{path}: cannot be read: missing, or without permission")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

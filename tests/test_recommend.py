@@ -1,7 +1,6 @@
 """Top-k lists: equal to the ranks of evaluation, in every form of request and of output."""
 
 import csv
-import gzip
 import json
 import re
 import shutil
@@ -244,15 +243,6 @@ def test_a_damaged_items_csv_is_refused_by_its_row(tmp_path):
         path.write_text(f"item_id,asin,title\n1,x,y\n{row}\n")
         with pytest.raises(UsageError, match="a.items.csv: row 3: expected item_id,asin,title"):
             Items.of(tmp_path / "a.csv", np.array([1]))
-
-
-@pytest.mark.parametrize("name", ["shop.txt", "shop.CSV", "shop.csv.gz"])
-def test_items_csv_is_found_beside_a_file_of_any_name(tmp_path, name):
-    content = b'reviewerID,asin,title\na,[3],"[""Cup""]"\n'
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    assert Items.of(tmp_path / name, np.array([3])).titles == ["Cup"]
-    (tmp_path / "shop.items.csv").write_text("item_id,asin,title\n3,B01,Mug\n")
-    assert Items.of(tmp_path / name, np.array([3])).titles == ["Mug"]
 
 
 def test_the_notebook_shows_lists(inside, monkeypatch):

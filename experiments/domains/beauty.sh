@@ -34,7 +34,6 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $chain --output_dir $out/chain_slmrec
     run $LAUNCH distill.py $chain --output_dir $out/chain_slmrec_300 --distill_lambda 300 --cls_multiple_lambda 0.1 --exit_norm true
     run $LAUNCH distill.py $chain --output_dir $out/chain_logit_kl $alone --logit_lambda 3 --temperature 2
-    run $LAUNCH distill.py $chain --output_dir $out/chain_logit_and_sasrec_kl $alone --logit_lambda 3 --temperature 2 $kl
     run $LAUNCH distill.py $llm --output_dir $out/ce_2 --base_model "$BASE" --llama_decoder_nums_student 2 --distill_block 2 $alone $budget
     run $LAUNCH distill.py $llm --output_dir $out/slmrec_2 --teacher $out/teacher --student_init base \
         --llama_decoder_nums_student 2 --distill_block 2 $budget

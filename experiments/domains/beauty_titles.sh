@@ -39,6 +39,8 @@ done
 seeds=($SEEDS) n=${#seeds[@]}
 for ((i = 0; n >= 3 && i < n; i++)); do
     out=$ROOT/seed${seeds[i]} common="$WHERE --seed ${seeds[i]}"
-    tables four $out/sasrec,$out/sasrec_titles,$ROOT/seed${seeds[(i + 1) % n]}/sasrec_titles,$ROOT/seed${seeds[(i + 2) % n]}/sasrec_titles
+    runs=$out/sasrec,$out/sasrec_titles,$ROOT/seed${seeds[(i + 1) % n]}/sasrec_titles,$ROOT/seed${seeds[(i + 2) % n]}/sasrec_titles
+    tables four $runs
+    tables four_all $runs --train_targets all --num_epochs 5 --eval_steps 256 # every prefix is a sample
 done
 run $PYTHON -m experiments.report --runs "$ROOT"

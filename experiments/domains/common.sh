@@ -45,11 +45,13 @@ paper_rows() { # TEACHER STUDENT WEIGHTS: from the table of SASRec as released (
     run $LAUNCH distill.py $llm --output_dir $out/released_slmrec --teacher $out/released_teacher --student_init base $text $3 $2
 }
 
-tables() { # NAME RUNS: a student of two layers over these runs' item tables side by side, by the KL of their mean
-    run $PYTHON extract_emb.py $WHERE --sasrec $2 --item_table $out/$1_item.pkl
-    run $LAUNCH distill.py $common --item_table $out/$1_item.pkl --sasrec $2 --sasrec_lambda 10 --sasrec_temperature 2 $OFF \
-        --base_model "$BASE" --llama_decoder_nums_student 2 --distill_block 2 --learning_rate 2.5e-4 --num_epochs 6 --eval_steps -1 \
-        --save_steps -1 --bf16 true --compile true --output_dir $out/$1_kl
+tables() { # NAME RUNS [FLAGS]: a student of two layers over these runs' item tables side by side, by the KL of their mean
+    local name=$1 runs=$2 item=$out/${1%_all}_item.pkl
+    shift 2
+    run $PYTHON extract_emb.py $WHERE --sasrec $runs --item_table $item
+    run $LAUNCH distill.py $common --item_table $item --sasrec $runs --sasrec_lambda 10 --sasrec_temperature 2 $OFF \
+        --base_model "$BASE" --llama_decoder_nums_student 2 --distill_block 2 --learning_rate 2.5e-4 ${*:---num_epochs 6 --eval_steps -1} \
+        --save_steps -1 --bf16 true --compile true --output_dir $out/${name}_kl
 }
 
 prepare() { # sequences from the raw reviews of a category, where the domain has none yet

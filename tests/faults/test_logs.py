@@ -81,7 +81,7 @@ REFUSED = [  # the files, the first one's first part is read; words of the answe
     ({"a.zst": "\x28\u00b5/\u00fd"}, "looks like zstd; unpack it first"),
     ({"z/a": HEADER + ZONED[0], "z/b": HEADER + ZONED[1]}, "row 2: .*, expected a time zone, as"),
     ({"a.csv": HEADER + "u1,i1 i2,1\nu1,i2 i3,2\nu2,i4,3\n"}, "'i1 i2' looks like a list; --list"),
-    ({"a.csv": MIND}, "row 3 holds the list of the user's row before again .2 such rows"),
+    ({"a.csv": MIND}, "row 3 repeats the list of the user's row before .2 such rows"),
     ({"a.csv": "userID,movieID,date_day\n1,2,3\n2,3,4\n"}, "--item movieID --time COLUMN"),
 ]
 

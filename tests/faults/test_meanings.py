@@ -188,17 +188,22 @@ def test_a_run_that_replaces_another_leaves_nothing_of_it(shop):
     assert not Path("output/x/sasrec/.replaced").exists()
 
 
-def test_a_start_that_died_before_its_config_puts_the_old_run_back(inside, monkeypatch):
+@pytest.mark.parametrize("place", ["engine.run.write_json", "utils.training.evaluate"])
+def test_a_start_that_died_puts_the_old_run_back(inside, monkeypatch, place):
     folder = Path("output/demo/sasrec")
     before = hashes(folder)
 
-    def die(*_):
+    def die(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("engine.run.write_json", die)  # the old run has stepped aside
+        patch.setattr(place, die)  # the old run has stepped aside
         with pytest.raises(KeyboardInterrupt):
             train_sr_trad.main(**SHORT, seed=5, overwrite=True)
-    assert not (folder / "config.json").exists()
+        assert hashes(folder) == before
+        patch.setattr("engine.run.Run._put_back", lambda run: False)  # a kill
+        with pytest.raises(KeyboardInterrupt):
+            train_sr_trad.main(**SHORT, seed=5, overwrite=True)
+    assert hashes(folder) != before
     train_sr_trad.main(**SHORT)  # finished: prints its results
     assert hashes(folder) == before and not (folder / ".replaced").exists()

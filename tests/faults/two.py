@@ -64,6 +64,7 @@ def open_run(folder: str, settings: Training, runtime: Runtime) -> Run:
     inputs = SimpleNamespace(hashes={}, sources={}, mend=str, kept={})
     run = Run.open("test", Path(folder), (settings, runtime), inputs)
     run.prepare()
+    run._lock()
     run._begin()
     return run
 
