@@ -174,8 +174,9 @@ class Inputs(NamedTuple):
 def _notes(table_path: Path) -> dict:
     """What the .json beside an item table says; empty without one, or where it is not ours."""
     notes = table_path.with_suffix(".json")
-    foreign = notes.is_file() and notes.read_bytes().lstrip()[:1] == b"["
-    about = read_json(notes, "item table notes") if notes.is_file() and not foreign else {}
+    if not notes.is_file() or notes.read_bytes().lstrip()[:1] == b"[":  # a list is somebody else's
+        return {}
+    about = read_json(notes, "item table notes")
     return about if "data_sha256" in about else {}
 
 

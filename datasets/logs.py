@@ -386,10 +386,11 @@ def _times(
 
 def _judge_zones(path: Path, cells: pd.Series, rows: np.ndarray, seen: dict[str, tuple]) -> None:
     """Refuse times without a zone beside times of one other than UTC, in this frame or before."""
-    zone = getattr(cells.dtype, "tz", None)
-    kinds = {"bare": np.full(len(cells), zone is None)}
-    kinds["away"] = np.full(len(cells), str(zone) not in ("None", "UTC", "Etc/UTC", "+00:00"))
-    if not pd.api.types.is_datetime64_any_dtype(cells):
+    if pd.api.types.is_datetime64_any_dtype(cells):
+        zone = str(getattr(cells.dtype, "tz", None))
+        kinds = {"bare": zone == "None", "away": zone not in ("None", "UTC", "Etc/UTC", "+00:00")}
+        kinds = {kind: np.full(len(cells), all_are) for kind, all_are in kinds.items()}
+    else:
         texts = cells.astype(str).str
         kinds = {"bare": ~texts.contains(ZONE), "away": texts.contains(AWAY)}
     for kind, found in kinds.items():

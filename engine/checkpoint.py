@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -204,3 +205,16 @@ def restore(module: "nn.Module", tensors: dict[str, "Tensor"], source: str | Pat
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(sharding.like(parameter, tensors[name]))
+
+
+def refuse_other(
+    spec: dict[str, Any], other: dict[str, Any], names: Iterable[str], theirs: str, own: str
+) -> None:
+    """Refuse a model to start from that is another in one of these entries.
+
+    Args:
+        theirs, own: what the message says before each value.
+    """
+    for name in names:
+        if spec.get(name) != other.get(name):
+            raise UsageError(f"{theirs} {name} {other.get(name)}, {own} {spec.get(name)}")

@@ -103,6 +103,12 @@ def making(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def let_all_read(folder: Path) -> None:
+    """Let everybody read a folder's files; safetensors are written for the owner alone."""
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
 def save_whole(folder: Path, *parts: Any) -> None:
     """Save a model and its tokenizer into a folder that appears only when it is complete.
 
@@ -116,8 +122,7 @@ def save_whole(folder: Path, *parts: Any) -> None:
     with making(folder) as partial:
         for part in parts:
             part.save_pretrained(partial)
-        for path in partial.iterdir():
-            path.chmod(0o644)  # safetensors are written for the owner alone
+        let_all_read(partial)
         try:
             partial.rename(folder)
         except OSError:

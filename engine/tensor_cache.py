@@ -66,7 +66,8 @@ def open_or_build(
     identity = identity | {"format": FORMAT}
     folder = root / _digest(identity)[:16]
     first = processes.is_first()
-    locks = first and not (folder.exists() and not os.access(root, os.W_OK))  # or only reads
+    only_reads = folder.exists() and not os.access(root, os.W_OK)
+    locks = first and not only_reads
     if locks:
         _lock(root)
     try:

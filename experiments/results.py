@@ -245,20 +245,20 @@ def by_domain(runs: list[FinishedRun], notes: list[str]) -> dict[str, list[Row]]
     for run in runs:
         hashes[run.domain].add(run.config["data_sha256"])
     groups: dict[str, dict[str, dict[int, FinishedRun]]] = defaultdict(lambda: defaultdict(dict))
-    unknown = defaultdict(list)  # students whose teacher's run is not there, by row
+    taught = defaultdict(list)  # students by their flags: name, and the key of the teacher's run
     for run in runs:
         domain, sha = run.domain, run.config["data_sha256"]
         teacher = next((other.key for other in runs if run.taught_by(other)), "")
         name = domain if len(hashes[domain]) == 1 else f"{domain} ({sha[:8]})"
         row = groups[name][run.key + teacher]
         if run.config.get("teacher") not in (None, "online"):
-            unknown[name, run.key].append("" if teacher else run.name)
+            taught[name, run.key].append((run.name, teacher))
         if run.seed in row:
             notes.append(f"{row[run.seed].name} has the flags and the seed of {run.name}")
         row[run.seed] = run
-    for names in unknown.values():
-        lone = [name for name in names if name]
-        if lone and names[1:]:
+    for students in taught.values():
+        lone = [name for name, teacher in students if not teacher]
+        if lone and students[1:]:
             shown = ", ".join(lone)
             notes.append(f"{shown}: a row of its own, since no teacher's run is there to compare")
     return {domain: _named(list(rows.values())) for domain, rows in sorted(groups.items())}

@@ -71,12 +71,14 @@ class Base(NamedTuple):
         Raises:
             UsageError: the base differs.
         """
-        whole = config["model"]["strategy"] != "full"
-        recorded = config.get("base_sha256" if whole else "base_config_sha256")
+        in_full = config["model"]["strategy"] == "full"
+        recorded = config.get("base_config_sha256" if in_full else "base_sha256")
         if recorded is None:
             return
-        with_tensors = whole and recorded.startswith(FINGERPRINT)
-        found = fingerprint(self.location, with_tensors) if whole else self.config_sha256()
+        if in_full:
+            found = self.config_sha256()
+        else:
+            found = fingerprint(self.location, every_tensor=recorded.startswith(FINGERPRINT))
         if found != recorded:
             raise UsageError(
                 f"--base_model={self.name}: {self.location} is another base than the one"

@@ -7,7 +7,7 @@ Legend: B batch, L item slots, N items (also the padding index), D item width, H
     ends.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -212,7 +212,7 @@ class LLM4Rec(nn.Module):
             names = ["layers", "prompt_ids", "response_ids", "exit_heads", *_trained_by(spec)]
             ends = [name for name in ("n_blocks", "block_ends") if name in other]
             names += [*ends, "exit_norm"] * spec["exit_heads"]
-            _refuse_other(spec, other, names, where, "this one")
+            checkpoint.refuse_other(spec, other, names, where, "this one")
             base.check_unchanged(source.config)
             return self.restore(source)
         if how == "base":
@@ -227,7 +227,7 @@ class LLM4Rec(nn.Module):
         if how == "teacher":
             base.check_unchanged(teacher.config)
             where = "--student_init=teacher: the teacher was trained with"
-            _refuse_other(spec, teacher.config["model"], _trained_by(spec), where, "not")
+            checkpoint.refuse_other(spec, teacher.config["model"], _trained_by(spec), where, "not")
             heads = {name: t for name, t in own.items() if name.startswith("exit_heads.")}
             layers = teacher.config["model"]["layers"], spec["layers"]
             own = kept_tensors(tensors, *layers) | heads
@@ -267,19 +267,6 @@ def _prove(base: Base, item_table: Tensor, spec: dict[str, Any]) -> None:
 def _trained_by(spec: dict[str, Any]) -> list[str]:
     """The entries that say which of the decoder's weights are trained."""
     return ["strategy", *(LoRA().values() if spec["strategy"] == "lora" else ())]
-
-
-def _refuse_other(
-    spec: dict[str, Any], other: dict[str, Any], names: Iterable[str], theirs: str, own: str
-) -> None:
-    """Refuse a model to start from that is another in one of these entries.
-
-    Args:
-        theirs, own: what the message says before each value.
-    """
-    for name in names:
-        if spec.get(name) != other.get(name):
-            raise UsageError(f"{theirs} {name} {other.get(name)}, {own} {spec.get(name)}")
 
 
 def specify(

@@ -151,13 +151,9 @@ class SASRec(nn.Module):
 
     def start_from(self, run: Run) -> None:
         """Take the weights of the run of --init_from. Raises UsageError: it is another model."""
-        own, other = self.shape(run), self.shape(run.source)
-        for name in own:
-            if name not in ("dropout", "init_std") and own[name] != other[name]:
-                raise UsageError(
-                    f"--init_from={run.source.folder}: its model has {name} {other[name]},"
-                    f" this one {own[name]}"
-                )
+        own, where = self.shape(run), f"--init_from={run.source.folder}: its model has"
+        names = [name for name in own if name not in ("dropout", "init_std")]
+        checkpoint.refuse_other(own, self.shape(run.source), names, where, "this one")
         self.restore(run.source)
 
     @staticmethod

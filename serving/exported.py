@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from engine.errors import RunError, UsageError, one_line
-from engine.files import read_json, write_json
+from engine.files import let_all_read, read_json, write_json
 from models.decoder import Decoder
 from models.llm4rec import LLM4Rec
 from models.sasrec import SASRec
@@ -69,8 +69,7 @@ def save(
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / SHAPE, about)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors are written for the owner alone
+    let_all_read(folder)
 
 
 def spell_for_older(path: Path) -> None:

@@ -100,9 +100,8 @@ def _lists(path: Path, table: Table, columns: list[str]) -> dict[str, list[str]]
             items = list_of_items(path, row, cell, asins)
             if time:
                 times = list_of_times(path, row, *time, len(items))
-                order = sorted(
-                    range(len(items)), key=lambda i: (isinstance(times[i], str), times[i])
-                )
-                items = [items[i] for i in order]
+                pairs = zip(times, items)
+                ordered = sorted(pairs, key=lambda pair: (isinstance(pair[0], str), pair[0]))
+                items = [item for _, item in ordered]
             lists[user] = items
     return lists

@@ -84,12 +84,12 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         epochs = f"{self.total / self.per_epoch:.4g} epochs, {self.per_epoch} steps each"
-        waits = f", patience {self.patience} from step {self.patience_from}"
+        waits = self.patience > 0 and self.patience_from < self.total
         return (
             f"training: {self.total} steps ({epochs}), warm-up {self.warmup},"
             f" validation every {self.eval_every}"
-            + waits
-            * (self.patience > 0 and self.patience_from < self.total)
+            + f", patience {self.patience} from step {self.patience_from}"
+            * waits
         )
 
     def ends(self, progress: Progress) -> bool:
