@@ -276,8 +276,13 @@ def list_of_items(path: Path, row: int, cell: object, asins: dict[str, str]) -> 
 def list_of_times(path: Path, row: int, cell: object, n: int) -> list:
     """The times of a list of n items. Raises UsageError: the cell holds something else."""
     times = parsed(cell) if isinstance(cell, str) else None
-    if not isinstance(times, list) or len(times) != n:
-        raise UsageError(f"{path}: row {row}: expected a list of {n} times")
+    known = isinstance(times, list) and all(
+        type(time) in (int, float, str) and time == time for time in times
+    )
+    if not known or len(times) != n:
+        raise UsageError(
+            f"{path}: row {row}: expected a list of {n} times, found {str(cell)[:40]!r}"
+        )
     return times
 
 

@@ -181,6 +181,7 @@ def test_a_run_elsewhere_knows_its_own_files(inside):
 def test_what_is_missing_or_cannot_be_is_named(inside):
     Path("bad.txt").write_bytes(b"\xff\n")
     Path("twice.csv").write_text("reviewerID,asin\na,[1]\na,[2]\n")
+    Path("null.csv").write_text('reviewerID,asin,time\na,"[1, 2]","[null, 3]"\n')
     Path("folder.csv").mkdir()
     export.main(output_dir="out", verify_users=3)
     exported = {"output": "o.csv", "model": "out"}
@@ -201,6 +202,7 @@ def test_what_is_missing_or_cannot_be_is_named(inside):
         ({"users": "all", "output": "a.xlsx"}, "a.xlsx: must end in .csv, .jsonl, .parquet"),
         ({"history": ["1"], "allow": "bad.txt"}, "--allow=bad.txt: not UTF-8 text"),
         ({"users": "twice.csv", "output": "o.csv"}, "reviewerID 'a' appears in rows 2 and 3"),
+        ({"users": "null.csv", "output": "o.csv"}, "row 2: expected a list of 2 times, found"),
         ({"users": "all", "output": "folder.csv"}, "--output=folder.csv is a folder"),
         ({"users": "all", **exported}, "out is an export without users"),
         ({"users": "twice.csv", **exported, "known": "join"}, "--known=join: out is an export"),
