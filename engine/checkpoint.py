@@ -190,6 +190,7 @@ def restore(module: "nn.Module", tensors: dict[str, "Tensor"], source: str | Pat
 
     from engine import sharding
 
+    sharding.divide_again(module)
     own = trained_tensors(module)
     problems = [f"lacks {name}" for name in own if name not in tensors]
     problems += [f"has {name}, which the model lacks" for name in tensors if name not in own]

@@ -34,6 +34,13 @@ def divide(
     register_fsdp_forward_method(model, method)
 
 
+def divide_again(model: nn.Module) -> None:
+    """Divide what a forward left whole: weights copied into that would be lost."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 def is_divided(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 

@@ -151,9 +151,11 @@ class SASRec(nn.Module):
 
     def start_from(self, run: Run) -> None:
         """Take the weights of the run of --init_from. Raises UsageError: it is another model."""
-        own, where = self.shape(run), f"--init_from={run.source.folder}: its model has"
+        name = "max_seq_length"
+        own, other = (self.shape(each) | {name: each.flags[name]} for each in (run, run.source))
         names = [name for name in own if name not in ("dropout", "init_std")]
-        checkpoint.refuse_other(own, self.shape(run.source), names, where, "this one")
+        where = f"--init_from={run.source.folder}: its model has"
+        checkpoint.refuse_other(own, other, names, where, "this one")
         self.restore(run.source)
 
     @staticmethod

@@ -46,20 +46,22 @@ def equal_blocks(
 
     Args:
         flag: what says the number of layers, for messages.
-        other: the number of layers of the other model, which B must divide too.
+        other: the number of layers of the other model, which B must divide too; 0 where blocks are
+            there for exits alone, which one block has not.
     Raises:
         UsageError: B does not divide the number of layers.
     """
     rest = n_layers % n_blocks
     if rest:
-        fits = [d for d in range(1, n_layers + 1) if n_layers % d == 0 and other % d == 0]
-        divisors = ", ".join(map(str, fits))
+        least = 1 if other else 2
+        fits = [d for d in range(least, n_layers + 1) if n_layers % d == 0 and other % d == 0]
+        divisors = f"one of {', '.join(map(str, fits))}" if fits else "--cls_multiple_lambda 0"
         a, b = (other, n_layers) if flag.endswith("teacher") else (n_layers, other)
         ends = f", or name their ends, as --block_map {a // 2}:{b // 2},{a}:{b}"
         ends = ends if min(a, b) > 1 else ""
         raise UsageError(
             f"--distill_block={n_blocks} does not divide {flag} {n_layers}"
-            f" ({n_layers} % {n_blocks} = {rest}); use one of {divisors}{ends}"
+            f" ({n_layers} % {n_blocks} = {rest}); use {divisors}{ends}"
         )
     size = n_layers // n_blocks
     return [size * k for k in range(1, n_blocks + 1)]

@@ -88,8 +88,11 @@ def test_another_base_or_another_kind_of_blocks_is_no_start(inside):
     Path("twin/adapter_config.json").write_text("{}")
     with pytest.raises(UsageError, match="--base_model=twin: has a LoRA adapter .*; merge it"):
         finetune.main(**lora, base_model="twin", output_dir="m")
+    short = SHORT | {"init_from": "output/demo/sasrec", "output_dir": "s"}
     with pytest.raises(UsageError, match="its model has norm query, this one post"):
-        train_sr_trad.main(**SHORT, norm="post", init_from="output/demo/sasrec", output_dir="s")
+        train_sr_trad.main(**short, norm="post")
+    with pytest.raises(UsageError, match="its model has max_seq_length 30, this one 9"):
+        train_sr_trad.main(**short | {"max_seq_length": 9})
 
 
 def test_numbers_of_other_data_are_not_taken_for_items(inside):

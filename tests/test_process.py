@@ -11,7 +11,7 @@ from datasets import process
 from datasets.cells import clean_title
 from datasets.interactions import read_csv
 from engine.errors import UsageError
-from tests.conftest import real, refused
+from tests.conftest import real, refused, script
 
 
 def review(user, item, time, rating=5.0, **extra):
@@ -125,6 +125,7 @@ def test_refusals(tmp_path):
         process.main(reviews="nope", meta="nope", domain_type="x")
 
 
+@pytest.mark.slow
 def test_gift_cards_end_to_end(tmp_path):
     raw = {"reviews": "Gift_Cards_5.json.gz", "meta": "meta_Gift_Cards.json.gz"}
     raw = {flag: str(real(name)) for flag, name in raw.items()}
@@ -133,6 +134,10 @@ def test_gift_cards_end_to_end(tmp_path):
     assert (data.n_users, data.n_items, len(data.items)) == (442, 146, 2871)
     titles = (tmp_path / "gift.items.csv").read_text()
     assert "&#39;" not in titles and "<" not in titles
+    script("train_sr_trad.py", "--data_path=gift.csv", "--output_dir=run", cwd=tmp_path)
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    popularity = results["popularity"]["test"]["sampled"]["HR@10"]
+    assert results["test"]["sampled"]["HR@10"] > max(0.25, popularity)  # seeds vary by less than .1
 
 
 def test_what_strict_json_refuses_is_read_where_the_fields_are_whole(tmp_path, capsys):

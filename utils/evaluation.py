@@ -173,7 +173,8 @@ def beside(run: Run, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     flags, known = run.config["flags"], results
     drawn = flags
     if run.stage != "sasrec":
-        folders = [Path(flags["sasrec"])] if flags.get("sasrec") else []
+        named = flags.get("sasrec") or ""  # maybe of several
+        folders = [Path(name) for name in (named, *named.split(",")) if name]
         folders += [run.folder.with_name("sasrec"), Path("output", results["domain"], "sasrec")]
         folder = next((path for path in folders if (path / "results.json").is_file()), None)
         if folder is None:

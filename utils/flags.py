@@ -148,6 +148,7 @@ class StudentFiles(TeacherFiles):
         None,
         "the step-3 run; output/<domain>/teacher by default",
         needs=f"{READS_TEACHER}|student_init=adapter|student_init=teacher",
+        replaces="base_model|prompt_template_name|max_seq_length|llama_decoder_nums_teacher",
     )
 
     def problems(self, flags: dict[str, Any]) -> list[str]:
@@ -235,7 +236,10 @@ class StudentLLM(LLM):
         None, "M; the trained teacher's, or 8 online", needs=READS_TEACHER
     )
     distill_mode: Literal["offline", "online"] = flag(
-        "offline", "offline: a frozen teacher; online: both are trained", needs=READS_TEACHER
+        "offline",
+        "offline: a frozen teacher; online: both are trained",
+        needs=READS_TEACHER,
+        replaces="teacher|student_init",
     )
     student_init: Literal["base", "adapter", "teacher"] | None = flag(
         None,
@@ -288,7 +292,7 @@ class TeacherLoss(Group, kind="model"):
         one = "," not in pairs if pairs else self.distill_block == 1
         if one and asked and self.uses_exits:
             shown = f"--cls_multiple_lambda={self.cls_multiple_lambda:g}"
-            return [f"{shown}: one block has no inner exit; name more blocks, or leave it out"]
+            return [f"{shown}: one block has no inner exit; name more blocks, or give 0"]
         return []
 
     @property

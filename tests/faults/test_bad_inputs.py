@@ -206,7 +206,7 @@ def test_a_bad_input_has_an_answer_and_nothing_is_written(inside, row, script, m
 
 FLAGS = [
     (1, "T", "--domain_type=../x", "must be a plain name"),
-    (50, "F", "--cls_multiple_lambda=1 --distill_block=3", "does not divide llama_decoder_nums 8"),
+    (50, "F", "--cls_multiple_lambda=1 --distill_block=3", "(8 % 3 = 2); use one of 2, 4, 8"),
     (61, "D", "--distill_lambda=-1", "expected a number >= 0"),
     (62, "T", "--hid_dim=30 --num_heads=4", "--num_heads=4 does not divide --hid_dim=30"),
     (62, "T", "--alpha=0.7 --norm=pre", "--norm is of SASRec's blocks, --alpha has BSARec's"),

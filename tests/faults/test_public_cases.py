@@ -21,7 +21,7 @@ from datasets import process, sequences
 from datasets.interactions import read_csv
 from datasets.item_table import check_size
 from engine.errors import RunError, UsageError
-from tests.conftest import OFF, SHORT, hashes, real, refused, script, stop_at_step, write_sequences
+from tests.conftest import OFF, SHORT, hashes, refused, stop_at_step, write_sequences
 
 LISTS = [[i % 7 + 1, i % 5 + 8, i % 11 + 13, i % 3 + 24, i + 30] for i in range(40)]
 
@@ -291,7 +291,7 @@ ADVICE = [
     ({"max_seq_length": 5000}, "lower --max_seq_length", {"max_seq_length": 20}),
     ({"batch_size": 30, "micro_batch_size": 7}, "is not a multiple", {"micro_batch_size": 6}),
     ({"prompt_template_name": "x"}, "available: alpaca", {"prompt_template_name": "alpaca"}),
-    (THREE, "use one of 1, 2, 4, 8", {"distill_block": 2}),
+    (THREE, "use one of 2, 4, 8", {"distill_block": 2}),
     ({"device": "cuda"}, "use --device=cpu", {"device": "cpu"}),
 ]
 
@@ -303,14 +303,3 @@ def test_advice_about_a_flag(inside, flags, advice, mended):
     with pytest.raises(UsageError, match=advice):
         finetune.main(**SHORT | flags, output_dir="new")
     assert finetune.main(**SHORT | flags | mended, output_dir="new")["steps"] == 3
-
-
-@pytest.mark.slow
-def test_gift_cards_with_default_flags(tmp_path):
-    """442 users reach their level with the README's commands; seeds vary by less than .1."""
-    reviews = real("Gift_Cards_5.json.gz")
-    process.main(reviews=str(reviews), domain_type="gift", min_item=5, output_dir=str(tmp_path))
-    script("train_sr_trad.py", "--data_path=gift.csv", "--output_dir=run", cwd=tmp_path)
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    popularity = results["popularity"]["test"]["sampled"]["HR@10"]
-    assert results["test"]["sampled"]["HR@10"] > max(0.25, popularity)
