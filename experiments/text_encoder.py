@@ -19,21 +19,21 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from engine import cli
-from engine.cli import DropRate, NonNegativeInt, PositiveFloat, PositiveInt, Seed, flag
-from engine.files import check_writable, save_whole
+from engine.cli import NonNegativeInt, PositiveFloat, PositiveInt, Seed, flag
+from engine.files import check_writable, let_all_read, making, replace_folder
+from engine.log import MetricsLog
 from utils.flags import Data
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from datasets.sequences import EvaluationSplit, Samples
+    from datasets.sequences import Samples
 
 WINDOW = 12  # last training items of a user
 REACH = 2  # neighbours are at most so far apart; their weight is 1 / distance
 TOKENS, ROUND, CHUNK = 40, 8, 64  # of a title at most; lengths are rounded up; titles at once
-WARM_UP = 40  # steps
-NEAREST, TILE = 10, 2048
+WARM_UP, WEIGHT_DECAY = 40, 0.01  # steps; of AdamW
 
 
 def batches(samples: "Samples", n_items: int, seed: int) -> "Iterator[tuple[np.ndarray, Tensor]]":
@@ -106,18 +106,19 @@ def info_nce(vectors: "Tensor", near: "Tensor", temperature: float) -> "Tensor":
     return -(near * each).sum() / near.sum()
 
 
-def share_found(vectors: "Tensor", valid: "EvaluationSplit") -> float:
-    """The share of users whose validation item is among the NEAREST items to the one before it."""
-    import torch
-    import torch.nn.functional as F
+class Nearest:
+    """The recommender of the items nearest to a user's last one, by cosine without the mean.
 
-    vectors = F.normalize(vectors - vectors.mean(0), dim=1)
-    last = valid.samples.histories(np.arange(valid.data.n_users))[:, -1].to(vectors.device)
-    target, hits = torch.from_numpy(valid.targets()).to(vectors.device), 0
-    for item, expected in zip(last.split(TILE), target.split(TILE)):
-        cosine = (vectors[item] @ vectors.T).scatter_(1, item[:, None], -torch.inf)
-        hits += int((cosine.topk(NEAREST).indices == expected[:, None]).sum())
-    return hits / len(target)
+    Args:
+        vectors: [N, W].
+    """
+
+    def __init__(self, vectors: "Tensor") -> None:
+        centred = vectors - vectors.mean(0)
+        self.item_table = centred / centred.norm(dim=1, keepdim=True)
+
+    def user_encoder(self) -> "Callable[[Tensor], Tensor]":
+        return lambda history: self.item_table[history[:, -1].to(self.item_table.device)]
 
 
 @cli.command
@@ -130,7 +131,6 @@ def main(
     steps: PositiveInt = flag(900, "optimizer steps"),
     batch_items: PositiveInt = flag(448, "items per step, at most half of the catalogue"),
     learning_rate: PositiveFloat = flag(2e-4, "peak learning rate of AdamW, then cosine"),
-    weight_decay: DropRate = flag(0.01, "weight decay of AdamW"),
     temperature: PositiveFloat = flag(0.05, "of the cosines"),
     eval_steps: NonNegativeInt = flag(150, "steps between validations; 0 for the end alone"),
     seed: Seed = flag(0, "of the order of users"),
@@ -153,7 +153,8 @@ def main(
     from datasets.sequences import evaluation_splits, training_samples
     from engine import processes
     from models.base import load_llama, open_base
-    from utils.flags import Evaluation
+    from utils.evaluation import evaluate
+    from utils.flags import Evaluation, Runtime
 
     items = Items.of(inputs.csv_path, inputs.data.item_ids)
     base, device = open_base(base_model), processes.choose_device(device)
@@ -172,16 +173,20 @@ def main(
     model.set_attn_implementation("eager")  # titles are short
     model.embed_tokens.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=WEIGHT_DECAY)
     forward = torch.compile(model, dynamic=True) if compile else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     valid = evaluation_splits(inputs.data, WINDOW, Evaluation())["valid"]
 
     def validate(step: int) -> None:
         with torch.no_grad(), autocast:
-            share = share_found(encoded(model.eval(), tokens, device), valid)
-        tqdm.write(f"step {step}: {share:.2%} of validation items among the {NEAREST} nearest")
+            vectors = encoded(model.eval(), tokens, device)
+        found = evaluate(Nearest(vectors), valid, Runtime()).metrics()["full"]
+        log.add("valid", step, found)
+        tqdm.write(f"step {step}: nearest items to the last one, valid HR@10 {found['HR@10']:.4f}")
 
+    folder.mkdir(parents=True)
+    log = MetricsLog(folder, tensorboard=False)
     validate(0)
     drawn = batches(training_samples(inputs.data, "last", WINDOW), batch_items, seed)
     with tqdm(total=steps, unit="step", dynamic_ncols=True, mininterval=1.0) as bar:
@@ -198,9 +203,15 @@ def main(
             optimizer.zero_grad()
             bar.set_postfix(loss=f"{loss.item():.3f}")
             bar.update()
+            log.add("train", step, {"loss": loss.item()})
             if step == steps or (eval_steps and step % eval_steps == 0):
                 validate(step)
-    save_whole(folder, model, tokenizer)
+    with making(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        log.path.rename(partial / log.path.name)
+        let_all_read(partial)
+        replace_folder(partial, folder)
     print(f"wrote {folder}: {layers} layers of {base_model}")
     return folder
 

@@ -19,6 +19,7 @@ from datasets.item_table import ids_with_vectors, read_table
 from datasets.sequences import some_histories, training_samples
 from engine import checkpoint
 from engine.errors import UsageError
+from engine.log import events
 from experiments import text_encoder, titles
 from experiments.titles import principal_parts
 from models.base import load_llama, open_base
@@ -252,8 +253,9 @@ def test_an_encoder_is_tuned_on_neighbours_and_saved(inside, capsys):
     write_listing()
     flags = {"base_model": "tiny", "layers": 2, "batch_items": 64}
     text_encoder.main(**flags, steps=3, output_dir="encoder", eval_steps=2)
-    said = capsys.readouterr().out
-    assert all(f"step {step}: " in said for step in (0, 2, 3))
+    logged = [event for event in events(Path("encoder/metrics.jsonl")) if event["event"] == "valid"]
+    assert [event["step"] for event in logged] == [0, 2, 3]
+    assert f"valid HR@10 {logged[-1]['HR@10']:.4f}" in capsys.readouterr().out
     model, tokenizer = (
         AutoModel.from_pretrained("encoder"),
         AutoTokenizer.from_pretrained("encoder"),
