@@ -1,7 +1,6 @@
 """Item vectors from titles, items without a user, and the sum of two models."""
 
 import hashlib
-import math
 import sys
 import types
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
 
 import extract_emb
 import finetune
@@ -19,10 +17,8 @@ from datasets.item_table import ids_with_vectors, read_table
 from datasets.sequences import some_histories, training_samples
 from engine import checkpoint
 from engine.errors import UsageError
-from engine.log import events
-from experiments import text_encoder, titles
+from experiments import titles
 from experiments.titles import principal_parts
-from models.base import load_llama, open_base
 from models.sasrec import SASRec
 from serving import recommend, served
 from serving.recommender import Recommender, summed
@@ -231,48 +227,3 @@ def test_titles_of_a_real_encoder_tell_things_apart(inside):
     one, two, three = sentence_vectors(names, str(folder), torch.device("cpu"))
     assert float(one @ two) > 0.6 > 0.2 > float(one @ three)
     titles.main(text_model=str(folder), dim=16)
-
-
-def test_neighbours_and_their_loss_by_hand(tmp_path):
-    """Training items 5 6 7, and 5 5 6: weight 1 beside each other, 1/2 with one between."""
-    path = tmp_path / "lists.csv"
-    path.write_text('reviewerID,asin\na,"[5, 6, 7, 1, 2]"\nb,"[5, 5, 6, 2, 1]"\n')
-    drawn = text_encoder.batches(training_samples(read_csv(path), "last", 12), 448, seed=0)
-    found = {tuple(items): near.tolist() for items, near in (next(drawn) for _ in range(2))}
-    lists = {(2, 3, 4): [[0, 1, 0.5], [1, 0, 1], [0.5, 1, 0]], (2, 3): [[0, 1.5], [1.5, 0]]}
-    assert found == lists
-    vectors = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])  # cosines 0, and twice 1 / sqrt 2
-    near = torch.tensor([[0, 0, 1.0], [0, 0, 0.5], [1, 0.5, 0]])
-    score = math.sqrt(0.5) / 0.5
-    of_last, of_others = math.log(2), math.log(1 + math.exp(score)) - score
-    loss = float(text_encoder.info_nce(vectors, near, temperature=0.5))
-    assert loss == pytest.approx((of_last + of_others) * 1.5 / 3)
-
-
-def test_an_encoder_is_tuned_on_neighbours_and_saved(inside, capsys):
-    write_listing()
-    flags = {"base_model": "tiny", "layers": 2, "batch_items": 64}
-    text_encoder.main(**flags, steps=3, output_dir="encoder", eval_steps=2)
-    logged = [event for event in events(Path("encoder/metrics.jsonl")) if event["event"] == "valid"]
-    assert [event["step"] for event in logged] == [0, 2, 3]
-    assert f"valid HR@10 {logged[-1]['HR@10']:.4f}" in capsys.readouterr().out
-    model, tokenizer = (
-        AutoModel.from_pretrained("encoder"),
-        AutoTokenizer.from_pretrained("encoder"),
-    )
-    base = open_base("tiny")
-    before = load_llama(base.location, base.config, [0, 1], torch.float32)
-    assert tokenizer.pad_token and tokenizer.model_max_length == text_encoder.TOKENS
-    moved = {n for n, p in model.named_parameters() if not p.equal(before.get_parameter(n))}
-    assert moved == {n for n, _ in model.named_parameters()} - {"embed_tokens.weight"}
-    tokens = tokenizer([f"warm thing {'so ' * (i % 9)}{i}" for i in range(70)])["input_ids"]
-    with torch.no_grad():
-        found = text_encoder.encoded(model, tokens, torch.device("cpu"))
-        alone = [model(torch.tensor([row])).last_hidden_state[0].mean(0) for row in tokens]
-    torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=1e-5)
-    for more, message in (
-        ({"output_dir": "encoder"}, "--output_dir=encoder: already exists"),
-        ({"output_dir": "new", "layers": 99}, "--layers=99: tiny has 8"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            text_encoder.main(**flags | more)
