@@ -486,8 +486,7 @@ def test_commands_after_beautys_bind_and_read_what_stands_there(after):
 
 
 END, STARTED = ", from the teacher's adapter and head", ", items from SASRec started from a table"
-SASREC = {"SASRec": "SASRec"}
-PLAIN = {"4 layers": "E4SRec-like, 4 layers"}
+SASREC, PLAIN = {"SASRec": "SASRec"}, {"4 layers": "E4SRec-like, 4 layers"}
 ROWS = SASREC | PLAIN | {"4 layers and SASRec's KL": "4 layers: CE + SASRec KL"}
 SLMREC = {"SLMRec 4 <- 8": f"SLMRec 4 <- 8{END}"}
 SOFTMAX = {"4 <- 8: logit KL, weight 3 at temperature 2": f"4 <- 8: logit KL{END}"}
@@ -505,6 +504,9 @@ TAUGHT = {"8 layers and the KL of both, the teacher": "8 layers: CE + SASRec KL,
 OVER_TWO = {n: r + TITLED for n, r in (PLAIN | TAUGHT | SLMREC).items()} | SASREC
 TUNED = {"SLMRec 4 <- 8, weights 300, .1, .1": f"SLMRec 4 <- 8, normed exits{END}{TITLED}"}
 TUNED_CHAIN = {n: r.removesuffix(TITLED) for n, r in TUNED.items()} | PLAIN | TEACHER_KL
+OVER_TWO |= {
+    "the same, from the teacher's layers": TUNED[[*TUNED][0]].replace("adapter and head", "layers")
+}
 OVER_TWO |= TUNED | {[*SOFTMAX][0].replace("3", "10"): f"4 <- 8: logit KL{END}{TITLED}"}
 RELEASED = {
     "SASRec, first release: 1,100 steps at 1e-4": "SASRec, as released",

@@ -28,8 +28,9 @@ for seed in $SEEDS; do
         --sasrec_lambda 10 --sasrec_temperature 2 $six --output_dir $out/both_teacher
     run $LAUNCH distill.py $both --base_model $BASE $OFF $six --output_dir $out/both_ce
     run $LAUNCH distill.py $taught --output_dir $out/both_slmrec
-    run $LAUNCH distill.py $taught --distill_lambda 300 --cls_multiple_lambda 0.1 --exit_norm true --output_dir $out/both_slmrec_300
-    run $LAUNCH distill.py $taught $OFF --logit_lambda 3 --temperature 2 --output_dir $out/both_logit_kl
+    tuned="--distill_lambda 300 --cls_multiple_lambda 0.1 --exit_norm true"
+    run $LAUNCH distill.py $taught $tuned --output_dir $out/both_slmrec_300
+    run $LAUNCH distill.py ${taught/adapter/teacher} $tuned --output_dir $out/both_slmrec_300_layers
     run $LAUNCH distill.py $taught $OFF --logit_lambda 10 --temperature 2 --output_dir $out/both_logit_kl_10
 
     run $PYTHON train_sr_trad.py $common --alpha 0.7 --emb_dim 64 --hid_dim 64 --num_blocks 2 --dropout 0.5 \
