@@ -56,7 +56,6 @@ def float64(folder: str, strategy: str, shard: str = "", ends_in: str = "0") -> 
     )
     data = SimpleNamespace(samples=samples, splits={"valid": None})
     ranks = Ranks(*(np.array([2]),) * 3)
-    # a forward leaves a divided model whole
     setattr(training, "evaluate", lambda *_, **__: (model.encoder()(batch), ranks)[1])  # noqa: B010
     training.fit(run, model, loss_fn, model, data, settings, runtime)
 
