@@ -492,10 +492,9 @@ SLMREC = {"SLMRec 4 <- 8": f"SLMRec 4 <- 8{END}"}
 SOFTMAX = {"4 <- 8: logit KL, weight 3 at temperature 2": f"4 <- 8: logit KL{END}"}
 TEACHER_KL = {"8 layers and SASRec's KL, the teacher": "8 layers: CE + SASRec KL"}
 CHAIN = TEACHER_KL | PLAIN | SLMREC | SOFTMAX
-TITLES = {"SASRec, items from titles at the start": "SASRec, items from a table at the start"}
 OVER = "2 layers over {} tables and their SASRecs' KL", "2 layers: CE + SASRec KL, of {} SASRecs"
 TWO = {OVER[0].format(w): OVER[1].format(n) + STARTED for w, n in (("two", 2), ("four", 4))}
-TWO |= TITLES
+TWO |= {"SASRec, items from titles at the start": "SASRec, items from a table at the start"}
 FOUR = {OVER[0].format("four"): OVER[1].format(4) + ", items from 4 SASRecs"}
 FROM_FOUR = ", every prefix, of 4 SASRecs, items from 4 SASRecs, 3 started from a table"
 EVERY = {"the same, every prefix a sample, five epochs": f"2 layers: CE + SASRec KL{FROM_FOUR}"}
@@ -504,10 +503,9 @@ TAUGHT = {"8 layers and the KL of both, the teacher": "8 layers: CE + SASRec KL,
 OVER_TWO = {n: r + TITLED for n, r in (PLAIN | TAUGHT | SLMREC).items()} | SASREC
 TUNED = {"SLMRec 4 <- 8, weights 300, .1, .1": f"SLMRec 4 <- 8, normed exits{END}{TITLED}"}
 TUNED_CHAIN = {n: r.removesuffix(TITLED) for n, r in TUNED.items()} | PLAIN | TEACHER_KL
-OVER_TWO |= {
-    "the same, from the teacher's layers": TUNED[[*TUNED][0]].replace("adapter and head", "layers")
-}
-OVER_TWO |= TUNED | {[*SOFTMAX][0].replace("3", "10"): f"4 <- 8: logit KL{END}{TITLED}"}
+LAYERS = f"SLMRec 4 <- 8, normed exits, from the teacher's layers{TITLED}"
+OVER_TWO |= TUNED | {"the same, from the teacher's layers": LAYERS}
+OVER_TWO |= {[*SOFTMAX][0].replace("3", "10"): f"4 <- 8: logit KL{END}{TITLED}"}
 RELEASED = {
     "SASRec, first release: 1,100 steps at 1e-4": "SASRec, as released",
     "SASRec, later official script": "SASRec, as released later",
