@@ -7,7 +7,7 @@ from typing import NamedTuple
 from datasets.demo import write_demo
 from datasets.interactions import Interactions, read_csv
 from engine.errors import UsageError
-from engine.run import Run
+from engine.run import Run, run_names
 from utils.flags import Data, Runtime, TeacherFiles, TeacherLoss
 
 ALIASES = {"cloths": "cloth", "movies": "movie"}  # spellings of the released scripts
@@ -98,16 +98,6 @@ class Domain(NamedTuple):
             print(f"made the demo domain: {DEMO}")
         path = find_csv(self.name, self.data_path)
         return read_csv(path, self.ends_are_items, self.split), path
-
-
-def run_names(text: str, flag: str) -> list[str]:
-    """The names of runs between commas; a folder's own name may hold commas. Raises UsageError: one
-    of several names is empty.
-    """
-    names = [text] if Path(text).is_dir() else [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise UsageError(f"--{flag}={text}: an empty name between commas")
-    return names
 
 
 def split_of(flags: dict) -> str:

@@ -481,6 +481,16 @@ class Run:
         return self._show(results, "wrote")
 
 
+def run_names(text: str, flag: str) -> list[str]:
+    """The names of runs between commas; a folder's own name may hold commas. Raises UsageError: one
+    of several names is empty.
+    """
+    names = [text] if Path(text).is_dir() else [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise UsageError(f"--{flag}={text}: an empty name between commas")
+    return names
+
+
 def recorded_flags(config: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     """The flags of a config.json.
 

@@ -151,11 +151,11 @@ class SASRec(nn.Module):
 
     def start_from(self, run: Run) -> None:
         """Take the weights of the run of --init_from. Raises UsageError: it is another model."""
-        name = "max_seq_length"
-        own, other = (self.shape(each) | {name: each.flags[name]} for each in (run, run.source))
+        own, where = self.shape(run), f"--init_from={run.source.folder}: its model has"
         names = [name for name in own if name not in ("dropout", "init_std")]
-        where = f"--init_from={run.source.folder}: its model has"
-        checkpoint.refuse_other(own, other, names, where, "this one")
+        checkpoint.refuse_other(own, self.shape(run.source), names, where, "this one")
+        length = ["max_seq_length"]
+        checkpoint.refuse_other(run.flags, run.source.flags, length, where, "this one")
         self.restore(run.source)
 
     @staticmethod

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from datasets.domain import STAGES, Domain, canonical_domain, run_names, split_of
+from datasets.domain import STAGES, Domain, canonical_domain, split_of
 from datasets.inputs import Inputs
 from datasets.interactions import Interactions
 from datasets.items import Items, listing_of
 from engine.cli import flag
 from engine.errors import UsageError
 from engine.files import file_sha256, read_json
-from engine.run import Run
+from engine.run import Run, run_names
 from utils.flags import Data, ItemTable
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine import checkpoint, processes
 from engine.errors import RunError
 from engine.files import read_json
-from engine.run import Run
+from engine.run import Run, run_names
 from utils.flags import Runtime
 from utils.metrics import TOP, beyond_accuracy, summarise
 
@@ -173,8 +173,8 @@ def beside(run: Run, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     flags, known = run.config["flags"], results
     drawn = flags
     if run.stage != "sasrec":
-        named = flags.get("sasrec") or ""  # maybe of several
-        folders = [Path(name) for name in (named, *named.split(",")) if name]
+        named = flags.get("sasrec")
+        folders = [Path(name) for name in run_names(named, "sasrec")] if named else []
         folders += [run.folder.with_name("sasrec"), Path("output", results["domain"], "sasrec")]
         folder = next((path for path in folders if (path / "results.json").is_file()), None)
         if folder is None:

@@ -85,11 +85,10 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         epochs = f"{self.total / self.per_epoch:.4g} epochs, {self.per_epoch} steps each"
         waits = self.patience > 0 and self.patience_from < self.total
+        patience = f", patience {self.patience} from step {self.patience_from}" * waits
         return (
             f"training: {self.total} steps ({epochs}), warm-up {self.warmup},"
-            f" validation every {self.eval_every}"
-            + f", patience {self.patience} from step {self.patience_from}"
-            * waits
+            f" validation every {self.eval_every}{patience}"
         )
 
     def ends(self, progress: Progress) -> bool:

@@ -32,7 +32,7 @@ for seed in $SEEDS; do
     run $LAUNCH finetune.py $llm --output_dir $out/teacher_kl --base_model "$BASE" --llama_decoder_nums 8 $kl $budget
     chain="$llm --teacher $out/teacher_kl --student_init adapter $budget"
     run $LAUNCH distill.py $chain --output_dir $out/chain_slmrec
-    run $LAUNCH distill.py $chain --output_dir $out/chain_slmrec_300 --distill_lambda 300 --cls_multiple_lambda 0.1 --exit_norm true
+    run $LAUNCH distill.py $chain --output_dir $out/chain_slmrec_300 $TUNED
     run $LAUNCH distill.py $chain --output_dir $out/chain_logit_kl $alone --logit_lambda 3 --temperature 2
     run $LAUNCH distill.py $llm --output_dir $out/ce_2 --base_model "$BASE" --llama_decoder_nums_student 2 --distill_block 2 $alone $budget
     run $LAUNCH distill.py $llm --output_dir $out/slmrec_2 --teacher $out/teacher --student_init base \

@@ -23,15 +23,14 @@ for seed in $SEEDS; do
     # the chain over both tables
     six="--learning_rate 2.5e-4 --num_epochs 6 --eval_steps 88 --save_steps -1 --bf16 true --compile true"
     both="$common --item_table $out/both_item.pkl"
-    taught="$both --teacher $out/both_teacher --student_init adapter $six"
+    taught="$both --teacher $out/both_teacher $six --student_init"
     run $LAUNCH finetune.py $both --base_model $BASE --llama_decoder_nums 8 --sasrec $out/sasrec,$out/sasrec_titles \
         --sasrec_lambda 10 --sasrec_temperature 2 $six --output_dir $out/both_teacher
     run $LAUNCH distill.py $both --base_model $BASE $OFF $six --output_dir $out/both_ce
-    run $LAUNCH distill.py $taught --output_dir $out/both_slmrec
-    tuned="--distill_lambda 300 --cls_multiple_lambda 0.1 --exit_norm true"
-    run $LAUNCH distill.py $taught $tuned --output_dir $out/both_slmrec_300
-    run $LAUNCH distill.py ${taught/adapter/teacher} $tuned --output_dir $out/both_slmrec_300_layers
-    run $LAUNCH distill.py $taught $OFF --logit_lambda 10 --temperature 2 --output_dir $out/both_logit_kl_10
+    run $LAUNCH distill.py $taught adapter --output_dir $out/both_slmrec
+    run $LAUNCH distill.py $taught adapter $TUNED --output_dir $out/both_slmrec_300
+    run $LAUNCH distill.py $taught teacher $TUNED --output_dir $out/both_slmrec_300_layers
+    run $LAUNCH distill.py $taught adapter $OFF --logit_lambda 10 --temperature 2 --output_dir $out/both_logit_kl_10
 
     run $PYTHON train_sr_trad.py $common --alpha 0.7 --emb_dim 64 --hid_dim 64 --num_blocks 2 --dropout 0.5 \
         --learning_rate 5e-4 --lr_scheduler constant --batch_size 256 --max_seq_length 50 --num_epochs 200 --patience 10 \

@@ -9,6 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 : "${BASE:=meta-llama/Llama-2-7b-hf}" "${SEEDS:=42}" "${RAW:=raw}" "${PYTHON:=python}" "${LAUNCH:=$PYTHON}"
 ROOT=output/$DOMAIN/paper
 OFF="--distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0"
+TUNED="--distill_lambda 300 --cls_multiple_lambda 0.1 --exit_norm true" # on beauty's validation set
 WHERE="--domain_type $DOMAIN${DATA:+ --data_path $DATA}"
 if [ -n "${SMOKE:-}" ]; then
     ROOT=output/demo/smoke_$DOMAIN WHERE="--domain_type demo" BASE=tiny SEEDS=42

@@ -10,7 +10,7 @@ for seed in $SEEDS; do
     common="$WHERE --seed $seed"
     llm="$common --item_table $out/sasrec_item.pkl"
     budget="--num_epochs 3 --learning_rate 2.5e-4 --eval_steps 297 --save_steps -1"
-    alone="--distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0" # cross-entropy, without a teacher
+    alone=$OFF # cross-entropy, without a teacher
     kl="--sasrec $out/sasrec --sasrec_lambda 3 --sasrec_temperature 2"
     run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_released \
         --train_targets last --init_std 1 --learning_rate 1e-4 --batch_size 1024 \

@@ -9,7 +9,7 @@ for seed in $SEEDS; do
     common="$WHERE --seed $seed"
     llm="$common --item_table $out/sasrec_item.pkl"
     budget="--num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1"
-    alone="--distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0" # cross-entropy, without a teacher
+    alone=$OFF # cross-entropy, without a teacher
     kl="--sasrec $out/sasrec --sasrec_lambda 3 --sasrec_temperature 2"
     run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec \
         --hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 \
@@ -23,8 +23,7 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $llm --output_dir $out/from_teachers_ends --teacher $out/teacher --student_init adapter $budget
     # the chain with the loss weights that were tuned on beauty; as kept: --bf16 true --compile true
     run $LAUNCH finetune.py $llm --output_dir $out/teacher_kl --base_model "$BASE" --llama_decoder_nums 8 $kl $budget
-    run $LAUNCH distill.py $llm --output_dir $out/chain_slmrec_300 --teacher $out/teacher_kl --student_init adapter \
-        --distill_lambda 300 --cls_multiple_lambda 0.1 --exit_norm true $budget
+    run $LAUNCH distill.py $llm --output_dir $out/chain_slmrec_300 --teacher $out/teacher_kl --student_init adapter $TUNED $budget
 done
 seeds=($SEEDS) n=${#seeds[@]}
 for ((i = 0; n >= 4 && i < n; i++)); do # four tables: this seed's and those of the next three
