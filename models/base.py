@@ -8,30 +8,31 @@ library's own modules (models/decoder.py).
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file, logging
 
+from engine import cli
 from engine.errors import UsageError, one_line
 from engine.files import file_sha256, read_json
 from models.builtin import BUILT_IN, FOLDER, ensure_built_in
 
 MADE = {"smollm2": FOLDER / "smollm2"}  # by `make`
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PROVEN = ("llama", "mistral", "qwen2", "qwen3")  # against the library's forward, by the tests
 # EDIT for another one, as (*PROVEN, "granite"); its first load is compared with the library's
 FAMILIES = PROVEN
-WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_TYPES = ("F64", "F32", "BF16", "F16")
 COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints store it
 SAMPLES, SAMPLE = 64, 4096  # pieces of a shard that its fingerprint covers, and their bytes
 FINGERPRINT = "2-"  # with pieces of every tensor; before 2026-11-28 it had none of some
+logging.set_verbosity_error()  # load_llama judges what was read
+logging.disable_progress_bar()
 
 
 class Base(NamedTuple):
@@ -58,7 +59,7 @@ class Base(NamedTuple):
 
     def config_sha256(self) -> str:
         """Hash of config.json, which decides on positions, heads and norms."""
-        return file_sha256(_file(self.location, "config.json"))
+        return file_sha256(config_file(self.location))
 
     def check_unchanged(self, config: dict[str, Any]) -> None:
         """Refuse another base than the one that a run was trained on.
@@ -123,7 +124,7 @@ def fingerprint(base: str, every_tensor: bool = True) -> str:
         every_tensor: sample each tensor; False is the fingerprint of runs before 2026-11-28.
     """
     if not Path(base).is_dir():
-        commit = Path(_file(base, "config.json")).parent.name
+        commit = config_file(base).parent.name
         found = hashlib.sha256(json.dumps([base, commit]).encode()).hexdigest()
         return FINGERPRINT * every_tensor + found
     digest = hashlib.sha256((Path(base) / "config.json").read_bytes())
@@ -163,9 +164,7 @@ def read_config(base: str) -> PreTrainedConfig:
             f"--base_model={base}: has a LoRA adapter (adapter_config.json), which nothing here"
             " reads; merge it into the weights (peft: merge_and_unload) and save, or remove it"
         )
-    path = _file(base, "config.json")
-    if path is None:
-        raise UsageError(f"--base_model={base}: has no config.json")
+    path = config_file(base)
     content = read_json(path, "base")
     found = content.get("model_type")
     if found not in FAMILIES:
@@ -195,28 +194,32 @@ def new_decoder(config: PreTrainedConfig) -> PreTrainedModel:
 def load_llama(
     base: str, config: PreTrainedConfig, layers: list[int], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The base cut down to `layers` (renumbered) with its embeddings and final norm; reads nothing
-    else. Raises UsageError: a needed tensor or the shard that holds it is missing, or has an
-    unexpected shape.
+    """The base cut down to `layers` (renumbered) with its embeddings and final norm; layers after
+    the last one are not read. Raises UsageError: a needed tensor is missing, has an unexpected
+    shape, or is quantised; a kept layer has more tensors; a file is missing or damaged.
     """
-    pruned = prune_config(config, layers)
-    with torch.device("meta"):
-        llama = new_decoder(pruned)
-    stored = {}  # name in the pruned model -> name in the checkpoint
-    for name in llama.state_dict():
-        layer = re.match(r"layers\.(\d+)\.", name)
-        stored[name] = f"layers.{layers[int(layer[1])]}.{name[layer.end() :]}" if layer else name
-    tensors = _read_tensors(base, list(stored.values()), dtype)
-    for name, expected in llama.state_dict().items():
-        found = tensors[stored[name]]
-        if found.shape != expected.shape:
-            raise UsageError(
-                f"--base_model={base}: {stored[name]} is {list(found.shape)},"
-                f" config.json says {list(expected.shape)}"
-            )
-    llama.load_state_dict({name: tensors[stored[name]] for name in stored}, assign=True)
-    llama.rotary_emb = type(llama.rotary_emb)(pruned)  # its buffers are computed, not stored
-    return llama
+    upto = prune_config(config, range(max(layers) + 1))
+    kind = MODEL_MAPPING[type(config)]
+    options = {"use_safetensors": True, "output_loading_info": True}
+    try:
+        _refuse_quantised(base)
+        llama, about = kind.from_pretrained(
+            base, config=upto, dtype=dtype, ignore_mismatched_sizes=True, **options
+        )
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"--base_model={base}: its weights cannot be read ({one_line(error)})"
+        ) from None
+    for name, found, expected in about["mismatched_keys"]:
+        raise UsageError(
+            f"--base_model={base}: {name} is {list(found)}, config.json says {list(expected)}"
+        )
+    _refuse_other_tensors(base, about["missing_keys"], about["unexpected_keys"], layers)
+    llama.layers = torch.nn.ModuleList(llama.layers[layer] for layer in layers)
+    for number, layer in enumerate(llama.layers):
+        layer.self_attn.layer_idx = number
+    llama.config = prune_config(config, layers)
+    return llama.train()
 
 
 def prune_config(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
@@ -242,52 +245,15 @@ def longest(config: PreTrainedConfig) -> tuple[int, str]:
     return positions, "positions"
 
 
-def _read_tensors(base: str, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors by their names inside the decoder, from whichever shards hold them."""
-    shard_of = _shards(base)
-    # LlamaForCausalLM's names or LlamaModel's
-    prefix = "model." if any(name.startswith("model.") for name in shard_of) else ""
-    _refuse_unread(base, prefix, names, list(shard_of))
-    missing = [prefix + name for name in names if prefix + name not in shard_of]
+def _refuse_other_tensors(
+    base: str, missing: Collection[str], more: Collection[str], layers: Collection[int]
+) -> None:
+    """Refuse a checkpoint that lacks tensors, or has more of them in a kept layer than are read."""
     if missing:
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise UsageError(f"--base_model={base}: lacks the tensor {missing[0]}{more}")
-    tensors = {}
-    for shard_name in sorted({shard_of[prefix + name] for name in names}):
-        mine = [name for name in names if shard_of[prefix + name] == shard_name]
-        path = _file(base, shard_name)
-        if path is None:
-            raise UsageError(
-                f"--base_model={base}: {shard_name} is missing; it holds {prefix + mine[0]}"
-            )
-        with _opened(path) as shard:
-            there = set(shard.keys())
-            for name in mine:
-                if prefix + name not in there:
-                    raise UsageError(
-                        f"--base_model={base}: {shard_name} lacks the tensor {prefix + name}"
-                        " that the index places there"
-                    )
-                tensor = shard.get_tensor(prefix + name)
-                if tensor.dtype not in WEIGHT_TYPES:
-                    raise UsageError(
-                        f"--base_model={base}: {prefix + name} is {tensor.dtype}, quantised;"
-                        " use the checkpoint in bf16, fp16 or fp32 that it was made from"
-                    )
-                tensors[name] = tensor.to(dtype)
-    return tensors
-
-
-def _refuse_unread(base: str, prefix: str, names: list[str], stored: list[str]) -> None:
-    """Refuse a checkpoint that has more tensors in a kept layer than are read."""
-    kept = {name.split(".")[1] for name in names if name.startswith("layers.")}
-    known = {prefix + name for name in names}
-    unread = []
-    for name in stored:
-        _, _, rest = name.partition(f"{prefix}layers.")
-        inside = name.startswith(f"{prefix}layers.") and rest.split(".")[0] in kept
-        if inside and name not in known and not name.endswith(COMPUTED):
-            unread.append(name)
+        others = f" and {len(missing) - 1} more" * (len(missing) > 1)
+        raise UsageError(f"--base_model={base}: lacks the tensor {min(missing)}{others}")
+    inside = re.compile(rf"(?:model\.)?layers\.(?:{'|'.join(map(str, layers))})\.")
+    unread = [name for name in sorted(more) if inside.match(name) and not name.endswith(COMPUTED)]
     if not unread:
         return
     reason = "nothing here reads them"
@@ -301,73 +267,31 @@ def _refuse_unread(base: str, prefix: str, names: list[str], stored: list[str]) 
     )
 
 
-def _shards(base: str) -> dict[str, str]:
-    """Tensor name in the checkpoint -> the file that holds it."""
-    index = _file(base, INDEX, optional=True)
-    if index is not None:
-        weight_map = _weight_map(index)
-        if (Path(base) / SINGLE).is_file() and SINGLE not in weight_map.values():
-            raise UsageError(
-                f"--base_model={base}: has both {INDEX} and {SINGLE}, and they may be of different"
-                " weights; remove one of them"
-            )
-        return weight_map
-    single = _file(base, SINGLE)
-    if single is None:
-        raise UsageError(
-            f"--base_model={base}: has neither {INDEX} nor {SINGLE};"
-            " weights are read from safetensors only"
-        )
-    with _opened(single) as shard:
-        return dict.fromkeys(shard.keys(), SINGLE)
+def _refuse_quantised(base: str) -> None:
+    """Refuse weights in a type that the library would convert without their scales."""
+    for path in sorted(config_file(base).parent.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            names = shard.keys()
+            for name in names:
+                kind = shard.get_slice(name).get_dtype()
+                if kind not in WEIGHT_TYPES:
+                    raise UsageError(
+                        f"--base_model={base}: {name} is {kind}, quantised; use the checkpoint in"
+                        " bf16, fp16 or fp32 that it was made from"
+                    )
 
 
-def _weight_map(index: str) -> dict[str, str]:
-    try:
-        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        if all(Path(shard).name == shard for shard in weight_map.values()):
-            return weight_map
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise UsageError(f"{index}: damaged, expected JSON with a weight_map from tensors to files")
-
-
-def _opened(path: str):
-    if not os.access(path, os.R_OK):
-        raise UsageError(f"{path}: cannot be read: missing, or without permission")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path}: damaged or not safetensors ({one_line(error)})") from None
-
-
-def _file(base: str, name: str, optional: bool = False) -> str | None:
-    """A local path of a file of the base, downloaded from the hub if need be; None where the base
-    has no such file.
-
-    Offline it is not known whether the hub has a file that is not in the cache; an optional one
-    then counts as absent.
+def config_file(base: str) -> Path:
+    """The base's config.json, downloaded from the hub if need be. Raises UsageError: neither a
+    folder nor the hub has it.
     """
     if Path(base).is_dir():
-        path = Path(base) / name
-        return str(path) if path.is_file() else None
-    from huggingface_hub import errors, hf_hub_download
-
+        cli.check(
+            ((Path(base) / "config.json").is_file(), f"--base_model={base}: has no config.json")
+        )
     try:
-        return hf_hub_download(base, name)
-    except errors.LocalEntryNotFoundError:
-        if optional:
-            return None
+        return Path(cached_file(base, "config.json"))
+    except OSError as error:  # missing, gated, or without a network
         raise UsageError(
-            f"--base_model={base}: no such folder here, and the Hugging Face hub cannot be reached"
-            f" for {name}"
+            f"--base_model={base}: no such folder, and on the hub: {one_line(error)}"
         ) from None
-    except errors.EntryNotFoundError:
-        return None
-    except (errors.GatedRepoError, errors.RepositoryNotFoundError):
-        raise UsageError(
-            f"--base_model={base}: not found on the Hugging Face hub, or gated;"
-            " ask for access and run `hf auth login`"
-        ) from None
-    except OSError as error:
-        raise UsageError(f"--base_model={base}: {one_line(error)}") from None

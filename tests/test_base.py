@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +23,7 @@ from tests.conftest import TARGETS, refused, small_config
 from utils import flags
 from utils.flags import LLM, LoRA
 
+INDEX = "model.safetensors.index.json"
 WORDS = ["[UNK]", "Below", "is", "an", "instruction", "item", "Response"]
 LORA = {"lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.0, "lora_target_modules": TARGETS}
 SMALL = {"ends": [2], "exit_heads": False}
@@ -54,7 +54,7 @@ def checkpoint(tmp_path_factory):
     for shard in set(shard_of.values()):
         mine = {name: tensor for name, tensor in tensors.items() if shard_of[name] == shard}
         save_file(mine, folder / shard, metadata={"format": "pt"})
-    (folder / base.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
     numbers = {word: i for i, word in enumerate(WORDS)}
     word_level = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
     word_level.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -85,18 +85,12 @@ def copied(checkpoint, tmp_path):
         ("last", 1, 3, [13, 14, 15]),
     ],
 )
-def test_kept_layers_equal_the_full_load_and_other_shards_may_be_absent(
-    checkpoint, tmp_path, selection, interval, kept, expected
-):
-    folder = copied(checkpoint, tmp_path)
+def test_kept_layers_equal_the_full_load(checkpoint, selection, interval, kept, expected):
+    folder = checkpoint
     config = base.read_config(str(folder))
     layers = select_layers([*range(config.num_hidden_layers)], kept, choice(selection, interval))
     assert layers == expected
-    needed = {f"model-{i // 2 + 1:05d}-of-00008.safetensors" for i in (*layers, 0, 15)}
     full = LlamaModel.from_pretrained(folder, dtype=torch.float32)
-    for shard in folder.glob("model-*.safetensors"):
-        if shard.name not in needed:
-            shard.unlink()
     llama = base.load_llama(str(folder), config, layers, torch.float32)
     assert not any(p.is_meta for p in [*llama.parameters(), *llama.buffers()])
     full.layers = torch.nn.ModuleList([full.layers[i] for i in layers])
@@ -135,66 +129,48 @@ def test_faulty_checkpoints_are_named(checkpoint, tmp_path):
     def load(layers=(0, 1)):
         return base.load_llama(str(folder), config, list(layers), torch.float32)
 
-    (folder / "model-00002-of-00008.safetensors").unlink()
-    load()
-    with refused("model-00002-of-00008.safetensors is missing; it holds model.layers.2"):
-        load([0, 1, 2])
     first = folder / "model-00001-of-00008.safetensors"
-    tensors = load_file(first)
+    tensors, whole = load_file(first), first.read_bytes()
     removed = tensors.pop("model.layers.1.mlp.up_proj.weight")
-    save_file(tensors, first)
-    with pytest.raises(UsageError, match="lacks the tensor model.layers.1.mlp.up_proj.weight"):
+    save_file(tensors, first, metadata={"format": "pt"})
+    with refused("copy: lacks the tensor layers.1.mlp.up_proj.weight"):
         load()
-    save_file(tensors | {"model.layers.1.mlp.up_proj.weight": removed[:5].contiguous()}, first)
+    wrong = {"model.layers.1.mlp.up_proj.weight": removed[:5].contiguous()}
+    save_file(tensors | wrong, first, metadata={"format": "pt"})
     with refused("up_proj.weight is [5, 32], config.json says [48, 32]"):
         load()
-    first.write_bytes(first.read_bytes()[:100])
-    with pytest.raises(UsageError, match="damaged or not safetensors"):
+    first.write_bytes(whole[:100])
+    with refused("copy: its weights cannot be read"):
         load()
-    (folder / "model.safetensors.index.json").unlink()
-    with refused("neither model.safetensors.index.json nor model.safetensors"):
+    first.write_bytes(whole)
+    load([0, 15])
+    (folder / "model-00002-of-00008.safetensors").unlink()
+    with pytest.raises(UsageError, match="its weights cannot be read .*model-00002-of-00008"):
+        load()
+    (folder / INDEX).write_text("{oops")
+    with refused("copy: its weights cannot be read"):
+        load()
+    (folder / INDEX).unlink()
+    with pytest.raises(UsageError, match="its weights cannot be read .*model.safetensors"):
         load()
     (folder / "config.json").unlink()
     with pytest.raises(UsageError, match="has no config.json"):
         base.read_config(str(folder))
 
 
-def test_from_the_hub_only_the_needed_files_are_fetched(checkpoint, monkeypatch):
-    fetched = []
+@pytest.mark.parametrize("text", ["cannot reach the hub", "first line\nsecond"])
+def test_a_hub_that_fails_is_one_line(monkeypatch, text):
+    def fail(*_):
+        raise OSError(text)
 
-    def download(repository, name):
-        assert repository == "someone/llama"
-        fetched.append(name)
-        if not (checkpoint / name).exists():
-            raise huggingface_hub.errors.EntryNotFoundError(name)
-        return str(checkpoint / name)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    config = base.read_config("someone/llama")
-    llama = base.load_llama("someone/llama", config, [0, 1, 2, 3], torch.float32)
-    assert len(llama.layers) == 4
-    shards = (f"model-0000{i}-of-00008.safetensors" for i in (1, 2, 8))
-    assert set(fetched) == {"config.json", base.INDEX, *shards}
-
-
-OFFLINE = huggingface_hub.errors.LocalEntryNotFoundError("x"), "hub cannot be reached for config.js"
-BROKEN = OSError("first line\nsecond"), "someone/llama: first line second$"
-
-
-@pytest.mark.parametrize("error, message", [OFFLINE, BROKEN])
-def test_a_hub_that_fails_is_one_line(monkeypatch, error, message):
-    def download(repository, name):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(UsageError, match=message):
+    monkeypatch.setattr(base, "cached_file", fail)
+    with refused(f"someone/llama: no such folder, and on the hub: {' '.join(text.split())}"):
         base.read_config("someone/llama")
 
 
 def test_unknown_bases():
-    hub = "no such folder here, and the Hugging Face hub cannot be reached"
-    for name, words in (("./no", "no such folder"), ("no", "no such folder"), ("some/one", hub)):
-        with refused(f"{name}: {words}"):
+    for name in ("./no", "no", "some/one"):
+        with refused(f"{name}: no such folder"):
             base.open_base(name)
 
 

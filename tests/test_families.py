@@ -123,9 +123,9 @@ def test_what_is_not_supported_names_what_is(tmp_path, kind):
 
 def test_an_added_family_is_proved_on_its_first_load(tmp_path, monkeypatch):
     """LLaMA's arithmetic loads; what scales or is built otherwise is refused."""
-    from transformers import GemmaConfig, GraniteConfig, Olmo2Config, SmolLM3Config, StableLmConfig
+    from transformers import GraniteConfig, Olmo2Config, SmolLM3Config, StableLmConfig
 
-    known = ("mistral", "granite", "olmo2", "stablelm", "smollm3", "gemma")
+    known = ("mistral", "granite", "olmo2", "stablelm", "smollm3")
     monkeypatch.setattr(base, "FAMILIES", known)
     monkeypatch.setattr(llm4rec, "PROVEN", ())
     configs = {
@@ -135,7 +135,6 @@ def test_an_added_family_is_proved_on_its_first_load(tmp_path, monkeypatch):
         "norms after the layers": Olmo2Config(**SHAPE),
         "a part of each head rotated": StableLmConfig(**SHAPE),
         "layer 2 without": SmolLM3Config(**SHAPE, no_rope_layers=[1, 1, 0, 1], pad_token_id=0),
-        "embeddings scaled": GemmaConfig(**SHAPE),
     }
     spec = {"layers": [0, 2], "prompt_ids": [1, 2, 3], "response_ids": [4], "n_blocks": 1}
     spec |= {"exit_heads": False, "strategy": "full"}

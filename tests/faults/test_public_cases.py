@@ -54,9 +54,9 @@ def with_lora(layer):
 
 FLOAT8, BIAS = torch.float8_e4m3fn, {"layers.0.mlp.gate.bias": torch.ones(3)}
 UNREAD = [
-    (quantised(FLOAT8, scale=True), "has 1 more tensors .*: the weights are quantised"),
-    (quantised(FLOAT8, scale=False), "up_proj.weight is torch.float8_e4m3fn, quantised"),
-    (quantised(torch.int8, scale=False), "up_proj.weight is torch.int8, quantised; use the check"),
+    (quantised(torch.bfloat16, scale=True), "has 1 more tensors .*: the weights are quantised"),
+    (quantised(FLOAT8, scale=False), "up_proj.weight is F8_E4M3, quantised"),
+    (quantised(torch.int8, scale=False), "up_proj.weight is I8, quantised; use the check"),
     (with_lora(2), "lora_A.default.weight: LoRA is not merged; merge it into the weights"),
     (lambda tensors: tensors.update(BIAS), "gate.bias: nothing here reads"),
 ]
