@@ -4,7 +4,6 @@
     python -m serving.export --domain_type cloth --output_dir export/cloth
     python -m serving.export --domain_type cloth --model teacher --output_dir export/teacher
     python -m serving.export --output_dir export/onnx --onnx                  # recommender.onnx too
-    python -m serving.recommend --model export/cloth --history 12,99         # from the folder alone
 
 The folder has a plain Hugging Face LLaMA (`AutoModel.from_pretrained` loads it), the item table and
 heads, items.csv, and a model card with the code that computes the scores. Of SASRec it has the
@@ -67,6 +66,7 @@ def model_card(served: Served, code: str) -> str:
         target=LAST if data.moment is None else FIRST_AFTER,
         split=split_of(run.flags),
         n_items=f"{data.n_items:,}",
+        size=data.n_items,
         sha256=data.sha256,
         max_seq_length=recorded["max_seq_length"],
         seed=recorded["seed"],
@@ -130,14 +130,14 @@ def write(folder: Path, served: Served, verify_users: int, onnx: bool) -> int:
     else:
         table = served.item_table(ids)
         model = LLM4Rec.load(run, table, bf16=False)
-        graph = exported.Graph(model, slots)
+        graph = exported.Graph(model)
     split = EvaluationSplit(served.data, TEST, slots, 0, 1)
     histories = split.samples.histories(np.arange(min(verify_users, served.data.n_users)))
     encode = model.user_encoder()
     expected = torch.cat([encode(part) @ table.T for part in histories.split(256)])
     names = served.names(ids)
-    about = {"domain": run.config["domain"], "items_sha256": names.sha256()}
-    about |= {"max_seq_length": slots} | ({"sasrec": SASRec.shape(run)} if of_sasrec else {})
+    about = {"domain": run.config["domain"], "max_seq_length": slots}
+    about |= {"sasrec": SASRec.shape(run)} if of_sasrec else {}
     exported.save(folder, model, torch.from_numpy(ids), served.popularity(ids), about)
     names.write(folder / "items.csv")
     name = "scores_sasrec.py" if of_sasrec else "scores.py"
@@ -149,7 +149,7 @@ def write(folder: Path, served: Served, verify_users: int, onnx: bool) -> int:
     exported.verify(expected, torch.stack(found), "the card's code")
     if onnx:
         path = exported.save_onnx(folder, graph, slots)
-        exported.verify(expected, exported.onnx_scores(path, rows, slots), "the ONNX graph")
+        exported.verify(expected, exported.onnx_scores(path, histories), "the ONNX graph")
     return len(rows)
 
 
@@ -159,7 +159,7 @@ def main(
     files: ServedFiles,
     output_dir: str = flag(help="the folder to be written"),
     verify_users: PositiveInt = flag(1000, "test users whose scores are compared"),
-    onnx: bool = flag(False, "also write recommender.onnx: history, lengths -> scores"),
+    onnx: bool = flag(False, "also write recommender.onnx: history -> scores"),
     overwrite: bool = flag(False, "replace the folder, if it is an export"),
 ) -> Path:
     """Export a run."""

@@ -7,7 +7,6 @@
     python -m serving.recommend --domain_type cloth --model sasrec --history 12,99
     python -m serving.recommend --domain_type cloth --users all --output recs.parquet
     python -m serving.recommend --model runs/a --users histories.csv --output recs.csv --k 20
-    python -m serving.recommend --model export/cloth --history 12,99   # what serving.export wrote
     python -m serving.recommend --model student,runs/b --history 12,99       # the sum of scores
     python -m serving.recommend --model runs/b --unseen true --history 12    # items without a user
 
@@ -32,8 +31,8 @@ from datasets.items import Finder, Items, listing_of, read_items
 from engine import cli, processes
 from engine.cli import Group, PositiveInt, flag
 from engine.errors import UsageError
-from engine.files import check_writable, read_json
-from serving.served import Served, ServedFiles, is_export, read_all, refuse_other_domain
+from engine.files import check_writable
+from serving.served import Served, ServedFiles, is_export, read_all
 
 if TYPE_CHECKING:
     import torch
@@ -85,25 +84,16 @@ class Asked(Group):
         return Path(self.output).resolve() if self.output else None
 
     def problems(self, flags: dict[str, Any]) -> list[str]:
-        name, target, exported = self.name, self.target, is_export(Path(flags["model"]))
+        target = self.target
         users, output = None if self.one_of_users else self.users, f"--output={self.output}"
         sources = ("history", "user", "users", "similar")
         given = [source for source in sources if getattr(self, source)]
         rules = [
             (len(given) < 2, f"--{' and --'.join(given)}: give one of them"),
-            (not (name and exported), f"--user={name}: an export has no users; give --history"),
-            (
-                self.known == "log" or not exported,
-                f"--known=join: {flags['model']} is an export without users",
-            ),
             (not users or target, "--users needs --output, the file of the lists"),
             (len(self.columns) in (0, 3), "--columns: expected user, item and time (or none)"),
             (not target or users, "--output is of --users; one history is shown"),
             (users in (None, "all") or Path(users).exists(), f"--users={users}: file not found"),
-            (
-                users != "all" or not exported,
-                f"--users=all: {flags['model']} is an export without users; name a file",
-            ),
         ]
         if target is not None:
             read = [flags[name] for name in ("users", "allow", "deny", "data_path")]
@@ -141,15 +131,11 @@ class Offered(Group):
     )
     exit: PositiveInt | None = flag(None, "read an LLM at this inner exit, from 1: faster")
 
-    def problems(self, flags: dict[str, Any]) -> list[str]:
-        wrong = self.unseen and is_export(Path(flags["model"]))
-        return ["--unseen: an export has the items that it was made with"] * wrong
-
 
 class Opened(NamedTuple):
     """What lists are made with.
 
-    runs: empty of an export. allowed: bool [N], the items that may be recommended; None for all.
+    allowed: bool [N], the items that may be recommended; None for all.
     """
 
     recommender: "Recommender"
@@ -184,7 +170,7 @@ def recommend(
     Raises:
         UsageError: a file is missing, or an id is unknown.
     """
-    recommender, names = open_model(ServedFiles(**files), exit, device)
+    recommender, names = open_model(read_all(ServedFiles(**files)), exit, device)
     finder = Finder(names, by)
     rows = [[finder.find(str(item), "histories") for item in history] for history in histories]
     items, scores = recommender.recommend(rows, k, exclude)
@@ -193,17 +179,9 @@ def recommend(
 
 
 def open_model(
-    files: ServedFiles, exit: int | None, device: str, unseen: bool = False
+    runs: list[Served], exit: int | None, device: str, unseen: bool = False
 ) -> tuple["Recommender", Items]:
-    """The recommender of runs or of an exported folder, and what its items are called."""
-    if is_export(Path(files.model)):
-        return _open_export(files, exit, device)
-    return _open_runs(read_all(files), exit, device, unseen)
-
-
-def _open_runs(
-    runs: list[Served], exit: int | None, device: str, unseen: bool
-) -> tuple["Recommender", Items]:
+    """The recommender of one run, or of the sum of several, and what its items are called."""
     item_ids = reduce(np.intersect1d, [served.item_ids(unseen) for served in runs])
     cli.check(
         (not runs[1:] or exit is None, f"--exit={exit}: is of one model, not of several"),
@@ -218,24 +196,6 @@ def _open_runs(
 
     model = open_runs(runs, item_ids, processes.choose_device(device), exit)
     return model, runs[0].names(item_ids)
-
-
-def _open_export(files: ServedFiles, exit: int | None, device: str) -> tuple["Recommender", Items]:
-    from serving import exported
-
-    folder = Path(files.model)
-    read = [name for name in ("data_path", "item_table") if getattr(files, name)]
-    cli.check(
-        (not read, f"--{' and --'.join(read)}: of a run; {folder} is an export, which has its own")
-    )
-    listing, about = folder / "items.csv", read_json(folder / exported.SHAPE, "export")
-    cli.check((listing.is_file(), f"--model={folder}: lacks items.csv; export it again"))
-    refuse_other_domain(files, folder, about.get("domain", files.domain_type))
-    recommender, item_ids = exported.load(folder, processes.choose_device(device), exit)
-    names = Items.read(listing, item_ids)
-    same = about.get("items_sha256") in (None, names.sha256())
-    cli.check((same, f"{listing} is not the export's own: a number is another item there"))
-    return recommender, names
 
 
 def allowed_items(names: Items, offered: Offered) -> "torch.Tensor | None":
@@ -301,16 +261,12 @@ def main(
     """Recommend for one history, on the screen, or for many, into a file."""
     if asked.target is not None:
         check_writable(asked.target.parent, "--output")
-    if is_export(Path(files.model)):
-        runs, model = [], _open_export(files, offered.exit, device)
-    else:
-        runs = read_all(files)
-        for served in runs:
-            of_run = [served.csv_path, listing_of(served.csv_path), served.table_path]
-            if asked.target in [path.resolve() for path in of_run if path]:
-                raise UsageError(f"--output={asked.output} is a file that the run was made from")
-        model = _open_runs(runs, offered.exit, device, offered.unseen)
-    recommender, names = model
+    runs = read_all(files)
+    for served in runs:
+        of_run = [served.csv_path, listing_of(served.csv_path), served.table_path]
+        if asked.target in [path.resolve() for path in of_run if path]:
+            raise UsageError(f"--output={asked.output} is a file that the run was made from")
+    recommender, names = open_model(runs, offered.exit, device, offered.unseen)
     opened = Opened(recommender, names, runs, allowed_items(names, offered))
     if asked.target is None:
         return one_list(opened, asked, offered)
@@ -361,9 +317,7 @@ def write_lists(opened: Opened, asked: Asked, offered: Offered, batch_size: int)
         _report_unknown(finder, "--users")
         if finder.unknown and not any(lists.values()):
             raise UsageError(f"--users={asked.users}: none of its items is known here")
-        if runs:
-            join = asked.known == "join"
-            lists = histories.with_known(lists, runs[0].csv_path, names, join)
+        lists = histories.with_known(lists, runs[0].csv_path, names, asked.known == "join")
     who, own = [*lists], [*lists.values()]
     with writing(asked.target) as write, tqdm(total=len(who), unit="user", mininterval=1) as bar:
         for start in range(0, len(who), batch_size):

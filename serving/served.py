@@ -26,7 +26,7 @@ class ServedFiles(ItemTable, Data):
     model: str = flag(
         "best",
         "best (of the domain's runs, on validation), sasrec, teacher or student, or the folder of "
-        "a run or an export; the scores of several runs between commas are added, each divided by "
+        "a run; the scores of several runs between commas are added, each divided by "
         "their standard deviation",
     )
 
@@ -80,16 +80,6 @@ class Served(NamedTuple):
 def is_export(folder: Path) -> bool:
     """Whether serving.export wrote the folder."""
     return (folder / "recommender.json").is_file()
-
-
-def refuse_other_domain(files: ServedFiles, folder: Path, own: str) -> None:
-    """Refuse --domain_type where it is not the domain of the run or the export in `folder`."""
-    named = "domain_type" in files.given or files.domain_type != Data().domain_type
-    if named and canonical_domain(files.domain_type) != own:
-        raise UsageError(
-            f"--domain_type={files.domain_type}: what {folder} holds is of the domain {own};"
-            " leave --domain_type out, or name a model of that domain"
-        )
 
 
 def best_run(domain: Domain) -> Path:
@@ -189,7 +179,12 @@ def read(files: ServedFiles) -> Served:
     """
     run = _run_of(files.model, Domain.of(files))
     own = run.config.get("domain", files.domain_type)
-    refuse_other_domain(files, run.folder, own)
+    named = "domain_type" in files.given or files.domain_type != Data().domain_type
+    if named and canonical_domain(files.domain_type) != own:
+        raise UsageError(
+            f"--domain_type={files.domain_type}: the run in {run.folder} is of the domain {own};"
+            " leave --domain_type out, or name a model of that domain"
+        )
     path = files.data_path or run.flags.get("data_path")
     domain = Domain.of(files)._replace(name=own, data_path=path).read_as_in(run.flags)
     data, csv_path = domain.read()

@@ -17,7 +17,7 @@ from datasets.interactions import read_histories
 from datasets.items import Finder, Items
 from datasets.sequences import TEST, EvaluationSplit
 from engine.errors import UsageError
-from serving import export, recommend, served
+from serving import recommend, served
 from serving.recommender import Recommender, top_k
 from serving.served import ServedFiles
 from tests.conftest import OFF, SHORT, hashes, histories, refused, script, small_model
@@ -58,7 +58,7 @@ def test_lists_by_hand():
 def test_a_targets_place_is_its_rank(inside, model):
     found = served.read(ServedFiles(model=model))
     data, slots = found.data, found.run.flags["max_seq_length"]
-    recommender, names = recommend.open_model(ServedFiles(model=model), None, "cpu")
+    recommender, names = recommend.open_model([found], None, "cpu")
     split = EvaluationSplit(data, TEST, slots, 0, 1)
     ends = split.samples.end
     seen = [data.items[a:b].tolist() for a, b in zip(data.offsets[:-1], ends)]
@@ -123,8 +123,9 @@ def test_many_users_into_a_file_of_each_form(inside):
 
 
 def test_an_inner_exit_is_the_models_own(inside):
-    recommender, names = recommend.open_model(ServedFiles(model="student"), 2, "cpu")
-    whole, _ = recommend.open_model(ServedFiles(model="student"), None, "cpu")
+    runs = served.read_all(ServedFiles(model="student"))
+    recommender, names = recommend.open_model(runs, 2, "cpu")
+    whole, _ = recommend.open_model(runs, None, "cpu")
     inner, last = (model.recommend([[1, 2]], 9)[1] for model in (recommender, whole))
     assert not np.array_equal(inner, last)
     for exit, model, said in (
@@ -183,8 +184,6 @@ def test_what_is_missing_or_cannot_be_is_named(inside):
     Path("twice.csv").write_text("reviewerID,asin\na,[1]\na,[2]\n")
     Path("null.csv").write_text('reviewerID,asin,time\na,"[1, 2]","[null, 3]"\n')
     Path("folder.csv").mkdir()
-    export.main(output_dir="out", verify_users=3)
-    exported = {"output": "o.csv", "model": "out"}
     for flags, words in (
         ({"model": "none"}, "--model=none: no run in none; one of the four scripts makes it"),
         ({"model": "student,"}, "--model=student,: an empty name between commas"),
@@ -204,17 +203,9 @@ def test_what_is_missing_or_cannot_be_is_named(inside):
         ({"users": "twice.csv", "output": "o.csv"}, "reviewerID 'a' appears in rows 2 and 3"),
         ({"users": "null.csv", "output": "o.csv"}, "row 2: expected a list of 2 times, found"),
         ({"users": "all", "output": "folder.csv"}, "--output=folder.csv is a folder"),
-        ({"users": "all", **exported}, "out is an export without users"),
-        ({"users": "twice.csv", **exported, "known": "join"}, "--known=join: out is an export"),
-        ({"history": ["1"], "model": "out", "data_path": "x.csv"}, "--data_path: of a run"),
     ):
         with refused(words):
             recommend.main(**flags)
-    Path("out/items.csv").unlink()
-    with refused("--model=out: lacks items.csv; export it again"):
-        recommend.main(history=["1"], model="out")
-    with refused("--model=out: an export, not a run"):
-        export.main(model="out", output_dir="o")
     Path("data/demo.items.csv").write_bytes(b"\xff")
     with refused("demo.items.csv: row 0: expected item_id,asin,title"):
         recommend.main(history=["1"])
@@ -275,7 +266,7 @@ def test_where_original_ids_are_numbers_a_number_is_one_of_them():
 
 
 def test_names_of_another_catalogue_are_refused(inside):
-    """items.csv says what a number means; the run and the export know theirs."""
+    """items.csv says what a number means; the run knows its own."""
     rows = [f"{item},B{item:03d},Title {item}" for item in range(1, 161)]
     listing = Path("data/demo.items.csv")
     listing.write_text("\n".join(["item_id,asin,title", *rows]) + "\n")
@@ -285,17 +276,11 @@ def test_names_of_another_catalogue_are_refused(inside):
     listing.write_text(listing.read_text().replace("Title", "Name"))  # titles may change
     again = recommend.main(model="s", history=["B012"], k=3)
     assert [row["item_id"] for row in first] == [row["item_id"] for row in again]
-    export.main(model="s", output_dir="o", verify_users=3)
-    with pytest.raises(UsageError, match="--domain_type=x: what o holds is of the domain demo"):
-        recommend.main(model="o", domain_type="x", history=["B012"])
-    moved = listing.read_text().replace("B012", "B999")
-    for path, model, said in (
-        (listing, "s", "demo.items.csv is not the one that s was trained beside"),
-        (Path("o/items.csv"), "o", "items.csv is not the export's own"),
-    ):
-        path.write_text(moved)
-        with pytest.raises(UsageError, match=said):
-            recommend.main(model=model, history=["B011"])
+    with pytest.raises(UsageError, match="--domain_type=x: the run in s is of the domain demo"):
+        recommend.main(model="s", domain_type="x", history=["B012"])
+    listing.write_text(listing.read_text().replace("B012", "B999"))
+    with refused("demo.items.csv is not the one that s was trained beside"):
+        recommend.main(model="s", history=["B011"])
     shutil.copyfile("s/items.csv", listing)  # as the line says
     assert recommend.main(model="s", history=["B012"], k=3)[0]["item_id"] == first[0]["item_id"]
 
