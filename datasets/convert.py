@@ -14,10 +14,8 @@ other table, parquet or JSON lines, `--user`, `--item` and `--time` name the col
 is judged before anything is written. Each user's items are sorted by time; users and items by id.
 """
 
-import shlex
-from collections.abc import Container
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -27,7 +25,7 @@ from datasets.domain import canonical_domain
 from datasets.filters import Log, often, print_counts
 from datasets.interactions import MINIMUM_LENGTH
 from datasets.items import listing_of
-from datasets.logs import HINTS, NAMES, canonical, choose_columns, read_log, report_columns
+from datasets.logs import NAMES, canonical, choose_columns, read_log, report_columns
 from datasets.tables import bare, open_table
 from engine import cli
 from engine.cli import NonNegativeInt, PositiveInt, flag
@@ -110,16 +108,6 @@ def filter_log(
     return log
 
 
-def _words(flags: dict[str, Any], left_out: Container[str]) -> str:
-    """The given flags as words of a command line."""
-    words = []
-    for name, value in flags.items():
-        if name not in left_out and value != cli.defaults(main)[name]:
-            shown = ",".join(value) if isinstance(value, list) else str(value)
-            words += [f"--{name}", shown.lower() if isinstance(value, bool) else shown]
-    return shlex.join(words)
-
-
 @cli.command
 def main(
     *,
@@ -150,7 +138,6 @@ def main(
     overwrite: bool = flag(False, "replace the domain's files"),
 ) -> None:
     """Turn a log of interactions into a domain's sequences."""
-    flags = dict(locals())
     path = Path(output_dir) / f"{canonical_domain(domain_type)}.csv"
     listing, source = listing_of(path), Path(input)
     targets = {path.resolve(), listing.resolve()}
@@ -172,9 +159,8 @@ def main(
         ),
     )
     given = {"user": user, "item": item, "time": time, "rating": rating, "title": title}
-    command = f"python -m datasets.convert {_words(flags, HINTS)}"
     table = open_table(source, [n for n in given.values() if n], NAMES, lists == "yes")
-    columns = choose_columns(table, given, lists, command)
+    columns = choose_columns(table, given, lists)
     if min_rating is not None and columns.rating is None:
         raise UsageError(f"--min_rating={min_rating}: {input} has no rating; name it with --rating")
     dated = columns.time is not None

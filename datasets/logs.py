@@ -4,7 +4,6 @@ Published formats and plain names of columns are known; nothing else is guessed.
 """
 
 import re
-import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,14 +27,6 @@ KNOWN = (  # published headers, as `bare` gives them: role -> column
 CONTRACT = {"user": "reviewerid", "item": "asin"}
 BARE = ("user", "item", "rating", "time")  # MovieLens without a header
 NAMES = {name for form in (*KNOWN, CONTRACT) for name in form.values()} - {"rating"}
-HINTS = {  # for the command that a refusal offers; nothing is read by them
-    "user": re.compile("user|customer|client|member|visitor|buyer|reviewer|session", re.I),
-    "item": re.compile(
-        "^(?!.*(rating|score)).*(item|product|article|movie|book|song|track|sku|asin|isbn)", re.I
-    ),
-    "time": re.compile("time|date|datum|stamp|when|_at$|day", re.I),
-}
-PART = re.compile("year|month|week|day|dow|hour|minute|second", re.I)  # of a time: does not sort
 UNTIMED = {*NAMES, "rating", "overall", "title"} - {form["time"] for form in KNOWN}
 NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
 WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
@@ -54,6 +45,7 @@ A_LIST = re.compile(  # in brackets, or several ids, each of which has a digit
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
 UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
+BY_FLAGS = "Name them: --user NAME --item NAME --time NAME (none keeps file order)"
 BY_COLUMNS = "Name them: --columns USER,ITEM,TIME (none for no time)"
 FEW_USERS, LARGE_SHARE = 20, 0.1
 
@@ -80,18 +72,20 @@ def canonical(name: object) -> str:
     return "" if text.lower() in NOTHING else text
 
 
-def choose_columns(table: Table, given: dict[str, str | None], lists: str, command: str) -> Columns:
+def choose_columns(
+    table: Table, given: dict[str, str | None], lists: str, by_columns: bool = False
+) -> Columns:
     """Which column is what: as the flags say, else by a published header.
 
     Args:
         given: role -> the column that a flag names, or None.
-        command: the command that was given, for the message; "" where it has no such flags.
+        by_columns: the flag is --columns, not one for each role.
     Raises:
         UsageError: a named column is missing, or nothing says which ones to read.
     """
     for role, name in given.items():
         if name is not None and name not in table.columns and (role, name) != ("time", "none"):
-            flag = role if command else "columns"
+            flag = "columns" if by_columns else role
             raise UsageError(
                 f"--{flag}={name}: {table.path} has no such column; it has {table.shown()}"
             )
@@ -103,7 +97,7 @@ def choose_columns(table: Table, given: dict[str, str | None], lists: str, comma
     if missing:
         raise UsageError(
             f"{table.path}: which column is the {', the '.join(missing)}? It has {table.shown()}."
-            f" {f'Name them: {command} {_offer(table, chosen)}' if command else BY_COLUMNS}"
+            f" {BY_COLUMNS if by_columns else BY_FLAGS}"
         )
     if chosen["user"] == chosen["item"]:
         raise UsageError(f"{table.path}: column {chosen['user']} cannot be both user and item")
@@ -140,24 +134,6 @@ def _known(table: Table, lists: str, needs_time: bool) -> dict[str, str]:
         users = all(re.fullmatch(rf"\d+|{REVIEWER}", cell) for cell in first)
         return dict(zip(BARE, table.columns)) if epochs and users else {}
     return {}
-
-
-def _offer(table: Table, chosen: dict[str, str | None]) -> str:
-    """Flags that the user may correct: columns whose names or cells look so, else COLUMN."""
-    dated = re.compile(r"\d{4}-\d\d-\d\d.*|\d{9,19}(\.\d+)?|\d\d?([./-])\d\d?\2\d{2,4}.*")
-    free = [name for name in table.columns if name not in chosen.values()]
-    times = [n for n in free if table.cells(n) and all(map(dated.fullmatch, table.cells(n)))]
-    offer = {}
-    for role, hint in HINTS.items():
-        near = sorted(filter(hint.search, free), key=lambda name: -int("id" in name.lower()))
-        if role == "time":
-            whole = times + [name for name in near if not PART.search(name)]
-            near = whole or ["COLUMN" if near else "none"]
-        offer[role] = chosen[role] or (near[0] if near else "COLUMN")
-    for name in free:
-        if bare(name) == "title" and not chosen["title"]:
-            offer["title"] = name
-    return " ".join(f"--{role} {shlex.quote(name)}" for role, name in offer.items())
 
 
 def report_columns(table: Table, columns: Columns, min_rating: float | None) -> None:

@@ -62,7 +62,7 @@ def of_file(
         given = dict(zip(ROLES, columns))  # user, item, time
         if not given and table.header and {bare(name) for name in table.columns} <= UNTIMED:
             given["time"] = "none"
-        chosen = choose_columns(table, given, "auto", "")
+        chosen = choose_columns(table, given, "auto", by_columns=True)
         if chosen.time is None:
             print(f"{path}: no time: items are read in file order")
         more = {"mend": "--unknown skip", "time_format": time_format}
