@@ -20,66 +20,18 @@ from typing import Literal
 import numpy as np
 
 from datasets import filters
-from datasets.cells import clean_title
 from datasets.domain import canonical_domain
 from datasets.filters import Log, often, print_counts
 from datasets.interactions import MINIMUM_LENGTH
 from datasets.items import listing_of
-from datasets.logs import NAMES, canonical, choose_columns, read_log, report_columns
-from datasets.tables import bare, open_table
+from datasets.logs import NAMES, choose_columns, read_log, read_titles, report_columns
+from datasets.tables import open_table
 from engine import cli
 from engine.cli import NonNegativeInt, PositiveInt, flag
 from engine.errors import UsageError
 from engine.files import check_writable
 
 Dedup = Literal["no", "rows", "items"]
-ITEM_LISTS = (  # of --items: item and title
-    ("asin", "title"),
-    ("parent_asin", "title"),
-    ("item_id", "title"),
-    ("item_id", "movie_title"),
-    ("movieid", "title"),
-)
-
-
-def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
-    """Item -> title, of a list of items.
-
-    Args:
-        named: its columns of items and titles; empty where they have known names.
-    Raises:
-        UsageError: which columns are item and title is not known.
-    """
-    table = open_table(path, named, {name for pair in ITEM_LISTS for name in pair})
-    by_name = {bare(name): name for name in reversed(table.columns)}
-    pair = [(by_name[a], by_name[b]) for a, b in ITEM_LISTS if {a, b} <= by_name.keys()]
-    if not table.header and table.separator == "::":  # MovieLens' movies.dat
-        pair += [(table.columns[0], table.columns[1])]
-    known = {names: sum(canonical(c) in kept for c in table.cells(names[0])) for names in pair}
-    pair = tuple(named) or max(pair, key=known.get, default=())
-    if not set(pair) <= set(table.columns):
-        raise UsageError(
-            f"--items_columns={','.join(named)}: not in {path}, which has {table.shown()}"
-        )
-    if not pair:
-        raise UsageError(
-            f"--items={path}: expected columns such as item_id and title, it has {table.shown()};"
-            " --items_columns ITEM,TITLE names them"
-        )
-    titles: dict[str, str] = {}
-    found, name = 0, ""
-    for frame in table.frames([*pair]):
-        for cell, text in zip(frame[pair[0]], frame[pair[1]]):
-            name = canonical(cell)
-            found += name in kept
-            title = clean_title(text) if name in kept and name not in titles else ""
-            if title:
-                titles[name] = title
-    if not found:
-        raise UsageError(
-            f"--items={path}: none of its items is in the log: {name!r} there, {min(kept)!r} here"
-        )
-    return titles
 
 
 def filter_log(
@@ -168,11 +120,7 @@ def main(
         (
             dated or dedup != "rows",
             "--dedup=rows: compares times, and none are read; give items, or no",
-        ),
-        (
-            dated or not time_format,
-            f"--time_format={time_format}: no times are read; name their column with --time",
-        ),
+        )
     )
     report_columns(table, columns, min_rating)
     log, titles = read_log(table, columns, min_rating, drop_missing, time_format=time_format)

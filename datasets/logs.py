@@ -4,6 +4,7 @@ Published formats and plain names of columns are known; nothing else is guessed.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import pandas as pd
 from datasets.cells import clean_title, parse_list, parsed, title_list
 from datasets.filters import Log
 from datasets.items import listing_of, read_listing
-from datasets.tables import Names, Table, bare
+from datasets.tables import Names, Table, bare, open_table
 from engine import cli
 from engine.errors import UsageError, one_line
 
@@ -25,14 +26,19 @@ KNOWN = (  # published headers, as `bare` gives them: role -> column
     {"user": "userid", "item": "movieid", "time": "timestamp", "rating": "rating"},
 )
 CONTRACT = {"user": "reviewerid", "item": "asin"}
+ITEM_LISTS = (  # lists of items: item and title
+    ("asin", "title"),
+    ("parent_asin", "title"),
+    ("item_id", "title"),
+    ("item_id", "movie_title"),
+    ("movieid", "title"),
+)
 BARE = ("user", "item", "rating", "time")  # MovieLens without a header
 NAMES = {name for form in (*KNOWN, CONTRACT) for name in form.values()} - {"rating"}
 UNTIMED = {*NAMES, "rating", "overall", "title"} - {form["time"] for form in KNOWN}
 NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
 WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
-CLOCK = r":\d\d(?:\.\d+)?\s*"
-ZONE = rf"(?:[zZ]|[+-]\d\d:?\d\d|{CLOCK}[+-]\d\d)\s*$"
-AWAY = rf"(?:[+-](?!00:?00)\d\d:?\d\d|{CLOCK}[+-](?!00)\d\d)\s*$"  # not UTC
+ZONE = r"(?:[zZ]|[+-]\d\d:?\d\d|:\d\d(?:\.\d+)?\s*[+-]\d\d)\s*$"
 SHAPES = {  # of names that are none
     re.compile(r"-?\d([.,]\d+)?[eE]\+\d+"): (
         "was cut by a spreadsheet or a float; save the ids as text, from their source"
@@ -45,6 +51,7 @@ A_LIST = re.compile(  # in brackets, or several ids, each of which has a digit
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
 UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
+UNDATED = "no times are read; name their column"
 BY_FLAGS = "Name them: --user NAME --item NAME --time NAME (none keeps file order)"
 BY_COLUMNS = "Name them: --columns USER,ITEM,TIME (none for no time)"
 FEW_USERS, LARGE_SHARE = 20, 0.1
@@ -119,7 +126,8 @@ def _known(table: Table, lists: str, needs_time: bool) -> dict[str, str]:
     if table.header and set(CONTRACT.values()) <= by_name.keys():
         found = {role: by_name[name] for role, name in CONTRACT.items()}
         cells = table.cells(found["item"])
-        if lists != "no" and any(len(parse_list(table.path, 2, cell)) > 1 for cell in cells):
+        several = any(len(parse_list(table.path, 2, cell)) > 1 for cell in cells)
+        if lists == "yes" or (lists == "auto" and several):
             found |= {name: by_name[name] for name in ("title", "time") if name in by_name}
             return {"time": "none"} | found | {"lists": "yes"}
         return found
@@ -168,6 +176,7 @@ def read_log(
     min_rating: float | None = None,
     drop_missing: bool = False,
     one_user: bool = False,
+    as_they_come: bool = False,
     mend: str = "--drop_missing true",
     time_format: str | None = None,
 ) -> tuple[Log, dict[str, str]]:
@@ -175,39 +184,38 @@ def read_log(
 
     Args:
         one_user: a log of one user, or of one item, is fine.
+        as_they_come: users in the order of the file, not by their names.
         mend: the flag that leaves out rows without a user or an item.
         time_format: of its times, such as %d.%m.%Y; numbers and ISO dates need none.
     Raises:
         UsageError: the file is damaged, a cell is wrong (its row is named), or what was read is no
             log of several users and items.
     """
+    cli.check((columns.time or not time_format, f"--time_format={time_format}: {UNDATED}"))
     users, items, parts = Names(canonical), Names(canonical), []
     titles: dict[int, str] = {}  # by code
     missing: dict[str, list[int]] = {"user": [], "item": []}  # rows
-    asins = original_ids(table.path) if columns.lists else {}
-    low, n_rows, dates, zones = 0, 0, None, {}
-    for frame in table.frames([name for name in columns if isinstance(name, str)]):
-        rows = frame.index.to_numpy()
-        if columns.lists:
-            frame, rows = _unrolled(table.path, frame, rows, columns, asins)
+    low, n_rows, dates, zones = 0, 0, None, set()
+    for frame, rows in _frames(table, columns, users):
         n_rows += len(frame)
+        time = np.arange(n_rows - len(frame), n_rows)
+        if min_rating is not None:
+            high = _numbers(table.path, frame[columns.rating], rows, "rating") >= min_rating
+            frame, rows, time = frame[high], rows[high], time[high]
+            low += int((~high).sum())
         for role in missing:
             _refuse_rounded(table.path, frame[getattr(columns, role)], rows, role)
         user, item = users.encode(frame[columns.user]), items.encode(frame[columns.item])
         missing["user"] += rows[user < 0].tolist()
         missing["item"] += rows[item < 0].tolist()
-        time, kept = np.arange(n_rows - len(frame), n_rows), (user >= 0) & (item >= 0)
+        kept = (user >= 0) & (item >= 0)
         frame, user, item, time, rows = (part[kept] for part in (frame, user, item, time, rows))
         if columns.time is not None and len(frame):
             dates = _are_dates(frame[columns.time], time_format) if dates is None else dates
             time = _times(table.path, frame[columns.time], rows, dates, time_format, zones)
         if columns.title is not None:
             _add_titles(titles, item, frame[columns.title])
-        high = np.ones(len(frame), dtype=bool)
-        if min_rating is not None:
-            high = _numbers(table.path, frame[columns.rating], rows, "rating") >= min_rating
-            low += int((~high).sum())
-        parts.append((user[high], item[high], time[high], rows[high]))
+        parts.append((user, item, time, rows))
     cli.check((n_rows > 0, f"{table.path}: holds no interaction"))
     _judge_missing(table.path, missing, drop_missing, columns, mend)
     user, item, time, rows = (np.concatenate(column) for column in zip(*parts))
@@ -219,9 +227,55 @@ def read_log(
     if columns.time is not None:
         _judge_times(table.path, time, rows, dates)
     named = {name: titles.get(code, "") for name, code in items.codes.items()}
-    names, user = users.in_order(user, by_value=True)
+    names, user = ([*users.codes], user) if as_they_come else users.in_order(user, by_value=True)
     ids, item = items.in_order(item, by_value=True)
     return Log(names, ids, user, item, time), named
+
+
+def _frames(
+    table: Table, columns: Columns, users: Names
+) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
+    """An interaction per row, and the row of the file of each. Codes the users of empty lists."""
+    asins = _original_ids(table.path) if columns.lists else {}
+    for frame in table.frames([name for name in columns if isinstance(name, str)]):
+        rows = frame.index.to_numpy()
+        if columns.lists:
+            users.encode(frame[columns.user])
+            frame, rows = _unrolled(table.path, frame, rows, columns, asins)
+        yield frame, rows
+
+
+def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
+    """Item -> title, of a list of items; of an item's rows the first with a title counts.
+
+    Args:
+        named: its columns of items and titles; empty where they have known names.
+    Raises:
+        UsageError: which columns are item and title is not known, or no item is in `kept`.
+    """
+    table = open_table(path, named, {name for pair in ITEM_LISTS for name in pair})
+    by_name = {bare(name): name for name in reversed(table.columns)}
+    pairs = [(by_name[a], by_name[b]) for a, b in ITEM_LISTS if {a, b} <= by_name.keys()]
+    if not table.header and table.separator == "::":  # MovieLens' movies.dat
+        pairs += [(table.columns[0], table.columns[1])]
+    known = {names: sum(canonical(c) in kept for c in table.cells(names[0])) for names in pairs}
+    pair = tuple(named) or max(pairs, key=known.get, default=())
+    if not pair or not set(pair) <= set(table.columns):
+        raise UsageError(
+            f"{path}: expected the columns {' and '.join(named or ('item_id', 'title'))}, it has"
+            f" {table.shown()}; --items_columns ITEM,TITLE names others"
+        )
+    titles: dict[str, str] = {}
+    name = ""
+    for frame in table.frames([*pair]):
+        for name, text in zip(frame[pair[0]].map(canonical), frame[pair[1]]):
+            if name in kept:
+                titles[name] = titles.get(name) or clean_title(text)
+    if not titles:
+        raise UsageError(
+            f"{path}: none of its items is in the log: {name!r} there, {min(kept)!r} here"
+        )
+    return {name: title for name, title in titles.items() if title}
 
 
 def _add_titles(titles: dict[int, str], items: np.ndarray, cells: pd.Series) -> None:
@@ -231,26 +285,15 @@ def _add_titles(titles: dict[int, str], items: np.ndarray, cells: pd.Series) -> 
             titles[code] = clean_title(cell)
 
 
-def original_ids(path: Path) -> dict[str, str]:
+def _original_ids(path: Path) -> dict[str, str]:
     """Number -> original id, of the items.csv beside a CSV of lists; empty without one."""
     listing = listing_of(path)
     named = read_listing(listing) if listing.is_file() else {}
     return {str(number): asin for number, (asin, _) in sorted(named.items())}
 
 
-def list_of_items(path: Path, row: int, cell: object, asins: dict[str, str]) -> list[str]:
-    """The original ids of a list; without `asins` as they stand there. Raises UsageError: an
-    element is no id, or the items.csv beside the file has no such item.
-    """
-    names = parse_list(path, row, cell)
-    foreign = [name for name in names if asins and not asins.get(name)]
-    if foreign:
-        raise UsageError(f"{path}: row {row}: {listing_of(path)} names no item {foreign[0]!r}")
-    return [asins.get(name, name) for name in names]
-
-
-def list_of_times(path: Path, row: int, cell: object, n: int) -> list:
-    """The times of a list of n items. Raises UsageError: the cell holds something else."""
+def _times_of(path: Path, row: int, cell: object, n: int) -> list:
+    """A list of n times. Raises UsageError: the cell holds something else."""
     times = parsed(cell) if isinstance(cell, str) else None
     known = isinstance(times, list) and all(
         type(time) in (int, float, str) and time == time for time in times
@@ -266,8 +309,13 @@ def _unrolled(
     path: Path, frame: pd.DataFrame, rows: np.ndarray, columns: Columns, asins: dict[str, str]
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """A row per item of lists; the row of the file of each."""
-    cells = zip(rows, frame[columns.item])
-    lists = [list_of_items(path, row, cell, asins) for row, cell in cells]
+    lists = []
+    for row, cell in zip(rows, frame[columns.item]):
+        names = parse_list(path, row, cell)
+        foreign = [name for name in names if asins and not asins.get(name)]
+        if foreign:
+            raise UsageError(f"{path}: row {row}: {listing_of(path)} names no item {foreign[0]!r}")
+        lists.append([asins.get(name, name) for name in names])
     _refuse_repeated(path, frame[columns.user], rows, lists)
     lengths = np.array([len(items) for items in lists], dtype=np.int64)
     filled = lengths > 0
@@ -277,7 +325,7 @@ def _unrolled(
     long[columns.item] = [item for items in lists for item in items]
     if columns.time is not None and frame[columns.time].astype(str).str.startswith("[").all():
         cells = zip(rows, frame[columns.time], lengths)
-        long[columns.time] = [time for given in cells for time in list_of_times(path, *given)]
+        long[columns.time] = [time for given in cells for time in _times_of(path, *given)]
     if columns.title is not None:
         cells = zip(frame[columns.title], lengths)
         long[columns.title] = [t for cell, n in cells for t in title_list(cell, n) or [""] * n]
@@ -304,10 +352,10 @@ def _refuse_repeated(path: Path, users: pd.Series, rows: np.ndarray, lists: list
 
 
 def _refuse_rounded(path: Path, cells: pd.Series, rows: np.ndarray, role: str) -> None:
-    """Refuse ids that a column of floats rounded to fewer digits than they had."""
+    """Refuse ids and times that a column of floats rounded to fewer digits than they had."""
     if isinstance(cells.dtype, np.dtype) and cells.dtype.kind == "f":
         wrong = (cells.abs() >= 2 ** (np.finfo(cells.dtype).nmant + 1)).to_numpy()
-        expected = f"an id with all its digits: {cells.dtype} cut them"
+        expected = f"all its digits: {cells.dtype} cut them"
         _refuse(path, wrong, cells, rows, role, expected)
 
 
@@ -325,12 +373,7 @@ def _are_dates(cells: pd.Series, form: str | None) -> bool:
 
 
 def _times(
-    path: Path,
-    cells: pd.Series,
-    rows: np.ndarray,
-    dates: bool,
-    form: str | None,
-    zones: dict[str, tuple],
+    path: Path, cells: pd.Series, rows: np.ndarray, dates: bool, form: str | None, zones: set[bool]
 ) -> np.ndarray:
     """Times that sort: numbers as they are, dates in seconds since 1970.
 
@@ -341,9 +384,7 @@ def _times(
     texts = cells.dtype == object or pd.api.types.is_string_dtype(cells)
     if not dates:
         numbers = _numbers(path, cells, rows, "time")
-        if cells.dtype in (np.float16, np.float32):
-            cut = np.abs(numbers) >= 2**24
-            _refuse(path, cut, cells, rows, "time", f"all its digits: {cells.dtype} cut them")
+        _refuse_rounded(path, cells, rows, "time")
         _refuse(path, np.abs(numbers) >= 2**63, cells, rows, "time", "fewer digits, at most 2^63")
         if texts:
             cut = cells.astype(str).str.contains("e+", case=False, regex=False).to_numpy()
@@ -365,24 +406,14 @@ def _times(
     return found.to_numpy("datetime64[us]").astype(np.int64) / 1e6
 
 
-def _judge_zones(path: Path, cells: pd.Series, rows: np.ndarray, seen: dict[str, tuple]) -> None:
-    """Refuse times without a zone beside times of one other than UTC, in this frame or before."""
+def _judge_zones(path: Path, cells: pd.Series, rows: np.ndarray, seen: set[bool]) -> None:
+    """Refuse times with a zone beside times without one, in this frame or before."""
+    zoned = cells.astype(str).str.contains(ZONE)
     if pd.api.types.is_datetime64_any_dtype(cells):
-        zone = str(getattr(cells.dtype, "tz", None))
-        kinds = {"bare": zone == "None", "away": zone not in ("None", "UTC", "Etc/UTC", "+00:00")}
-        kinds = {kind: np.full(len(cells), all_are) for kind, all_are in kinds.items()}
-    else:
-        texts = cells.astype(str).str
-        kinds = {"bare": ~texts.contains(ZONE), "away": texts.contains(AWAY)}
-    for kind, found in kinds.items():
-        if found.any():
-            first = int(np.argmax(found))
-            seen.setdefault(kind, (rows[first], str(cells.iloc[first])))
-    if len(seen) == 2:
-        row, shown = seen["bare"]
-        raise UsageError(
-            f"{path}: row {row}: the time is {shown!r}, expected a time zone, as in other rows"
-        )
+        zoned[:] = cells.dt.tz is not None
+    seen.add(bool(zoned.iloc[0]) if not seen else seen.pop())
+    other = (zoned != next(iter(seen))).to_numpy()
+    _refuse(path, other, cells, rows, "time", "a time zone in every row or in none")
 
 
 def _refuse(

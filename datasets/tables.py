@@ -7,9 +7,8 @@ import io
 import itertools
 import lzma
 import re
-import warnings
 import zlib
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,11 +20,13 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from datasets.cells import parsed
-from engine.errors import UsageError, one_line
+from engine.errors import UsageError
 
 SAMPLE_BYTES, SAMPLE_ROWS = 2**18, 50
 BATCH = 2**17  # rows of a frame
 SEPARATORS = ("::", "\t", ";", ",", "|", " ")
+BY_LETTERS = ("::", "\t")  # between these a quote is a letter, except around a whole cell
+WHOLE = re.compile(r'"(?:[^"]|"")*"')
 MAGIC = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open}
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 COMMENT = re.compile(r"#|sep=.$")  # the second is Excel's
@@ -52,9 +53,7 @@ class Table(NamedTuple):
 
     kind: text, lines ("user item item ..."), json or parquet. parts: the files that are read.
     columns: names; without a header their numbers from 1. sample: the first rows, as text by
-        column. quoted: whether quotes enclose cells of text. lenient: a line that is no JSON object
-        is a row of None, and cells stay as they are. skip: lines before the first row of the part
-        that is read; `frames` finds it.
+        column.
     """
 
     path: Path
@@ -65,9 +64,6 @@ class Table(NamedTuple):
     header: bool
     columns: list[str]
     sample: list[dict[str, str]]
-    quoted: bool = True
-    lenient: bool = False
-    skip: int = 0
 
     def cells(self, column: str) -> list[str]:
         """The first cells of a column that are not empty."""
@@ -93,10 +89,10 @@ class Table(NamedTuple):
         """
         readers = {"text": _text, "lines": _lines, "json": _json, "parquet": _parquet}
         options = {"unit": "row", "unit_scale": True, "mininterval": 1.0, "dynamic_ncols": True}
-        for part, skip in self._starts():
-            table = self._replace(path=part, skip=skip)
-            frames = readers[self.kind](table, list(dict.fromkeys(columns)))
+        for part in self.parts:
+            table = self._replace(path=part)
             try:
+                frames = readers[self.kind](table, list(dict.fromkeys(columns)))
                 with tqdm(desc=part.name, **options) as bar:
                     for frame in frames:
                         yield frame
@@ -105,43 +101,13 @@ class Table(NamedTuple):
                 raise UsageError(f"{part}: damaged ({str(error)[:100]})") from None
             except UnicodeError:
                 raise UsageError(f"{part}: not UTF-8; {SAVE_AS_UTF8}") from None
-            except (pd.errors.ParserError, csv.Error) as error:
-                wrong = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
-                text = one_line(error, 120)
-                if wrong:
-                    expected, row, found = wrong.groups()
-                    text = f"row {row} has {found} fields, expected {expected}"
-                elif "EOF inside string" in text:
-                    text = f"a quote is opened and not closed ({text})"
-                raise UsageError(f"{part}: {text}") from None
-            except pd.errors.ParserWarning:
+            except csv.Error as error:
                 raise UsageError(
-                    f"{part}: rows have more fields than the {len(self.columns)} of the header:"
-                    " is the separator in a field, as in 4,5? quote such fields"
+                    f"{part}: a quote is opened and not closed at its cell's end ({error}); double"
+                    " the quotes inside cells, or remove them"
                 ) from None
             except KeyError as error:
                 raise UsageError(f"{part}: lacks the column {error}") from None
-
-    def _starts(self) -> Iterator[tuple[Path, int]]:
-        """The parts, and how many lines come before each one's first row; one header for all."""
-        if self.kind not in ("text", "lines"):
-            yield from ((part, 0) for part in self.parts)
-            return
-        first = None
-        for part in self.parts:
-            with _opened(part) as file:
-                _, skipped, lines = _look(file.read(SAMPLE_BYTES))
-            for comment in filter(str.strip, skipped):
-                print(f"{part}: skipped the comment {comment[:60]!r}")
-            header = _split(lines[0], self.separator) if self.header and lines else None
-            first = first or header
-            if header not in (None, first):
-                raise UsageError(
-                    f"{part}: starts with {','.join(header)[:60]!r}, {self.parts[0]} with"
-                    f" {','.join(first)[:60]!r}; give every part the same header, or join them"
-                    " in one file"
-                )
-            yield part, len(skipped)
 
 
 class Names:
@@ -177,11 +143,7 @@ class Names:
 
 
 def open_table(
-    path: Path,
-    named: Sequence[str] = (),
-    known: Container[str] = (),
-    lines: bool = False,
-    lenient: bool = False,
+    path: Path, named: Sequence[str] = (), known: Container[str] = (), lines: bool = False
 ) -> Table:
     """Tell a file's form from its first rows.
 
@@ -189,7 +151,6 @@ def open_table(
         known: names of which one makes the first row a header.
         named: columns that the user names; whole numbers mean that there is no header.
         lines: whether text without a header is "user item item ...".
-        lenient: the file has JSON lines, some of which may be broken.
     Raises:
         UsageError: it is empty, damaged, or of a form that is not read here.
     """
@@ -218,13 +179,15 @@ def open_table(
     for magic, what in UNREAD.items():
         if head.startswith(magic):
             raise UsageError(f"{first}: looks like {what}")
-    encoding, _, every = _look(head)
+    encoding = "utf-16" if head[:2] in UTF16 else "utf-8-sig"
+    text = io.StringIO(head.decode(encoding, "replace"), newline=None)  # ends lines as readers do
+    every = [line.rstrip("\n") for line in _from_first_row(text)]
     every = every[:-1] if len(head) == SAMPLE_BYTES and every[1:] else every  # cut off
     rows = [*filter(str.strip, every)]
     if not rows:
         raise UsageError(f"{first}: is empty")
-    if lenient or rows[0].lstrip().startswith("{"):
-        return _look_at_json(path, parts, encoding, rows, lenient)
+    if rows[0].lstrip().startswith("{"):
+        return _look_at_json(path, parts, encoding, rows)
     if rows[0].lstrip().startswith("[") and not rows[0].lstrip().startswith("[["):
         raise UsageError(f"{first}: looks like one JSON array; write a JSON object per line")
     return _look_at_text(path, parts, encoding, rows, named, known, lines)
@@ -235,14 +198,17 @@ def _by_number(part: Path) -> list:
     return [int(text) if text.isdecimal() else text for text in re.split(r"(\d+)", part.name)]
 
 
-def _look(head: bytes) -> tuple[str, list[str], list[str]]:
-    """The encoding of a text, the blank lines and comments before its first row, the rest."""
-    encoding = "utf-16" if head[:2] in UTF16 else "utf-8-sig"
-    text = io.StringIO(head.decode(encoding, "replace"), newline=None)  # ends lines as readers do
-    lines, skip = [line.rstrip("\n") for line in text], 0
-    while skip < len(lines) and (not lines[skip].strip() or COMMENT.match(lines[skip])):
-        skip += 1
-    return encoding, lines[:skip], lines[skip:]
+def _from_first_row(lines: Iterable[str], path: Path | None = None) -> Iterator[str]:
+    """The lines without what stands before the first row: blank ones, and comments, which are
+    printed with their file's `path`.
+    """
+    lines = iter(lines)
+    for line in lines:
+        if line.strip() and not COMMENT.match(line):
+            return itertools.chain([line], lines)
+        if line.strip() and path is not None:
+            print(f"{path}: skipped the comment {line.strip()[:60]!r}")
+    return lines
 
 
 def _look_at_parquet(path: Path, parts: list[Path]) -> Table:
@@ -254,17 +220,15 @@ def _look_at_parquet(path: Path, parts: list[Path]) -> Table:
     return Table(path, parts, "parquet", "", "", True, columns, [*map(_texts, rows)])
 
 
-def _look_at_json(
-    path: Path, parts: list[Path], encoding: str, lines: list[str], lenient: bool
-) -> Table:
+def _look_at_json(path: Path, parts: list[Path], encoding: str, lines: list[str]) -> Table:
     rows = [row for row in map(_parsed, lines) if row is not None]
-    if not rows and not lenient:
+    if not rows:
         raise UsageError(
             f"{path}: its first line is {lines[0][:40]!r}; write a JSON object per line"
         )
     columns = list(dict.fromkeys(name for row in rows for name in row))
     sample = [*map(_texts, rows[:SAMPLE_ROWS])]
-    return Table(path, parts, "json", "", encoding, True, columns, sample, lenient=lenient)
+    return Table(path, parts, "json", "", encoding, True, columns, sample)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -307,11 +271,7 @@ def _look_at_text(
 ) -> Table:
     lines = every[: SAMPLE_ROWS + 1]
     separator = _separator(path, lines)
-    # between tabs a quote may be a letter: it encloses a cell where every one that is opened ends
-    opened = _opened_quotes(lines) or _opened_quotes(every)
-    quoted = separator != "\t" or (bool(opened) and all(c.rstrip().endswith('"') for c in opened))
-    quoted = quoted and separator != "::"
-    rows = [_split(line, separator, quoted) for line in lines]
+    rows = [_split(line, separator) for line in lines]
     named = [name for name in named if name != "none"]
     numbered = bool(named) and all(name.isdigit() for name in named)
     first = [cell.strip() for cell in rows[0]]
@@ -334,14 +294,10 @@ def _look_at_text(
     columns = [str(i + 1) for i in range(len(first))]
     if header:
         _refuse_twice(path, [name for name in first if name])
-        columns = [name or f"unnamed ({i})" for i, name in enumerate(first, start=1)]
+        columns = _named(first)
     inside = [row for row in rows[header:] if len(row) == len(columns)]
     sample = [dict(zip(columns, (cell.strip() for cell in row))) for row in inside]
-    return Table(path, parts, "text", separator, encoding, header, columns, sample, quoted)
-
-
-def _opened_quotes(lines: list[str]) -> list[str]:
-    return [cell for line in lines for cell in line.split("\t") if cell.startswith('"')]
+    return Table(path, parts, "text", separator, encoding, header, columns, sample)
 
 
 def _separator(path: Path, lines: list[str]) -> str:
@@ -360,10 +316,15 @@ def _separator(path: Path, lines: list[str]) -> str:
     return next((s for s in SEPARATORS if s in lines[0]), ",")
 
 
-def _split(line: str, separator: str, quoted: bool = True) -> list[str]:
-    if separator == "::" or not quoted:
-        return line.split(separator)
-    return next(csv.reader([line], delimiter=separator), [""])
+def _split(line: str, separator: str) -> list[str]:
+    if separator not in BY_LETTERS:
+        return next(csv.reader([line], delimiter=separator), [""])
+    cells = line.rstrip("\r\n").split(separator)
+    return [c[1:-1].replace('""', '"') if WHOLE.fullmatch(c) else c for c in cells]
+
+
+def _named(header: list[str]) -> list[str]:
+    return [name.strip() or f"unnamed ({i})" for i, name in enumerate(header, start=1)]
 
 
 def _two_cells(line: str) -> list[str]:
@@ -385,104 +346,58 @@ def _opened(path: Path) -> BinaryIO:
     return opener(path, "rb")
 
 
-class _Counted(io.TextIOWrapper):
-    """A text that counts the line ends that were read."""
-
-    line_ends = 0
-
-    def read(self, size: int | None = -1) -> str:
-        text = super().read(size)
-        self.line_ends += text.count("\n")
-        return text
-
-
-def _opened_text(table: Table) -> _Counted:
-    """The text from its first row on."""
-    errors = "replace" if table.lenient else "strict"
-    text = _Counted(_opened(table.path), encoding=table.encoding, errors=errors, newline="")
-    for _ in range(table.skip):
-        text.readline()
-    return text
+def _opened_text(table: Table) -> Iterator[str]:
+    text = io.TextIOWrapper(_opened(table.path), encoding=table.encoding, newline="")
+    return _from_first_row(text, table.path)
 
 
 def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
-    text = _opened_text(table)
-    source: Any = text
-    separator = table.separator
-    if separator == "::":  # the fast reader splits at one letter
-        source, separator = io.StringIO(text.read().replace("::", "\x1f")), "\x1f"
-    options = {"dtype": str, "keep_default_na": False, "chunksize": BATCH, "index_col": False}
-    options |= {"sep": separator, "quoting": csv.QUOTE_MINIMAL if table.quoted else csv.QUOTE_NONE}
-    names, n_rows = table.columns, 0
-    head = 0 if table.header else None
-    reader = pd.read_csv(source, header=head, names=names, **options)
-    while True:
-        with warnings.catch_warnings():  # where every row is longer pandas cuts them, and warns
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = next(reader, None)
-        if frame is None:
-            break
-        frame.index += 1 + table.header
-        n_rows += len(frame)
-        if not table.quoted and separator == "\t":
-            _refuse_late_quotes(table, frame[columns])
-        yield frame[columns]
-    if table.quoted and text.line_ends > n_rows + table.header:  # cells hold line ends
-        _refuse_open_quotes(table)
+    lines, n = _opened_text(table), len(table.columns)
+    rows: Iterator[list[str]] = (_split(line, table.separator) for line in lines)
+    if table.separator not in BY_LETTERS:
+        rows = csv.reader(lines, delimiter=table.separator, strict=True)
+    rows = filter(any, rows)
+    names = _named(next(rows, table.columns)) if table.header else table.columns
+    place = {name: i for i, name in enumerate(names)}
+    places = [place[name] for name in columns]
 
+    def numbered() -> Iterator[tuple[int, list[str]]]:
+        for number, cells in enumerate(rows, start=1 + table.header):
+            if len(cells) > n:
+                raise UsageError(
+                    f"{table.path}: row {number} has {len(cells)} fields, expected {n}: is the"
+                    " separator in a field, as in 4,5? quote such fields"
+                )
+            cells += [""] * (n - len(cells))
+            yield number, [cells[i] for i in places]
 
-def _refuse_late_quotes(table: Table, frame: pd.DataFrame) -> None:
-    """Refuse a cell with doubled quotes inside quotes where the first rows have letters of them."""
-    for name in frame:
-        cells = frame[name][frame[name].str.startswith('"')]
-        late = cells[cells.str.fullmatch(r'"([^"]|"")*""([^"]|"")*"')]
-        if len(late):
-            raise UsageError(
-                f"{table.path}: row {late.index[0]}: {late.iloc[0][:40]!r} is a cell in quotes,"
-                " which are letters in the rows before; write CSV or parquet instead"
-            )
-
-
-def _refuse_open_quotes(table: Table) -> None:
-    """Refuse a quote that is closed inside a cell: pandas takes all rows until then as one."""
-    with _opened_text(table) as text:
-        reader = csv.reader(text, delimiter=table.separator, strict=True)
-        try:
-            for _ in reader:
-                pass
-        except csv.Error:
-            raise UsageError(
-                f"{table.path}: line {table.skip + reader.line_num}: a quote that an earlier cell"
-                " opens is closed inside a cell; double the quotes inside cells, or remove them"
-            ) from None
+    return _framed(numbered(), columns)
 
 
 def _lines(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
-    for numbers, lines in _chunks(_opened_text(table), table.skip + 1):
-        cells = [_two_cells(line) for line in lines]
-        yield pd.DataFrame(cells, numbers, ["1", "2"])[columns]
+    lines = enumerate(_opened_text(table), start=1)
+    places = [int(name) - 1 for name in columns]
+    cells = ((number, _two_cells(line)) for number, line in lines if line.strip())
+    return _framed(((number, [pair[i] for i in places]) for number, pair in cells), columns)
 
 
 def _json(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
-    for numbers, lines in _chunks(_opened_text(table)):
-        rows = []
-        for number, line in zip(numbers, lines):
+    def numbered() -> Iterator[tuple[int, list]]:
+        for number, line in enumerate(_opened_text(table), start=1):
             row = _parsed(line)
-            if row is None and not table.lenient:
+            if row is not None:
+                yield number, [_cell(row.get(name)) for name in columns]
+            elif line.strip():
                 raise UsageError(f"{table.path}: row {number}: not a JSON object ({line[:40]!r})")
-            cells = [(row or {}).get(name) for name in columns]
-            rows.append(cells if table.lenient else [*map(_cell, cells)])
-        yield pd.DataFrame(rows, numbers, columns, dtype=object)
+
+    return _framed(numbered(), columns)
 
 
-def _chunks(
-    text: io.TextIOBase, start: int = 1
-) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Lines that are not blank and their numbers, many at a time."""
-    lines = ((number, line) for number, line in enumerate(text, start) if line.strip())
-    while chunk := [*itertools.islice(lines, BATCH)]:
-        numbers, texts = zip(*chunk)
-        yield numbers, texts
+def _framed(rows: Iterator[tuple[int, list]], columns: list[str]) -> Iterator[pd.DataFrame]:
+    """Frames of numbered rows, many at a time."""
+    while chunk := [*itertools.islice(rows, BATCH)]:
+        numbers, cells = zip(*chunk)
+        yield pd.DataFrame(cells, numbers, columns, dtype=object)
 
 
 def _parquet(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:

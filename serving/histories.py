@@ -6,19 +6,8 @@ import numpy as np
 
 from datasets.interactions import read_histories
 from datasets.items import Finder, Items, listing_of
-from datasets.logs import (
-    NAMES,
-    ROLES,
-    UNTIMED,
-    canonical,
-    choose_columns,
-    list_of_items,
-    list_of_times,
-    original_ids,
-    read_log,
-)
-from datasets.tables import Table, bare, open_table
-from engine.errors import UsageError
+from datasets.logs import NAMES, ROLES, UNTIMED, canonical, choose_columns, read_log
+from datasets.tables import bare, open_table
 
 Histories = dict[str, list[int]]  # user -> catalogue indices
 
@@ -53,55 +42,26 @@ def of_file(
     Args:
         columns: of user, item and time in a log; empty where their names are published ones.
     Raises:
-        UsageError: the file is damaged, a user comes twice, or an item is not known.
+        UsageError: the file is damaged, or an item is not known.
     """
     table = open_table(path, columns, NAMES)
-    by_name = {name.lower(): name for name in reversed(table.columns)}
-    found: dict[str, list[str]] = {}
-    if columns or not {"reviewerid", "asin"} <= by_name.keys() or "unixreviewtime" in by_name:
-        given = dict(zip(ROLES, columns))  # user, item, time
-        if not given and table.header and {bare(name) for name in table.columns} <= UNTIMED:
-            given["time"] = "none"
-        chosen = choose_columns(table, given, "auto", by_columns=True)
-        if chosen.time is None:
-            print(f"{path}: no time: items are read in file order")
-        more = {"mend": "--unknown skip", "time_format": time_format}
-        log, _ = read_log(table, chosen, drop_missing=finder.skip, one_user=True, **more)
-        log = log.ordered(None)
-        for user, item in zip(log.user, log.item):
-            found.setdefault(log.users[user], []).append(log.items[item])
-    elif time_format:
-        raise UsageError(f"--time_format={time_format}: {path} has lists of items, without times")
-    else:
-        needed = [by_name[name] for name in ("reviewerid", "asin", "time") if name in by_name]
-        found = _lists(path, table, needed)
-        if not listing_of(path).is_file():
-            finder.refuse_ambiguous([*found.values()], f"--users={path}")
-        else:  # its numbers were mapped to original ids
-            finder = finder.by_asin()
+    names = {bare(name) for name in table.columns}
+    in_lists = not columns and {"reviewerid", "asin"} <= names and "unixreviewtime" not in names
+    given = dict(zip(ROLES, columns))  # user, item, time
+    if not given and table.header and names <= UNTIMED:
+        given["time"] = "none"
+    chosen = choose_columns(table, given, "yes" if in_lists else "auto", by_columns=True)
+    if chosen.time is None and not in_lists:
+        print(f"{path}: no time: items are read in file order")
+    options = {"one_user": True, "as_they_come": True, "mend": "--unknown skip"}
+    log, _ = read_log(table, chosen, None, finder.skip, time_format=time_format, **options)
+    log = log.ordered(None)
+    found: dict[str, list[str]] = {user: [] for user in log.users}
+    for user, item in zip(log.user, log.item):
+        found[log.users[user]].append(log.items[item])
+    if in_lists and not listing_of(path).is_file():
+        finder.refuse_ambiguous([*found.values()], f"--users={path}")
+    elif in_lists:  # its numbers were mapped to original ids
+        finder = finder.by_asin()
     source = f"--users={path}"
-    return {user: finder.find_all(names, f"{source}: {user}") for user, names in found.items()}
-
-
-def _lists(path: Path, table: Table, columns: list[str]) -> dict[str, list[str]]:
-    """The lists by user, in the order of their times where `columns` has these too."""
-    asins = original_ids(path)
-    rows: dict[str, int] = {}
-    lists: dict[str, list[str]] = {}
-    for frame in table.frames(columns):
-        for row, name, cell, *time in zip(frame.index, *(frame[column] for column in columns)):
-            user = canonical(name)
-            if not user:
-                raise UsageError(f"--users={path}: row {row}: the user is missing")
-            if rows.setdefault(user, row) != row:
-                raise UsageError(
-                    f"--users={path}: reviewerID {user!r} appears in rows {rows[user]} and {row}"
-                )
-            items = list_of_items(path, row, cell, asins)
-            if time:
-                times = list_of_times(path, row, *time, len(items))
-                pairs = zip(times, items)
-                ordered = sorted(pairs, key=lambda pair: (isinstance(pair[0], str), pair[0]))
-                items = [item for _, item in ordered]
-            lists[user] = items
-    return lists
+    return {user: finder.find_all(items, f"{source}: {user}") for user, items in found.items()}

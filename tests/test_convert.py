@@ -130,7 +130,7 @@ def test_the_same_log_in_any_form_gives_the_same_bytes(form):
 
 
 def test_dates_sort_as_times_and_ties_keep_file_order_or_a_hash():
-    rows = "a,x,2024-03-01 08:00:00\na,y,2024-02-28T23:00:00Z\n"
+    rows = "a,x,2024-03-01 08:00:00\na,y,2024-02-28T23:00:00\n"
     rows += "a,z,2024-03-01 08:00\nb,z,2024-03-01 08:00"
     path, flags = save_text("a.csv", "u,i,when\n" + rows), names("u", "i", "when")
     assert lists_of(path, **flags)[0] == ["a", "[1, 0, 2]"]
@@ -250,7 +250,10 @@ WIDE = [f"u{i % 9},i{i % 7},4,5,{1_600_000_000 + i}" for i in range(99)]
 TWO_KINDS = [{"user_id": i, "item_id": i, "timestamp": t} for i, t in ((1, 17e8), (2, "2001-1-1"))]
 FORMLESS = {
     "two kinds": ("\n\n".join(map(json.dumps, TWO_KINDS)), "row 3: the time is '2001-1-1', exp"),
-    "wide": ("\n".join(["user_id,item_id,rating,timestamp", *WIDE]), "more fields than the 4 of"),
+    "wide": (
+        "\n".join(["user_id,item_id,rating,timestamp", *WIDE]),
+        "row 2 has 5 fields, expected 4: is the sep",
+    ),
     "empty": ("", "a.csv: is empty"),
     "twice": ("user_id,item_id,item_id\na,x,y\n", "a.csv: column item_id appears 2 times"),
     "title": ("Orders 2020\nuser_id,item_id,timestamp\na,x,1\nb,y,2\n", "a title? remove it"),
