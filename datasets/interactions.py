@@ -7,7 +7,6 @@ and have gaps without changing any number.
 """
 
 import csv
-import difflib
 import gzip
 import hashlib
 import io
@@ -282,16 +281,9 @@ def _columns(path: Path, header: list[str]) -> list[str]:
             raise UsageError(f"{path}: column {name} appears {names.count(name)} times")
     if not missing:
         return names
-    for separator in (";", "\t"):
-        if len(names) == 1 and separator in names[0]:
-            raise UsageError(
-                f"{path} looks {separator!r}-separated; expected commas; {_converts(path)}"
-            )
-    near = {name: difflib.get_close_matches(name, names, n=1, cutoff=0.4) for name in missing}
-    hints = [f"; is {match[0]!r} meant as {name}?" for name, match in near.items() if match]
     raise UsageError(
         f"{path}: missing column {', '.join(missing)};"
-        f" found {', '.join(names)[:100]}{''.join(hints)}; {_converts(path)}"
+        f" found {', '.join(map(repr, names))[:100]}; {_converts(path)}"
     )
 
 

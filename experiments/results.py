@@ -26,7 +26,7 @@ from engine.files import read_json, replacing
 from engine.run import Run, recorded_flags
 from experiments.paper import label, plain_ce
 from models.builtin import BUILT_IN
-from utils.flags import SASRecTraining, Training, reads_teacher
+from utils.flags import Training
 
 SCRIPTS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": distill.main}
 KEPT = ("config.json", "results.json", "metrics.jsonl")
@@ -90,17 +90,6 @@ class FinishedRun(NamedTuple):
         return None if made_from == "SASRec" else made_from
 
     @property
-    def items_flags(self) -> dict[str, Any] | None:
-        """How the SASRec of its table was made. A later flag has its default; before 2026-11-28 a
-        flag that adapted had its usual value.
-        """
-        recorded, usual = self.config.get("items_flags"), SASRecTraining.usual
-        if not recorded:
-            return None
-        flags = cli.defaults(SCRIPTS["sasrec"]) | recorded
-        return {name: None if usual.get(name) == v else v for name, v in flags.items()}
-
-    @property
     def n_sasrecs(self) -> int:
         """How many SASRecs taught it."""
         taught_by = self.config.get("sasrec_sha256")
@@ -141,12 +130,11 @@ class FinishedRun(NamedTuple):
             stage = "llm"
             names &= set(cli.defaults(SCRIPTS["teacher"])) & set(cli.defaults(SCRIPTS["student"]))
             names -= {"distill_block", "cls_multiple_lambda", "block_reduction", "exit_norm"}
-        if not reads_teacher(flags):  # before 2026-11-29 it was 8 then
-            names -= {"llama_decoder_nums_teacher"}
         layers = self.config.get("model", {}).get("layers")
         values = {name: flags[name] for name in sorted(names)}
-        tables = self.items_flags, self.config.get("items_made_by")
-        made_by = self.items_from, self.n_sasrecs, *tables, *self.start
+        table_of = cli.defaults(SCRIPTS["sasrec"]) | (self.config.get("items_flags") or {})
+        made_by = self.items_from, self.n_sasrecs, table_of, self.config.get("items_made_by")
+        made_by += self.start
         if flags.get("base_model") not in (None, *BUILT_IN):  # which may be another one there
             made_by += (self.config.get("base_sha256"),)
         return json.dumps([stage, layers, bool(self.config.get("bf16")), values, *made_by])

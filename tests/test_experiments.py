@@ -305,8 +305,8 @@ def test_tables_of_other_sasrecs_are_rows_of_their_own(tmp_path):
         fake_run(tmp_path / name, STUDENT, settings=settings)
     settings["items_made_by"] = [{"init_table": "a"}]
     fake_run(tmp_path / "c", STUDENT, settings=settings, seed=1)
-    older = {"items_flags": released | {"warmup_steps": 0}, "teacher": None}  # its usual value
-    fake_run(tmp_path / "d", STUDENT, settings={"items_from": "SASRec"} | older, seed=2)
+    later = {"items_flags": released | {"patience": None}, "teacher": None}  # a flag's default
+    fake_run(tmp_path / "d", STUDENT, settings={"items_from": "SASRec"} | later, seed=2)
     labels, notes = rows_of(tmp_path)
     plain = "SLMRec 4 <- 8, items from SASRec, as released"
     assert [*labels[plain].runs] == [0, 2]

@@ -96,15 +96,13 @@ def test_what_cannot_be_read_is_one_line(here, monkeypatch):
     Path("cut.gguf").write_bytes(b"GGUF" + bytes(100))
     write_file(Path("mine.gguf"))
     write_file(Path("half.gguf"), without="blk.1.")
-    Path("part-00001-of-00002.gguf").write_bytes(Path("mine.gguf").read_bytes())
     write_file(Path("more.gguf"), more="blk.0.attn_q.bias")
     write_file(Path("scaled.gguf"), more="rope_freqs.weight")
     for name, message in (
         ("none.gguf", "--base_model=none.gguf: file not found"),
-        ("text.gguf", "text.gguf is not a GGUF file"),
+        ("text.gguf", "text.gguf: transformers cannot read it"),
         ("cut.gguf", "cut.gguf: transformers cannot read it"),
-        ("half.gguf", "half.gguf: lacks the tensors of layer 1"),
-        ("part-00001-of-00002.gguf", "one part of 2; join them first"),
+        ("half.gguf", "half.gguf: lacks 9 tensors, such as that of model.layers.1"),
         ("more.gguf", "has 22 tensors, the base 21 weights"),
         ("scaled.gguf", "has rope_freqs.weight, scaled rotary positions"),
     ):

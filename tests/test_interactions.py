@@ -41,7 +41,7 @@ def test_compression_bom_and_line_ends_do_not_matter(tmp_path):
 
 BAD = {
     "empty": ("", "is empty; expected a header with reviewerID,asin"),
-    "wrong column": ("reviewerID,asins\nu,[1]\n", "asin; found reviewerID, asins; is 'asins' mea"),
+    "wrong column": ("reviewerID,asins\nu,[1]\n", "asin; found 'reviewerID', 'asins'; python -m"),
     "a column twice": ('reviewerID,asin,asin\nu,"[1]",\n', "column asin appears 2 times"),
     "no user": ('reviewerID,asin\na,"[1, 2, 3, 4]"\n ,"[1]"\n', "row 3: reviewerID is empty"),
     "unquoted list": ("reviewerID,asin\nu,[1,2,3]\n", "4 fields, expected 2; quote the list"),

@@ -101,17 +101,16 @@ def made(tmp_path, data, identity=None, encode=None, calls=None):
     return tensor_cache.open_or_build(tmp_path, identity or {"teacher": "one"}, teacher, data, 8)
 
 
-CUT, CHANGED = "that was cut short or altered", "has a meta.json that was altered"
 SPOILT = [
-    ("states.bin", lambda b: bytes([b[0] ^ 1]) + b[1:], f"has a states.bin {CUT}"),
-    ("user.bin", None, "lacks user.bin"),
-    ("meta.json", lambda b: b[:20], "has no readable meta.json"),
-    ("meta.json", lambda b: b.replace(b'"one"', b'"two"'), CHANGED),
+    ("states.bin", lambda b: b[:-1]),
+    ("user.bin", None),
+    ("meta.json", lambda b: b[:20]),
+    ("meta.json", lambda b: b.replace(b'"one"', b'"two"')),
 ]
 
 
-@pytest.mark.parametrize("name, spoil, reason", SPOILT)
-def test_a_damaged_or_foreign_file_is_made_again(tmp_path, capsys, name, spoil, reason):
+@pytest.mark.parametrize("name, spoil", SPOILT)
+def test_a_cut_or_foreign_file_is_made_again(tmp_path, capsys, name, spoil):
     data, calls = samples(), []
     before = made(tmp_path, data, calls=calls).rows(np.arange(50), CPU)
     (folder,) = tmp_path.glob("[!.]*")
@@ -119,7 +118,7 @@ def test_a_damaged_or_foreign_file_is_made_again(tmp_path, capsys, name, spoil, 
     (folder / name).unlink() if spoil is None else (folder / name).write_bytes(spoil(content))
     capsys.readouterr()
     after = made(tmp_path, data, calls=calls).rows(np.arange(50), CPU)
-    assert f"{folder} {reason}; computing them again" in capsys.readouterr().out
+    assert f"{folder} is not whole; computing them again" in capsys.readouterr().out
     assert len(calls) == 2 and all(torch.equal(before[name], after[name]) for name in before)
     assert (folder / name).read_bytes() == content
 
@@ -164,7 +163,7 @@ def test_a_folder_under_another_identitys_name_is_not_used(tmp_path, capsys):
     shutil.rmtree(second)
     first.rename(second)
     made(tmp_path, data, {"weights": "b"})
-    said = f"{second} belongs to another teacher or other samples; computing them again"
+    said = f"{second} is not whole; computing them again"
     assert said in capsys.readouterr().out
 
 
@@ -238,7 +237,6 @@ def test_a_teacher_trained_again_is_not_taken_for_the_first(inside, capsys):
     distill.main(**SHORT, overwrite=True)
     said = capsys.readouterr().out
     assert "teacher states: none in output/demo/teacher_states for this teacher" in said
-    assert "teacher states: 1 other folders in output/demo/teacher_states take" in said
     assert len(list(Path("output/demo/teacher_states").glob("*/meta.json"))) == 2
 
 

@@ -121,7 +121,12 @@ BELOW = "is a file, not a folder"
 CASES = [
     (1, "TFD", flags(data_path="no.csv"), "not found: no.csv (from --data_path)"),
     (1, "T", flags(domain_type="no"), "looked in data, dataset/sequential; available: demo"),
-    (6, "TFD", text('reviewerID;asin\na;"[1,2]"\n'), "looks ';'-separated"),
+    (
+        6,
+        "TFD",
+        text('reviewerID;asin\na;"[1,2]"\n'),
+        "missing column reviewerID, asin; found 'reviewerID;asin'; py",
+    ),
     (28, "FD", removed(PKL), "not found: output/demo/sasrec_item.pkl; extract_emb.py writes it"),
     (29, "FD", table(Runs()), "refused, not a plain tensor (forbidden global posix.system)"),
     (28, "F", spoiled(NOTES, b"{"), "sasrec_item.json: damaged, not JSON"),

@@ -75,7 +75,7 @@ def test_users_of_a_file_of_lists_are_named_as_those_of_a_log(shop):
     best = recommend.main(domain_type="x", history=["101", "102", "100"], k=1)
     assert pd.read_csv("o.csv")["score"].tolist() == [pytest.approx(best[0]["score"], rel=1e-5)]
     Path("l.jsonl").write_text(json.dumps({"reviewerID": None, "asin": ["100"]}) + "\n")
-    with pytest.raises(UsageError, match="--users=l.jsonl: row 1: the user is missing"):
+    with pytest.raises(UsageError, match="l.jsonl: row 1: the user is missing"):
         recommend.main(**asked, overwrite=True)
 
 
