@@ -156,18 +156,11 @@ def _read(folder: str | Path, *names: str) -> tuple[Any, ...]:
     folder = _present(folder)
     if not folder.is_dir():
         raise UsageError(f"checkpoint not found: {folder}")
-    contents = {}
-    for name in (MANIFEST, *names):
+    manifest, contents = read_json(folder / MANIFEST, "checkpoint"), {}
+    for name in names:
         if not (folder / name).is_file():
             raise UsageError(f"checkpoint {folder} is incomplete: {name} is missing")
         contents[name] = (folder / name).read_bytes()
-    try:
-        manifest = json.loads(contents[MANIFEST])
-    except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict):
-        raise UsageError(f"checkpoint {folder}: {MANIFEST} is damaged")
-    for name in names:
         if manifest.get(name) != hashlib.sha256(contents[name]).hexdigest():
             raise UsageError(_altered(folder, name))
     reads = {".safetensors": deserialise, ".json": json.loads}

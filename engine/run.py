@@ -254,13 +254,10 @@ class Run:
         if not isinstance((self.config or {}).get("flags"), dict):
             path = self.folder / "config.json"
             raise UsageError(f"{path}: has no flags; it was written by something else")
+        recorded = {n: v for n, v in self.recorded.items() if n != "bf16"}  # see choose_device
         for i, group in enumerate(self.groups):
-            if group.kind == "model":
-                self.groups[i] = self.fix(group)
-            if group.kind == "training":
-                names = group.values().keys() - {"bf16"}  # which `choose_device` judges
-                own = {n: v for n, v in self.recorded.items() if n in names}
-                self.groups[i] = dataclasses.replace(group, **own)
+            if group.kind in ("model", "training"):
+                self.groups[i] = self.fix(group, recorded)
         for group in self.groups:
             self.flags |= group.values()
         self.check_same(inputs)

@@ -95,11 +95,11 @@ def best_run(domain: Domain) -> Path:
             every.append((path, results))
     found = every
     if domain.split is not None:
-        configs = (read_json(path.with_name("config.json"), "run") for path, _ in every)
-        splits = [split_of(config.get("flags", {})) for config in configs]
-        found = [pair for pair, split in zip(every, splits) if split == domain.split]
+        found = [pair for pair in every if split_of(_flags(pair[0])) == domain.split]
     if not found:
         raise UsageError(f"--model=best: no finished run in {domain.folder}/*; train one first")
+    if len({results["data_sha256"] for _, results in found}) > 1:
+        found = _of_present_data(domain, found) or found
     newest = max(found, key=lambda pair: pair[0].stat().st_mtime)[1]["data_sha256"]
     found = [pair for pair in found if pair[1]["data_sha256"] == newest]
     path, results = max(found, key=lambda pair: pair[1]["valid"]["full"]["MRR"])
@@ -108,6 +108,24 @@ def best_run(domain: Domain) -> Path:
     if len(every) > len(found):
         print(f"left out: {len(every) - len(found)} runs of other data or another split")
     return path.parent
+
+
+def _flags(results: Path) -> dict:
+    """The recorded flags of the run that results.json is of."""
+    return read_json(results.with_name("config.json"), "run").get("flags", {})
+
+
+def _of_present_data(domain: Domain, found: list[tuple[Path, dict]]) -> list[tuple[Path, dict]]:
+    """Of results.json files those of runs that were made from the CSV as it is now."""
+    kept, present = [], {}  # how lists are read -> the data's hash
+    for path, results in found:
+        flags = _flags(path)
+        data_path = domain.data_path or flags.get("data_path")
+        own = domain._replace(split=None, data_path=data_path).read_as_in(flags)
+        if own not in present:
+            present[own] = own.read()[0].sha256
+        kept += [(path, results)] if present[own] == results["data_sha256"] else []
+    return kept
 
 
 def read_all(files: ServedFiles) -> list[Served]:

@@ -231,7 +231,7 @@ def test_the_filter_that_left_nothing_is_named(tmp_path):
     path = reviews_of_one_day(tmp_path / "r.json")
     common = {"reviews": str(path), "domain_type": "x", "output_dir": str(tmp_path)}
     path.write_text(path.read_text().replace('"overall": 5.0', '"overall": 1'))
-    with refused("nothing is left of 180 reviews after 'rating >= 3'; lower --min_rating"):
+    with refused("nothing is left of 180 rows; lower --min_rating"):
         process.main(**common)
     process.main(**common, min_rating=1, min_item=1)
     for flag, stage in (("min_user", "users with >= 99"), ("min_length", "sequences of >=")):
