@@ -352,13 +352,13 @@ def _opened_text(table: Table) -> Iterator[str]:
 
 
 def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
-    lines, n = _opened_text(table), len(table.columns)
+    lines = _opened_text(table)
     rows: Iterator[list[str]] = (_split(line, table.separator) for line in lines)
     if table.separator not in BY_LETTERS:
         rows = csv.reader(lines, delimiter=table.separator, strict=True)
-    rows = filter(any, rows)
+    rows = (row for row in rows if row not in ([], [""]))  # a blank line
     names = _named(next(rows, table.columns)) if table.header else table.columns
-    place = {name: i for i, name in enumerate(names)}
+    n, place = len(names), {name: i for i, name in enumerate(names)}
     places = [place[name] for name in columns]
 
     def numbered() -> Iterator[tuple[int, list[str]]]:
