@@ -31,6 +31,11 @@ class Log(NamedTuple):
         """Mask of the rows that an earlier one equals in these columns, bool [n]."""
         return pd.DataFrame({name: getattr(self, name) for name in columns}).duplicated().to_numpy()
 
+    def as_met(self) -> "Log":
+        """Users in the order of their first rows; those without one are left out."""
+        user, met = pd.factorize(self.user)
+        return self._replace(users=[self.users[code] for code in met], user=user.astype(np.int32))
+
     def ordered(self, ties: np.ndarray | None, by_time: bool = True) -> "Log":
         """By user, then by time, then by `ties` (int64 [n]; None is file order)."""
         keys = [self.time, self.user] if by_time else [self.user]

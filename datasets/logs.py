@@ -198,24 +198,25 @@ def read_log(
     low, n_rows, dates, zones = 0, 0, None, set()
     for frame, rows in _frames(table, columns, users):
         n_rows += len(frame)
-        time = np.arange(n_rows - len(frame), n_rows)
-        if min_rating is not None:
-            high = _numbers(table.path, frame[columns.rating], rows, "rating") >= min_rating
-            frame, rows, time = frame[high], rows[high], time[high]
-            low += int((~high).sum())
         for role in missing:
             _refuse_rounded(table.path, frame[getattr(columns, role)], rows, role)
         user, item = users.encode(frame[columns.user]), items.encode(frame[columns.item])
         missing["user"] += rows[user < 0].tolist()
         missing["item"] += rows[item < 0].tolist()
-        kept = (user >= 0) & (item >= 0)
+        time, kept = np.arange(n_rows - len(frame), n_rows), (user >= 0) & (item >= 0)
         frame, user, item, time, rows = (part[kept] for part in (frame, user, item, time, rows))
         if columns.time is not None and len(frame):
             dates = _are_dates(frame[columns.time], time_format) if dates is None else dates
             time = _times(table.path, frame[columns.time], rows, dates, time_format, zones)
         if columns.title is not None:
             _add_titles(titles, item, frame[columns.title])
-        parts.append((user, item, time, rows))
+        high = np.ones(len(frame), dtype=bool)
+        if min_rating is not None:
+            high = _numbers(table.path, frame[columns.rating], rows, "rating") >= min_rating
+            low += int((~high).sum())
+        parts.append((user[high], item[high], time[high], rows[high]))
+    if one_user and users.codes and not n_rows:  # their lists are empty
+        return Log([*users.codes], [], *[np.zeros(0, dtype=np.int64)] * 3), {}
     cli.check((n_rows > 0, f"{table.path}: holds no interaction"))
     _judge_missing(table.path, missing, drop_missing, columns, mend)
     user, item, time, rows = (np.concatenate(column) for column in zip(*parts))
@@ -226,10 +227,9 @@ def read_log(
     _judge(table.path, Log([*users.codes], [*items.codes], user, item, time), columns, one_user)
     if columns.time is not None:
         _judge_times(table.path, time, rows, dates)
-    named = {name: titles.get(code, "") for name, code in items.codes.items()}
     names, user = ([*users.codes], user) if as_they_come else users.in_order(user, by_value=True)
     ids, item = items.in_order(item, by_value=True)
-    return Log(names, ids, user, item, time), named
+    return Log(names, ids, user, item, time), {n: titles.get(c, "") for n, c in items.codes.items()}
 
 
 def _frames(
@@ -260,7 +260,7 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
         pairs += [(table.columns[0], table.columns[1])]
     known = {names: sum(canonical(c) in kept for c in table.cells(names[0])) for names in pairs}
     pair = tuple(named) or max(pairs, key=known.get, default=())
-    if not pair or not set(pair) <= set(table.columns):
+    if not pair or not (table.kind == "json" or set(pair) <= set(table.columns)):
         raise UsageError(
             f"{path}: expected the columns {' and '.join(named or ('item_id', 'title'))}, it has"
             f" {table.shown()}; --items_columns ITEM,TITLE names others"

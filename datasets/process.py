@@ -20,13 +20,13 @@ import numpy as np
 from datasets import filters
 from datasets.domain import canonical_domain
 from datasets.filters import Log, keep, often, print_counts
-from datasets.logs import Columns, read_log, read_titles
+from datasets.logs import choose_columns, read_log, read_titles
 from datasets.tables import open_table
 from engine import cli
 from engine.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
 from engine.files import check_writable
 
-REVIEWS = Columns("reviewerID", "asin", "unixReviewTime", "overall", title=None, lists=False)
+REVIEWS = {"user": "reviewerID", "item": "asin", "time": "unixReviewTime", "rating": "overall"}
 
 
 def filter_reviews(
@@ -77,7 +77,9 @@ def main(
     )
     check_writable(Path(output_dir), "--output_dir")
     table = open_table(Path(reviews))
-    raw, _ = read_log(table, REVIEWS, min_rating, drop_missing=True, as_they_come=True)
+    columns = choose_columns(table, REVIEWS, lists="no")
+    raw, _ = read_log(table, columns, min_rating, drop_missing=True, as_they_come=True)
+    raw = raw.as_met()
     print_counts(f"rating >= {min_rating:g}", raw)
     by_time = order == "time"
     by_hash = filters.tie_order(raw, tie_seed) if ties == "hash" and by_time else None

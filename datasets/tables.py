@@ -22,7 +22,7 @@ from tqdm import tqdm
 from datasets.cells import parsed
 from engine.errors import UsageError
 
-SAMPLE_BYTES, SAMPLE_ROWS = 2**18, 50
+SAMPLE_BYTES, SAMPLE_ROWS, LONGEST_LINE = 2**18, 50, 2**26
 BATCH = 2**17  # rows of a frame
 SEPARATORS = ("::", "\t", ";", ",", "|", " ")
 BY_LETTERS = ("::", "\t")  # between these a quote is a letter, except around a whole cell
@@ -101,11 +101,6 @@ class Table(NamedTuple):
                 raise UsageError(f"{part}: damaged ({str(error)[:100]})") from None
             except UnicodeError:
                 raise UsageError(f"{part}: not UTF-8; {SAVE_AS_UTF8}") from None
-            except csv.Error as error:
-                raise UsageError(
-                    f"{part}: a quote is opened and not closed at its cell's end ({error}); double"
-                    " the quotes inside cells, or remove them"
-                ) from None
             except KeyError as error:
                 raise UsageError(f"{part}: lacks the column {error}") from None
 
@@ -171,7 +166,7 @@ def open_table(
         if start == b"PAR1":
             return _look_at_parquet(path, parts)
         with _opened(first) as file:
-            head = file.read(SAMPLE_BYTES)
+            head = file.read(SAMPLE_BYTES) + file.readline(LONGEST_LINE)
     except DAMAGED as error:
         raise UsageError(f"{first}: damaged ({str(error)[:100]})") from None
     except OSError as error:
@@ -182,7 +177,6 @@ def open_table(
     encoding = "utf-16" if head[:2] in UTF16 else "utf-8-sig"
     text = io.StringIO(head.decode(encoding, "replace"), newline=None)  # ends lines as readers do
     every = [line.rstrip("\n") for line in _from_first_row(text)]
-    every = every[:-1] if len(head) == SAMPLE_BYTES and every[1:] else every  # cut off
     rows = [*filter(str.strip, every)]
     if not rows:
         raise UsageError(f"{first}: is empty")
@@ -204,7 +198,7 @@ def _from_first_row(lines: Iterable[str], path: Path | None = None) -> Iterator[
     """
     lines = iter(lines)
     for line in lines:
-        if line.strip() and not COMMENT.match(line):
+        if line.strip() and not COMMENT.match(line.strip()):
             return itertools.chain([line], lines)
         if line.strip() and path is not None:
             print(f"{path}: skipped the comment {line.strip()[:60]!r}")
@@ -320,6 +314,8 @@ def _split(line: str, separator: str) -> list[str]:
     if separator not in BY_LETTERS:
         return next(csv.reader([line], delimiter=separator), [""])
     cells = line.rstrip("\r\n").split(separator)
+    if '"' not in line:
+        return cells
     return [c[1:-1].replace('""', '"') if WHOLE.fullmatch(c) else c for c in cells]
 
 
@@ -352,26 +348,55 @@ def _opened_text(table: Table) -> Iterator[str]:
 
 
 def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
-    lines = _opened_text(table)
-    rows: Iterator[list[str]] = (_split(line, table.separator) for line in lines)
-    if table.separator not in BY_LETTERS:
-        rows = csv.reader(lines, delimiter=table.separator, strict=True)
-    rows = (row for row in rows if row not in ([], [""]))  # a blank line
-    names = _named(next(rows, table.columns)) if table.header else table.columns
-    n, place = len(names), {name: i for i, name in enumerate(names)}
-    places = [place[name] for name in columns]
+    lines, path, number = _opened_text(table), table.path, 1
+    reader = csv.reader(lines, delimiter=table.separator[0], strict=True)
+    by_letters = table.separator in BY_LETTERS
+    rows = (_split(line, table.separator) for line in lines) if by_letters else reader
+    try:
+        names = _named(next(rows, table.columns)) if table.header else table.columns
+        _refuse_twice(path, [name for name in names if name in columns])
+        place = {name: i for i, name in enumerate(names)}
+        number += table.header
+        while chunk := [*itertools.islice(rows, BATCH)]:
+            if {*map(len, chunk)} != {len(names)}:
+                chunk = _of_width(path, chunk, number, len(names), by_letters)
+            cells, numbers = [*zip(*chunk)], range(number, number + len(chunk))
+            if cells:
+                found = {name: cells[place[name]] for name in columns}
+                yield pd.DataFrame(found, numbers, columns, dtype=object)
+            number += len(chunk)
+    except csv.Error as error:
+        raise UsageError(
+            f"{path}: line {reader.line_num}, counted from the first row: a quote is opened and not"
+            f" closed at its cell's end ({error}); double the quotes inside cells, or remove them"
+        ) from None
 
-    def numbered() -> Iterator[tuple[int, list[str]]]:
-        for number, cells in enumerate(rows, start=1 + table.header):
-            if len(cells) > n:
-                raise UsageError(
-                    f"{table.path}: row {number} has {len(cells)} fields, expected {n}: is the"
-                    " separator in a field, as in 4,5? quote such fields"
-                )
-            cells += [""] * (n - len(cells))
-            yield number, [cells[i] for i in places]
 
-    return _framed(numbered(), columns)
+def _of_width(
+    path: Path, rows: list[list[str]], number: int, n: int, by_letters: bool
+) -> list[list[str]]:
+    """The rows without blank lines, those of less than n cells filled up. Raises UsageError: one
+    has more, or is the rest of a cell in quotes.
+
+    Args:
+        number: of the first row.
+        by_letters: quotes were letters when lines were split.
+    """
+    rows, opened = [row for row in rows if len(row) > 1 or "".join(row).strip()], False
+    for i, row in enumerate(rows, start=number):
+        if len(row) < n and opened:
+            raise UsageError(
+                f"{path}: row {i - 1} opens a quote that the next line closes; between tabs a cell"
+                " is one line: write CSV or parquet instead"
+            )
+        opened = by_letters and row[-1].startswith('"') and row[-1].count('"') % 2 == 1
+        if len(row) > n:
+            raise UsageError(
+                f"{path}: row {i} has {len(row)} fields, expected {n}: is the separator in a field,"
+                " as in 4,5? write CSV with such fields in quotes"
+            )
+        row += [""] * (n - len(row))
+    return rows
 
 
 def _lines(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:

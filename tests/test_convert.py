@@ -192,6 +192,17 @@ def test_filters_repeat_until_nothing_changes_and_say_what_is_left(capsys):
 NO_TIME = {"time": "none"}
 
 
+def test_low_ratings_go_after_missing_users_and_leave_their_titles():
+    rows = ["u1,i1,5,1,Alpha", "u2,i1,6,5,", "u2,i2,7,5,Beta", "u1,i2,8,5,", ",i1,9,,"]
+    path = save_text("a.csv", "\n".join(["user_id,item_id,timestamp,rating,title", *rows]))
+    lists, items = written(path, min_rating=3, drop_missing=True)
+    assert [row[:2] for row in csv.reader(lists.splitlines()[1:])] == [
+        ["u1", "[1]"],
+        ["u2", "[0, 1]"],
+    ]
+    assert items == "item_id,asin,title\n0,i1,Alpha\n1,i2,Beta\n"
+
+
 def test_titles_from_the_log_or_from_a_list_of_items():
     head = "user_id,item_id,title\n"
     path = save_text("a.csv", head + 'a,x,"A ""good"" mug\n(blue)"\na,y,Cup\nb,x,Mug\n')

@@ -90,6 +90,22 @@ def test_titles(title, clean):
     assert clean_title(title) == clean
 
 
+def test_titles_may_come_late_and_records_may_be_long(tmp_path):
+    long = {"asin": "X", "description": "x" * 2**19}
+    late = [long, *({"asin": f"Y{i}"} for i in range(99)), *META]
+    for name, meta in (("plain", META), ("late", late)):
+        (tmp_path / name).mkdir()
+        written(
+            tmp_path / name,
+            lines=[review("u9", "A", 1, reviewText="x" * 2**19), *REVIEWS],
+            meta=meta,
+        )
+    plain, found = (
+        (tmp_path / name / "out/hand.items.csv").read_text() for name in ("plain", "late")
+    )
+    assert found == plain and "Tea pot" in found
+
+
 def test_file_order_as_released(tmp_path):
     data = read_csv(written(tmp_path, order="file") / "hand.csv")
     assert data.items.tolist() == [0, 1, 2, 3, 2, 0, 1, 3]

@@ -120,6 +120,9 @@ def test_many_users_into_a_file_of_each_form(inside):
     assert [row["reviewerID"] for row in mine] == ["ann", "ann", "bob", "bob", "cid", "cid"]
     assert [int(row["item_id"]) for row in mine[:2]] == ids[0].tolist()
     assert {path.name for path in Path("out").iterdir()} == {f"recs{s}" for s in recommend.SUFFIXES}
+    Path("new.csv").write_text("reviewerID,asin\nzoe,[]\nann,[]\n")
+    recommend.main(users="new.csv", output="new_out.csv", k=1)
+    assert [row["reviewerID"] for row in csv.DictReader(open("new_out.csv"))] == ["zoe", "ann"]
 
 
 def test_an_inner_exit_is_the_models_own(inside):

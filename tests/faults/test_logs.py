@@ -204,8 +204,34 @@ def test_quotes_between_tabs_enclose_a_whole_cell_or_are_letters():
         found = [row["title"] for row in csv.DictReader(file)]
     assert found == ['T "1"', '"Open', "x", 'Close"', '12" disc', ""]
     Path("b.csv").write_text(LOG + 'u1,"2"x,1700000000\n')
-    with pytest.raises(UsageError, match="b.csv: a quote is opened and not closed at its cell's"):
+    with pytest.raises(UsageError, match="b.csv: line 26, .*: a quote is opened and not closed"):
         convert_by("--input b.csv")
+    Path("c.tsv").write_text('user_id\titem_id\ttimestamp\tnote\tn\nu1\ti1\t1\t"a\nb"\t5\n')
+    with pytest.raises(UsageError, match="c.tsv: row 2 opens a quote that the next line closes"):
+        convert_by("--input c.tsv")
+
+
+def test_lines_of_blanks_and_excels_line_are_no_rows():
+    for text in (
+        "sep=,\r\n" + LOG.replace("\n", "\r\n"),
+        LOG + "   \n",
+        LOG.replace("u0", "\nu0", 1),
+    ):
+        Path("a.csv").write_bytes(text.encode())
+        assert convert_by("--input a.csv")[0] == plain_lists()
+
+
+def test_parts_are_read_by_their_own_headers():
+    Path("p").mkdir()
+    Path("p/a").write_text("user_id,item_id,price,timestamp,shop\nu1,i1,4,5,s\nu2,i2,4,5,s\n")
+    for text, said in (
+        ("user_id,item_id,price,timestamp\nu3,i1,4,5,17\n", "p/b: row 2 has 5 fields, expected 4"),
+        ("user_id,item_id,timestamp,item_id\nu3,i1,6,i9\n", "p/b: column item_id appears 2 times"),
+        ("x,user_id,item_id,timestamp\n1,u3,i1\n", "the time is '', expected a number"),
+    ):
+        Path("p/b").write_text(text)
+        with pytest.raises(UsageError, match=said):
+            convert_by("--input p")
 
 
 def test_parts_may_have_their_columns_in_another_order():
