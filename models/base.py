@@ -218,7 +218,11 @@ def load_llama(
     llama.layers = torch.nn.ModuleList(llama.layers[layer] for layer in layers)
     for number, layer in enumerate(llama.layers):
         layer.self_attn.layer_idx = number
-    llama.config = prune_config(config, layers)
+    pruned = prune_config(config, layers)
+    pruned._attn_implementation = llama.config._attn_implementation
+    for module in llama.modules():
+        if hasattr(module, "config"):
+            module.config = pruned
     return llama.train()
 
 

@@ -86,23 +86,23 @@ def copied(checkpoint, tmp_path):
     ],
 )
 def test_kept_layers_equal_the_full_load(checkpoint, selection, interval, kept, expected):
-    folder = checkpoint
-    config = base.read_config(str(folder))
+    config = base.read_config(str(checkpoint))
     layers = select_layers([*range(config.num_hidden_layers)], kept, choice(selection, interval))
     assert layers == expected
-    full = LlamaModel.from_pretrained(folder, dtype=torch.float32)
-    llama = base.load_llama(str(folder), config, layers, torch.float32)
+    full = LlamaModel.from_pretrained(checkpoint, dtype=torch.float32)
+    llama = base.load_llama(str(checkpoint), config, layers, torch.float32)
     assert not any(p.is_meta for p in [*llama.parameters(), *llama.buffers()])
     full.layers = torch.nn.ModuleList([full.layers[i] for i in layers])
     for i, layer in enumerate(full.layers):
         layer.self_attn.layer_idx = i
     full.config.num_hidden_layers = len(layers)
     ids = torch.tensor([[1, 5, 9, 2]])
-    models_ = llama, full
-    found, expected = (m(input_ids=ids, use_cache=False).last_hidden_state for m in models_)
+    found, expected = (m(ids, use_cache=False).last_hidden_state for m in (llama, full))
     assert torch.equal(found, expected)
     assert (llama.norm.weight != 1).all()
     assert [layer.self_attn.layer_idx for layer in llama.layers] == list(range(kept))
+    assert all(layer.self_attn.config is llama.config for layer in llama.layers)
+    assert llama.config._attn_implementation == full.config._attn_implementation == "sdpa"
 
 
 def test_dtype_and_what_is_trained(checkpoint):
