@@ -195,7 +195,7 @@ def read_log(
     users, items, parts = Names(canonical), Names(canonical), []
     titles: dict[int, str] = {}  # by code
     missing: dict[str, list[int]] = {"user": [], "item": []}  # rows
-    low, n_rows, dates, zones = 0, 0, None, set()
+    low, n_rows, dates, zones = 0, 0, None, []
     for frame, rows in _frames(table, columns, users):
         n_rows += len(frame)
         for role in missing:
@@ -373,7 +373,7 @@ def _are_dates(cells: pd.Series, form: str | None) -> bool:
 
 
 def _times(
-    path: Path, cells: pd.Series, rows: np.ndarray, dates: bool, form: str | None, zones: set[bool]
+    path: Path, cells: pd.Series, rows: np.ndarray, dates: bool, form: str | None, zones: list[bool]
 ) -> np.ndarray:
     """Times that sort: numbers as they are, dates in seconds since 1970.
 
@@ -406,14 +406,21 @@ def _times(
     return found.to_numpy("datetime64[us]").astype(np.int64) / 1e6
 
 
-def _judge_zones(path: Path, cells: pd.Series, rows: np.ndarray, seen: set[bool]) -> None:
+def _judge_zones(path: Path, cells: pd.Series, rows: np.ndarray, seen: list[bool]) -> None:
     """Refuse times with a zone beside times without one, in this frame or before."""
     zoned = cells.astype(str).str.contains(ZONE)
     if pd.api.types.is_datetime64_any_dtype(cells):
         zoned[:] = cells.dt.tz is not None
-    seen.add(bool(zoned.iloc[0]) if not seen else seen.pop())
-    other = (zoned != next(iter(seen))).to_numpy()
-    _refuse(path, other, cells, rows, "time", "a time zone in every row or in none")
+    if not seen:
+        seen.append(bool(zoned.iloc[0]))
+    _refuse(
+        path,
+        (zoned != seen[0]).to_numpy(),
+        cells,
+        rows,
+        "time",
+        "a time zone in every row or in none",
+    )
 
 
 def _refuse(

@@ -202,10 +202,10 @@ def load_llama(
     kind = MODEL_MAPPING[type(config)]
     options = {"use_safetensors": True, "output_loading_info": True}
     try:
-        _refuse_quantised(base)
         llama, about = kind.from_pretrained(
             base, config=upto, dtype=dtype, ignore_mismatched_sizes=True, **options
         )
+        _refuse_quantised(base)  # now that a hub's files are here
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"--base_model={base}: its weights cannot be read ({one_line(error)})"
