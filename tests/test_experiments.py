@@ -525,6 +525,7 @@ COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
         ("### A chain of teachers", "chain/beauty", CHAIN, "01234"),
         ("### The chain with tuned weights", "chain_one_table/beauty", TUNED_CHAIN, "01234"),
         ("### The chain on Toys", "chain_one_table/toys", TUNED_CHAIN, "012"),
+        ("### The chain on Games", "chain_one_table/games", TUNED_CHAIN | SASREC, "0123"),
         ("### Several tables in one student", "two_tables/beauty", TWO, "01234"),
         ("### Several tables in one student", "four_tables/beauty", EVERY, "01234"),
         ("## Toys (", "two_tables/toys", FOUR, "0123"),
