@@ -495,9 +495,9 @@ CHAIN = TEACHER_KL | PLAIN | SLMREC | SOFTMAX
 OVER = "2 layers over {} tables and their SASRecs' KL", "2 layers: CE + SASRec KL, of {} SASRecs"
 TWO = {OVER[0].format(w): OVER[1].format(n) + STARTED for w, n in (("two", 2), ("four", 4))}
 TWO |= {"SASRec, items from titles at the start": "SASRec, items from a table at the start"}
-FOUR = {OVER[0].format("four"): OVER[1].format(4) + ", items from 4 SASRecs"}
-FROM_FOUR = ", every prefix, of 4 SASRecs, items from 4 SASRecs, 3 started from a table"
-EVERY = {"the same, every prefix a sample, five epochs": f"2 layers: CE + SASRec KL{FROM_FOUR}"}
+FROM_FOUR = "2 layers: CE + SASRec KL, every prefix, of 4 SASRecs, items from 4 SASRecs"
+FOUR = {OVER[0].format("four") + ", every prefix": FROM_FOUR}
+EVERY = {"the same, every prefix a sample, five epochs": f"{FROM_FOUR}, 3 started from a table"}
 TITLED = ", items from 2 SASRecs, 1 started from a table"
 TAUGHT = {"8 layers and the KL of both, the teacher": "8 layers: CE + SASRec KL, of 2 SASRecs"}
 OVER_TWO = {n: r + TITLED for n, r in (PLAIN | TAUGHT | SLMREC).items()} | SASREC
@@ -528,7 +528,7 @@ COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
         ("### The chain on Games", "chain_one_table/games", TUNED_CHAIN | SASREC, "0123"),
         ("### Several tables in one student", "two_tables/beauty", TWO, "01234"),
         ("### Several tables in one student", "four_tables/beauty", EVERY, "01234"),
-        ("## Toys (", "two_tables/toys", FOUR, "0123"),
+        ("## Toys (", "four_tables/toys", FOUR, "0123"),
         ("### The chain over two tables", "chain_two_tables/beauty", OVER_TWO, "01234"),
         ("### The paper's own conditions", "released/beauty", RELEASED, "01"),
     ],

@@ -29,7 +29,6 @@ seeds=($SEEDS) n=${#seeds[@]}
 for ((i = 0; n >= 4 && i < n; i++)); do # four tables: this seed's and those of the next three
     out=$ROOT/seed${seeds[i]} common="$WHERE --seed ${seeds[i]}" runs=$ROOT/seed${seeds[i]}/sasrec
     for ((j = 1; j < 4; j++)); do runs+=,$ROOT/seed${seeds[(i + j) % n]}/sasrec; done
-    tables four $runs
     tables four_all $runs --train_targets all --num_epochs 5 --eval_steps -1
 done
 run $PYTHON -m experiments.report --runs "$ROOT"
