@@ -24,7 +24,7 @@ MAINS |= {module.__name__: module.main for module in MODULES}
 TEXTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 TEXTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 CODE = [name if name.endswith(".py") else f"{name.replace('.', '/')}.py" for name in MAINS]
-PAGES = ["README.md", *CODE, "docs/data.md", "docs/results.md", "docs/speed.md"]
+PAGES = ["README.md", *CODE, "docs/data.md", "docs/speed.md"]
 
 
 def commands(page):

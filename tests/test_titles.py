@@ -97,12 +97,13 @@ def test_an_item_without_a_user_gets_a_vector_and_can_be_recommended(inside, enc
     short = {"llama_decoder_nums": 1, "max_seq_length": 2, "output_dir": "short"}
     finetune.main(**SHORT, item_table=str(table), **short)
     names = ("titles", "short", "titles,short")
-    *each, both = (recommend.open_model(ServedFiles(model=n), None, "cpu", True)[0] for n in names)
+    titled, *_ = every = [served.read_all(ServedFiles(model=name)) for name in names]
+    *each, both = (recommend.open_model(runs, None, "cpu", True)[0] for runs in every)
     histories = some_histories(read_csv("data/demo.csv"), each)
     spreads = score_spreads(each, torch.where(histories == 160, 161, histories))  # the padding
     scaled = [model.item_table / spread for model, spread in zip(each, spreads)]
     torch.testing.assert_close(both.item_table, torch.cat(scaled, dim=1))
-    recommender, _ = recommend.open_model(ServedFiles(model="titles"), None, "cpu")
+    recommender, _ = recommend.open_model(titled, None, "cpu")
     history = torch.full((1, recommender.max_seq_length), 160)
     history[0, -2:] = torch.tensor([2, 7])
     score = float(recommender.encode(history)[0] @ rows[-1])
@@ -198,8 +199,9 @@ def test_the_sum_of_two_models_by_hand():
 
 def spread(name: str) -> float:
     """The mean standard deviation of a user's scores, over all training histories."""
-    model, names = recommend.open_model(ServedFiles(model=name), None, "cpu")
-    samples = training_samples(served.read(ServedFiles(model=name)).data, "last", 30)
+    runs = served.read_all(ServedFiles(model=name))
+    model, names = recommend.open_model(runs, None, "cpu")
+    samples = training_samples(runs[0].data, "last", 30)
     scores = model.encode(samples.histories(np.arange(len(samples)))) @ model.item_table.T
     return float(scores.detach().std(dim=1).mean())
 

@@ -68,7 +68,7 @@ def test_f4_a_damaged_last_checkpoint_is_passed_over_for_the_best(broken_off, fi
     damage(Path("run/last") / file, kind)
     train_sr_trad.main(**RUN)
     printed = capsys.readouterr().out
-    assert "resuming from run/best, step 4" in printed and "skipped: checkpoint run/last" in printed
+    assert "resuming from run/best, step 4" in printed and re.search("skipped: .*run/last", printed)
     assert file in printed or file == "manifest.json"  # an altered manifest accuses the files
     assert left() == broken_off
 
