@@ -126,8 +126,8 @@ def _known(table: Table, lists: str, needs_time: bool) -> dict[str, str]:
     if table.header and set(CONTRACT.values()) <= by_name.keys():
         found = {role: by_name[name] for role, name in CONTRACT.items()}
         cells = table.cells(found["item"])
-        several = any(len(parse_list(table.path, 2, cell)) > 1 for cell in cells)
-        if lists == "yes" or (lists == "auto" and several):
+        several = (len(parse_list(table.path, 2, cell)) > 1 for cell in cells)
+        if lists == "yes" or (lists == "auto" and any(several)):
             found |= {name: by_name[name] for name in ("title", "time") if name in by_name}
             return {"time": "none"} | found | {"lists": "yes"}
         return found
@@ -227,8 +227,8 @@ def read_log(
     _judge(table.path, Log([*users.codes], [*items.codes], user, item, time), columns, one_user)
     if columns.time is not None:
         _judge_times(table.path, time, rows, dates)
-    names, user = ([*users.codes], user) if as_they_come else users.in_order(user, by_value=True)
-    ids, item = items.in_order(item, by_value=True)
+    names, user = ([*users.codes], user) if as_they_come else users.in_order(user)
+    ids, item = items.in_order(item)
     return Log(names, ids, user, item, time), {n: titles.get(c, "") for n, c in items.codes.items()}
 
 
@@ -413,14 +413,8 @@ def _judge_zones(path: Path, cells: pd.Series, rows: np.ndarray, seen: list[bool
         zoned[:] = cells.dt.tz is not None
     if not seen:
         seen.append(bool(zoned.iloc[0]))
-    _refuse(
-        path,
-        (zoned != seen[0]).to_numpy(),
-        cells,
-        rows,
-        "time",
-        "a time zone in every row or in none",
-    )
+    other, expected = (zoned != seen[0]).to_numpy(), "a time zone in every row or in none"
+    _refuse(path, other, cells, rows, "time", expected)
 
 
 def _refuse(

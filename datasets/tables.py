@@ -26,7 +26,7 @@ SAMPLE_BYTES, SAMPLE_ROWS, LONGEST_LINE = 2**18, 50, 2**26
 BATCH = 2**17  # rows of a frame
 SEPARATORS = ("::", "\t", ";", ",", "|", " ")
 BY_LETTERS = ("::", "\t")  # between these a quote is a letter, except around a whole cell
-WHOLE = re.compile(r'"(?:[^"]|"")*"')
+ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
 MAGIC = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open}
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 COMMENT = re.compile(r"#|sep=.$")  # the second is Excel's
@@ -123,13 +123,11 @@ class Names:
         own = [codes.setdefault(name, len(codes)) if name else -1 for name in names]
         return np.array(own, dtype=np.int32)[coded]
 
-    def in_order(self, column: np.ndarray, by_value: bool = False) -> tuple[list[str], np.ndarray]:
-        """The names in order, and a column of codes with new ones that are in this order.
-
-        Args:
-            by_value: whole numbers by their value, where all names are such.
+    def in_order(self, column: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """The names in order, whole numbers by their value where all are such, and a column of
+        codes with new ones that are in this order.
         """
-        numbers = by_value and all(re.fullmatch(r"-?[0-9]{1,4000}", name) for name in self.codes)
+        numbers = all(re.fullmatch(r"-?[0-9]{1,4000}", name) for name in self.codes)
         key = (lambda name: (int(name), name)) if numbers else None
         names = sorted(self.codes, key=key)
         new = np.empty(len(names), dtype=np.int32)
@@ -316,7 +314,7 @@ def _split(line: str, separator: str) -> list[str]:
     cells = line.rstrip("\r\n").split(separator)
     if '"' not in line:
         return cells
-    return [c[1:-1].replace('""', '"') if WHOLE.fullmatch(c) else c for c in cells]
+    return [c[1:-1].replace('""', '"') if ENCLOSED.fullmatch(c) else c for c in cells]
 
 
 def _named(header: list[str]) -> list[str]:

@@ -200,11 +200,10 @@ def load_llama(
     """
     upto = prune_config(config, range(max(layers) + 1))
     kind = MODEL_MAPPING[type(config)]
-    options = {"use_safetensors": True, "output_loading_info": True}
+    options = {"config": upto, "dtype": dtype, "use_safetensors": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both judged below
     try:
-        llama, about = kind.from_pretrained(
-            base, config=upto, dtype=dtype, ignore_mismatched_sizes=True, **options
-        )
+        llama, about = kind.from_pretrained(base, **options)
         _refuse_quantised(base)  # now that a hub's files are here
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UsageError(
