@@ -365,13 +365,10 @@ def _described(main: Callable) -> Callable:
     parameters = []
     groups: dict[str, list[str]] = {}
     for name, flag in flags.items():
-        shown = type(flag.describe(), (), {})
-        parameters.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=flag.default, annotation=shown
-            )
-        )
-        title = flag.group.__doc__ if flag.group else "Other"
+        default = inspect.Parameter.empty if flag.default is REQUIRED else flag.default
+        about = {"default": default, "annotation": type(flag.describe(), (), {})}
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, **about))
+        title = flag.group.__doc__ if flag.group else "Flags"
         groups.setdefault(title, []).append(f"--{name}")
     groups["Repeat a run"] = ["--config RUN/config.json"]
     listing = "\n".join(f"{title}: {' '.join(names)}" for title, names in groups.items())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from engine import cli
 from engine.cli import PositiveInt, flag
 from engine.errors import UsageError, one_line
-from utils.flags import Data, ItemTable
+from utils.flags import Data
 
 if TYPE_CHECKING:
     import torch
@@ -75,12 +75,12 @@ def principal_parts(vectors: "Tensor", known: "Tensor", dim: int) -> "Tensor":
 def main(
     *,
     data: Data,
-    table: ItemTable,
     text_model: str = flag(
         "sentence-transformers/all-MiniLM-L6-v2",
         "a sentence encoder: a Hugging Face id or a folder",
     ),
     dim: PositiveInt = flag(128, "width of the table"),
+    item_table: str | None = flag(None, "its file; output/<domain>/titles_item.pkl by default"),
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto uses cuda if available"),
 ) -> dict:
     """Write an item table made of titles."""
@@ -88,7 +88,7 @@ def main(
 
     inputs = read_sequences(data)
     domain, sequences = inputs.domain, inputs.data
-    path = Path(table.item_table or domain.folder / "titles_item.pkl")
+    path = Path(item_table or domain.folder / "titles_item.pkl")
     replaceable_table(path, "text_model")
 
     import numpy as np

@@ -71,7 +71,7 @@ def test_every_row_of_the_ablation_binds_and_has_a_name_of_its_own():
         flags = cli.bind(distill.main, rest)
         depths = {"student_init": flags.get("student_init") or "base"}
         names[Path(flags["output_dir"]).name] = paper.label("student", STUDENT | flags | depths)
-    assert len(set(names.values())) == len(names) == 23
+    assert len(set(names.values())) == len(names) == 24
     for name in ("ce", "cos", "cos_norm", "cos_ms", "slmrec"):
         assert names[name] in paper.PAPER["cloth"]
     some = commands(script, ROWS="ce last", DOMAIN="cloth", SEEDS="0 1")

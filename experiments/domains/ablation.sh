@@ -36,6 +36,7 @@ for seed in $SEEDS; do
     row slmrec $taught
     # exits, and softmaxes to learn
     row ce_ms $base --distill_lambda 0 --norm_lambda 0
+    row ce_ms_norm $base --distill_lambda 0 --norm_lambda 0 --exit_norm
     row exit_norm $taught --exit_norm
     row logit_kl $taught $OFF --logit_lambda 1
     row slmrec_logit_kl $taught --logit_lambda 1

@@ -29,8 +29,9 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $llm --output_dir $out/cos_sasrec_kl --teacher $out/teacher --student_init base \
         --norm_lambda 0 --cls_multiple_lambda 0 $kl $budget
     # a chain of teachers: SASRec teaches eight layers, which teach four
-    run $LAUNCH finetune.py $llm --output_dir $out/teacher_kl --base_model "$BASE" --llama_decoder_nums 8 $kl $budget
-    chain="$llm --teacher $out/teacher_kl --student_init adapter $budget"
+    run $LAUNCH finetune.py $llm --output_dir $out/teacher_kl --base_model "$BASE" --llama_decoder_nums 8 $kl $budget $HALF
+    chain="$llm --teacher $out/teacher_kl --student_init adapter $budget $HALF"
+    [ -z "$HALF" ] || run $LAUNCH distill.py $llm --output_dir $out/ce_bf16 --base_model "$BASE" $alone $budget $HALF
     run $LAUNCH distill.py $chain --output_dir $out/chain_slmrec
     run $LAUNCH distill.py $chain --output_dir $out/chain_slmrec_300 $TUNED
     run $LAUNCH distill.py $chain --output_dir $out/chain_logit_kl $alone --logit_lambda 3 --temperature 2

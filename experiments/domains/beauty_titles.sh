@@ -21,7 +21,7 @@ for seed in $SEEDS; do
     tables both $out/sasrec,$out/sasrec_titles
 
     # the chain over both tables
-    six="--learning_rate 2.5e-4 --num_epochs 6 --eval_steps 88 --save_steps -1 --bf16 true --compile true"
+    six="--learning_rate 2.5e-4 --num_epochs 6 --eval_steps 88 --save_steps -1 $HALF"
     both="$common --item_table $out/both_item.pkl"
     taught="$both --teacher $out/both_teacher $six --student_init"
     run $LAUNCH finetune.py $both --base_model $BASE --llama_decoder_nums 8 --sasrec $out/sasrec,$out/sasrec_titles \

@@ -1,7 +1,7 @@
 # Read by the scripts beside it: the variables that they share, and `run`.
 #
 # From outside, all optional: SMOKE=1 (two minutes on the demo domain), DRY=1 (only print the commands), SEEDS="0 1 2",
-# PAPER=1 (also rows under the paper's own conditions), BASE (base model), RAW (folder of the raw reviews), PYTHON, LAUNCH="torchrun --nproc_per_node=8" (for steps 3 and 4).
+# PAPER=1 (also rows under the paper's own conditions), HALF= (float32 in the rows that were kept in bfloat16, which is slow on many CPUs), BASE (base model), RAW (folder of the raw reviews), PYTHON, LAUNCH="torchrun --nproc_per_node=8" (for steps 3 and 4).
 # A finished run is read, not repeated, and an interrupted one resumes: start an interrupted reproduction again as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -9,6 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 : "${BASE:=meta-llama/Llama-2-7b-hf}" "${SEEDS:=42}" "${RAW:=raw}" "${PYTHON:=python}" "${LAUNCH:=$PYTHON}"
 ROOT=output/$DOMAIN/paper
 OFF="--distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0"
+HALF=${HALF---bf16 true --compile true}
 TUNED="--distill_lambda 300 --cls_multiple_lambda 0.1 --exit_norm true" # on beauty's validation set
 WHERE="--domain_type $DOMAIN${DATA:+ --data_path $DATA}"
 if [ -n "${SMOKE:-}" ]; then
@@ -52,7 +53,7 @@ tables() { # NAME RUNS [FLAGS]: a student of two layers over these runs' item ta
     run $PYTHON extract_emb.py $WHERE --sasrec $runs --item_table $item
     run $LAUNCH distill.py $common --item_table $item --sasrec $runs --sasrec_lambda 10 --sasrec_temperature 2 $OFF \
         --base_model "$BASE" --llama_decoder_nums_student 2 --distill_block 2 --learning_rate 2.5e-4 ${*:---num_epochs 6 --eval_steps -1} \
-        --save_steps -1 --bf16 true --compile true --output_dir $out/${name}_kl
+        --save_steps -1 $HALF --output_dir $out/${name}_kl
 }
 
 prepare() { # sequences from the raw reviews of a category, where the domain has none yet

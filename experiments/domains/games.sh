@@ -26,8 +26,9 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $llm --output_dir $out/ce_2 --base_model "$BASE" --llama_decoder_nums_student 2 --distill_block 2 $alone $budget
     run $LAUNCH distill.py $llm --output_dir $out/slmrec_2 --teacher $out/teacher --student_init base \
         --llama_decoder_nums_student 2 --distill_block 2 $budget
-    # the chain with the loss weights that were tuned on beauty; as kept: --bf16 true --compile true
-    run $LAUNCH finetune.py $llm --output_dir $out/teacher_kl --base_model "$BASE" --llama_decoder_nums 8 $kl $budget
-    run $LAUNCH distill.py $llm --output_dir $out/chain_slmrec_300 --teacher $out/teacher_kl --student_init adapter $TUNED $budget
+    # the chain with the loss weights that were tuned on beauty
+    run $LAUNCH finetune.py $llm --output_dir $out/teacher_kl --base_model "$BASE" --llama_decoder_nums 8 $kl $budget $HALF
+    run $LAUNCH distill.py $llm --output_dir $out/chain_slmrec_300 --teacher $out/teacher_kl --student_init adapter $TUNED $budget $HALF
+    [ -z "$HALF" ] || run $LAUNCH distill.py $llm --output_dir $out/ce_bf16 --base_model "$BASE" $alone $budget $HALF
 done
 run $PYTHON -m experiments.report --runs "$ROOT"
