@@ -61,6 +61,10 @@ class Run:
         self.stage, self.folder, self.config, self.groups = stage, folder, config, [*groups]
         usual = {name: value for group in self.groups for name, value in group.usual.items()}
         self.recorded = recorded_flags(config or {}, usual)
+        for group in self.groups if self.recorded else ():
+            for name, value in group.values().items():  # one that the run lacks had its default
+                before = type(group)().values()[name] if name in group.given else value
+                self.recorded.setdefault(name, before)
         self.flags = dict(self.recorded)
         if self.groups:
             self.flags = {name: v for group in self.groups for name, v in group.values().items()}
@@ -307,11 +311,11 @@ class Run:
     def _other_flags(
         self, *kinds: str, had: str = "the run has", lacked: str = "not in the run"
     ) -> str:
-        """The flags of these kinds that differ from the recorded ones; not later additions."""
+        """The flags of these kinds that differ from the recorded ones."""
         shown = []
         for group in self.groups:
             for name, value in group.values().items() if group.kind in kinds else ():
-                recorded = self.recorded.get(name, value)
+                recorded = self.recorded[name]
                 if recorded != value:
                     given = f"no --{name}" if value is None else f"--{name}={value}"
                     shown.append(f"{given} ({lacked if recorded is None else f'{had} {recorded}'})")

@@ -25,7 +25,7 @@ from models.builtin import BUILT_IN, FOLDER, ensure_built_in
 
 MADE = {"smollm2": FOLDER / "smollm2"}  # by `make`
 PROVEN = ("llama", "mistral", "qwen2", "qwen3")  # against the library's forward, by the tests
-# EDIT for another one, as (*PROVEN, "granite"); its first load is compared with the library's
+# EDIT for another one, as (*PROVEN, "granite"); each load is compared with the library's
 FAMILIES = PROVEN
 WEIGHT_TYPES = ("F64", "F32", "BF16", "F16")
 COMPUTED = ".rotary_emb.inv_freq"  # older checkpoints store it
@@ -179,6 +179,11 @@ def read_config(base: str) -> PreTrainedConfig:
         raise UsageError(
             f"--base_model={base}: is quantised ({method}); its scales are not read here, use the"
             " checkpoint in bf16, fp16 or fp32 that it was made from"
+        )
+    dropped = [name for name, rate in content.items() if "dropout" in name and rate]
+    if dropped:
+        raise UsageError(
+            f"{path}: {dropped[0]} is {content[dropped[0]]}, and nothing here applies it; write 0"
         )
     try:
         return CONFIG_MAPPING[found](**content)

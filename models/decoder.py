@@ -66,7 +66,8 @@ class Decoder(nn.Module):
         for layer in llama.layers:
             layer.compiled = compiled
         self.n_layers = len(llama.layers)
-        if block_ends != sorted(set(block_ends)) or block_ends[-1] != self.n_layers:
+        ascending = block_ends == sorted(set(block_ends)) and block_ends[0] > 0
+        if not ascending or block_ends[-1] != self.n_layers:
             raise UsageError(
                 f"block ends {block_ends} do not fit the model's {self.n_layers} layers"
             )

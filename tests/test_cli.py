@@ -147,6 +147,8 @@ def test_help_names_every_flag(script):
         assert re.search(rf"--{flag}=\w+\n *Type: .*\n( *Default: .*\n)? +\w", text), flag
     if script == "finetune.py":
         assert "one of auto, lora, full" in text and "a whole number >= 1" in text
+        text = run_script("-m", "serving.export", "--help", PATH="", PAGER="cat").stdout
+        assert "--output_dir=OUTPUT_DIR (required)\n" in text
 
 
 def test_every_flag_is_read():

@@ -52,6 +52,9 @@ def test_a_toy_term_takes_three_edits(tree, inside):
         return done.stdout + done.stderr
 
     short = [f"--{name}={value}" for name, value in SHORT.items()]
+    words = [sys.executable, tree / "distill.py", *short, "--toy_lambda=0.5"]
+    done = subprocess.run(words, cwd=inside, capture_output=True, text=True)
+    assert "with other flags: --toy_lambda=0.5 (the run has 0.0)" in done.stderr
     (inside / "output/demo/teacher_states").rename(inside / "kept_states")
     printed = run(tree / "distill.py", *short, *FLAGS, "--output_dir=toy_run/toy")
     assert "teacher states: none in" in printed  # the teacher was loaded

@@ -82,12 +82,25 @@ def test_what_is_not_needed_may_be_there(inside):
     assert finetune.main(**SHORT, **changed_base(change))["steps"] == 3
 
 
-def test_a_config_that_says_quantised_is_refused(inside):
-    flags = changed_base(lambda tensors: None)
-    path = Path("my base/config.json")
-    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "awq"}}
-    path.write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=r"is quantised \(awq\); its scales are not read here"):
+@pytest.mark.parametrize(
+    "entry, value, line",
+    [
+        (
+            "quantization_config",
+            {"quant_method": "awq"},
+            r"is quantised \(awq\); its scales are not",
+        ),
+        (
+            "attention_dropout",
+            0.1,
+            "attention_dropout is 0.1, and nothing here applies it; write 0",
+        ),
+    ],
+)
+def test_a_config_that_says_more_than_is_read_is_refused(inside, entry, value, line):
+    flags, path = changed_base(lambda tensors: None), Path("my base/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {entry: value}))
+    with pytest.raises(UsageError, match=line):
         finetune.main(**SHORT, **flags)
 
 
