@@ -24,6 +24,7 @@ class PlainLLM4Rec(nn.Module):
         response_ids: list[int],
         block_ends: list[int],
         exit_heads: bool,
+        exit_norm: nn.Module | None,
     ) -> None:
         super().__init__()
         width, dim = llama.config.hidden_size, item_table.shape[1]
@@ -36,6 +37,7 @@ class PlainLLM4Rec(nn.Module):
         n_exits = len(block_ends) - 1 if exit_heads else 0
         heads = [nn.Linear(width, dim, bias=False) for _ in range(n_exits)]
         self.exit_heads = nn.ModuleList(heads)
+        self.exit_norm = exit_norm or nn.Identity()  # of inner states, the decoder's own
 
     def forward(self, history: Tensor) -> Output:
         """Left-padded catalogue indices [B, L] -> Output, the same as LLM4Rec's."""
@@ -72,7 +74,7 @@ class PlainLLM4Rec(nn.Module):
         )
         states = torch.stack([out.hidden_states[end][:, -1] for end in self.block_ends], dim=1)
         user = self.head(states[:, -1])
-        exits = [head(states[:, k]) for k, head in enumerate(self.exit_heads)]
+        exits = [head(self.exit_norm(states[:, k])) for k, head in enumerate(self.exit_heads)]
         none = user.new_empty(batch, 0, user.shape[1])
         return Output(user, states, torch.stack(exits, dim=1) if exits else none)
 
@@ -93,6 +95,7 @@ def plain_twin(
         llama.get_submodule(name.rpartition(".")[0]).register_buffer(
             name.rpartition(".")[2], buffer.clone(), persistent=False
         )
+    exit_norm = llama.norm if model.exit_norm else None
     prefix = "llama."
     if lora is not None:
         from peft import LoraConfig, get_peft_model
@@ -107,9 +110,9 @@ def plain_twin(
         llama = get_peft_model(llama, LoraConfig(r=r, lora_alpha=alpha, **options))
         prefix = "llama.base_model.model."
     prompt, response = decoder.prompt_ids.tolist(), decoder.response_ids.tolist()
-    plain = PlainLLM4Rec(
-        llama, model.item_table, prompt, response, decoder.block_ends, len(model.exit_heads) > 0
-    ).to(device)
+    exits = len(model.exit_heads) > 0, exit_norm
+    given = llama, model.item_table, prompt, response, decoder.block_ends, *exits
+    plain = PlainLLM4Rec(*given).to(device)
     names = {name: name.replace("decoder.llama.", prefix) for name, _ in model.named_parameters()}
     own = dict(plain.named_parameters())
     if set(names.values()) != set(own):

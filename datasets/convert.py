@@ -24,11 +24,10 @@ from datasets.domain import canonical_domain
 from datasets.filters import Log, often, print_counts
 from datasets.interactions import MINIMUM_LENGTH
 from datasets.items import listing_of
-from datasets.logs import NAMES, choose_columns, read_log, read_titles, report_columns
+from datasets.logs import NAMES, ROLES, choose_columns, read_log, read_titles, report_columns
 from datasets.tables import open_table
 from engine import cli
 from engine.cli import NonNegativeInt, PositiveInt, flag
-from engine.errors import UsageError
 from engine.files import check_writable
 
 Dedup = Literal["no", "rows", "items"]
@@ -74,7 +73,7 @@ def main(
     rating: str | None = flag(None, "the same of the rating column"),
     title: str | None = flag(None, "the same of the title column"),
     lists: Literal["auto", "yes", "no"] = flag("auto", "whether a row has a user's list of items"),
-    drop_missing: bool = flag(False, "leave out rows without a user or an item"),
+    drop_missing: bool = flag(False, "leave out rows without user, item, time or rating"),
     min_rating: float | None = flag(None, "lowest rating kept; by default ratings are not read"),
     min_user: PositiveInt = flag(1, "fewest interactions of a user"),
     min_item: PositiveInt = flag(1, "fewest interactions of an item"),
@@ -113,8 +112,6 @@ def main(
     given = {"user": user, "item": item, "time": time, "rating": rating, "title": title}
     table = open_table(source, [n for n in given.values() if n], NAMES, lists == "yes")
     columns = choose_columns(table, given, lists)
-    if min_rating is not None and columns.rating is None:
-        raise UsageError(f"--min_rating={min_rating}: {input} has no rating; name it with --rating")
     dated = columns.time is not None
     cli.check(
         (
@@ -123,7 +120,8 @@ def main(
         )
     )
     report_columns(table, columns, min_rating)
-    log, titles = read_log(table, columns, min_rating, drop_missing, time_format=time_format)
+    drop = ROLES if drop_missing else ()
+    log, titles = read_log(table, columns, min_rating, drop, time_format=time_format)
     print_counts("read", log)
     twice = int(log.repeated("user", "item", "time").sum()) if dated else 0
     if twice:

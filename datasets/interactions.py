@@ -203,10 +203,16 @@ def _check_ends(path: Path, flat: np.ndarray, length: np.ndarray) -> None:
             )
 
 
-def read_histories(path: Path) -> Iterator[tuple[str, list[int]]]:
-    """(reviewerID, item ids) of every row of a sequence CSV. Raises UsageError: as `read_csv`."""
-    for _, cells, ids in _rows(path, _content(path)):
-        yield cells["reviewerID"], ids
+def read_histories(
+    path: Path, timed: bool = False
+) -> Iterator[tuple[str, list[int], list[float] | None]]:
+    """(reviewerID, item ids, their times) of every row of a sequence CSV.
+
+    Times are read where `timed`, and None where there are none. Raises UsageError: as `read_csv`.
+    """
+    for row, cells, ids in _rows(path, _content(path)):
+        times = _times(path, row, cells["time"], len(ids)) if timed and "time" in cells else None
+        yield cells["reviewerID"], ids, times
 
 
 def read_titles(path: Path) -> dict[int, str]:

@@ -206,7 +206,9 @@ class Finder:
             return f"; did you mean {names[near[0]]}?"
         if "id" in self.tables:
             return f"; ids run from {items.ids[0]} to {items.ids[-1]}"
-        return f"; original ids are such as {', '.join([*self.tables.get('asin', [])][:3])}"
+        own = folded.isascii() and folded.isdigit() and int(folded) in self.own
+        way = " (--by id takes ids of the run's CSV)" * own
+        return f"; original ids are such as {', '.join([*self.tables.get('asin', [])][:3])}{way}"
 
 
 def _first(names: list[str]) -> dict[str, int]:

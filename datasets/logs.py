@@ -4,7 +4,7 @@ Published formats and plain names of columns are known; nothing else is guessed.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,10 +37,13 @@ BARE = ("user", "item", "rating", "time")  # MovieLens without a header
 NAMES = {name for form in (*KNOWN, CONTRACT) for name in form.values()} - {"rating"}
 UNTIMED = {*NAMES, "rating", "overall", "title"} - {form["time"] for form in KNOWN}
 NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
+NO_VALUE = {form for word in NOTHING - {"-", "-1"} for form in (word, word.upper(), word.title())}
+NO_VALUE |= {"NaN", "NaT"}  # of times and ratings
 WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
+YEAR = re.compile(r"%[YyGFDcxs]")  # in a form of times
 ZONE = r"(?:[zZ]|[+-]\d\d:?\d\d|:\d\d(?:\.\d+)?\s*[+-]\d\d)\s*$"
 SHAPES = {  # of names that are none
-    re.compile(r"-?\d([.,]\d+)?[eE]\+\d+"): (
+    re.compile(r"-?\d(?:[.,]\d+[eE]\+?|[eE]\+)\d+"): (
         "was cut by a spreadsheet or a float; save the ids as text, from their source"
     ),
     re.compile(r"\{.*:.*\}", re.DOTALL): "is an object; write its id alone as text",
@@ -50,6 +53,7 @@ A_LIST = re.compile(  # in brackets, or several ids, each of which has a digit
 )
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
+GAP = 10  # between times of two units on either side of EPOCH
 UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
 UNDATED = "no times are read; name their column"
 BY_FLAGS = "Name them: --user NAME --item NAME --time NAME (none keeps file order)"
@@ -71,12 +75,29 @@ class Columns(NamedTuple):
 
 
 def canonical(name: object) -> str:
-    """An id as it is written here: one line, no float of a whole number; "" where it is missing."""
-    text = " ".join(str(name).split()) if name is not None else ""
+    """An id as it is written here, in one line; "" where it is missing."""
+    text = " ".join(str(name).strip().splitlines()) if name is not None else ""
     text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates cannot be written
-    whole = WHOLE.fullmatch(text)
-    text = whole[1] if whole else text
-    return "" if text.lower() in NOTHING else text
+    return "" if whole(text).lower() in NOTHING else text
+
+
+def whole(name: str) -> str:
+    """A name without the .0 that a column of floats gives to a whole number."""
+    found = WHOLE.fullmatch(name)
+    return found[1] if found else name
+
+
+def _settled(names: Names) -> np.ndarray:
+    """Old code -> new code, int32: where all names are whole numbers, the .0 of a column of floats
+    goes. Elsewhere 2.0 may stand beside 2.1.
+    """
+    old = [*names.codes]
+    short = [whole(name) for name in old]
+    if short == old or not all(re.fullmatch(r"-?\d+", name) for name in short):
+        return np.arange(len(old), dtype=np.int32)
+    names.codes = {}
+    new = [names.codes.setdefault(name, len(names.codes)) for name in short]
+    return np.array(new, dtype=np.int32)
 
 
 def choose_columns(
@@ -91,7 +112,8 @@ def choose_columns(
         UsageError: a named column is missing, or nothing says which ones to read.
     """
     for role, name in given.items():
-        if name is not None and name not in table.columns and (role, name) != ("time", "none"):
+        may_be_none = name == "none" and role in ("time", "title")
+        if name is not None and name not in table.columns and not may_be_none:
             flag = "columns" if by_columns else role
             raise UsageError(
                 f"--{flag}={name}: {table.path} has no such column; it has {table.shown()}"
@@ -108,7 +130,7 @@ def choose_columns(
         )
     if chosen["user"] == chosen["item"]:
         raise UsageError(f"{table.path}: column {chosen['user']} cannot be both user and item")
-    chosen["time"] = None if chosen["time"] == "none" else chosen["time"]
+    chosen |= {role: None for role in ("time", "title") if chosen[role] == "none"}
     in_lists = lists == "yes" or (lists == "auto" and "lists" in known and not given.get("time"))
     return Columns(**chosen, lists=in_lists or (None if lists == "no" else False))
 
@@ -174,10 +196,10 @@ def read_log(
     table: Table,
     columns: Columns,
     min_rating: float | None = None,
-    drop_missing: bool = False,
+    drop: Container[str] = (),
     one_user: bool = False,
     as_they_come: bool = False,
-    mend: str = "--drop_missing true",
+    mend: str = "--drop_missing true leaves them out",
     time_format: str | None = None,
 ) -> tuple[Log, dict[str, str]]:
     """The interactions of a log, or of lists, in file order, and item -> title; both are judged.
@@ -185,41 +207,27 @@ def read_log(
     Args:
         one_user: a log of one user, or of one item, is fine.
         as_they_come: users in the order of the file, not by their names.
-        mend: the flag that leaves out rows without a user or an item.
+        drop: roles (user, item, time, rating) without which a row is left out.
+        mend: what to do about rows without another one.
         time_format: of its times, such as %d.%m.%Y; numbers and ISO dates need none.
     Raises:
         UsageError: the file is damaged, a cell is wrong (its row is named), or what was read is no
             log of several users and items.
     """
-    cli.check((columns.time or not time_format, f"--time_format={time_format}: {UNDATED}"))
-    users, items, parts = Names(canonical), Names(canonical), []
+    _judge_request(table, columns, min_rating, time_format or "")
+    users, items = Names(canonical), Names(canonical)
+    read = [*["time"] * (columns.time is not None), *["rating"] * (min_rating is not None)]
+    missing: dict[str, list[int]] = {role: [] for role in ("user", "item", *read)}  # rows
     titles: dict[int, str] = {}  # by code
-    missing: dict[str, list[int]] = {"user": [], "item": []}  # rows
-    low, n_rows, dates, zones = 0, 0, None, []
-    for frame, rows in _frames(table, columns, users):
-        n_rows += len(frame)
-        for role in missing:
-            _refuse_rounded(table.path, frame[getattr(columns, role)], rows, role)
-        user, item = users.encode(frame[columns.user]), items.encode(frame[columns.item])
-        missing["user"] += rows[user < 0].tolist()
-        missing["item"] += rows[item < 0].tolist()
-        time, kept = np.arange(n_rows - len(frame), n_rows), (user >= 0) & (item >= 0)
-        frame, user, item, time, rows = (part[kept] for part in (frame, user, item, time, rows))
-        if columns.time is not None and len(frame):
-            dates = _are_dates(frame[columns.time], time_format) if dates is None else dates
-            time = _times(table.path, frame[columns.time], rows, dates, time_format, zones)
-        if columns.title is not None:
-            _add_titles(titles, item, frame[columns.title])
-        high = np.ones(len(frame), dtype=bool)
-        if min_rating is not None:
-            high = _numbers(table.path, frame[columns.rating], rows, "rating") >= min_rating
-            low += int((~high).sum())
-        parts.append((user[high], item[high], time[high], rows[high]))
+    given = table, columns, min_rating, time_format
+    parts, n_rows, low, dates = _read_rows(*given, users, items, missing, titles)
+    of_user, of_item = _settled(users), _settled(items)
     if one_user and users.codes and not n_rows:  # their lists are empty
         return Log([*users.codes], [], *[np.zeros(0, dtype=np.int64)] * 3), {}
     cli.check((n_rows > 0, f"{table.path}: holds no interaction"))
-    _judge_missing(table.path, missing, drop_missing, columns, mend)
+    _judge_missing(table.path, missing, drop, columns, mend)
     user, item, time, rows = (np.concatenate(column) for column in zip(*parts))
+    user, item = of_user[user], of_item[item]
     if min_rating is not None:
         print(f"{low:,} interactions rated below {min_rating:g} left out")
     lower = "; lower --min_rating" * (min_rating is not None)
@@ -227,9 +235,82 @@ def read_log(
     _judge(table.path, Log([*users.codes], [*items.codes], user, item, time), columns, one_user)
     if columns.time is not None:
         _judge_times(table.path, time, rows, dates)
+        print(f"times from {_shown(time.min(), dates)} to {_shown(time.max(), dates)}")
     names, user = ([*users.codes], user) if as_they_come else users.in_order(user)
     ids, item = items.in_order(item)
-    return Log(names, ids, user, item, time), {n: titles.get(c, "") for n, c in items.codes.items()}
+    named: dict[int, str] = {}
+    for code, title in titles.items():
+        named[of_item[code]] = named.get(of_item[code]) or title
+    return Log(names, ids, user, item, time), {n: named.get(c, "") for n, c in items.codes.items()}
+
+
+def _read_rows(
+    table: Table,
+    columns: Columns,
+    min_rating: float | None,
+    form: str | None,
+    users: Names,
+    items: Names,
+    missing: dict[str, list[int]],
+    titles: dict[int, str],
+) -> tuple[list[tuple[np.ndarray, ...]], int, int, bool | None]:
+    """Codes, times and rows of what is kept, frame after frame; how many rows there are, and how
+    many are rated too low; whether times are dates. Fills in the last four arguments.
+    """
+    parts, zones = [], []
+    low, n_rows, dates = 0, 0, None
+    for frame, rows in _frames(table, columns, users):
+        n_rows += len(frame)
+        for role in ("user", "item"):
+            _refuse_rounded(table.path, frame[getattr(columns, role)], rows, role)
+        user, item = users.encode(frame[columns.user]), items.encode(frame[columns.item])
+        time, lacks = np.arange(n_rows - len(frame), n_rows), {"user": user < 0, "item": item < 0}
+        kept = _whole_rows(frame, rows, columns, lacks, missing)
+        frame, user, item, time, rows = (part[kept] for part in (frame, user, item, time, rows))
+        if columns.time is not None and len(frame):
+            dates = _are_dates(frame[columns.time], form) if dates is None else dates
+            time = _times(table.path, frame[columns.time], rows, dates, form, zones)
+        if columns.title is not None:
+            _add_titles(titles, item, frame[columns.title])
+        high = np.ones(len(frame), dtype=bool)
+        if min_rating is not None:
+            high = _numbers(table.path, frame[columns.rating], rows, "rating") >= min_rating
+            low += int((~high).sum())
+        parts.append((user[high], item[high], time[high], rows[high]))
+    return parts, n_rows, low, dates
+
+
+def _judge_request(table: Table, columns: Columns, min_rating: float | None, form: str) -> None:
+    given, hours = f"--time_format={form}", {*re.findall("%.", form)}
+    has_rating = min_rating is None or columns.rating is not None
+    cli.check(
+        (columns.time or not form, f"{given}: {UNDATED}"),
+        (not form or YEAR.search(form), f"{given}: without a year times do not sort"),
+        (not {"%H", "%p"} <= hours, f"{given}: %p needs %I, not %H"),
+        (
+            has_rating,
+            f"--min_rating={min_rating}: {table.path} has no rating; name it with --rating",
+        ),
+    )
+
+
+def _whole_rows(
+    frame: pd.DataFrame, rows: np.ndarray, columns: Columns, lacks: dict, missing: dict
+) -> np.ndarray:
+    """Mask of the rows that have all that is read; the others are noted in `missing`, by role.
+
+    Args:
+        lacks: role -> mask of the rows without it, of user and item.
+    """
+    kept = ~(lacks["user"] | lacks["item"])
+    for role, noted in missing.items():
+        mask = lacks.get(role)
+        if mask is None:
+            cells = frame[getattr(columns, role)]
+            mask = (cells.isna() | cells.astype(object).isin(NO_VALUE)).to_numpy() & kept
+        noted += rows[mask].tolist()
+        kept &= ~mask
+    return kept
 
 
 def _frames(
@@ -258,7 +339,7 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
     pairs = [(by_name[a], by_name[b]) for a, b in ITEM_LISTS if {a, b} <= by_name.keys()]
     if not table.header and table.separator == "::":  # MovieLens' movies.dat
         pairs += [(table.columns[0], table.columns[1])]
-    known = {names: sum(canonical(c) in kept for c in table.cells(names[0])) for names in pairs}
+    known = {names: sum(_as_in(kept, c) in kept for c in table.cells(names[0])) for names in pairs}
     pair = tuple(named) or max(pairs, key=known.get, default=())
     if not pair or not (table.kind == "json" or set(pair) <= set(table.columns)):
         raise UsageError(
@@ -268,7 +349,8 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
     titles: dict[str, str] = {}
     name = ""
     for frame in table.frames([*pair]):
-        for name, text in zip(frame[pair[0]].map(canonical), frame[pair[1]]):
+        for cell, text in zip(frame[pair[0]], frame[pair[1]]):
+            name = _as_in(kept, cell)
             if name in kept:
                 titles[name] = titles.get(name) or clean_title(text)
     if not titles:
@@ -276,6 +358,12 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
             f"{path}: none of its items is in the log: {name!r} there, {min(kept)!r} here"
         )
     return {name: title for name, title in titles.items() if title}
+
+
+def _as_in(kept: set[str], cell: object) -> str:
+    """An id as the log has it: a column of floats may have added .0 to it here alone."""
+    name = canonical(cell)
+    return name if name in kept else whole(name)
 
 
 def _add_titles(titles: dict[int, str], items: np.ndarray, cells: pd.Series) -> None:
@@ -361,7 +449,7 @@ def _refuse_rounded(path: Path, cells: pd.Series, rows: np.ndarray, role: str) -
 
 def _numbers(path: Path, cells: pd.Series, rows: np.ndarray, role: str) -> np.ndarray:
     numbers = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64)
-    _refuse(path, ~np.isfinite(numbers), cells, rows, role, "a number")
+    _refuse(path, ~np.isfinite(numbers), cells, rows, role, "a number, with a decimal point")
     return numbers
 
 
@@ -387,7 +475,7 @@ def _times(
         _refuse_rounded(path, cells, rows, "time")
         _refuse(path, np.abs(numbers) >= 2**63, cells, rows, "time", "fewer digits, at most 2^63")
         if texts:
-            cut = cells.astype(str).str.contains("e+", case=False, regex=False).to_numpy()
+            cut = cells.astype(str).str.contains("[eE][^-]").to_numpy()
             _refuse(path, cut, cells, rows, "time", "all its digits: a spreadsheet cut them")
         whole = pd.to_numeric(cells, errors="coerce")
         return whole.to_numpy() if whole.dtype == np.int64 else numbers
@@ -426,13 +514,15 @@ def _refuse(
         raise UsageError(f"{path}: row {rows[first]}: the {role} is {shown!r}, expected {expected}")
 
 
-def _judge_missing(path: Path, missing: dict, drop: bool, columns: Columns, mend: str) -> None:
+def _judge_missing(
+    path: Path, missing: dict, drop: Container[str], columns: Columns, mend: str
+) -> None:
     for role, rows in missing.items():
-        if rows and not drop:
+        if rows and role not in drop:
             raise UsageError(
                 f"{path}: row {rows[0]}: the {role} is missing (column {getattr(columns, role)},"
-                f" {len(rows):,} rows; empty, NA, null, -1 and the like count as missing);"
-                f" {mend} leaves them out"
+                f" {len(rows):,} rows; empty, NA, null{', -1' * (role in ('user', 'item'))} and the"
+                f" like count as missing); {mend}"
             )
         if rows:
             print(f"{len(rows):,} rows without {role} left out")
@@ -454,7 +544,10 @@ def _judge(path: Path, log: Log, columns: Columns, one_user: bool) -> None:
     lists = [name for name in names if A_LIST.fullmatch(name)]
     if lists and 2 * len(lists) >= len(names):
         shown = lists[0][:40]
-        raise UsageError(f"{path}: the item {shown!r} looks like a list; --lists yes reads lists")
+        raise UsageError(
+            f"{path}: the item {shown!r} looks like a list; --lists yes reads lists, --lists no"
+            " takes it as an id"
+        )
     counts = np.bincount(log.user)
     most = int(counts.argmax())
     if len(log.users) >= FEW_USERS and counts[most] > LARGE_SHARE * len(log.user):
@@ -481,6 +574,10 @@ def _judge_times(path: Path, time: np.ndarray, rows: np.ndarray, dates: bool) ->
         )
 
 
+def _shown(time: float, dates: bool) -> str:
+    return str(np.datetime64(int(time), "s")).replace("T", " ") if dates else f"{time:.15g}"
+
+
 def _judge_numbers(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
     """Refuse two units or forms in one column, a clock without a date, days before years."""
     lengths = set((np.log10(np.maximum(np.abs(time), 1)).astype(np.int64) + 1).tolist())
@@ -494,12 +591,18 @@ def _judge_numbers(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
             f"{path}: times from {time.min():.0f} to {time.max():.0f} look like a clock (HHMM)"
             " without a date; join the date and the time in one column"
         )
-    late = time[time >= EPOCH]
-    if len(late) and late.max() / late.min() > APART:
-        small, large = (rows[(time == t).argmax()] for t in (late.min(), late.max()))
+    early, late = time[(time > 0) & (time < EPOCH)], time[time >= EPOCH]
+    ends = (late.min(), late.max()) if len(late) else (1, 1)
+    two = ends[1] / ends[0] > APART
+    if len(early) and len(late) and np.median(time) < EPOCH and not two:  # most are not dates
+        ends = early.max(), late.min()
+        two = ends[1] / ends[0] > GAP
+    if two:
+        small, large = (rows[(time == t).argmax()] for t in ends)
+        units = "seconds and milliseconds" if ends[0] >= EPOCH else "two units"
         raise UsageError(
-            f"{path}: times in rows {small} and {large} are a factor of"
-            f" {late.max() / late.min():,.0f} apart: seconds and milliseconds in one column?"
+            f"{path}: times in rows {small} and {large} are a factor of {ends[1] / ends[0]:,.0f}"
+            f" apart: {units} in one column?"
         )
     if not (lengths <= {7, 8} or lengths <= {5, 6}):
         return

@@ -78,7 +78,7 @@ def main(
     check_writable(Path(output_dir), "--output_dir")
     table = open_table(Path(reviews))
     columns = choose_columns(table, REVIEWS, lists="no")
-    raw, _ = read_log(table, columns, min_rating, drop_missing=True)
+    raw, _ = read_log(table, columns, min_rating, ("user", "item"), mend="remove these rows")
     raw = raw.as_met()
     print_counts(f"rating >= {min_rating:g}", raw)
     by_time = order == "time"

@@ -19,6 +19,7 @@ from utils.flags import Evaluation
 
 TrainTargets = Literal["last", "all"]
 CUT_SHARE, TRAINING_SHARE = 0.2, 0.2  # of users and of interactions: reported from there
+FEW_USERS = 30  # evaluated: reported
 SOME_USERS = 512  # whose scores tell how loud a model is
 VALID, TEST = 2, 1  # the target's place from the end of the user's items; also a key of candidates
 
@@ -151,13 +152,16 @@ class EvaluationSplit:
         end = self.data.offsets[1:] - self.split
         return Samples(self.data, end, end - self.data.offsets[:-1], self.max_seq_length)
 
-    def fewest_candidates(self) -> int:
-        """The smallest number of candidates that any user gets."""
+    def never_met(self) -> np.ndarray:
+        """How many items each user never meets, int64 [U]."""
         data = self.data
         owner = np.repeat(np.arange(data.n_users), np.diff(data.offsets))
         pairs = np.unique(owner * np.int64(data.n_items) + data.items[: data.offsets[-1]])
-        most_met = np.bincount(pairs // data.n_items).max()
-        return min(self.n_candidates, data.n_items - int(most_met))
+        return data.n_items - np.bincount(pairs // data.n_items)
+
+    def fewest_candidates(self) -> int:
+        """The smallest number of candidates that any user gets."""
+        return min(self.n_candidates, int(self.never_met().min()))
 
     def targets(self) -> np.ndarray:
         """Catalogue index of every user's target, int64 [U]."""
@@ -280,6 +284,11 @@ def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationS
         new = splits["test"].popularity()[splits["test"].targets()] == 0
         if new.any():
             lines.append(f"{new.mean():.1%} of the test targets occur nowhere in training")
+    if data.n_users < FEW_USERS:
+        lines.append(f"only {data.n_users} users are evaluated: their figures say little")
+    without = int((splits["test"].never_met() == 0).sum())
+    if without:
+        lines.append(f"{without:,} users meet every item: their targets rank first with any model")
     few = splits["test"].fewest_candidates()
     if few < splits["test"].n_candidates:
         lines.append(

@@ -136,14 +136,14 @@ class Names:
 
 
 def open_table(
-    path: Path, named: Sequence[str] = (), known: Container[str] = (), lines: bool = False
+    path: Path, named: Sequence[str] = (), known: Container[str] = (), in_lines: bool = False
 ) -> Table:
     """Tell a file's form from its first rows.
 
     Args:
         known: names of which one makes the first row a header.
         named: columns that the user names; whole numbers mean that there is no header.
-        lines: whether text without a header is "user item item ...".
+        in_lines: whether text without a header is "user item item ...".
     Raises:
         UsageError: it is empty, damaged, or of a form that is not read here.
     """
@@ -174,15 +174,30 @@ def open_table(
             raise UsageError(f"{first}: looks like {what}")
     encoding = "utf-16" if head[:2] in UTF16 else "utf-8-sig"
     text = io.StringIO(head.decode(encoding, "replace"), newline=None)  # ends lines as readers do
-    every = [line.rstrip("\n") for line in _from_first_row(text)]
+    lines = [line.rstrip("\n") for line in text]
+    every = [*_from_first_row(lines)]
+    skipped = [line for line in lines[: len(lines) - len(every)] if line.startswith("#")]
     rows = [*filter(str.strip, every)]
     if not rows:
-        raise UsageError(f"{first}: is empty")
+        raise UsageError(f"{first}: is empty{', but for lines that begin with #' * bool(skipped)}")
     if rows[0].lstrip().startswith("{"):
         return _look_at_json(path, parts, encoding, rows)
     if rows[0].lstrip().startswith("[") and not rows[0].lstrip().startswith("[["):
         raise UsageError(f"{first}: looks like one JSON array; write a JSON object per line")
-    return _look_at_text(path, parts, encoding, rows, named, known, lines)
+    table = _look_at_text(path, parts, encoding, rows, named, known, in_lines)
+    _refuse_hidden(table, skipped)
+    return table
+
+
+def _refuse_hidden(table: Table, comments: list[str]) -> None:
+    """Refuse a comment before the first row that has as many cells as the rows."""
+    n = len(table.columns)
+    for line in comments if table.separator != " " and n > 1 else ():
+        if len(_split(line, table.separator)) == n:
+            raise UsageError(
+                f"{table.parts[0]}: {line[:60]!r} begins with # and has {n} cells: a comment, or a"
+                " header or row? remove the line, or its #"
+            )
 
 
 def _by_number(part: Path) -> list:
@@ -351,11 +366,15 @@ def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
     by_letters = table.separator in BY_LETTERS
     rows = (_split(line, table.separator) for line in lines) if by_letters else reader
     try:
-        names = _named(next(rows, table.columns)) if table.header else table.columns
+        header = next(rows, table.columns) if table.header else None
+        names = _named(header) if header else table.columns
         _refuse_twice(path, [name for name in names if name in columns])
         place = {name: i for i, name in enumerate(names)}
         number += table.header
         while chunk := [*itertools.islice(rows, BATCH)]:
+            if header in chunk:
+                again = number + chunk.index(header)
+                raise UsageError(f"{path}: row {again} is the header again; remove that row")
             if {*map(len, chunk)} != {len(names)}:
                 chunk = _of_width(path, chunk, number, len(names), by_letters)
             cells, numbers = [*zip(*chunk)], range(number, number + len(chunk))
@@ -392,6 +411,11 @@ def _of_width(
             raise UsageError(
                 f"{path}: row {i} has {len(row)} fields, expected {n}: is the separator in a field,"
                 " as in 4,5? write CSV with such fields in quotes"
+            )
+        if len(row) == 1 < n:
+            raise UsageError(
+                f"{path}: row {i} has one field, {row[0][:40]!r}, expected {n}: another separator,"
+                " or a line that was cut?"
             )
         row += [""] * (n - len(row))
     return rows

@@ -25,7 +25,6 @@ PARTS = {
     "logit_kl": "logit KL",
     "sasrec_kl": "SASRec's KL",
     "teacher_ce": "teacher's cross-entropy",
-    "total": "total (SASRec: cross-entropy)",
 }
 NO_PARTS = ("event", "step", "learning_rate", "grad_norm", "epoch", "teacher_exits", *SPEED)
 Series = dict[str, dict[str, tuple[list, list]]]  # panel -> row's label -> steps and values
@@ -125,8 +124,9 @@ def _series(rows: list[Row]) -> Series:
             values = {name: event[name] for name in event if name not in NO_PARTS}
             if event["event"] == "valid":
                 values = {"valid MRR": event.get("sampled/MRR")}
-            elif run.config["step"] != "sasrec":
-                values.pop("total", None)
+            else:  # SASRec's only part is its cross-entropy
+                total = values.pop("total", None)
+                values |= {"ce": total} if run.config["step"] == "sasrec" else {}
             for name, value in values.items():
                 if value is not None:
                     steps, points = series.setdefault(name, {}).setdefault(row.label, ([], []))

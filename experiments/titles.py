@@ -38,7 +38,9 @@ def sentence_vectors(titles: list[str], text_model: str, device: "torch.device")
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        raise UsageError(f"a table from titles needs {PACKAGE}; pip install {PACKAGE}") from None
+        raise UsageError(
+            f"a table from titles needs {PACKAGE}; `make minilm` installs it"
+        ) from None
     try:
         encoder = SentenceTransformer(text_model, device=str(device))
     except Exception as error:  # the package raises what it meets
@@ -105,7 +107,7 @@ def main(
     titled, n_items = untitled < len(items.ids), sequences.n_items
     cli.check(
         (titled, f"{inputs.csv_path}: no item has a title; docs/data.md says where they stand"),
-        (dim < n_items, f"--dim={dim}: the data has only {n_items} items"),
+        (dim < n_items, f"--dim={dim}: the data has only {n_items} items; give a smaller one"),
     )
     vectors = sentence_vectors(items.titles, text_model, processes.choose_device(device))
     width = vectors.shape[1]

@@ -1,67 +1,110 @@
 """Histories of users from a file: a log by original ids, or lists per user."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from datasets.interactions import read_histories
 from datasets.items import Finder, Items, listing_of
-from datasets.logs import NAMES, ROLES, UNTIMED, canonical, choose_columns, read_log
+from datasets.logs import NAMES, ROLES, UNTIMED, canonical, choose_columns, read_log, report_columns
 from datasets.tables import bare, open_table
+from engine import cli
 
-Histories = dict[str, list[int]]  # user -> catalogue indices
+
+class History(NamedTuple):
+    """A user's items, as catalogue indices, and their times, ascending; None without any."""
+
+    items: list[int]
+    times: list[float] | None = None
 
 
-def of_domain(csv_path: Path, names: Items) -> Histories:
-    """The domain's own users."""
-    rows = read_histories(csv_path)
-    return {user: np.searchsorted(names.ids, ids).tolist() for user, ids in rows}
+Histories = dict[str, History]
+
+
+def of_domain(csv_path: Path, names: Items, timed: bool = False) -> Histories:
+    """The domain's own users; with the times of their items where asked."""
+    found = {}
+    for user, ids, times in read_histories(csv_path, timed):
+        found[user] = History(np.searchsorted(names.ids, ids).tolist(), times)
+    return found
 
 
 def with_known(own: Histories, csv_path: Path, names: Items, join: bool) -> Histories:
-    """The histories, after those that users of the domain have there where `join` says so."""
-    stored = {canonical(user): items for user, items in of_domain(csv_path, names).items()}
-    there = len(own.keys() & stored.keys())
+    """The histories, joined with those that users of the domain have there where `join` says so."""
+    domain = of_domain(csv_path, names, timed=join).items()
+    stored = {canonical(user): history for user, history in domain}
+    there = own.keys() & stored.keys()
     if join:
-        print(f"{there:,} of {len(own):,} users are users of {csv_path}: their own come first")
-        return {user: stored.get(user, []) + items for user, items in own.items()}
+        print(
+            f"{len(there):,} of {len(own):,} users are users of {csv_path}: their events are joined"
+        )
+        joined = own | {user: join_by_time(stored[user], own[user]) for user in there}
+        again = sum(len(stored[u].items) + len(own[u].items) - len(joined[u].items) for u in there)
+        if again:
+            print(f"{again:,} events are in both, and counted once")
+        if any(None in (stored[user].times, own[user].times) for user in there):
+            print("without times on both sides the file's events come last")
+        return joined
     if there:
         print(
-            f"{there:,} users are users of {csv_path} too; the history read is the file's alone"
-            " (--known join puts their own first)"
+            f"{len(there):,} users are users of {csv_path} too; the history read is the file's"
+            " alone (--known join adds their own)"
         )
     return own
 
 
+def join_by_time(known: History, new: History) -> History:
+    """Both, by their times; of equal events (item and time) one. Without times `new` comes last."""
+    if known.times is None or new.times is None:
+        return History(known.items + new.items)
+    events, there = [*zip(known.times, known.items)], {*zip(known.times, known.items)}
+    events += [event for event in zip(new.times, new.items) if event not in there]
+    events.sort(key=lambda event: event[0])  # stable
+    return History([item for _, item in events], [time for time, _ in events])
+
+
 def of_file(
-    path: Path, finder: Finder, columns: list[str], time_format: str | None = None
+    path: Path,
+    finder: Finder,
+    columns: list[str],
+    time_format: str | None = None,
+    min_rating: float | None = None,
 ) -> Histories:
     """The users of a file. A log has original ids. A CSV of lists has them too, unless an items.csv
     stands beside it: its numbers are mapped through that.
 
     Args:
-        columns: of user, item and time in a log; empty where their names are published ones.
+        columns: of user, item, time and maybe rating in a log; empty where they have known names.
+        time_format, min_rating: see `read_log`.
     Raises:
         UsageError: the file is damaged, or an item is not known.
     """
     table = open_table(path, columns, NAMES)
     names = {bare(name) for name in table.columns}
     in_lists = not columns and {"reviewerid", "asin"} <= names and "unixreviewtime" not in names
-    given = dict(zip(ROLES, columns))  # user, item, time
+    given = dict(zip(ROLES, columns))
     if not given and table.header and names <= UNTIMED:
         given["time"] = "none"
     chosen = choose_columns(table, given, "yes" if in_lists else "auto", by_columns=True)
-    if chosen.time is None and not in_lists:
-        print(f"{path}: no time: items are read in file order")
-    options = {"one_user": True, "as_they_come": True, "mend": "--unknown skip"}
-    log, _ = read_log(table, chosen, None, finder.skip, time_format=time_format, **options)
+    rated = min_rating is None or chosen.rating
+    cli.check((rated, f"--min_rating={min_rating}: name the rating as the fourth of --columns"))
+    report_columns(table, chosen, min_rating)
+    options = {"one_user": True, "as_they_come": True, "mend": "--unknown skip leaves them out"}
+    drop = ROLES if finder.skip else ()
+    log, _ = read_log(table, chosen, min_rating, drop, time_format=time_format, **options)
     log = log.ordered(None)
-    found: dict[str, list[str]] = {user: [] for user in log.users}
-    for user, item in zip(log.user, log.item):
-        found[log.users[user]].append(log.items[item])
+    found: dict[str, list[tuple[str, float]]] = {user: [] for user in log.users}
+    for user, item, time in zip(log.user, log.item, log.time.tolist()):
+        found[log.users[user]].append((log.items[item], time))
     if in_lists and not listing_of(path).is_file():
-        finder.refuse_ambiguous([*found.values()], f"--users={path}")
+        finder.refuse_ambiguous([[*log.items]], f"--users={path}")
     elif in_lists:  # its numbers were mapped to original ids
         finder = finder.by_asin()
-    source = f"--users={path}"
-    return {user: finder.find_all(items, f"{source}: {user}") for user, items in found.items()}
+    histories = {}
+    for user, events in found.items():
+        source = f"--users={path}: {user}"
+        kept = [(i, time) for name, time in events for i in finder.find_all([name], source)]
+        times = [time for _, time in kept] if chosen.time is not None else None
+        histories[user] = History([item for item, _ in kept], times)
+    return histories

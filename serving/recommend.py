@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from serving.recommender import Recommender
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")  # of files of lists
+SHOWN = 20  # items of a history on the screen
 LINE = "  {rank:>4}  {score:>9}  {id:>10}  {title}"
 
 
@@ -53,16 +54,17 @@ class Asked(Group):
     )
     columns: list[str] = flag(
         [],
-        "user, item and time of the log of --users, where their names are not published ones",
+        "user, item and time (and rating) of the log of --users, where their names are not known",
         needs="users",
     )
     time_format: str | None = flag(
         None, "of its dates, as datasets.convert takes it", needs="users"
     )
+    min_rating: float | None = flag(None, "lowest rating of that log that counts", needs="users")
     similar: str | None = flag(None, "an item: the items whose vectors are nearest to its own")
     known: Literal["log", "join"] = flag(
         "log",
-        "history of a user of --users whom the domain has: the log's alone, or its own first",
+        "history of a user of --users whom the domain has: the log's alone, or joined with its own",
         needs="users",
     )
     output: str | None = flag(None, "the file of --users: .parquet, .csv or .jsonl")
@@ -91,7 +93,10 @@ class Asked(Group):
         rules = [
             (len(given) < 2, f"--{' and --'.join(given)}: give one of them"),
             (not users or target, "--users needs --output, the file of the lists"),
-            (len(self.columns) in (0, 3), "--columns: expected user, item and time (or none)"),
+            (
+                len(self.columns) in (0, 3, 4),
+                "--columns: expected user, item, time (or none), rating",
+            ),
             (not target or users, "--output is of --users; one history is shown"),
             (users in (None, "all") or Path(users).exists(), f"--users={users}: file not found"),
         ]
@@ -227,7 +232,7 @@ def history_of(user: str, served: Served, names: Items, flag: str) -> list[int]:
     hint = f"; did you mean {near[0]}?" if near else ""
     file = "no such file, and " if flag == "users" else ""
     cli.check((user in own, f"--{flag}={user}: {file}{served.csv_path} has no such user{hint}"))
-    return own[user]
+    return own[user].items
 
 
 def _report_unknown(finder: Finder, source: str) -> None:
@@ -241,7 +246,9 @@ def show(
 ) -> None:
     """One history and its list, as a table."""
     print(heading)
-    for item in history:
+    if len(history) > SHOWN:
+        print(f"  the last {SHOWN} are")
+    for item in history[-SHOWN:]:
         print(LINE.format(rank="", score="", id=names.name(item), title=names.show(item)))
     print(f"top {len(items)}")
     for rank, (item, score) in enumerate(zip(items, scores), start=1):
@@ -313,12 +320,13 @@ def write_lists(opened: Opened, asked: Asked, offered: Offered, batch_size: int)
         lists = histories.of_domain(runs[0].csv_path, names)
     else:
         finder = Finder(names, offered.by, skip=offered.unknown == "skip")
-        lists = histories.of_file(Path(asked.users), finder, asked.columns, asked.time_format)
+        options = asked.columns, asked.time_format, asked.min_rating
+        lists = histories.of_file(Path(asked.users), finder, *options)
         _report_unknown(finder, "--users")
-        if finder.unknown and not any(lists.values()):
+        if finder.unknown and not any(history.items for history in lists.values()):
             raise UsageError(f"--users={asked.users}: none of its items is known here")
         lists = histories.with_known(lists, runs[0].csv_path, names, asked.known == "join")
-    who, own = [*lists], [*lists.values()]
+    who, own = [*lists], [history.items for history in lists.values()]
     with writing(asked.target) as write, tqdm(total=len(who), unit="user", mininterval=1) as bar:
         for start in range(0, len(who), batch_size):
             part = slice(start, start + batch_size)

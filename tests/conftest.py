@@ -75,6 +75,7 @@ def small_model(
         "response_ids": list(range(50, 50 + n_response)),
         "n_blocks": n_blocks,
         "exit_heads": exit_heads,
+        "exit_norm": extra.pop("exit_norm", False),
         "strategy": strategy,
         "lora_r": 3,
         "lora_alpha": 5,

@@ -234,7 +234,7 @@ WRONG = {
     "empty user": ("a,x,1\n,y,2\n", "a.csv: row 3: the user is missing (column user_id, 1 rows;"),
     "empty item": ("a,x,1\nb,,2\n", "a.csv: row 3: the item is missing"),
     "ragged": ("a,x,1\nb,y,2,z\n", "a.csv: row 3 has 4 fields, expected 3"),
-    "short": ("a,x,1\nb,y\n", "a.csv: row 3: the time is '', expected a number"),
+    "short": ("a,x,1\nb,y\n", "a.csv: row 3: the time is missing"),
     "bad time": ("a,x,1\nb,y,soon\n", "row 3: the time is 'soon', expected a number"),
     "infinite": ("a,x,1\nb,y,inf\n", "row 3: the time is 'inf', expected a number"),
     "bad date": ("a,x,1.2.2020\nb,y,2.2.2020\n", "row 2: the time is '1.2.2020'"),

@@ -68,6 +68,7 @@ SHAPES = {
     "one token after": ({"n_prompt": 6, "n_response": 1}, 8),
     "one block": ({"n_blocks": 1, "exit_heads": False}, 8),
     "four blocks": ({"n_blocks": 4}, 8),
+    "normed exits": ({"n_blocks": 4, "exit_norm": True}, 8),
     "one layer": ({"layers": 1, "n_blocks": 1, "exit_heads": False}, 8),
     "fewer slots": ({}, 4),  # the response's positions shift, as in the plain form
     "more slots": ({}, 11),

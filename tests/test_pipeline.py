@@ -173,7 +173,7 @@ def test_sampled_loss_trains_sasrec_and_the_same_seed_gives_the_same_bits(inside
 
 def test_a_gap_in_the_ids_changes_no_metric(inside):
     """The same sequences with every id i replaced by 3 i + 7."""
-    lists = [ids for _, ids in read_histories(Path("data/demo.csv"))]
+    lists = [ids for _, ids, _ in read_histories(Path("data/demo.csv"))]
     write_sequences(Path("data/plain.csv"), lists)
     write_sequences(Path("data/gappy.csv"), [[3 * i + 7 for i in ids] for ids in lists])
     names = ("plain", "gappy")

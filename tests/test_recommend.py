@@ -18,6 +18,7 @@ from datasets.items import Finder, Items
 from datasets.sequences import TEST, EvaluationSplit
 from engine.errors import UsageError
 from serving import recommend, served
+from serving.histories import History, join_by_time
 from serving.recommender import Recommender, top_k
 from serving.served import ServedFiles
 from tests.conftest import OFF, SHORT, hashes, histories, refused, script, small_model
@@ -358,13 +359,22 @@ def test_a_log_of_new_users_by_original_ids_and_one_unknown_product(inside, caps
         recommend.main(users="lists_in.csv", output="of_lists.csv", time_format="%Y")
     Path("untimed.csv").write_text("user_id,item_id\nz,B012\nz,B099\n")
     recommend.main(users="untimed.csv", output="again.csv", k=2, overwrite=True)
-    assert "no time: items are read in file order" in capsys.readouterr().out
+    assert "no time: items stay in file order" in capsys.readouterr().out
     Path("untimed.csv").write_text("user_id,item_id,ts\nz,B012,9\nz,B099,8\n")  # backwards
     with pytest.raises(UsageError, match="untimed.csv: which column .* ts "):
         recommend.main(users="untimed.csv", output="again.csv", k=2, overwrite=True)
     best = recommend.main(history=["B012"], k=1)[0]["item_id"]
     Path("deny.txt").write_text(f"B999\nB{best:03d}\n")  # what is unknown is not recommended anyway
     assert recommend.main(history=["B012"], k=1, deny="deny.txt")[0]["item_id"] != best
+
+
+def testjoined_histories_are_in_time_order_and_hold_an_event_once():
+    known, new = History([1, 2, 3], [10, 20, 30]), History([9, 2, 2], [5.0, 20.0, 40.0])
+    assert join_by_time(known, new) == ([9, 1, 2, 3, 2], [5.0, 10, 20, 30, 40.0])
+    assert join_by_time(known, History([7])) == (
+        [1, 2, 3, 7],
+        None,
+    )  # without times the file's last
 
 
 def test_no_file_of_the_run_is_written_over(inside):
@@ -385,7 +395,7 @@ def test_no_file_of_the_run_is_written_over(inside):
 
 def test_a_user_of_the_domain_by_name(inside, capsys):
     """`--users NAME` and `--user NAME`: that user's history, on the screen."""
-    users = dict(read_histories(Path("data/demo.csv")))
+    users = {user: ids for user, ids, _ in read_histories(Path("data/demo.csv"))}
     history = [str(item) for item in users["U00012"]]
     expected = recommend.main(history=history, k=3, by="id")
     assert recommend.main(user="U00012", k=3) == expected

@@ -500,7 +500,7 @@ def inherit(
     empty = {name: defaults[name] for name, value in prompt.values().items() if value is None}
     prompt = dataclasses.replace(prompt, **empty)
     if teacher is None and not runtime.eval_only:
-        print(f"base {prompt.base_model}, without a trained teacher")
+        print(f"base {prompt.base_model}, without a trained LLM teacher")
     start = "adapter" if mode == "offline" and not files.init_from else "base"
     n_student, n_teacher = llm.llama_decoder_nums_student, llm.llama_decoder_nums_teacher
     if mode != "none":

@@ -52,6 +52,10 @@ NUMBERED = "".join(f"{n},{u},{i},{t}\n" for n, (u, i, t) in enumerate(ROWS))
 OBJECTS = '{"user_id": "a", "item_id": {"$oid": "x1"}, "timestamp": 3}\n' * 2
 NOW = HEADER + "u1,1,now\nu1,2,2024-01-02\nu2,1,2024-01-03\n"
 ZONED = ["u1,a,2024-01-02 08:00\nu2,b,2024-01-03 08:00\n", "u1,b,2024-01-01 08:00+09:00\n"]
+CLOCK = HEADER + "u1,1,08:30\nu1,2,07:30\nu2,1,09:30\n"
+HALF_DAYS = HEADER + "".join(
+    f"{u},{i},{20240225 if n < 20 else t}\n" for n, (u, i, t) in enumerate(ROWS)
+)
 MIND = 'reviewerID,asin\nu1,"[1, 2]"\nu1,"[1, 2]"\nu2,"[1, 2, 4]"\nu2,"[2, 4, 1]"\n'
 REFUSED = [  # the files, the first one's first part is read; words of the answer; further flags
     ({"p/a": LOG[:SPLIT], "p/b": LOG[SPLIT:]}, "p/b: lacks the column 'user_id'"),
@@ -78,6 +82,13 @@ REFUSED = [  # the files, the first one's first part is read; words of the answe
     ({"a.zst": "\x28\u00b5/\u00fd"}, "looks like zstd; unpack it first"),
     ({"z/a": HEADER + ZONED[0], "z/b": HEADER + ZONED[1]}, "row 2: .*, expected a time zone in ev"),
     ({"a.csv": HEADER + "u1,i1 i2,1\nu1,i2 i3,2\nu2,i4,3\n"}, "'i1 i2' looks like a list; --list"),
+    ({"a.csv": CLOCK}, "--time_format=%H:%M: without a year times", "--time_format %H:%M"),
+    ({"a.csv": CLOCK}, "%p needs %I, not %H", "--time_format '%Y %H %p'"),
+    ({"a.csv": HALF_DAYS}, "rows 2 and 22 are a factor of 84 apart: two units in one column"),
+    ({"a.csv": LOG.replace("1700000060", "1.7e9")}, "all its digits: a spreadsheet cut"),
+    ({"a.csv": LOG + LOG}, "row 26 is the header again", "--time none"),
+    ({"a.csv": "#" + LOG}, "'#user_id,item_id,timestamp' begins with # and has 3 cells", NUMBERS),
+    ({"a.csv": LOG + "u1;104;1\n"}, "row 26 has one field, 'u1;104;1', expected 3: another sep"),
     ({"a.csv": MIND}, "row 3 repeats the list of the user's row before .2 such rows"),
 ]
 
@@ -90,6 +101,16 @@ def test_a_log_that_would_be_read_in_another_way_is_refused(files, line, more):
     with pytest.raises(UsageError, match=line):
         convert_by(f"--input {Path([*files][0]).parts[0]} {more}")
     assert not Path("data").exists()
+
+
+def test_ids_stay_as_they_are_but_for_a_column_of_floats_and_rows_without_a_time_can_go(capsys):
+    rows = ["u1,2.0,7", "u1,2.1,8", "u2,a  b,9", "u2,a b,NaT", "u2,2.1,"]
+    save("a.csv", HEADER.strip(), *rows)
+    assert convert_by("--input a.csv --drop_missing true")[1] == ["2.0", "2.1", "a  b"]
+    said = capsys.readouterr().out
+    assert "2 rows without time left out" in said and "times from 7 to 9\n" in said
+    save("b.csv", HEADER.strip(), "1.0,2.0,7", "1,2,8", "3.0,4.00,9")
+    assert convert_by("--input b.csv")[0] == {1: ["2", "2"], 3: ["4"]}
 
 
 def test_parts_are_read_by_the_numbers_in_their_names():
@@ -231,7 +252,7 @@ def test_parts_are_read_by_their_own_headers():
     for text, said in (
         ("user_id,item_id,price,timestamp\nu3,i1,4,5,17\n", "p/b: row 2 has 5 fields, expected 4"),
         ("user_id,item_id,timestamp,item_id\nu3,i1,6,i9\n", "p/b: column item_id appears 2 times"),
-        ("x,user_id,item_id,timestamp\n1,u3,i1\n", "the time is '', expected a number"),
+        ("x,user_id,item_id,timestamp\n1,u3,i1\n", "the time is missing"),
     ):
         Path("p/b").write_text(text)
         with pytest.raises(UsageError, match=said):
@@ -311,8 +332,8 @@ def test_a_form_of_times_can_be_named():
     assert lists == {"a": ["x", "y"], "b": ["y"]}
     with pytest.raises(UsageError, match="expected a time of the form %m.%d.%Y %H:%M"):
         convert_by(f"{named} --time_format '%m.%d.%Y %H:%M'")
-    with pytest.raises(UsageError, match="--time_format=%Q: .*directive"):
-        convert_by(f"{named} --time_format %Q")
+    with pytest.raises(UsageError, match="--time_format=%Y%Q: .*directive"):
+        convert_by(f"{named} --time_format %Y%Q")
 
 
 def test_titles_under_other_columns_are_offered(capsys):
