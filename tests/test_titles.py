@@ -14,12 +14,11 @@ import finetune
 import train_sr_trad
 from datasets.interactions import read_csv
 from datasets.item_table import ids_with_vectors, read_table
-from datasets.sequences import some_histories, training_samples
+from datasets.sequences import some_histories
 from engine import checkpoint
 from engine.errors import UsageError
 from experiments import titles
 from experiments.titles import principal_parts
-from models.sasrec import SASRec
 from serving import recommend, served
 from serving.recommender import Recommender, summed
 from serving.served import ServedFiles
@@ -133,26 +132,11 @@ def test_what_titles_cannot_give_is_refused(inside, encoder, flags, said):
 
 def test_without_titles_or_the_package_nothing_is_written(inside, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(UsageError, match="needs sentence-transformers; pip install sentence-tr"):
+    with pytest.raises(UsageError, match="needs sentence-transformers; `make minilm` in"):
         titles.main()
     Path("data/bare.csv").write_text('reviewerID,asin\na,"[1, 2, 3, 4]"\nb,"[2, 3, 4, 1]"\n')
     with pytest.raises(UsageError, match="bare.csv: no item has a title"):
         titles.main(domain_type="bare", dim=2)
-
-
-def test_sasrecs_items_start_along_the_tables_rows():
-    torch.manual_seed(0)
-    shape = {"emb_dim": 4, "hid_dim": 4, "num_blocks": 1, "num_heads": 1, "dropout": 0.0}
-    model, table = SASRec(9, 5, **shape, norm="pre", init_std=0.5), torch.randn(9, 4)
-    model.start(table, 0.5)
-    # vectors of four numbers of standard deviation 1/2 have length one
-    items = model.item_table.detach()
-    assert float(items.norm(dim=1).mean()) == pytest.approx(1.0)
-    cosine = torch.nn.functional.cosine_similarity(items, table)
-    torch.testing.assert_close(cosine, torch.ones(9))
-    assert not model.item_embedding.weight[9].any()
-    with pytest.raises(UsageError, match="--init_table has vectors of 3 numbers, --emb_dim is 4"):
-        model.start(torch.randn(9, 3), 0.5)
 
 
 def test_sasrec_starts_from_a_table(inside):
@@ -162,6 +146,10 @@ def test_sasrec_starts_from_a_table(inside):
     items = checkpoint.load("a/best")[0]["item_embedding.weight"][:-1]
     cosine = torch.nn.functional.cosine_similarity(items, read_table(table, np.arange(1, 161)))
     torch.testing.assert_close(cosine, torch.ones(160))
+    width = items.shape[1]  # vectors of so many numbers of standard deviation .02
+    assert float(items.norm(dim=1).mean()) == pytest.approx(0.02 * width**0.5, rel=1e-4)
+    with pytest.raises(UsageError, match=f"--init_table has vectors of {width} numbers, --emb_dim"):
+        train_sr_trad.main(**SHORT, init_table=table, emb_dim=3, hid_dim=3, output_dir="b")
     assert train_sr_trad.main(**still, init_table=table, output_dir="a") == started
     assert train_sr_trad.main(eval_only=True, output_dir="a")["test"] == started["test"]
     for runs, kind in (("a", "SASRec started from a table"), ("output/demo/sasrec", "SASRec")):
@@ -195,27 +183,6 @@ def test_the_sum_of_two_models_by_hand():
     # items (2, 0, 0, 1), (0, 2, 1.5, 0), (1, 1, 0, 0) less their mean (1, 1, .5, 1/3)
     expected = -(2 + 1 / 2 + 2 / 9) / ((2 + 1 / 4 + 4 / 9) * (3 + 1 / 9)) ** 0.5
     assert float(both.similar(0, 2)[1].min()) == pytest.approx(expected)
-
-
-def spread(name: str) -> float:
-    """The mean standard deviation of a user's scores, over all training histories."""
-    runs = served.read_all(ServedFiles(model=name))
-    model, names = recommend.open_model(runs, None, "cpu")
-    samples = training_samples(runs[0].data, "last", 30)
-    scores = model.encode(samples.histories(np.arange(len(samples)))) @ model.item_table.T
-    return float(scores.detach().std(dim=1).mean())
-
-
-def test_runs_are_recommended_from_together(inside):
-    pair = "student,sasrec"
-    history = {"history": ["3", "8"], "exclude": "none", "k": 160}
-    parts = [recommend.main(**history, model=name) for name in pair.split(",")]
-    scales = [spread(name) for name in pair.split(",")]
-    pairs = zip(parts, scales)
-    alone = [{row["item_id"]: row["score"] / by for row in rows} for rows, by in pairs]
-    for row in recommend.main(**history, model=pair):
-        expected = sum(scores[row["item_id"]] for scores in alone)
-        assert row["score"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_titles_of_a_real_encoder_tell_things_apart(inside):
