@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from datasets.demo import write_demo
 from datasets.interactions import Interactions, read_csv
+from datasets.items import listing_of, read_listing
 from engine.errors import UsageError
 from engine.run import Run, run_names
 from utils.flags import Data, Runtime, TeacherFiles, TeacherLoss
@@ -97,7 +98,10 @@ class Domain(NamedTuple):
             write_demo(DEMO)
             print(f"made the demo domain: {DEMO}")
         path = find_csv(self.name, self.data_path)
-        return read_csv(path, self.ends_are_items, self.split), path
+        listing = listing_of(path)
+        named = read_listing(listing) if listing.is_file() else {}
+        zero, _ = named.get(0, ("", ""))  # of someone's own lists it may be padding
+        return read_csv(path, self.ends_are_items, self.split, zero not in ("", "0")), path
 
 
 def split_of(flags: dict) -> str:

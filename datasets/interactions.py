@@ -76,7 +76,10 @@ class Interactions:
 
 
 def read_csv(
-    path: str | Path, ends_are_items: bool = False, split: str | None = None
+    path: str | Path,
+    ends_are_items: bool = False,
+    split: str | None = None,
+    zero_is_item: bool = False,
 ) -> Interactions:
     """Read and check a sequence CSV.
 
@@ -84,6 +87,7 @@ def read_csv(
         ends_are_items: treat items at the ends of lists that look like padding as real items.
         split: leave_one_out (None too), or time:Q, which cuts all lists at the moment before which
             the share Q of all interactions lies.
+        zero_is_item: item 0 has a name, so that no run of it is padding.
     Raises:
         UsageError: one line naming the file, the row (the header is row 1) and the mend.
     """
@@ -116,7 +120,7 @@ def read_csv(
     if data.n_items == 1:
         raise UsageError(f"{path}: item {data.item_ids[0]} is the only one; there is no choice")
     if not ends_are_items:
-        _check_ends(path, ids, length)
+        _check_ends(path, ids, length, zero_is_item)
     return data
 
 
@@ -180,7 +184,7 @@ def _times(path: Path, row: int, cell: str | None, n: int) -> list[float]:
     return times
 
 
-def _check_ends(path: Path, flat: np.ndarray, length: np.ndarray) -> None:
+def _check_ends(path: Path, flat: np.ndarray, length: np.ndarray, zero_is_item: bool) -> None:
     """Refuse lists of which too many have the same item, or a run of item 0, at an end."""
     length = length[length > 0]
     first, n = np.cumsum(length) - length, len(length)
@@ -189,7 +193,7 @@ def _check_ends(path: Path, flat: np.ndarray, length: np.ndarray) -> None:
     for end, (at, inward) in ends.items():
         beside = flat[np.where(length > 1, at + inward, at)]
         count = int(((flat[at] == 0) & (beside == 0) & (length > 1)).sum())
-        if count >= max(3, PADDED_SHARE * n):
+        if count >= max(3, PADDED_SHARE * n) and not zero_is_item:
             raise UsageError(
                 f"{path}: item 0 appears in a run at the {end} of {count} of {n} lists: padding?"
                 f" {mend}"

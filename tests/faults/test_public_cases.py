@@ -6,6 +6,7 @@ value; advice that a message gives is followed.
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ import extract_emb
 import finetune
 import train_sr_trad
 from datasets import process, sequences
+from datasets.domain import Domain
 from datasets.interactions import read_csv
 from datasets.item_table import check_size
 from engine.errors import RunError, UsageError
-from tests.conftest import OFF, SHORT, hashes, refused, stop_at_step, write_sequences
+from tests.conftest import OFF, SHORT, hashes, refused, save, stop_at_step, write_sequences
 
 LISTS = [[i % 7 + 1, i % 5 + 8, i % 11 + 13, i % 3 + 24, i + 30] for i in range(40)]
 
@@ -148,6 +150,11 @@ def test_zero_is_an_item_where_it_is_said(tmp_path):
     assert read_csv(path, ends_are_items=True).item_ids[0] == 0
     write_sequences(tmp_path / "e.csv", [[0, *ids, 0] for ids in LISTS[:9]] + LISTS)
     assert read_csv(tmp_path / "e.csv").item_ids[0] == 0  # no runs
+    domain = Domain("f", str(write_sequences(tmp_path / "f.csv", MEANING["some padded"][0])))
+    for name in ("0", "SKU-7"):  # of the item in its items.csv
+        save(tmp_path / "f.items.csv", "item_id,asin,title", f"0,{name},")
+        with pytest.raises(UsageError) if name == "0" else nullcontext():
+            domain.read()
 
 
 def test_what_was_said_of_the_ends_holds_in_later_steps(tmp_path, monkeypatch, inside):
