@@ -393,17 +393,14 @@ def test_what_the_report_reads_is_kept(tmp_path):
     assert "x.zip: damaged (File is not a zip file)" in results.read_runs(kept, tmp_path)[1]
 
 
-@pytest.mark.parametrize(
-    "flags, line",
-    [
+def test_wrong_requests_are_refused_before_any_work(here):
+    for flags, line in (
         ({"runs": "nowhere"}, "--runs=nowhere: no such folder"),
         ({"runs": "."}, "no finished run below it"),
         ({"runs": ".", "keep": "kept"}, "--keep=kept: expected a name ending in .zip"),
-    ],
-)
-def test_wrong_requests_are_refused_before_any_work(flags, line, here):
-    with refused(line):
-        report.main(**flags)
+    ):
+        with refused(line):
+            report.main(**flags)
     assert not Path("output").exists()
 
 

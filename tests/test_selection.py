@@ -31,19 +31,16 @@ def test_block_ends_of_both_sides():
     assert block_map(3, None, 4, "2:4,3:8") == ([2, 3], [4, 8])
 
 
-@pytest.mark.parametrize(
-    "n_blocks, pairs, line",
-    [
-        (3, None, "--distill_block=3 does not divide llama_decoder_nums_student 4 .4 % 3 = 1."),
-        (3, None, "use one of 1, 2, 4, or name their ends, as --block_map 2:4,4:8"),
-        (4, "2:4,3:8", "expected ascending pairs student:teacher that end with 4:8"),
-        (4, "2:4,1:6,4:8", "expected ascending pairs"),
-        (4, "0:4,4:8", "expected ascending pairs"),
-    ],
-)
-def test_a_block_map_that_does_not_fit_is_refused(n_blocks, pairs, line):
-    with pytest.raises(UsageError, match=line):
-        block_map(4, 8, n_blocks, pairs)
+def test_a_block_map_that_does_not_fit_is_refused():
+    for pairs, line in (
+        (None, "--distill_block=3 does not divide llama_decoder_nums_student 4 (4 % 3 = 1); use"),
+        (None, "use one of 1, 2, 4, or name their ends, as --block_map 2:4,4:8"),
+        ("2:4,3:8", "expected ascending pairs student:teacher that end with 4:8"),
+        ("2:4,1:6,4:8", "expected ascending pairs"),
+        ("0:4,4:8", "expected ascending pairs"),
+    ):
+        with refused(line):
+            block_map(4, 8, 3, pairs)
     with refused("llama_decoder_nums_teacher 8 (8 % 3 = 2); use one of 1, or name their ends, as"):
         block_map(3, 8, 3)
     assert block_map(3, 8, 3, "1:4,3:8") == ([1, 3], [4, 8])  # what it offers
@@ -87,20 +84,16 @@ def test_an_edited_block_map_never_meets_old_states(inside, capsys):
     assert distill.main(eval_only=True, output_dir="pairs")["test"] == pairs["test"]
 
 
-@pytest.mark.parametrize(
-    "selection, kept, line",
-    [
+def test_what_does_not_fit_is_named():
+    for selection, kept, line in (
         ("0,2", 3, "--layer_selection=0,2 names 2 layers, 3 decoder layers are asked for"),
         ("2,0", 2, "expected ascending numbers"),
         ("1,1", 2, "expected ascending numbers, each once"),
         ("[0, 8]", 2, "has no layer 8; it has 0 to 7, 8 layers"),
         ("last", 9, "9 decoder layers asked for, the base checkpoint has 8 layers"),
-    ],
-)
-def test_what_does_not_fit_is_named(selection, kept, line):
-    with pytest.raises(UsageError) as error:
-        select_layers([*range(8)], kept, LLM(layer_selection=selection))
-    assert line in str(error.value)
+    ):
+        with refused(line):
+            select_layers([*range(8)], kept, LLM(layer_selection=selection))
 
 
 def test_the_kept_layers_of_a_teacher_under_the_students_names():

@@ -82,21 +82,18 @@ def test_targets_candidates_and_what_is_said(tmp_path):
     assert "50.0% of the test targets occur nowhere in training" in told  # 5
 
 
-@pytest.mark.parametrize(
-    "row, problem",
-    [
+def test_times_that_mean_nothing_are_refused(tmp_path):
+    for row, problem in (
         (("x", [1, 2], [2, 1]), "row 2: times are not ascending"),
         (("x", [1, 2], [1]), r"row 2: time is '\[1\]', expected a list of 2 numbers"),
         (("x", [1, 2], ["a", "b"]), "row 2: time is .*expected a list of 2 numbers"),
         (("x", [1, 2], "[NaN, 1]"), "row 2: time is .*expected a list of 2 numbers"),
         (("x", [1, 2], "[1, Infinity]"), "row 2: time is .*expected a list of 2 numbers"),
-    ],
-)
-def test_times_that_mean_nothing_are_refused(tmp_path, row, problem):
-    path = write(tmp_path / "a.csv", [row, *ROWS])
-    with pytest.raises(UsageError, match=problem):
-        read_csv(path, split="time:0.6")
-    assert read_csv(path).n_users == 3  # leave-one-out does not read them
+    ):
+        path = write(tmp_path / "a.csv", [row, *ROWS])
+        with pytest.raises(UsageError, match=problem):
+            read_csv(path, split="time:0.6")
+        assert read_csv(path).n_users == 3  # leave-one-out does not read them
 
 
 def test_a_file_without_times_or_without_targets_is_refused(tmp_path):
