@@ -468,7 +468,7 @@ def test_our_own_domains_commands_bind(domain):
     every = commands(ROOT / f"experiments/domains/{domain}.sh", SEEDS="0")
     names, start = [words[0] for words in every], FIRST_STEPS
     assert names[: len(start) + (domain != "toys")] == start[: domain != "toys"] + start
-    assert names.count("distill.py") == {"beauty": 14, "games": 7, "toys": 7}[domain]
+    assert names.count("distill.py") == {"beauty": 15, "games": 8, "toys": 8}[domain]
     assert all(bound(words)[1]["data_path"].startswith("data/amazon") for words in every[:-1])
 
 

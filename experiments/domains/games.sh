@@ -28,7 +28,9 @@ for seed in $SEEDS; do
         --llama_decoder_nums_student 2 --distill_block 2 $budget
     # the chain with the loss weights that were tuned on beauty
     run $LAUNCH finetune.py $llm --output_dir $out/teacher_kl --base_model "$BASE" --llama_decoder_nums 8 $kl $budget $HALF
-    run $LAUNCH distill.py $llm --output_dir $out/chain_slmrec_300 --teacher $out/teacher_kl --student_init adapter $TUNED $budget $HALF
+    chain="$llm --teacher $out/teacher_kl $TUNED $budget $HALF --student_init"
+    run $LAUNCH distill.py $chain adapter --output_dir $out/chain_slmrec_300
+    run $LAUNCH distill.py $chain teacher --output_dir $out/chain_slmrec_300_layers
     [ -z "$HALF" ] || run $LAUNCH distill.py $llm --output_dir $out/ce_bf16 --base_model "$BASE" $alone $budget $HALF
 done
 run $PYTHON -m experiments.report --runs "$ROOT"
