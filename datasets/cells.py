@@ -10,6 +10,7 @@ from pathlib import Path
 from engine.errors import UsageError
 
 PYTHONS = re.compile(r"\d_\d|\b0[xXoObB]")  # to Python 12_3 is 123
+WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
 QUOTED = r"""(?:'[^']*'|"[^"]*")"""
 ARRAY = re.compile(rf"\[\s*{QUOTED}(?:\s+{QUOTED})+\s*\]")  # numpy's; Python joins such texts
 CUT = re.compile(r"\d[eE]\+?\d")  # a number that lost its last digits
@@ -17,6 +18,19 @@ SPLIT, BLANKS = re.compile(r"\s*[,|;][\s,|;]*"), re.compile(r"\s+")
 # page code that stands as a title in some v2 files
 SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")
 TAG = re.compile(r"</?[A-Za-z][^<>]*>|<span\b[^<>]*$")  # whole tags, and one that was cut off
+
+
+def whole(name: str) -> str:
+    """A name without the .0 that a column of floats gives to a whole number."""
+    found = WHOLE.fullmatch(name)
+    return found[1] if found else name
+
+
+def forms(name: str) -> tuple[str, ...]:
+    """An id, and how another file may write it: without or with the .0 of a column of floats, and
+    with single blanks.
+    """
+    return name, whole(name), f"{name}.0", " ".join(name.split())
 
 
 def parsed(cell: str) -> object:

@@ -171,9 +171,8 @@ def _times(path: Path, row: int, cell: str | None, n: int) -> list[float]:
             f"{path}: has no column time, which --split=time reads; datasets.convert and"
             " datasets.process write it where a log has times"
         )
-    times = parsed(cell)
-    numbers = isinstance(times, list) and all(type(time) in (int, float) for time in times)
-    if not numbers or len(times) != n or not all(abs(time) < 2**63 for time in times):  # nor NaN
+    times = _numbers(cell, n)
+    if times is None:
         raise UsageError(
             f"{path}: row {row}: time is {cell[:40]!r}, expected a list of {n} numbers"
         )
@@ -182,6 +181,14 @@ def _times(path: Path, row: int, cell: str | None, n: int) -> list[float]:
             f"{path}: row {row}: times are not ascending; make the file again in order"
         )
     return times
+
+
+def _numbers(cell: str, n: int) -> list[float] | None:
+    """A list of n finite numbers; None where the cell holds something else."""
+    values = parsed(cell)
+    numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    whole = numbers and len(values) == n and all(abs(value) < 2**63 for value in values)  # nor NaN
+    return values if whole else None
 
 
 def _check_ends(path: Path, flat: np.ndarray, length: np.ndarray, zero_is_item: bool) -> None:
@@ -212,11 +219,12 @@ def read_histories(
 ) -> Iterator[tuple[str, list[int], list[float] | None]]:
     """(reviewerID, item ids, their times) of every row of a sequence CSV.
 
-    Times are read where `timed`, and None where there are none. Raises UsageError: as `read_csv`.
+    Times are read where `timed`, and None where they are no ascending numbers. Raises UsageError:
+    as `read_csv`.
     """
-    for row, cells, ids in _rows(path, _content(path)):
-        times = _times(path, row, cells["time"], len(ids)) if timed and "time" in cells else None
-        yield cells["reviewerID"], ids, times
+    for _, cells, ids in _rows(path, _content(path)):
+        times = _numbers(cells.get("time", ""), len(ids)) if timed else None
+        yield cells["reviewerID"], ids, times if times is None or times == sorted(times) else None
 
 
 def read_titles(path: Path) -> dict[int, str]:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from datasets.cells import forms
 from datasets.interactions import LARGEST_ID, read_titles
 from engine.errors import UsageError
 from engine.files import replacing
@@ -185,11 +186,12 @@ class Finder:
 
     def _index(self, name: str) -> int | None:
         for kind, table in self.tables.items():
-            key: object = name.casefold() if kind == "title" else name
-            if kind == "id":
-                key = int(name) if name.isascii() and name.isdigit() else None
-            if key in table:
-                return table[key]
+            for form in forms(name):
+                key: object = form.casefold() if kind == "title" else form
+                if kind == "id":
+                    key = int(form) if form.isascii() and form.isdigit() else None
+                if key in table:
+                    return table[key]
         return None
 
     def _near(self, name: str) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from datasets.cells import clean_title, parse_list, parsed, title_list
+from datasets.cells import clean_title, forms, parse_list, parsed, title_list, whole
 from datasets.filters import Log
 from datasets.items import listing_of, read_listing
 from datasets.tables import Names, Table, bare, open_table
@@ -39,11 +39,10 @@ UNTIMED = {*NAMES, "rating", "overall", "title"} - {form["time"] for form in KNO
 NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
 NO_VALUE = {form for word in NOTHING - {"-", "-1"} for form in (word, word.upper(), word.title())}
 NO_VALUE |= {"NaN", "NaT"}  # of times and ratings
-WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
 YEAR = re.compile(r"%[YyGFDcxs]")  # in a form of times
 ZONE = r"(?:[zZ]|[+-]\d\d:?\d\d|:\d\d(?:\.\d+)?\s*[+-]\d\d)\s*$"
 SHAPES = {  # of names that are none
-    re.compile(r"-?\d(?:[.,]\d+[eE]\+?|[eE]\+)\d+"): (
+    re.compile(r"-?\d([.,]\d+)?[eE]\+\d+"): (
         "was cut by a spreadsheet or a float; save the ids as text, from their source"
     ),
     re.compile(r"\{.*:.*\}", re.DOTALL): "is an object; write its id alone as text",
@@ -53,7 +52,7 @@ A_LIST = re.compile(  # in brackets, or several ids, each of which has a digit
 )
 ASIN, REVIEWER = r"B\w{6,9}|\d{9}[\dX]", r"A\w{3,20}"
 EPOCH, APART = 1e8, 100  # times this large count seconds or less; of one unit they are this near
-GAP = 10  # between times of two units on either side of EPOCH
+GAP, SINCE = 10, 9e8  # times of two units are so far apart, and the larger ones seconds of 1998 on
 UNKNOWN_TIMES = (0, -1, 2**31 - 1)  # where the others are dates
 UNDATED = "no times are read; name their column"
 BY_FLAGS = "Name them: --user NAME --item NAME --time NAME (none keeps file order)"
@@ -79,12 +78,6 @@ def canonical(name: object) -> str:
     text = " ".join(str(name).strip().splitlines()) if name is not None else ""
     text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates cannot be written
     return "" if whole(text).lower() in NOTHING else text
-
-
-def whole(name: str) -> str:
-    """A name without the .0 that a column of floats gives to a whole number."""
-    found = WHOLE.fullmatch(name)
-    return found[1] if found else name
 
 
 def _settled(names: Names) -> np.ndarray:
@@ -166,8 +159,10 @@ def _known(table: Table, lists: str, needs_time: bool) -> dict[str, str]:
     return {}
 
 
-def report_columns(table: Table, columns: Columns, min_rating: float | None) -> None:
-    """Print which columns are read as what, and which are not read."""
+def report_columns(
+    table: Table, columns: Columns, min_rating: float | None, advise: bool = True
+) -> None:
+    """Print which columns are read as what, which are not, and with `advise` how they could be."""
     print(f"{table.path}: {table.describe()}{'; a list of items per row' if columns.lists else ''}")
     read = {role: name for role, name in columns._asdict().items() if isinstance(name, str)}
     if min_rating is None:
@@ -179,7 +174,7 @@ def report_columns(table: Table, columns: Columns, min_rating: float | None) -> 
     unread = [name for name in table.columns if name not in read.values()]
     if unread:
         print(f"  not read: {', '.join(unread)}")
-    for name in unread:
+    for name in unread if advise else ():
         cells = {canonical(cell) for cell in table.cells(name)}
         if cells == {"0", "1"}:
             print(
@@ -285,7 +280,8 @@ def _judge_request(table: Table, columns: Columns, min_rating: float | None, for
     has_rating = min_rating is None or columns.rating is not None
     cli.check(
         (columns.time or not form, f"{given}: {UNDATED}"),
-        (not form or YEAR.search(form), f"{given}: without a year times do not sort"),
+        ("%" in form or not form, f"{given}: expected a form such as %d.%m.%Y %H:%M"),
+        ("%" not in form or YEAR.search(form), f"{given}: without a year times do not sort"),
         (not {"%H", "%p"} <= hours, f"{given}: %p needs %I, not %H"),
         (
             has_rating,
@@ -307,7 +303,9 @@ def _whole_rows(
         mask = lacks.get(role)
         if mask is None:
             cells = frame[getattr(columns, role)]
-            mask = (cells.isna() | cells.astype(object).isin(NO_VALUE)).to_numpy() & kept
+            texts = cells.dtype == object or pd.api.types.is_string_dtype(cells)
+            empty = cells.isna() | cells.isin(NO_VALUE) if texts else cells.isna()
+            mask = empty.to_numpy() & kept
         noted += rows[mask].tolist()
         kept &= ~mask
     return kept
@@ -361,9 +359,9 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
 
 
 def _as_in(kept: set[str], cell: object) -> str:
-    """An id as the log has it: a column of floats may have added .0 to it here alone."""
+    """An id as the log writes it."""
     name = canonical(cell)
-    return name if name in kept else whole(name)
+    return next((form for form in forms(name) if form in kept), name)
 
 
 def _add_titles(titles: dict[int, str], items: np.ndarray, cells: pd.Series) -> None:
@@ -475,8 +473,9 @@ def _times(
         _refuse_rounded(path, cells, rows, "time")
         _refuse(path, np.abs(numbers) >= 2**63, cells, rows, "time", "fewer digits, at most 2^63")
         if texts:
-            cut = cells.astype(str).str.contains("[eE][^-]").to_numpy()
-            _refuse(path, cut, cells, rows, "time", "all its digits: a spreadsheet cut them")
+            _refuse(
+                path, _are_cut(cells), cells, rows, "time", "all its digits: a spreadsheet cut them"
+            )
         whole = pd.to_numeric(cells, errors="coerce")
         return whole.to_numpy() if whole.dtype == np.int64 else numbers
     expected = "a number or a date such as 2024-04-25 08:00:00; --time_format reads other forms"
@@ -492,6 +491,15 @@ def _times(
         raise UsageError(f"--time_format={form}: {one_line(error)}") from None
     _refuse(path, found.isna().to_numpy(), cells, rows, "time", expected)
     return found.to_numpy("datetime64[us]").astype(np.int64) / 1e6
+
+
+def _are_cut(cells: pd.Series) -> np.ndarray:
+    """Mask of the numbers that have fewer digits than their exponent says, bool [n]."""
+    texts = cells.astype(str)
+    if not texts.str.contains("e", case=False, regex=False).any():
+        return np.zeros(len(texts), dtype=bool)
+    parts = texts.str.extract(r"^-?\d[.,]?(\d*)[eE]\+?(\d+)$")
+    return (parts[0].str.len() < pd.to_numeric(parts[1])).to_numpy()
 
 
 def _judge_zones(path: Path, cells: pd.Series, rows: np.ndarray, seen: list[bool]) -> None:
@@ -575,7 +583,9 @@ def _judge_times(path: Path, time: np.ndarray, rows: np.ndarray, dates: bool) ->
 
 
 def _shown(time: float, dates: bool) -> str:
-    return str(np.datetime64(int(time), "s")).replace("T", " ") if dates else f"{time:.15g}"
+    if dates:
+        return str(np.datetime64(int(time), "s")).replace("T", " ")
+    return str(time) if isinstance(time, np.integer) else f"{time:.15g}"
 
 
 def _judge_numbers(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
@@ -596,7 +606,7 @@ def _judge_numbers(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
     two = ends[1] / ends[0] > APART
     if len(early) and len(late) and np.median(time) < EPOCH and not two:  # most are not dates
         ends = early.max(), late.min()
-        two = ends[1] / ends[0] > GAP
+        two = ends[1] / ends[0] > GAP and ends[1] > SINCE
     if two:
         small, large = (rows[(time == t).argmax()] for t in ends)
         units = "seconds and milliseconds" if ends[0] >= EPOCH else "two units"

@@ -185,15 +185,18 @@ def open_table(
     if rows[0].lstrip().startswith("[") and not rows[0].lstrip().startswith("[["):
         raise UsageError(f"{first}: looks like one JSON array; write a JSON object per line")
     table = _look_at_text(path, parts, encoding, rows, named, known, in_lines)
-    _refuse_hidden(table, skipped)
+    _refuse_hidden(table, skipped, known_form=table.header or bool(named))
     return table
 
 
-def _refuse_hidden(table: Table, comments: list[str]) -> None:
-    """Refuse a comment before the first row that has as many cells as the rows."""
+def _refuse_hidden(table: Table, comments: list[str], known_form: bool) -> None:
+    """Refuse a comment before the first row that looks like a row, or like the header of a file
+    that has none.
+    """
     n = len(table.columns)
     for line in comments if table.separator != " " and n > 1 else ():
-        if len(_split(line, table.separator)) == n:
+        cells = [cell.strip() for cell in _split(line, table.separator)]
+        if len(cells) == n and (not known_form or any(map(NUMBER.fullmatch, cells[1:]))):
             raise UsageError(
                 f"{table.parts[0]}: {line[:60]!r} begins with # and has {n} cells: a comment, or a"
                 " header or row? remove the line, or its #"
@@ -412,7 +415,7 @@ def _of_width(
                 f"{path}: row {i} has {len(row)} fields, expected {n}: is the separator in a field,"
                 " as in 4,5? write CSV with such fields in quotes"
             )
-        if len(row) == 1 < n:
+        if len(row) == 1 and n > 2:  # of two columns the list may be empty
             raise UsageError(
                 f"{path}: row {i} has one field, {row[0][:40]!r}, expected {n}: another separator,"
                 " or a line that was cut?"

@@ -5,9 +5,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from datasets.cells import forms
 from datasets.interactions import read_histories
 from datasets.items import Finder, Items, listing_of
-from datasets.logs import NAMES, ROLES, UNTIMED, canonical, choose_columns, read_log, report_columns
+from datasets.logs import (
+    APART,
+    EPOCH,
+    NAMES,
+    ROLES,
+    UNTIMED,
+    canonical,
+    choose_columns,
+    read_log,
+    report_columns,
+)
 from datasets.tables import bare, open_table
 from engine import cli
 
@@ -34,17 +45,19 @@ def with_known(own: Histories, csv_path: Path, names: Items, join: bool) -> Hist
     """The histories, joined with those that users of the domain have there where `join` says so."""
     domain = of_domain(csv_path, names, timed=join).items()
     stored = {canonical(user): history for user, history in domain}
-    there = own.keys() & stored.keys()
+    known = {user: [form for form in forms(user) if form in stored][:1] for user in own}
+    there = [user for user in own if known[user]]
     if join:
-        print(
-            f"{len(there):,} of {len(own):,} users are users of {csv_path}: their events are joined"
-        )
-        joined = own | {user: join_by_time(stored[user], own[user]) for user in there}
-        again = sum(len(stored[u].items) + len(own[u].items) - len(joined[u].items) for u in there)
+        print(f"{len(there):,} of {len(own):,} users are users of {csv_path}: events are joined")
+        pairs = {user: (stored[known[user][0]], own[user]) for user in there}
+        joined = own | {user: join_by_time(*pair) for user, pair in pairs.items()}
+        n_events = sum(len(one.items) + len(other.items) for one, other in pairs.values())
+        again = n_events - sum(len(joined[user].items) for user in there)
+        untimed = sum(joined[user].times is None for user in there)
         if again:
             print(f"{again:,} events are in both, and counted once")
-        if any(None in (stored[user].times, own[user].times) for user in there):
-            print("without times on both sides the file's events come last")
+        if untimed:
+            print(f"{untimed:,} users without times of one unit: the file's events come last")
         return joined
     if there:
         print(
@@ -55,8 +68,12 @@ def with_known(own: Histories, csv_path: Path, names: Items, join: bool) -> Hist
 
 
 def join_by_time(known: History, new: History) -> History:
-    """Both, by their times; of equal events (item and time) one. Without times `new` comes last."""
-    if known.times is None or new.times is None:
+    """Both, by their times; of equal events (item and time) one. Without times, or where those of
+    the two differ in their unit, `new` comes last.
+    """
+    last = [max(history.times or [0]) for history in (known, new)]
+    one_unit = (last[0] >= EPOCH) == (last[1] >= EPOCH) and max(last) <= APART * min(last)
+    if not (known.times and new.times and one_unit):
         return History(known.items + new.items)
     events, there = [*zip(known.times, known.items)], {*zip(known.times, known.items)}
     events += [event for event in zip(new.times, new.items) if event not in there]
@@ -89,7 +106,7 @@ def of_file(
     chosen = choose_columns(table, given, "yes" if in_lists else "auto", by_columns=True)
     rated = min_rating is None or chosen.rating
     cli.check((rated, f"--min_rating={min_rating}: name the rating as the fourth of --columns"))
-    report_columns(table, chosen, min_rating)
+    report_columns(table, chosen, min_rating, advise=False)
     options = {"one_user": True, "as_they_come": True, "mend": "--unknown skip leaves them out"}
     drop = ROLES if finder.skip else ()
     log, _ = read_log(table, chosen, min_rating, drop, time_format=time_format, **options)
@@ -98,7 +115,7 @@ def of_file(
     for user, item, time in zip(log.user, log.item, log.time.tolist()):
         found[log.users[user]].append((log.items[item], time))
     if in_lists and not listing_of(path).is_file():
-        finder.refuse_ambiguous([[*log.items]], f"--users={path}")
+        finder.refuse_ambiguous([[log.items[i] for i in set(log.item)]], f"--users={path}")
     elif in_lists:  # its numbers were mapped to original ids
         finder = finder.by_asin()
     histories = {}

@@ -483,7 +483,7 @@ def test_commands_after_beautys_bind_and_read_what_stands_there(after):
         written |= {flags.get("output_dir"), flags.get("item_table")}
 
 
-END, STARTED = ", from the teacher's adapter and head", ", items from SASRec started from a table"
+END = ", from the teacher's adapter and head"
 SASREC, PLAIN = {"SASRec": "SASRec"}, {"4 layers": "E4SRec-like, 4 layers"}
 ROWS = SASREC | PLAIN | {"4 layers and SASRec's KL": "4 layers: CE + SASRec KL"}
 SLMREC = {"SLMRec 4 <- 8": f"SLMRec 4 <- 8{END}"}
@@ -491,18 +491,23 @@ SOFTMAX = {"4 <- 8: logit KL, weight 3 at temperature 2": f"4 <- 8: logit KL{END
 TEACHER_KL = {"8 layers and SASRec's KL, the teacher": "8 layers: CE + SASRec KL"}
 CHAIN = TEACHER_KL | PLAIN | SLMREC | SOFTMAX
 OVER = "2 layers over {} tables and their SASRecs' KL", "2 layers: CE + SASRec KL, of {} SASRecs"
-TWO = {OVER[0].format(w): OVER[1].format(n) + STARTED for w, n in (("two", 2), ("four", 4))}
+SIDE = ", items from {} SASRecs, {} started from a table"
+TWO = {
+    OVER[0].format(w): OVER[1].format(n) + SIDE.format(n, n - 1)
+    for w, n in (("two", 2), ("four", 4))
+}
 TWO |= {"SASRec, items from titles at the start": "SASRec, items from a table at the start"}
 FROM_FOUR = "2 layers: CE + SASRec KL, every prefix, of 4 SASRecs, items from 4 SASRecs"
 FOUR = {OVER[0].format("four") + ", every prefix": FROM_FOUR}
 EVERY = {"the same, every prefix a sample, five epochs": f"{FROM_FOUR}, 3 started from a table"}
-TITLED = ", items from 2 SASRecs, 1 started from a table"
+TITLED = SIDE.format(2, 1)
 TAUGHT = {"8 layers and the KL of both, the teacher": "8 layers: CE + SASRec KL, of 2 SASRecs"}
 OVER_TWO = {n: r + TITLED for n, r in (PLAIN | TAUGHT | SLMREC).items()} | SASREC
 TUNED = {"SLMRec 4 <- 8, weights 300, .1, .1": f"SLMRec 4 <- 8, normed exits{END}{TITLED}"}
 TUNED_CHAIN = {n: r.removesuffix(TITLED) for n, r in TUNED.items()} | PLAIN | TEACHER_KL
 LAYERS = f"SLMRec 4 <- 8, normed exits, from the teacher's layers{TITLED}"
 OVER_TWO |= TUNED | {"the same, from the teacher's layers": LAYERS}
+TUNED_CHAIN |= {"the same, from the teacher's layers": LAYERS.removesuffix(TITLED)}
 OVER_TWO |= {[*SOFTMAX][0].replace("3", "10"): f"4 <- 8: logit KL{END}{TITLED}"}
 RELEASED = {
     "SASRec, first release: 1,100 steps at 1e-4": "SASRec, as released",
@@ -524,8 +529,7 @@ COLUMNS = ("sampled HR@10", "sampled MRR", "full HR@10", "full NDCG@10")
         ("### The chain with tuned weights", "chain_one_table/beauty", TUNED_CHAIN, "01234"),
         ("### The chain on Toys", "chain_one_table/toys", TUNED_CHAIN, "012"),
         ("### The chain on Games", "chain_one_table/games", TUNED_CHAIN | SASREC, "0123"),
-        ("### Several tables in one student", "two_tables/beauty", TWO, "01234"),
-        ("### Several tables in one student", "four_tables/beauty", EVERY, "01234"),
+        ("### Several tables in one student", "four_tables/beauty", TWO | EVERY, "01234"),
         ("## Toys (", "four_tables/toys", FOUR, "0123"),
         ("### The chain over two tables", "chain_two_tables/beauty", OVER_TWO, "01234"),
         ("### The paper's own conditions", "released/beauty", RELEASED, "01"),

@@ -368,13 +368,11 @@ def test_a_log_of_new_users_by_original_ids_and_one_unknown_product(inside, caps
     assert recommend.main(history=["B012"], k=1, deny="deny.txt")[0]["item_id"] != best
 
 
-def testjoined_histories_are_in_time_order_and_hold_an_event_once():
+def test_joined_histories_are_in_time_order_and_hold_an_event_once():
     known, new = History([1, 2, 3], [10, 20, 30]), History([9, 2, 2], [5.0, 20.0, 40.0])
     assert join_by_time(known, new) == ([9, 1, 2, 3, 2], [5.0, 10, 20, 30, 40.0])
-    assert join_by_time(known, History([7])) == (
-        [1, 2, 3, 7],
-        None,
-    )  # without times the file's last
+    for other in (History([7]), History([7], [1.7e9])):  # without times, or of another unit
+        assert join_by_time(known, other) == ([1, 2, 3, 7], None)
 
 
 def test_no_file_of_the_run_is_written_over(inside):

@@ -2,6 +2,8 @@
 # What each loss term, block map, choice of layers, start and depth brings, beside one SASRec and one teacher of a domain:
 #   bash experiments/domains/ablation.sh                                       # demo, base tiny: some ten minutes on 2 cores
 #   DOMAIN=cloth ROWS="ce cos cos_norm cos_ms slmrec" STUDENT="--learning_rate 3e-3 --max_steps 1500" bash ...  # the paper's five
+# docs/results.md has it on Beauty, with BASE=small SEEDS=0 DATA=data/amazon2014_beauty.csv.xz and for both TEACHER and STUDENT
+# "--num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --bf16 true".
 # After a domain's own script its SASRec, item table and teacher are taken; what is missing is made. common.sh says what else can
 # be set from outside. TEACHER and STUDENT are flags of finetune.py and distill.py.
 DOMAIN=${DOMAIN:-demo}
