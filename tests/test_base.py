@@ -197,17 +197,12 @@ def test_a_tokenizer_of_another_base_is_refused(checkpoint, tmp_path):
         specify(opened(checkpoint), PROMPT, ([n], [1]), choice("first", 1), LoRA(), **SMALL)
 
 
-LACKS = "expected the texts prompt and response, found prompt"
-
-
-@pytest.mark.parametrize(
-    "content, message", [("{", "not JSON"), ('{"prompt": "a"}', LACKS), ("[]", "not a JSON object")]
-)
-def test_bad_templates_are_refused(tmp_path, content, message):
-    path = tmp_path / "mine.json"
-    path.write_text(content)
-    with pytest.raises(UsageError, match=message):
-        read_template(str(path))
+def test_bad_templates_are_refused(tmp_path):
+    path, lacks = tmp_path / "mine.json", "expected the texts prompt and response, found prompt"
+    for content, said in (("{", "not JSON"), ('{"prompt": "a"}', lacks), ("[]", "not a JSON obj")):
+        path.write_text(content)
+        with pytest.raises(UsageError, match=said):
+            read_template(str(path))
 
 
 def test_built_in_bases_load_like_any_other_and_keep_the_prompts_length(tmp_path):

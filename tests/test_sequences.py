@@ -42,18 +42,14 @@ def test_all_makes_every_prefix_a_sample(data):
     assert samples.targets(rows).tolist() == [1, 2, 3, 4, 2]
 
 
-@pytest.mark.parametrize(
-    "split, history, target, seen",
-    [
+def test_evaluation_batches_are_the_literal_ones(data):
+    for split, history, target, seen in (
         (VALID, [[1, 2, 3, 4], [PAD, PAD, 3, 2]], [5, 1], [[0, 1, 2, 3, 4], [1, 1, 1, 3, 2]]),
         (TEST, [[2, 3, 4, 5], [PAD, 3, 2, 1]], [6, 0], [[0, 1, 2, 3, 4, 5], [0, 0, 0, 3, 2, 1]]),
-    ],
-)
-def test_evaluation_batches_are_the_literal_ones(data, split, history, target, seen):
-    (batch,) = EvaluationSplit(data, split, 4, 42, 3).batches(2)
-    assert batch.history.tolist() == history
-    assert batch.target.tolist() == target
-    assert batch.seen.tolist() == seen  # filled up with the target
+    ):
+        (batch,) = EvaluationSplit(data, split, 4, 42, 3).batches(2)
+        assert batch.history.tolist() == history and batch.target.tolist() == target
+        assert batch.seen.tolist() == seen  # filled up with the target
 
 
 def test_a_limit_gives_the_first_batches(data):

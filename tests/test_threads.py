@@ -21,13 +21,13 @@ def four(monkeypatch):
     torch.set_num_threads(before)
 
 
+A_QUIET_MACHINE = {4: [9, 9, 8], 2: [10, 10, 10], 1: [11, 11, 11]}
+STUCK_NOW_AND_THEN = A_QUIET_MACHINE | {4: [9, 9, 1, 1]}
+BUSY = {4: [1, 1, 1], 2: [2, 2, 9], 1: [11, 10, 10]}
+
+
 @pytest.mark.parametrize(
-    "rates, expected",
-    [
-        ({4: [9, 9, 8], 2: [10, 10, 10], 1: [11, 11, 11]}, 4),  # a quiet machine
-        ({4: [9, 9, 1, 1], 2: [10, 10, 10], 1: [11, 11, 11]}, 2),  # stuck now and then
-        ({4: [1, 1, 1], 2: [2, 2, 9], 1: [11, 10, 10]}, 1),
-    ],
+    "rates, expected", [(A_QUIET_MACHINE, 4), (STUCK_NOW_AND_THEN, 2), (BUSY, 1)]
 )
 def test_the_number_is_halved_while_regions_wait(four, monkeypatch, capsys, rates, expected):
     monkeypatch.setattr(cpu, "_rates", lambda threads: rates[threads])
