@@ -209,7 +209,7 @@ def test_what_is_not_read_without_a_teacher_is_said(inside, capsys):
     unread = {"teacher": "t", "teacher_cache": "c", "distill_mode": "online", "distill_block": 2}
     distill.main(**SHORT, **OFF, **unread, llama_decoder_nums_teacher=4, output_dir="ce")
     printed = capsys.readouterr().out
-    assert "base tiny, without a trained teacher" in printed
+    assert "base tiny, without a trained LLM teacher" in printed
     (line,) = [line for line in printed.splitlines() if line.startswith("without effect: ")]
     for name in unread | {"llama_decoder_nums_teacher": 4}:
         assert f"--{name}=" in line
