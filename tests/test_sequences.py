@@ -4,7 +4,7 @@ import torch
 
 from datasets.inputs import read_inputs
 from datasets.interactions import read_csv
-from datasets.sequences import TEST, VALID, EvaluationSplit, popularity, training_samples
+from datasets.sequences import TEST, VALID, EvaluationSplit, describe, popularity, training_samples
 from tests.conftest import write_sequences
 from utils.evaluation import Ranks
 from utils.flags import Evaluation, Prompt, TeacherFiles, Training
@@ -29,9 +29,9 @@ def test_the_first_batch_is_the_literal_one(data):
 
 def test_long_histories_keep_their_last_items(data):
     samples = training_samples(data, "last", 2, every_position=True)
-    assert samples.histories(np.array([0])).tolist() == [[2, 3]]
-    assert samples.shifted_targets(np.array([0])).tolist() == [[3, 4]]
-    assert samples.counts().tolist() == [2, 1]
+    first = np.array([0])
+    assert samples.histories(first).tolist() == [[2, 3]] and samples.counts().tolist() == [2, 1]
+    assert samples.shifted_targets(first).tolist() == [[3, 4]]
 
 
 def test_all_makes_every_prefix_a_sample(data):
@@ -52,10 +52,12 @@ def test_evaluation_batches_are_the_literal_ones(data):
         assert batch.seen.tolist() == seen  # filled up with the target
 
 
-def test_a_limit_gives_the_first_batches(data):
+def test_a_limit_gives_the_first_batches_and_who_meets_every_item_is_counted(data):
     view = EvaluationSplit(data, TEST, 4, 42, 3)
     assert [len(batch.target) for batch in view.batches(1, limit=1)] == [1]
-    assert view.fewest_candidates() == 0
+    assert view.never_met().tolist() == [0, 3] and view.fewest_candidates() == 0
+    told = describe(data, training_samples(data, "last", 4), {"test": view})
+    assert "only 2 users are evaluated: their figures say little\n1 users meet every item" in told
 
 
 def test_popularity_counts_training_items_only(data):

@@ -180,9 +180,9 @@ def test_known_users_of_a_new_log(timed, capsys):
     save("odd.csv", "user_id,item_id,timestamp", "n,3,1", "m,4,2")
     with pytest.raises(UsageError, match="none of its items is known"):
         recommend.main(**flags | {"users": "odd.csv"}, unknown="skip", output="c.csv")
-    rows = ["n,i03,5,2", "n,i04,5,1", "m,i05,5,1"]
+    rows = ["n,i03,5,2", "n,i04,5,1", "m,i05,5,1", "m,i06,1,2"]
     save("amazon.csv", "reviewerID,asin,overall,unixReviewTime", *rows)
-    recommend.main(**flags | {"users": "amazon.csv"}, output="d.csv")
+    recommend.main(**flags | {"users": "amazon.csv"}, min_rating=3, output="d.csv")
     assert len(Path("d.csv").read_text().splitlines()) == 1 + 18 + 19
 
 

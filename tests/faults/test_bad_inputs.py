@@ -144,6 +144,7 @@ CASES = [
     (44, "F", flags(**EVALUATES, num_candidates=50), CONTRADICTS.format("num_candidates=50", 999)),
     (44, "F", flags(**EVALUATES, lora_r=8), CONTRADICTS.format("lora_r=8", 16)),
     (45, "D", edited_teacher(layers=[0, 1, 2, 3]), "block ends [8] do not fit the model's 4 layer"),
+    (46, "D", edited_teacher(block_ends=[0, 8], n_blocks=2), "block ends [0, 8] do not fit the mo"),
     (46, "D", edited_teacher(layers=[*range(7)]), "block ends [8] do not fit the model's 7 layers"),
     (47, "D", renamed_adapters, "does not fit the model: lacks decoder.llama.layers"),
     (48, "F", flags(llama_decoder_nums=99), "99 decoder layers asked for, the base checkpoint has"),

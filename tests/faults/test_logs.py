@@ -105,16 +105,14 @@ def test_ids_stay_as_they_are_but_for_a_column_of_floats_and_rows_without_a_time
     rows = ["u1,2.0,7", "u1,2.1,8", "u2,a  b,9", "u2,a b,NaT", "u2,2.1,"]
     save("a.csv", HEADER.strip(), *rows)
     assert convert_by("--input a.csv --drop_missing true")[1] == ["2.0", "2.1", "a  b"]
-    said = capsys.readouterr().out
-    assert "2 rows without time left out" in said and "times from 7 to 9\n" in said
+    assert "2 rows without time left out\ntimes from 7 to 9\n" in capsys.readouterr().out
     save("b.csv", HEADER.strip(), "1.0,2.0,7", "1,2,8", "3.0,4.00,9")
     assert convert_by("--input b.csv")[0] == {1: ["2", "2"], 3: ["4"]}
     save("cat.csv", "item_id,title", "2,two", "2.1,more")  # written without .0 there
     convert_by("--input a.csv --drop_missing true --items cat.csv")
     assert "0,2.0,two" in Path("data/x.items.csv").read_text()
     save("c.csv", "# FromNodeId\tToNodeId\tAt", "1\t2\t1.600000001E9", "3\t4\t1.6000000022E9")
-    named = "--input c.csv --user 1 --item 2 --time 3"
-    assert convert_by(named)[0] == {1: ["2"], 3: ["4"]}  # all digits are there
+    assert convert_by("--input c.csv --user 1 --item 2 --time 3")[0] == {1: ["2"], 3: ["4"]}
     save("d.csv", HEADER.strip(), "a,x,0", "b,y,5000000", "a,y,180000000")  # ms since the start
     assert convert_by("--input d.csv")[0] == {"a": ["x", "y"], "b": ["y"]}
 
