@@ -5,6 +5,7 @@ import csv
 import html
 import json
 import re
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from engine.errors import UsageError
@@ -26,11 +27,19 @@ def whole(name: str) -> str:
     return found[1] if found else name
 
 
-def forms(name: str) -> tuple[str, ...]:
+def forms(name: str) -> Iterator[str]:
     """An id, and how another file may write it: without or with the .0 of a column of floats, and
     with single blanks.
     """
-    return name, whole(name), f"{name}.0", " ".join(name.split())
+    yield name
+    yield whole(name)
+    yield f"{name}.0"
+    yield " ".join(name.split())
+
+
+def form_in(known: Container[str], name: str) -> str | None:
+    """How `known` writes an id; None where it has none of its forms."""
+    return next((form for form in forms(name) if form in known), None)
 
 
 def parsed(cell: str) -> object:

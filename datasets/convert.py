@@ -28,6 +28,7 @@ from datasets.logs import NAMES, ROLES, choose_columns, read_log, read_titles, r
 from datasets.tables import open_table
 from engine import cli
 from engine.cli import NonNegativeInt, PositiveInt, flag
+from engine.errors import UsageError
 from engine.files import check_writable
 
 Dedup = Literal["no", "rows", "items"]
@@ -112,6 +113,8 @@ def main(
     given = {"user": user, "item": item, "time": time, "rating": rating, "title": title}
     table = open_table(source, [n for n in given.values() if n], NAMES, lists == "yes")
     columns = choose_columns(table, given, lists)
+    if min_rating is not None and columns.rating is None:
+        raise UsageError(f"--min_rating={min_rating}: {input} has no rating; name it with --rating")
     dated = columns.time is not None
     cli.check(
         (

@@ -98,10 +98,13 @@ class Domain(NamedTuple):
             write_demo(DEMO)
             print(f"made the demo domain: {DEMO}")
         path = find_csv(self.name, self.data_path)
-        listing = listing_of(path)
-        named = read_listing(listing) if listing.is_file() else {}
-        zero, _ = named.get(0, ("", ""))  # of someone's own lists it may be padding
-        return read_csv(path, self.ends_are_items, self.split, zero not in ("", "0")), path
+
+        def zero_is_item() -> bool:  # in someone's own lists it may be padding
+            listing = listing_of(path)
+            zero, _ = (read_listing(listing) if listing.is_file() else {}).get(0, ("", ""))
+            return zero not in ("", "0")
+
+        return read_csv(path, self.ends_are_items, self.split, zero_is_item), path
 
 
 def split_of(flags: dict) -> str:

@@ -14,7 +14,7 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -79,7 +79,7 @@ def read_csv(
     path: str | Path,
     ends_are_items: bool = False,
     split: str | None = None,
-    zero_is_item: bool = False,
+    zero_is_item: Callable[[], bool] = lambda: False,
 ) -> Interactions:
     """Read and check a sequence CSV.
 
@@ -87,7 +87,8 @@ def read_csv(
         ends_are_items: treat items at the ends of lists that look like padding as real items.
         split: leave_one_out (None too), or time:Q, which cuts all lists at the moment before which
             the share Q of all interactions lies.
-        zero_is_item: item 0 has a name, so that no run of it is padding.
+        zero_is_item: whether item 0 has a name, so that no run of it is padding; called only where
+            there is such a run.
     Raises:
         UsageError: one line naming the file, the row (the header is row 1) and the mend.
     """
@@ -191,7 +192,9 @@ def _numbers(cell: str, n: int) -> list[float] | None:
     return values if whole else None
 
 
-def _check_ends(path: Path, flat: np.ndarray, length: np.ndarray, zero_is_item: bool) -> None:
+def _check_ends(
+    path: Path, flat: np.ndarray, length: np.ndarray, zero_is_item: Callable[[], bool]
+) -> None:
     """Refuse lists of which too many have the same item, or a run of item 0, at an end."""
     length = length[length > 0]
     first, n = np.cumsum(length) - length, len(length)
@@ -200,7 +203,7 @@ def _check_ends(path: Path, flat: np.ndarray, length: np.ndarray, zero_is_item: 
     for end, (at, inward) in ends.items():
         beside = flat[np.where(length > 1, at + inward, at)]
         count = int(((flat[at] == 0) & (beside == 0) & (length > 1)).sum())
-        if count >= max(3, PADDED_SHARE * n) and not zero_is_item:
+        if count >= max(3, PADDED_SHARE * n) and not zero_is_item():
             raise UsageError(
                 f"{path}: item 0 appears in a run at the {end} of {count} of {n} lists: padding?"
                 f" {mend}"

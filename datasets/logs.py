@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from datasets.cells import clean_title, forms, parse_list, parsed, title_list, whole
+from datasets.cells import clean_title, form_in, parse_list, parsed, title_list, whole
 from datasets.filters import Log
 from datasets.items import listing_of, read_listing
 from datasets.tables import Names, Table, bare, open_table
@@ -200,6 +200,7 @@ def read_log(
     """The interactions of a log, or of lists, in file order, and item -> title; both are judged.
 
     Args:
+        min_rating: lower ones are left out; the columns have a rating then.
         one_user: a log of one user, or of one item, is fine.
         as_they_come: users in the order of the file, not by their names.
         drop: roles (user, item, time, rating) without which a row is left out.
@@ -209,7 +210,7 @@ def read_log(
         UsageError: the file is damaged, a cell is wrong (its row is named), or what was read is no
             log of several users and items.
     """
-    _judge_request(table, columns, min_rating, time_format or "")
+    _judge_form(columns, time_format or "")
     users, items = Names(canonical), Names(canonical)
     read = [*["time"] * (columns.time is not None), *["rating"] * (min_rating is not None)]
     missing: dict[str, list[int]] = {role: [] for role in ("user", "item", *read)}  # rows
@@ -275,18 +276,14 @@ def _read_rows(
     return parts, n_rows, low, dates
 
 
-def _judge_request(table: Table, columns: Columns, min_rating: float | None, form: str) -> None:
+def _judge_form(columns: Columns, form: str) -> None:
+    """Refuse a form of times that cannot sort, or where none are read."""
     given, hours = f"--time_format={form}", {*re.findall("%.", form)}
-    has_rating = min_rating is None or columns.rating is not None
     cli.check(
         (columns.time or not form, f"{given}: {UNDATED}"),
         ("%" in form or not form, f"{given}: expected a form such as %d.%m.%Y %H:%M"),
         ("%" not in form or YEAR.search(form), f"{given}: without a year times do not sort"),
         (not {"%H", "%p"} <= hours, f"{given}: %p needs %I, not %H"),
-        (
-            has_rating,
-            f"--min_rating={min_rating}: {table.path} has no rating; name it with --rating",
-        ),
     )
 
 
@@ -303,8 +300,7 @@ def _whole_rows(
         mask = lacks.get(role)
         if mask is None:
             cells = frame[getattr(columns, role)]
-            texts = cells.dtype == object or pd.api.types.is_string_dtype(cells)
-            empty = cells.isna() | cells.isin(NO_VALUE) if texts else cells.isna()
+            empty = cells.isna() | cells.isin(NO_VALUE) if _are_texts(cells) else cells.isna()
             mask = empty.to_numpy() & kept
         noted += rows[mask].tolist()
         kept &= ~mask
@@ -361,7 +357,7 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
 def _as_in(kept: set[str], cell: object) -> str:
     """An id as the log writes it."""
     name = canonical(cell)
-    return next((form for form in forms(name) if form in kept), name)
+    return form_in(kept, name) or name
 
 
 def _add_titles(titles: dict[int, str], items: np.ndarray, cells: pd.Series) -> None:
@@ -451,6 +447,10 @@ def _numbers(path: Path, cells: pd.Series, rows: np.ndarray, role: str) -> np.nd
     return numbers
 
 
+def _are_texts(cells: pd.Series) -> bool:
+    return cells.dtype == object or pd.api.types.is_string_dtype(cells)
+
+
 def _are_dates(cells: pd.Series, form: str | None) -> bool:
     """Whether times are dates rather than numbers; what comes first decides."""
     if form or pd.api.types.is_datetime64_any_dtype(cells):
@@ -467,7 +467,7 @@ def _times(
         form: of the dates; ISO 8601 by default.
         zones: see `_judge_zones`.
     """
-    texts = cells.dtype == object or pd.api.types.is_string_dtype(cells)
+    texts = _are_texts(cells)
     if not dates:
         numbers = _numbers(path, cells, rows, "time")
         _refuse_rounded(path, cells, rows, "time")
@@ -602,12 +602,13 @@ def _judge_numbers(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
             " without a date; join the date and the time in one column"
         )
     early, late = time[(time > 0) & (time < EPOCH)], time[time >= EPOCH]
-    ends = (late.min(), late.max()) if len(late) else (1, 1)
-    two = ends[1] / ends[0] > APART
-    if len(early) and len(late) and np.median(time) < EPOCH and not two:  # most are not dates
-        ends = early.max(), late.min()
-        two = ends[1] / ends[0] > GAP and ends[1] > SINCE
-    if two:
+    ends = None
+    if len(late) and late.max() / late.min() > APART:
+        ends = late.min(), late.max()
+    elif len(early) and len(late) and np.median(time) < EPOCH:  # most are not dates
+        apart = late.min() / early.max() > GAP and late.min() > SINCE
+        ends = (early.max(), late.min()) if apart else None
+    if ends is not None:
         small, large = (rows[(time == t).argmax()] for t in ends)
         units = "seconds and milliseconds" if ends[0] >= EPOCH else "two units"
         raise UsageError(

@@ -6,6 +6,7 @@ Legend: B batch, L item slots (max_seq_length), N items (also the padding index)
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -152,6 +153,7 @@ class EvaluationSplit:
         end = self.data.offsets[1:] - self.split
         return Samples(self.data, end, end - self.data.offsets[:-1], self.max_seq_length)
 
+    @cached_property
     def never_met(self) -> np.ndarray:
         """How many items each user never meets, int64 [U]."""
         data = self.data
@@ -161,7 +163,7 @@ class EvaluationSplit:
 
     def fewest_candidates(self) -> int:
         """The smallest number of candidates that any user gets."""
-        return min(self.n_candidates, int(self.never_met().min()))
+        return min(self.n_candidates, int(self.never_met.min()))
 
     def targets(self) -> np.ndarray:
         """Catalogue index of every user's target, int64 [U]."""
@@ -286,7 +288,7 @@ def describe(data: Interactions, samples: Samples, splits: dict[str, EvaluationS
             lines.append(f"{new.mean():.1%} of the test targets occur nowhere in training")
     if data.n_users < FEW_USERS:
         lines.append(f"only {data.n_users} users are evaluated: their figures say little")
-    without = int((splits["test"].never_met() == 0).sum())
+    without = int((splits["test"].never_met == 0).sum())
     if without:
         lines.append(f"{without:,} users meet every item: their targets rank first with any model")
     few = splits["test"].fewest_candidates()

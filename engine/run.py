@@ -61,10 +61,10 @@ class Run:
         self.stage, self.folder, self.config, self.groups = stage, folder, config, [*groups]
         usual = {name: value for group in self.groups for name, value in group.usual.items()}
         self.recorded = recorded_flags(config or {}, usual)
-        for group in self.groups if self.recorded else ():
-            for name, value in group.values().items():  # one that the run lacks had its default
-                before = type(group)().values()[name] if name in group.given else value
-                self.recorded.setdefault(name, before)
+        for group in self.groups if self.recorded else ():  # a flag that it lacks had its default
+            defaults = type(group)().values()
+            for name, value in group.values().items():
+                self.recorded.setdefault(name, defaults[name] if name in group.given else value)
         self.flags = dict(self.recorded)
         if self.groups:
             self.flags = {name: v for group in self.groups for name, v in group.values().items()}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.cells import forms
+from datasets.cells import form_in
 from datasets.interactions import read_histories
 from datasets.items import Finder, Items, listing_of
 from datasets.logs import (
@@ -45,11 +45,11 @@ def with_known(own: Histories, csv_path: Path, names: Items, join: bool) -> Hist
     """The histories, joined with those that users of the domain have there where `join` says so."""
     domain = of_domain(csv_path, names, timed=join).items()
     stored = {canonical(user): history for user, history in domain}
-    known = {user: [form for form in forms(user) if form in stored][:1] for user in own}
-    there = [user for user in own if known[user]]
+    known = {user: form_in(stored, user) for user in own}
+    there = [user for user, name in known.items() if name is not None]
     if join:
         print(f"{len(there):,} of {len(own):,} users are users of {csv_path}: events are joined")
-        pairs = {user: (stored[known[user][0]], own[user]) for user in there}
+        pairs = {user: (stored[known[user]], own[user]) for user in there}
         joined = own | {user: join_by_time(*pair) for user, pair in pairs.items()}
         n_events = sum(len(one.items) + len(other.items) for one, other in pairs.values())
         again = n_events - sum(len(joined[user].items) for user in there)

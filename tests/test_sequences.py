@@ -55,7 +55,7 @@ def test_evaluation_batches_are_the_literal_ones(data):
 def test_a_limit_gives_the_first_batches_and_who_meets_every_item_is_counted(data):
     view = EvaluationSplit(data, TEST, 4, 42, 3)
     assert [len(batch.target) for batch in view.batches(1, limit=1)] == [1]
-    assert view.never_met().tolist() == [0, 3] and view.fewest_candidates() == 0
+    assert view.never_met.tolist() == [0, 3] and view.fewest_candidates() == 0
     told = describe(data, training_samples(data, "last", 4), {"test": view})
     assert "only 2 users are evaluated: their figures say little\n1 users meet every item" in told
 

@@ -30,12 +30,12 @@ for seed in $SEEDS; do
         --norm_lambda 0 --cls_multiple_lambda 0 $kl $budget
     # a chain of teachers: SASRec teaches eight layers, which teach four
     run $LAUNCH finetune.py $llm --output_dir $out/teacher_kl --base_model "$BASE" --llama_decoder_nums 8 $kl $budget $HALF
-    chain="$llm --teacher $out/teacher_kl --student_init adapter $budget $HALF"
+    chain="$llm --teacher $out/teacher_kl $budget $HALF --student_init"
     [ -z "$HALF" ] || run $LAUNCH distill.py $llm --output_dir $out/ce_bf16 --base_model "$BASE" $alone $budget $HALF
-    run $LAUNCH distill.py $chain --output_dir $out/chain_slmrec
-    run $LAUNCH distill.py $chain --output_dir $out/chain_slmrec_300 $TUNED
-    run $LAUNCH distill.py ${chain/init adapter/init teacher} --output_dir $out/chain_slmrec_300_layers $TUNED
-    run $LAUNCH distill.py $chain --output_dir $out/chain_logit_kl $alone --logit_lambda 3 --temperature 2
+    run $LAUNCH distill.py $chain adapter --output_dir $out/chain_slmrec
+    run $LAUNCH distill.py $chain adapter --output_dir $out/chain_slmrec_300 $TUNED
+    run $LAUNCH distill.py $chain teacher --output_dir $out/chain_slmrec_300_layers $TUNED
+    run $LAUNCH distill.py $chain adapter --output_dir $out/chain_logit_kl $alone --logit_lambda 3 --temperature 2
     run $LAUNCH distill.py $llm --output_dir $out/ce_2 --base_model "$BASE" --llama_decoder_nums_student 2 --distill_block 2 $alone $budget
     run $LAUNCH distill.py $llm --output_dir $out/slmrec_2 --teacher $out/teacher --student_init base \
         --llama_decoder_nums_student 2 --distill_block 2 $budget

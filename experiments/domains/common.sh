@@ -1,7 +1,8 @@
 # Read by the scripts beside it: the variables that they share, and `run`.
 #
 # From outside, all optional: SMOKE=1 (two minutes on the demo domain), DRY=1 (only print the commands), SEEDS="0 1 2",
-# PAPER=1 (also rows under the paper's own conditions), HALF= (float32 in the rows that were kept in bfloat16, which is slow on many CPUs), BASE (base model), RAW (folder of the raw reviews), PYTHON, LAUNCH="torchrun --nproc_per_node=8" (for steps 3 and 4).
+# PAPER=1 (also rows under the paper's own conditions), BASE (base model), HALF= (float32 in the rows that were kept in
+# bfloat16, which is slow on many CPUs), RAW (folder of the raw reviews), PYTHON, LAUNCH="torchrun --nproc_per_node=8" (for steps 3 and 4).
 # A finished run is read, not repeated, and an interrupted one resumes: start an interrupted reproduction again as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -54,6 +55,15 @@ tables() { # NAME RUNS [FLAGS]: a student of two layers over these runs' item ta
     run $LAUNCH distill.py $common --item_table $item --sasrec $runs --sasrec_lambda 10 --sasrec_temperature 2 $OFF \
         --base_model "$BASE" --llama_decoder_nums_student 2 --distill_block 2 --learning_rate 2.5e-4 ${*:---num_epochs 6 --eval_steps -1} \
         --save_steps -1 $HALF --output_dir $out/${name}_kl
+}
+
+tuned_chain() { # the chain over SASRec's own table, with the loss weights that were tuned on beauty
+    run $LAUNCH finetune.py $llm --output_dir $out/teacher_kl --base_model "$BASE" --llama_decoder_nums 8 $kl $budget $HALF
+    local chain="$llm --teacher $out/teacher_kl $TUNED $budget $HALF --student_init"
+    run $LAUNCH distill.py $chain adapter --output_dir $out/chain_slmrec_300
+    run $LAUNCH distill.py $chain teacher --output_dir $out/chain_slmrec_300_layers
+    [ -z "$HALF" ] ||
+        run $LAUNCH distill.py $llm --output_dir $out/ce_bf16 --base_model "$BASE" $OFF $budget $HALF
 }
 
 prepare() { # sequences from the raw reviews of a category, where the domain has none yet

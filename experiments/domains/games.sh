@@ -26,11 +26,6 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $llm --output_dir $out/ce_2 --base_model "$BASE" --llama_decoder_nums_student 2 --distill_block 2 $alone $budget
     run $LAUNCH distill.py $llm --output_dir $out/slmrec_2 --teacher $out/teacher --student_init base \
         --llama_decoder_nums_student 2 --distill_block 2 $budget
-    # the chain with the loss weights that were tuned on beauty
-    run $LAUNCH finetune.py $llm --output_dir $out/teacher_kl --base_model "$BASE" --llama_decoder_nums 8 $kl $budget $HALF
-    chain="$llm --teacher $out/teacher_kl $TUNED $budget $HALF --student_init"
-    run $LAUNCH distill.py $chain adapter --output_dir $out/chain_slmrec_300
-    run $LAUNCH distill.py $chain teacher --output_dir $out/chain_slmrec_300_layers
-    [ -z "$HALF" ] || run $LAUNCH distill.py $llm --output_dir $out/ce_bf16 --base_model "$BASE" $alone $budget $HALF
+    tuned_chain
 done
 run $PYTHON -m experiments.report --runs "$ROOT"

@@ -21,12 +21,7 @@ for seed in $SEEDS; do
     run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base $budget
     run $LAUNCH distill.py $llm --output_dir $out/slmrec_sasrec_kl --teacher $out/teacher --student_init base $kl $budget
     run $LAUNCH distill.py $llm --output_dir $out/from_teachers_ends --teacher $out/teacher --student_init adapter $budget
-    # the chain with the loss weights that were tuned on beauty
-    run $LAUNCH finetune.py $llm --output_dir $out/teacher_kl --base_model "$BASE" --llama_decoder_nums 8 $kl $budget $HALF
-    chain="$llm --teacher $out/teacher_kl $TUNED $budget $HALF --student_init"
-    run $LAUNCH distill.py $chain adapter --output_dir $out/chain_slmrec_300
-    run $LAUNCH distill.py $chain teacher --output_dir $out/chain_slmrec_300_layers
-    [ -z "$HALF" ] || run $LAUNCH distill.py $llm --output_dir $out/ce_bf16 --base_model "$BASE" $alone $budget $HALF
+    tuned_chain
 done
 seeds=($SEEDS) n=${#seeds[@]}
 for ((i = 0; n >= 4 && i < n; i++)); do # four tables: this seed's and those of the next three
