@@ -15,6 +15,7 @@ WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
 QUOTED = r"""(?:'[^']*'|"[^"]*")"""
 ARRAY = re.compile(rf"\[\s*{QUOTED}(?:\s+{QUOTED})+\s*\]")  # numpy's; Python joins such texts
 CUT = re.compile(r"\d[eE]\+?\d")  # a number that lost its last digits
+NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
 SPLIT, BLANKS = re.compile(r"\s*[,|;][\s,|;]*"), re.compile(r"\s+")
 # page code that stands as a title in some v2 files
 SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")
@@ -25,6 +26,13 @@ def whole(name: str) -> str:
     """A name without the .0 that a column of floats gives to a whole number."""
     found = WHOLE.fullmatch(name)
     return found[1] if found else name
+
+
+def canonical(name: object) -> str:
+    """An id as it is written here, in one line; "" where it is missing."""
+    text = " ".join(str(name).strip().splitlines()) if name is not None else ""
+    text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates cannot be written
+    return "" if whole(text).lower() in NOTHING else text
 
 
 def forms(name: str) -> Iterator[str]:

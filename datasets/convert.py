@@ -20,11 +20,12 @@ from typing import Literal
 import numpy as np
 
 from datasets import filters
+from datasets.columns import NAMES, ROLES, choose_columns, report_columns
 from datasets.domain import canonical_domain
 from datasets.filters import Log, often, print_counts
 from datasets.interactions import MINIMUM_LENGTH
 from datasets.items import listing_of
-from datasets.logs import NAMES, ROLES, choose_columns, read_log, read_titles, report_columns
+from datasets.logs import read_log, read_titles
 from datasets.tables import open_table
 from engine import cli
 from engine.cli import NonNegativeInt, PositiveInt, flag

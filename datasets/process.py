@@ -18,9 +18,10 @@ from typing import Literal
 import numpy as np
 
 from datasets import filters
+from datasets.columns import choose_columns
 from datasets.domain import canonical_domain
 from datasets.filters import Log, keep, often, print_counts
-from datasets.logs import choose_columns, read_log, read_titles
+from datasets.logs import read_log, read_titles
 from datasets.tables import open_table
 from engine import cli
 from engine.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, flag

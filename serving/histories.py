@@ -5,21 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.cells import form_in
+from datasets.cells import canonical, form_in
+from datasets.columns import NAMES, ROLES, UNTIMED, choose_columns, report_columns
 from datasets.interactions import read_histories
 from datasets.items import Finder, Items, listing_of
-from datasets.logs import (
-    APART,
-    EPOCH,
-    NAMES,
-    ROLES,
-    UNTIMED,
-    canonical,
-    choose_columns,
-    read_log,
-    report_columns,
-)
+from datasets.logs import read_log
 from datasets.tables import bare, open_table
+from datasets.values import APART, EPOCH
 from engine import cli
 
 
