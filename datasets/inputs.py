@@ -10,15 +10,7 @@ from datasets.items import Items, listing_of
 from engine import checkpoint, cli
 from engine.errors import UsageError
 from engine.files import check_writable, file_sha256, read_json
-from utils.flags import (
-    Data,
-    Evaluation,
-    SASRecModel,
-    SASRecTraining,
-    Sequence,
-    TeacherFiles,
-    Training,
-)
+from utils.flags import Data, Evaluation, SASRecModel, SASRecTraining, Sequence, Training
 
 if TYPE_CHECKING:
     import torch
@@ -60,19 +52,39 @@ class Inputs(NamedTuple):
     items_flags: dict[str, Any] | None = None
     items_made_by: list[dict[str, Any]] | None = None
 
-    def mend(self, config: dict, entry: str) -> str:
-        """What to do about a run whose config.json has another hash at `entry`, for messages."""
-        flags = config.get("flags") or {}
+    def check(self, recorded: dict, owner: Path) -> None:
+        """Refuse other files than those that a run, or a table, was made from.
+
+        Args:
+            recorded: its config.json, or the notes beside it. An entry that these lack, and a file
+                that is not read now, are not compared.
+            owner: its folder or file.
+        Raises:
+            UsageError: what differs is named.
+        """
+        for name, value in self.hashes.items():
+            theirs = recorded.get(name)
+            if None not in (value, theirs) and theirs != value:
+                raise UsageError(
+                    f"{owner} was made from another file: its {name} is {theirs[:12]}...,"
+                    f" {self.sources[name]} has {value[:12]}...; {self._mend(recorded, name)}"
+                )
+
+    def _mend(self, recorded: dict, entry: str) -> str:
+        """What to do about another hash at `entry`."""
+        if entry == "items_sha256":
+            return "a number is another item there; put the right items.csv back (runs keep theirs)"
+        flags = recorded.get("flags") or recorded.get("sasrec_flags", recorded)
         usual = self.domain.item_table if entry == "table_sha256" else None
-        recorded = {"data_path": flags.get("data_path")}
-        recorded["item_table"] = flags.get("item_table") or usual
+        read = {"data_path": flags.get("data_path")}
+        read["item_table"] = flags.get("item_table") or usual
         present = {"data_path": self.csv_path, "item_table": self.table_path}
-        for name, path in recorded.items():
+        for name, path in read.items():
             if path and present[name] and Path(path) != Path(present[name]):
                 return f"the run read --{name} {path}"
         if split_of(flags) != split_of(self.domain._asdict()):
             return f"the run has --split {split_of(flags)}"
-        return self.domain.mend(config)
+        return self.domain.mend(recorded)
 
     @property
     def weights_have_items(self) -> bool:
@@ -115,26 +127,15 @@ class Inputs(NamedTuple):
         targets = training.train_targets or ("all" if few else "last")
         return files, dataclasses.replace(training, train_targets=targets)
 
-    def with_items(self, notes: dict) -> "Inputs":
-        """With the hash of items.csv among the hashes.
-
-        Args:
-            notes: of the table that is read, which say what its numbers meant.
-        Raises:
-            UsageError: they meant other items.
-        """
-        found, recorded = self.items_sha256(), notes.get("items_sha256")
-        listing = listing_of(self.csv_path)
-        if found and recorded and found != recorded:
-            raise UsageError(
-                f"{self.table_path or 'the table at the start'} was made beside another items.csv"
-                f" than {listing}: a number is another item there; put the right one back, or make"
-                " the table again"
-            )
-        if not found:
-            return self
-        hashes = self.hashes | {"items_sha256": found}
-        return self._replace(hashes=hashes, sources=self.sources | {"items_sha256": listing})
+    def with_items(self, notes: dict, table: str | Path | None) -> "Inputs":
+        """With the hash of items.csv among the hashes, and compared with the notes of a table."""
+        found, inputs = self.items_sha256(), self
+        if found:
+            hashes = self.hashes | {"items_sha256": found}
+            sources = self.sources | {"items_sha256": listing_of(self.csv_path)}
+            inputs = self._replace(hashes=hashes, sources=sources)
+        inputs.check(notes, table)
+        return inputs
 
     def vectors(self, path: str | Path) -> "torch.Tensor":
         """The items' rows of a table, [N, D]. The numbering of someone's own is checked."""
@@ -211,27 +212,26 @@ def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:
     domain = Domain.of(files).read_as_in(recorded or {})
     data, csv_path = domain.read()
     start = getattr(files, "init_table", None)
-    notes = _notes(Path(start)) if start else {}
-    made_from = notes.get("data_sha256")
-    if made_from not in (None, data.sha256):
-        raise UsageError(
-            f"--init_table={start} was made for data with sha256 {made_from[:12]}...,"
-            f" {csv_path} has {data.sha256[:12]}...: a number may be another item there;"
-            " make the table from this CSV, with the same --split"
-        )
     hashes = {"data_sha256": data.sha256, "init_table_sha256": start and file_sha256(start)}
     sources = {"data_sha256": csv_path, "init_table_sha256": start}
-    return Inputs(domain, data, csv_path, None, hashes, sources).with_items(notes)
+    notes = _notes(Path(start)) if start else {}
+    return Inputs(domain, data, csv_path, None, hashes, sources).with_items(notes, start)
 
 
-def read_inputs(files: TeacherFiles) -> Inputs:
-    """Find and check the CSV and the item table. Imports no torch. Raises UsageError: a file is
-    missing or wrong, or the table was extracted from another CSV.
+def read_inputs(files: Data, recorded: dict | None = None) -> Inputs:
+    """Find and check the CSV and the item table. Imports no torch.
+
+    Args:
+        files: with an item_table.
+        recorded: the flags of a run that is served, which say how list ends are read; the notes
+            beside the table by default.
+    Raises:
+        UsageError: a file is missing or wrong, or the table was extracted from another CSV.
     """
     domain = Domain.of(files)
     table_path = Path(files.item_table or domain.item_table)
     about = _notes(table_path)
-    domain = domain.read_as_in(about.get("sasrec_flags", about))
+    domain = domain.read_as_in(recorded or about.get("sasrec_flags", about))
     data, csv_path = domain.read()
     if not table_path.is_file():
         raise UsageError(
@@ -239,18 +239,11 @@ def read_inputs(files: TeacherFiles) -> Inputs:
             " (or name one with --item_table)"
         )
     table_sha256 = file_sha256(table_path)
-    if about:
-        made_from = about.get("data_sha256")
-        if made_from != data.sha256:
-            raise UsageError(
-                f"{table_path} was extracted from data with sha256 {str(made_from)[:12]}...,"
-                f" {csv_path} has {data.sha256[:12]}...; {domain.mend(about)}"
-            )
-        if about.get("table_sha256", table_sha256) != table_sha256:
-            raise UsageError(
-                f"{table_path} is not the table that {table_path.with_suffix('.json')} describes;"
-                " run extract_emb.py again, or remove the .json if the table is your own"
-            )
+    if about.get("table_sha256", table_sha256) != table_sha256:
+        raise UsageError(
+            f"{table_path} is not the table that {table_path.with_suffix('.json')} describes;"
+            " run extract_emb.py again, or remove the .json if the table is your own"
+        )
     hashes = {"data_sha256": data.sha256, "table_sha256": table_sha256}
     sources = {"data_sha256": csv_path, "table_sha256": table_path}
     made_from = about.get("items_from")
@@ -266,7 +259,7 @@ def read_inputs(files: TeacherFiles) -> Inputs:
     more = flags, made_by if any(made != flags for made in made_by) else None
     inputs = Inputs(domain, data, csv_path, table_path, hashes, sources, made_from, *more)
     _report_newer(about)
-    return inputs.with_items(about)
+    return inputs.with_items(about, table_path)
 
 
 def _report_newer(about: dict) -> None:

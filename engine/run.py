@@ -196,17 +196,8 @@ class Run:
         return self.results().get("weights_sha256")
 
     def check_same(self, inputs: Any) -> None:
-        """Refuse other input files than this run was made from. Skipped: an entry that its stage
-        does not record, and a file that is not named now.
-        """
-        for name, value in inputs.hashes.items():
-            recorded = (self.config or {}).get(name)
-            if None not in (value, recorded) and recorded != value:
-                raise UsageError(
-                    f"{self.folder} was made from another file: its {name} is"
-                    f" {str(recorded)[:12]}..., {inputs.sources.get(name)} has"
-                    f" {str(value)[:12]}...; {inputs.mend(self.config, name)}"
-                )
+        """Refuse other input files than this run was made from."""
+        inputs.check(self.config or {}, self.folder)
 
     def report_unfinished(self) -> None:
         """Report that a later stage reads an unfinished run. Raises UsageError: it has no

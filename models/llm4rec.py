@@ -103,26 +103,6 @@ class LLM4Rec(nn.Module):
             self.exit_heads = nn.ModuleList()
         self.decoder.block_ends = ends
 
-    def read_at_exit(self, number: int) -> None:
-        """Predict at an inner exit from now on: later layers are dropped.
-
-        Args:
-            number: of the exit, from 1.
-        Raises:
-            UsageError: the model has no such exit.
-        """
-        if not 1 <= number <= len(self.exit_heads):
-            n = len(self.exit_heads)
-            there = f"exits 1 to {n}" if n else "none; train it with --cls_multiple_lambda"
-            raise UsageError(f"--exit={number}: no such inner exit; the model has {there}")
-        decoder = self.decoder
-        decoder.n_layers = decoder.block_ends[number - 1]
-        decoder.llama.layers = decoder.llama.layers[: decoder.n_layers]
-        decoder.block_ends = [decoder.n_layers]
-        if not self.exit_norm:
-            decoder.llama.norm = nn.Identity()
-        self.head, self.exit_heads = self.exit_heads[number - 1], nn.ModuleList()
-
     @torch.no_grad()
     def encoder(self) -> Callable[[Tensor], Output]:
         """A forward for inference with the present weights. The prompt is computed here, once."""

@@ -46,7 +46,7 @@ def model_card(served: Served, code: str) -> str:
     """
     from utils.evaluation import beside
 
-    run, data = served.run, served.data
+    run, data = served.run, served.inputs.data
     recorded = run.flags
     results = run.folder / "results.json"
     measured = run.results() if results.is_file() else {}
@@ -131,8 +131,8 @@ def write(folder: Path, served: Served, verify_users: int, onnx: bool) -> int:
         table = served.item_table(ids)
         model = LLM4Rec.load(run, table, bf16=False)
         graph = exported.Graph(model)
-    split = EvaluationSplit(served.data, TEST, slots, 0, 1)
-    histories = split.samples.histories(np.arange(min(verify_users, served.data.n_users)))
+    split = EvaluationSplit(served.inputs.data, TEST, slots, 0, 1)
+    histories = split.samples.histories(np.arange(min(verify_users, served.inputs.data.n_users)))
     encode = model.user_encoder()
     expected = torch.cat([encode(part) @ table.T for part in histories.split(256)])
     names = served.names(ids)

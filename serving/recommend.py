@@ -134,7 +134,6 @@ class Offered(Group):
     unknown: Literal["refuse", "skip"] = flag(
         "refuse", "items of --users and --allow that are not known: skip leaves them out"
     )
-    exit: PositiveInt | None = flag(None, "read an LLM at this inner exit, from 1: faster")
 
 
 class Opened(NamedTuple):
@@ -155,7 +154,6 @@ def recommend(
     *,
     by: Literal["id", "asin", "title", "auto"] = "id",
     exclude: Literal["seen", "none"] = "seen",
-    exit: int | None = None,
     device: str = "auto",
     **files,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +165,6 @@ def recommend(
         histories: items in time order; n lists of any length.
         by: what names an item: its id in the domain's CSV, or as `--by` on the command line.
         exclude: `seen` leaves out the items of the history, `none` nothing.
-        exit: the inner exit of a student to read, from 1.
         device: auto, cpu or cuda.
         files: domain_type, data_path, item_table, model, as on the command line.
     Returns:
@@ -175,7 +172,7 @@ def recommend(
     Raises:
         UsageError: a file is missing, or an id is unknown.
     """
-    recommender, names = open_model(read_all(ServedFiles(**files)), exit, device)
+    recommender, names = open_model(read_all(ServedFiles(**files)), device)
     finder = Finder(names, by)
     rows = [[finder.find(str(item), "histories") for item in history] for history in histories]
     items, scores = recommender.recommend(rows, k, exclude)
@@ -184,22 +181,21 @@ def recommend(
 
 
 def open_model(
-    runs: list[Served], exit: int | None, device: str, unseen: bool = False
+    runs: list[Served], device: str, unseen: bool = False
 ) -> tuple["Recommender", Items]:
     """The recommender of one run, or of the sum of several, and what its items are called."""
     item_ids = reduce(np.intersect1d, [served.item_ids(unseen) for served in runs])
     cli.check(
-        (not runs[1:] or exit is None, f"--exit={exit}: is of one model, not of several"),
         (
-            not unseen or len(item_ids) > runs[0].data.n_items,
+            not unseen or len(item_ids) > runs[0].inputs.data.n_items,
             "--unseen: no vectors for items that the data lacks; python -m experiments.titles"
             " gives them to the items of <domain>.items.csv",
-        ),
+        )
     )
 
     from serving.recommender import open_runs  # imported late: bad flags fail at once
 
-    model = open_runs(runs, item_ids, processes.choose_device(device), exit)
+    model = open_runs(runs, item_ids, processes.choose_device(device))
     return model, runs[0].names(item_ids)
 
 
@@ -227,11 +223,12 @@ def history_of(user: str, served: Served, names: Items, flag: str) -> list[int]:
     """
     from serving.histories import of_domain
 
-    own = of_domain(served.csv_path, names)
+    csv_path = served.inputs.csv_path
+    own = of_domain(csv_path, names)
     near = [] if user.isdigit() else difflib.get_close_matches(user, own, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     file = "no such file, and " if flag == "users" else ""
-    cli.check((user in own, f"--{flag}={user}: {file}{served.csv_path} has no such user{hint}"))
+    cli.check((user in own, f"--{flag}={user}: {file}{csv_path} has no such user{hint}"))
     return own[user].items
 
 
@@ -269,11 +266,11 @@ def main(
     if asked.target is not None:
         check_writable(asked.target.parent, "--output")
     runs = read_all(files)
-    for served in runs:
-        of_run = [served.csv_path, listing_of(served.csv_path), served.table_path]
+    for inputs in (served.inputs for served in runs):
+        of_run = [inputs.csv_path, listing_of(inputs.csv_path), inputs.table_path]
         if asked.target in [path.resolve() for path in of_run if path]:
             raise UsageError(f"--output={asked.output} is a file that the run was made from")
-    recommender, names = open_model(runs, offered.exit, device, offered.unseen)
+    recommender, names = open_model(runs, device, offered.unseen)
     opened = Opened(recommender, names, runs, allowed_items(names, offered))
     if asked.target is None:
         return one_list(opened, asked, offered)
@@ -317,7 +314,7 @@ def write_lists(opened: Opened, asked: Asked, offered: Offered, batch_size: int)
 
     recommender, names, runs, allowed = opened
     if asked.users == "all":
-        lists = histories.of_domain(runs[0].csv_path, names)
+        lists = histories.of_domain(runs[0].inputs.csv_path, names)
     else:
         finder = Finder(names, offered.by, skip=offered.unknown == "skip")
         options = asked.columns, asked.time_format, asked.min_rating
@@ -325,7 +322,7 @@ def write_lists(opened: Opened, asked: Asked, offered: Offered, batch_size: int)
         _report_unknown(finder, "--users")
         if finder.unknown and not any(history.items for history in lists.values()):
             raise UsageError(f"--users={asked.users}: none of its items is known here")
-        lists = histories.with_known(lists, runs[0].csv_path, names, asked.known == "join")
+        lists = histories.with_known(lists, runs[0].inputs.csv_path, names, asked.known == "join")
     who, own = [*lists], [history.items for history in lists.values()]
     with writing(asked.target) as write, tqdm(total=len(who), unit="user", mininterval=1) as bar:
         for start in range(0, len(who), batch_size):

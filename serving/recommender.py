@@ -5,7 +5,7 @@ Legend: B batch, L item slots, N items (also the padding index), D item width, k
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.sequences import some_histories
-from engine.errors import UsageError
 from models.sasrec import SASRec
 from serving.served import Served
 from utils.evaluation import score_spreads, users_per_tile
@@ -33,21 +32,6 @@ class Recommender:
     item_table: Tensor
     popularity: Tensor
     max_seq_length: int
-
-    @classmethod
-    def of(cls, model: Any, popularity: Tensor, slots: int, exit: int | None) -> "Recommender":
-        """Of a SASRec or an LLM.
-
-        Args:
-            exit: of an LLM trained with exits, the inner exit to read, from 1.
-        Raises:
-            UsageError: there is no such exit.
-        """
-        if exit is not None and isinstance(model, SASRec):
-            raise UsageError(f"--exit={exit}: SASRec has no exits")
-        if exit is not None:
-            model.read_at_exit(exit)
-        return cls(model.user_encoder(), model.item_table, popularity, slots)
 
     def user_encoder(self) -> Callable[[Tensor], Tensor]:
         return self.encode
@@ -134,16 +118,13 @@ def summed(models: Sequence[Recommender], scales: Sequence[float]) -> Recommende
     return Recommender(encode, table, models[0].popularity, longest)
 
 
-def open_runs(
-    runs: Sequence[Served], item_ids: np.ndarray, device: torch.device, exit: int | None
-) -> Recommender:
+def open_runs(runs: Sequence[Served], item_ids: np.ndarray, device: torch.device) -> Recommender:
     """The recommender of one finished run, or of the sum of several runs' scores.
 
     Args:
         item_ids: what to recommend from, ascending.
-        exit: of an LLM trained with exits, the inner exit to read, from 1.
     Raises:
-        UsageError: a checkpoint or the exit is missing.
+        UsageError: a checkpoint is missing.
     """
     models = []
     for served in runs:
@@ -154,11 +135,11 @@ def open_runs(
             from models.llm4rec import LLM4Rec  # transformers takes longer than a list of SASRec's
 
             model = LLM4Rec.load(served.run, table.to(device), served.run.bf16)
-        popularity = served.popularity(item_ids)
-        models.append(Recommender.of(model.to(device), popularity, slots, exit))
+        model, counts = model.to(device), served.popularity(item_ids)
+        models.append(Recommender(model.user_encoder(), model.item_table, counts, slots))
     if not models[1:]:
         return models[0]
-    data = runs[0].data
+    data = runs[0].inputs.data
     place = np.append(np.searchsorted(item_ids, data.item_ids), len(item_ids))  # the padding's too
     histories = torch.from_numpy(place)[some_histories(data, models)]
     return summed(models, score_spreads(models, histories))

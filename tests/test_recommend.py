@@ -21,7 +21,7 @@ from serving import recommend, served
 from serving.histories import History, join_by_time
 from serving.recommender import Recommender, top_k
 from serving.served import ServedFiles
-from tests.conftest import OFF, SHORT, hashes, histories, refused, script, small_model
+from tests.conftest import OFF, SHORT, hashes, refused, script
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 9])
@@ -59,7 +59,7 @@ def test_lists_by_hand():
 def test_a_targets_place_is_its_rank(inside, model):
     found = served.read(ServedFiles(model=model))
     data, slots = found.data, found.run.flags["max_seq_length"]
-    recommender, names = recommend.open_model([found], None, "cpu")
+    recommender, names = recommend.open_model([found], "cpu")
     split = EvaluationSplit(data, TEST, slots, 0, 1)
     ends = split.samples.end
     seen = [data.items[a:b].tolist() for a, b in zip(data.offsets[:-1], ends)]
@@ -126,33 +126,6 @@ def test_many_users_into_a_file_of_each_form(inside):
     assert [row["reviewerID"] for row in csv.DictReader(open("new_out.csv"))] == ["zoe", "ann"]
 
 
-def test_an_inner_exit_is_the_models_own(inside):
-    runs = served.read_all(ServedFiles(model="student"))
-    recommender, names = recommend.open_model(runs, 2, "cpu")
-    whole, _ = recommend.open_model(runs, None, "cpu")
-    inner, last = (model.recommend([[1, 2]], 9)[1] for model in (recommender, whole))
-    assert not np.array_equal(inner, last)
-    for exit, model, said in (
-        (9, "student", "--exit=9: no such inner exit; the model has exits 1 to 3"),
-        (1, "sasrec", "--exit=1: SASRec has no exits"),
-        (1, "teacher", "--exit=1: no such inner exit; the model has none; train"),
-    ):
-        with refused(said):
-            recommend.main(history=["1"], exit=exit, model=model)
-
-
-@pytest.mark.parametrize("exit_norm", [False, True])
-@pytest.mark.usefixtures("float64_norm")
-def test_reading_an_exit_gives_that_exits_vectors(exit_norm):
-    model = small_model(layers=4, n_blocks=2, n_items=23)
-    model.exit_norm = exit_norm
-    batch = histories([3, 8, 1, 5])
-    expected = model.encoder()(batch).exits[:, 0]
-    model.read_at_exit(1)
-    assert len(model.decoder.llama.layers) == 2
-    torch.testing.assert_close(model.user_encoder()(batch), expected, atol=1e-12, rtol=1e-12)
-
-
 def test_allow_and_deny(inside):
     every = [row["item_id"] for row in recommend.main(history=["12"], k=160)]
     assert len(every) == 159
@@ -197,7 +170,6 @@ def test_what_is_missing_or_cannot_be_is_named(inside):
         ({"users": "U0012"}, "--users=U0012: no such file, and data/demo.csv has"),
         ({"user": "U00012", "history": ["1"]}, "--history and --user: give one of them"),
         ({"user": "U00012", "users": "U00013"}, "--user and --users: give one of them"),
-        ({"history": ["3"], "model": "student,sasrec", "exit": 1}, "--exit=1: is of one model"),
         ({"history": ["3"], "model": "a,sasrec", "item_table": "x"}, "each reads its own table"),
         ({"users": "no.csv", "output": "a.csv"}, "--users=no.csv: file not found"),
         ({"output": "a.csv"}, "--output is of --users"),

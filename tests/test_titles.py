@@ -97,12 +97,12 @@ def test_an_item_without_a_user_gets_a_vector_and_can_be_recommended(inside, enc
     finetune.main(**SHORT, item_table=str(table), **short)
     names = ("titles", "short", "titles,short")
     titled, *_ = every = [served.read_all(ServedFiles(model=name)) for name in names]
-    *each, both = (recommend.open_model(runs, None, "cpu", True)[0] for runs in every)
+    *each, both = (recommend.open_model(runs, "cpu", True)[0] for runs in every)
     histories = some_histories(read_csv("data/demo.csv"), each)
     spreads = score_spreads(each, torch.where(histories == 160, 161, histories))  # the padding
     scaled = [model.item_table / spread for model, spread in zip(each, spreads)]
     torch.testing.assert_close(both.item_table, torch.cat(scaled, dim=1))
-    recommender, _ = recommend.open_model(titled, None, "cpu")
+    recommender, _ = recommend.open_model(titled, "cpu")
     history = torch.full((1, recommender.max_seq_length), 160)
     history[0, -2:] = torch.tensor([2, 7])
     score = float(recommender.encode(history)[0] @ rows[-1])
