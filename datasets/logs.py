@@ -21,7 +21,7 @@ from datasets.cells import (
 from datasets.columns import Columns
 from datasets.filters import Log
 from datasets.items import listing_of, read_listing
-from datasets.tables import Names, Table, bare, open_table
+from datasets.tables import Table, bare, open_table
 from engine import cli
 from engine.errors import UsageError
 
@@ -46,17 +46,33 @@ A_LIST = re.compile(  # in brackets, or several ids, each of which has a digit
 FEW_USERS, LARGE_SHARE = 20, 0.1
 
 
-def _settled(names: Names) -> np.ndarray:
-    """Old code -> new code, int32: where all names are whole numbers, the .0 of a column of floats
-    goes. Elsewhere 2.0 may stand beside 2.1.
-    """
-    old = [*names.codes]
-    short = [whole(name) for name in old]
-    if short == old or not all(re.fullmatch(r"-?\d+", name) for name in short):
-        return np.arange(len(old), dtype=np.int32)
-    names.codes = {}
-    new = [names.codes.setdefault(name, len(names.codes)) for name in short]
-    return np.array(new, dtype=np.int32)
+class Names:
+    """Codes of ids, in the order in which they come; -1 for a missing one."""
+
+    def __init__(self) -> None:
+        self.codes: dict[str, int] = {}
+
+    def encode(self, cells: pd.Series) -> np.ndarray:
+        """int32 [n], a code per cell."""
+        coded, distinct = pd.factorize(cells.astype(object), use_na_sentinel=False)
+        names, codes = map(canonical, distinct), self.codes
+        own = [codes.setdefault(name, len(codes)) if name else -1 for name in names]
+        return np.array(own, dtype=np.int32)[coded]
+
+    def settled(self, in_order: bool) -> tuple[list[str], np.ndarray]:
+        """The ids, sorted where `in_order`, and the place of each code among them, int32.
+
+        Where all are whole numbers they are sorted as such, and the .0 of a column of floats goes.
+        Elsewhere 2.0 may stand beside 2.1.
+        """
+        names = [whole(name) for name in self.codes]
+        numbers = all(re.fullmatch(r"-?[0-9]{1,4000}", name) for name in names)
+        names = names if numbers else [*self.codes]
+        ids = list(dict.fromkeys(names))
+        if in_order:
+            ids.sort(key=(lambda name: (int(name), name)) if numbers else None)
+        place = {name: i for i, name in enumerate(ids)}
+        return ids, np.array([place[name] for name in names], dtype=np.int32)
 
 
 def read_log(
@@ -64,8 +80,7 @@ def read_log(
     columns: Columns,
     min_rating: float | None = None,
     drop: Container[str] = (),
-    one_user: bool = False,
-    as_they_come: bool = False,
+    new_events: bool = False,
     mend: str = "--drop_missing true leaves them out",
     time_format: str | None = None,
 ) -> tuple[Log, dict[str, str]]:
@@ -73,8 +88,8 @@ def read_log(
 
     Args:
         min_rating: lower ones are left out; the columns have a rating then.
-        one_user: a log of one user, or of one item, is fine.
-        as_they_come: users in the order of the file, not by their names.
+        new_events: of users to serve: one user or one item is fine, and users stay in the order of
+            the file.
         drop: roles (user, item, time, rating) without which a row is left out.
         mend: what to do about rows without another one.
         time_format: of its times, such as %d.%m.%Y; numbers and ISO dates need none.
@@ -83,34 +98,33 @@ def read_log(
             log of several users and items.
     """
     values.judge_form(time_format or "", columns.time is not None)
-    users, items = Names(canonical), Names(canonical)
+    users, items = Names(), Names()
     read = [*["time"] * (columns.time is not None), *["rating"] * (min_rating is not None)]
     missing: dict[str, list[int]] = {role: [] for role in ("user", "item", *read)}  # rows
     titles: dict[int, str] = {}  # by code
     given = table, columns, min_rating, time_format
     parts, n_rows, low, dates = _read_rows(*given, users, items, missing, titles)
-    of_user, of_item = _settled(users), _settled(items)
-    if one_user and users.codes and not n_rows:  # their lists are empty
-        return Log([*users.codes], [], *[np.zeros(0, dtype=np.int64)] * 3), {}
+    names, of_user = users.settled(in_order=not new_events)
+    ids, of_item = items.settled(in_order=True)
+    if new_events and names and not n_rows:  # their lists are empty
+        return Log(names, [], *[np.zeros(0, dtype=np.int64)] * 3), {}
     cli.check((n_rows > 0, f"{table.path}: holds no interaction"))
     _judge_missing(table.path, missing, drop, columns, mend)
     user, item, time, rows = (np.concatenate(column) for column in zip(*parts))
-    user, item = of_user[user], of_item[item]
+    log = Log(names, ids, of_user[user], of_item[item], time)
     if min_rating is not None:
         print(f"{low:,} interactions rated below {min_rating:g} left out")
     lower = "; lower --min_rating" * (min_rating is not None)
     cli.check((len(user) > 0, f"{table.path}: nothing is left of {n_rows:,} rows{lower}"))
-    _judge(table.path, Log([*users.codes], [*items.codes], user, item, time), columns, one_user)
+    _judge(table.path, log, columns, new_events)
     if columns.time is not None:
         values.judge_times(table.path, time, rows, dates)
         first, last = (values.shown_time(end, dates) for end in (time.min(), time.max()))
         print(f"times from {first} to {last}")
-    names, user = ([*users.codes], user) if as_they_come else users.in_order(user)
-    ids, item = items.in_order(item)
     named: dict[int, str] = {}
     for code, title in titles.items():
         named[of_item[code]] = named.get(of_item[code]) or title
-    return Log(names, ids, user, item, time), {n: named.get(c, "") for n, c in items.codes.items()}
+    return log, {name: named.get(code, "") for code, name in enumerate(ids)}
 
 
 def _read_rows(
@@ -311,14 +325,14 @@ def _judge_missing(
             print(f"{len(rows):,} rows without {role} left out")
 
 
-def _judge(path: Path, log: Log, columns: Columns, one_user: bool) -> None:
+def _judge(path: Path, log: Log, columns: Columns, new_events: bool) -> None:
     """Refuse what is no log of several users and items; say what is unusual."""
     for role, names, codes in (("user", log.users, log.user), ("item", log.items, log.item)):
         for shape, what in SHAPES.items():
             name = next(filter(shape.fullmatch, names), None)
             if name is not None:
                 raise UsageError(f"{path}: the {role} {name[:40]!r} {what}")
-        if len(np.unique(codes)) == 1 and not one_user:
+        if len(np.unique(codes)) == 1 and not new_events:
             raise UsageError(
                 f"{path}: one {role} in all, {names[codes[0]][:40]!r}: is column"
                 f" {getattr(columns, role)} the {role}? --{role} names another"

@@ -8,11 +8,10 @@ import itertools
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import orjson
 import pandas as pd
 import pyarrow as pa
@@ -103,36 +102,6 @@ class Table(NamedTuple):
                 raise UsageError(f"{part}: not UTF-8; {SAVE_AS_UTF8}") from None
             except KeyError as error:
                 raise UsageError(f"{part}: lacks the column {error}") from None
-
-
-class Names:
-    """Codes of names, in the order in which they come; -1 for a missing one.
-
-    Args:
-        clean: what makes a name of a cell, "" where it is missing.
-    """
-
-    def __init__(self, clean: Callable[[object], str]) -> None:
-        self.codes: dict[str, int] = {}
-        self.clean = clean
-
-    def encode(self, cells: pd.Series) -> np.ndarray:
-        """int32 [n], a code per cell."""
-        coded, distinct = pd.factorize(cells.astype(object), use_na_sentinel=False)
-        names, codes = map(self.clean, distinct), self.codes
-        own = [codes.setdefault(name, len(codes)) if name else -1 for name in names]
-        return np.array(own, dtype=np.int32)[coded]
-
-    def in_order(self, column: np.ndarray) -> tuple[list[str], np.ndarray]:
-        """The names in order, whole numbers by their value where all are such, and a column of
-        codes with new ones that are in this order.
-        """
-        numbers = all(re.fullmatch(r"-?[0-9]{1,4000}", name) for name in self.codes)
-        key = (lambda name: (int(name), name)) if numbers else None
-        names = sorted(self.codes, key=key)
-        new = np.empty(len(names), dtype=np.int32)
-        new[[self.codes[name] for name in names]] = np.arange(len(names), dtype=np.int32)
-        return names, new[column]
 
 
 def open_table(

@@ -99,7 +99,7 @@ def of_file(
     rated = min_rating is None or chosen.rating
     cli.check((rated, f"--min_rating={min_rating}: name the rating as the fourth of --columns"))
     report_columns(table, chosen, min_rating, advise=False)
-    options = {"one_user": True, "as_they_come": True, "mend": "--unknown skip leaves them out"}
+    options = {"new_events": True, "mend": "--unknown skip leaves them out"}
     drop = ROLES if finder.skip else ()
     log, _ = read_log(table, chosen, min_rating, drop, time_format=time_format, **options)
     log = log.ordered(None)
