@@ -87,7 +87,7 @@ def batches_of(setting: Setting, n: int, batch_size: int) -> list[np.ndarray]:
     return [rng.integers(0, len(samples_of(setting)), batch_size) for _ in range(n)]
 
 
-def llm_row(setting: Setting, which: str, n_layers: int, distilled: bool) -> Model:
+def llm_row(which: str, n_layers: int, distilled: bool, setting: Setting) -> Model:
     """`which` is plain or ours; distilled: the whole loss, against states in memory."""
     samples, device = samples_of(setting), torch.device(setting.device)
     options = {"vocab_size": 390} | SHAPES[setting.shape]
@@ -146,32 +146,16 @@ def sasrec_row(setting: Setting) -> Model:
     return Model(training_step(model, loss), infer, size, size)
 
 
-def build(name: str, setting: Setting) -> Model:
-    """The row of a name in ROWS."""
-    if name.startswith("SASRec"):
-        return sasrec_row(setting)
-    which = name.rpartition(", ")[2]
-    layers = 4 if name.startswith("SLMRec") else int(name.split()[1])
-    return llm_row(setting, which, layers, name.startswith("SLMRec"))
+SIZES = [(which, n) for which in ("plain", "ours") for n in (32, 8, 4)]
+ROWS: dict[str, Callable[[Setting], Model]] = {
+    f"E4SRec, {n} layers, {which}": functools.partial(llm_row, which, n, False)
+    for which, n in SIZES
+}
+ROWS["SLMRec 4 <- 8, ours"] = functools.partial(llm_row, "ours", 4, True)
+ROWS["SASRec, ours"] = sasrec_row
 
 
-ROWS = [f"E4SRec, {n} layers, {which}" for which in ("plain", "ours") for n in (32, 8, 4)]
-ROWS += ["SLMRec 4 <- 8, ours", "SASRec, ours"]
-
-
-class Round(NamedTuple):
-    """Seconds of a training step and of an inference batch, and the most bytes that steps took
-    beyond what the process held before; sizes as in Model.
-    """
-
-    step: float
-    infer: float
-    peak_bytes: int
-    trained: int
-    parameters: int
-
-
-def measured(*given: Any) -> Round | None:
+def measured(*given: Any) -> dict[str, Any] | None:
     """`_measure(*given)` in a fresh process; None where it died, or ran out of memory."""
     spawn, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
     with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) as pool:
@@ -182,15 +166,20 @@ def measured(*given: Any) -> Round | None:
             return None
 
 
-def _measure(name: str, setting: Setting, micro: int, number: int) -> Round:
-    """A step and an inference batch of a row, each after one that warms up; `number` of the round
-    says which samples.
+def _measure(name: str, setting: Setting, micro: int, number: int) -> dict[str, Any]:
+    """A step and an inference batch of a row, each after one that warms up.
+
+    Args:
+        number: of the round; says which samples.
+    Returns:
+        seconds of both, the most bytes that steps took beyond what the process held before, and the
+        sizes of Model.
     """
     device = torch.device(setting.device)
     on_gpu = device.type == "cuda"
     torch.mm(torch.ones(256, 256), torch.ones(256, 256))  # the threads' own buffers
     before = torch.cuda.memory_allocated() if on_gpu else _memory("VmRSS")
-    model = build(name, setting)
+    model = ROWS[name](setting)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     else:  # of this process; getrusage's is the parent's
@@ -201,7 +190,8 @@ def _measure(name: str, setting: Setting, micro: int, number: int) -> Round:
     for rows in batches_of(setting, number + 2, setting.eval_batch_size)[number:]:
         parts = _micro_batches(rows, setting.batch_size)
         infer = seconds(lambda: [model.infer(part) for part in parts], device)
-    return Round(step, infer, peak, model.trained, model.parameters)
+    sizes = {"trained_parameters": model.trained, "parameters": model.parameters}
+    return {"seconds": (step, infer), "peak_bytes": peak} | sizes
 
 
 def _memory(field: str) -> int:
@@ -245,7 +235,7 @@ def main(
     n = len(samples_of(setting))
     about = measure.machine(device) | setting._asdict() | {"samples": n, "repeats": repeats}
     print("  ".join(f"{name} {value}" for name, value in about.items()))
-    rounds: dict[str, list[Round]] = {name: [] for name in names}
+    rounds: dict[str, list[dict]] = {name: [] for name in names}
     micro = dict.fromkeys(names, batch_size)
     for i in range(repeats):
         for name in names:
@@ -253,19 +243,17 @@ def main(
                 found = measured(name, setting, micro[name], i)
                 if found is not None:
                     rounds[name].append(found)
-                    print(f"{name:28s} step {found.step:8.3f} s  inference {found.infer:8.3f} s")
+                    step, infer = found["seconds"]
+                    print(f"{name:28s} step {step:8.3f} s  inference {infer:8.3f} s")
                     break
                 micro[name] //= 2  # 0: it fits with none
     about["rows"], times = {}, {}
     for name, found in rounds.items():
         about["rows"][name] = {"micro_batch_size": micro[name], "peak_bytes": None}
         if micro[name]:
-            times[name] = [each[:2] for each in found]
+            times[name] = [each.pop("seconds") for each in found]
             step, infer = np.median(np.array(times[name]), axis=0)
-            about["rows"][name] |= {
-                "peak_bytes": max(each.peak_bytes for each in found),
-                "trained_parameters": found[0].trained,
-                "parameters": found[0].parameters,
+            about["rows"][name] |= max(found, key=lambda each: each["peak_bytes"]) | {
                 "step_seconds": step,
                 "train_seconds_per_epoch": step * n / batch_size,
                 "inference_seconds": infer * n / eval_batch_size,

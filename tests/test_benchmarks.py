@@ -63,10 +63,11 @@ def test_a_row_is_measured_in_a_process_of_its_own(tmp_path):
     write_csv(tmp_path / "large.csv", rows)
     setting = efficiency.Setting(str(tmp_path / "large.csv"), "tiny", 8, 16, "cpu")
     found = efficiency.measured("SASRec, ours", setting, 8, 0)
-    assert found.step > 0 and found.infer > 0 and found.trained == found.parameters > 40_000 * 128
-    weights = 4 * found.parameters  # bytes; with gradients and AdamW's two moments four times that
+    n = found["parameters"]
+    assert min(found["seconds"]) > 0 and found["trained_parameters"] == n > 40_000 * 128
+    weights = 4 * n  # bytes; with gradients and AdamW's two moments four times that
     # and the gradients of the table, which are summed from its two uses
-    assert 4 * weights < found.peak_bytes < 10 * weights
+    assert 4 * weights < found["peak_bytes"] < 10 * weights
     assert efficiency.measured("of 0 layers, ours", setting, 8, 0) is None  # it dies
 
 
