@@ -99,20 +99,11 @@ def select_layers(
 
 def _listed(pool: list[int], n_layers: int, selection: str, owner: str) -> list[int]:
     layers = [int(number) for number in selection.strip("[]").split(",")]
-    flag = f"--layer_selection={selection}"
-    if len(layers) != n_layers:
-        raise UsageError(
-            f"{flag} names {len(layers)} layers, {n_layers} decoder layers are asked for;"
-            " make the two agree"
-        )
-    if layers != sorted(set(layers)):
-        raise UsageError(f"{flag}: expected ascending numbers, each once")
-    foreign = [layer for layer in layers if layer not in pool]
-    if foreign:
+    if len(layers) != n_layers or layers != sorted(set(layers)) or not {*layers} <= {*pool}:
         whole = pool == [*range(pool[0], pool[-1] + 1)]
         there = f"{pool[0]} to {pool[-1]}" if whole else ", ".join(map(str, pool))
         raise UsageError(
-            f"{flag}: {owner} has no layer {foreign[0]}; it has {there}, {len(pool)} layers"
-            " counted from 0"
+            f"--layer_selection={selection}: expected {n_layers} ascending numbers of"
+            f" decoder layers, each once; {owner} has {there}, {len(pool)} layers counted from 0"
         )
     return layers
