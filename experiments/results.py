@@ -148,14 +148,9 @@ class FinishedRun(NamedTuple):
             return None
 
     def taught_by(self, teacher: "FinishedRun") -> bool:
-        """By the weights' hash; runs that do not record it, by their folders."""
-        folder, known = self.config.get("teacher"), self.config.get("teacher_sha256")
-        same_data = teacher.config["data_sha256"] == self.config["data_sha256"]
-        if teacher.stage != "teacher" or not folder or not same_data:
-            return False
-        if known:
-            return teacher.results.get("weights_sha256") == known
-        return Path(folder).parts[-2:] == teacher.folder.parts[-2:]
+        """By the weights' hash."""
+        known = self.config.get("teacher_sha256")
+        return known is not None and teacher.results.get("weights_sha256") == known
 
 
 class Row(NamedTuple):
@@ -233,22 +228,14 @@ def by_domain(runs: list[FinishedRun], notes: list[str]) -> dict[str, list[Row]]
     for run in runs:
         hashes[run.domain].add(run.config["data_sha256"])
     groups: dict[str, dict[str, dict[int, FinishedRun]]] = defaultdict(lambda: defaultdict(dict))
-    taught = defaultdict(list)  # students by their flags: name, and the key of the teacher's run
     for run in runs:
         domain, sha = run.domain, run.config["data_sha256"]
         teacher = next((other.key for other in runs if run.taught_by(other)), "")
         name = domain if len(hashes[domain]) == 1 else f"{domain} ({sha[:8]})"
         row = groups[name][run.key + teacher]
-        if run.config.get("teacher") not in (None, "online"):
-            taught[name, run.key].append((run.name, teacher))
         if run.seed in row:
             notes.append(f"{row[run.seed].name} has the flags and the seed of {run.name}")
         row[run.seed] = run
-    for students in taught.values():
-        lone = [name for name, teacher in students if not teacher]
-        if lone and students[1:]:
-            shown = ", ".join(lone)
-            notes.append(f"{shown}: a row of its own, since no teacher's run is there to compare")
     return {domain: _named(list(rows.values())) for domain, rows in sorted(groups.items())}
 
 

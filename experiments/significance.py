@@ -8,7 +8,6 @@ from scipy import stats
 from experiments.paper import plain_ce, plain_name
 from experiments.results import FinishedRun, Row
 
-SAME_CANDIDATES = ("num_candidates", "candidate_seed")
 PROTOCOLS = ("sampled", "full")
 FEWEST_RUNS = 3  # for a test over runs
 CHUNK = 2**24  # resampled users held at once
@@ -89,8 +88,6 @@ def _layers(run: FinishedRun) -> int:
 
 def _incomparable(mine: FinishedRun, theirs: FinishedRun) -> str:
     """Why two runs of a seed cannot be paired; empty where they can."""
-    if any(mine.flags[name] != theirs.flags[name] for name in SAME_CANDIDATES):
-        return "other candidates"
     tables = [run.config.get("table_sha256") for run in (mine, theirs)]
     if "sasrec" not in (mine.stage, theirs.stage) and tables[0] != tables[1]:
         return f"{mine.name} and {theirs.name} use different item tables"

@@ -145,12 +145,13 @@ def fake_run(folder, flags=STUDENT, ranks=(1, 2), seed=0, domain="cloth", settin
     metrics = dict.fromkeys(("sampled", "full", "full_all"), metrics)
     found = {"seed": seed, "users": len(ranks), "test": metrics, "valid": metrics, "steps": 2}
     found |= {"parameters": 10, "trainable_parameters": 4, "best_step": 2, "train_seconds": 1.5}
-    found |= {"inference_users_per_second": 7.0, "random_base": True} | extra
+    found |= {"inference_users_per_second": 7.0, "random_base": True}
+    found |= {"weights_sha256": "/".join(folder.parts[-2:])} | extra
     layers = [*range(flags.get("llama_decoder_nums", flags.get("llama_decoder_nums_student")))]
     config = {"step": step, "domain": domain, "data_sha256": "d" * 64, "flags": flags}
     config["model"] = {"layers": layers}
     if step == "student" and not paper.plain_ce(flags):
-        config["teacher"] = f"output/seed{seed}/teacher"
+        config["teacher_sha256"] = f"seed{seed}/teacher"
     (folder / "config.json").write_text(json.dumps(config | dict(settings)))
     (folder / "results.json").write_text(json.dumps(found))
     (folder / "metrics.jsonl").write_text('{"event": "train", "step": 2, "ce": 3, "total": 3}\n')
@@ -268,8 +269,7 @@ def test_no_row_is_lost_and_none_is_mixed(tmp_path):
     others = f"{deep} [learning_rate=1e-05]", f"{student} [seed1/slmrec]"
     assert set(labels) == {deep, student, *others}
     shutil.rmtree(tmp_path / "seed1")
-    settings = {"bf16": True, "teacher": "output/seed0/teacher"}  # on another machine
-    fake_run(tmp_path / "two/slmrec", STUDENT, seed=1, settings=settings)
+    fake_run(tmp_path / "two/slmrec", STUDENT, seed=1, settings={"bf16": True})  # no teacher's run
     assert "SLMRec 4 <- 8 [two/slmrec]" in rows_of(tmp_path)[0]
 
 
@@ -321,7 +321,9 @@ def test_rows_are_compared_with_their_like(tmp_path):
         fake_run(tmp_path / f"seed{seed}/ce", STUDENT | OFF, [4, 4], seed=seed)
     fake_run(tmp_path / "search", teacher | {"learning_rate": 1e-5}, [1, 1], seed=7)
     every = {"train_targets": "all"}
-    fake_run(tmp_path / "seed0/slmrec_all", STUDENT | every, [1, 1], settings={"teacher": None})
+    fake_run(
+        tmp_path / "seed0/slmrec_all", STUDENT | every, [1, 1], settings={"teacher_sha256": None}
+    )
     fake_run(tmp_path / "seed0/ce_all", STUDENT | OFF | every, [2, 2])
     labels, notes = rows_of(tmp_path)
     found = significance.compare(list(labels.values()), 10, notes)
