@@ -149,8 +149,8 @@ class FinishedRun(NamedTuple):
 
     def taught_by(self, teacher: "FinishedRun") -> bool:
         """By the weights' hash."""
-        known = self.config.get("teacher_sha256")
-        return known is not None and teacher.results.get("weights_sha256") == known
+        known, theirs = self.config.get("teacher_sha256"), teacher.results.get("weights_sha256")
+        return known is not None and known == theirs and teacher.stage == "teacher"
 
 
 class Row(NamedTuple):
