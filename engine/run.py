@@ -1,4 +1,4 @@
-"""A run: the folder of one stage, and the rules of starting, resuming and reading it.
+"""A run of one stage, and the rules of starting, resuming and reading it.
 
 `Run.open` is the one place that compares a command with what its folder holds: flags, input files,
 earlier runs. `prepare` adds the model, `training` locks the folder and writes config.json,
@@ -9,7 +9,6 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -23,15 +22,21 @@ from engine import checkpoint, cpu, files, processes
 from engine.cli import Group
 from engine.errors import RunError, UsageError
 from engine.files import read_json, write_json
+from engine.folder import (
+    clean,
+    has_checkpoint,
+    is_finished,
+    put_back,
+    refuse_foreign,
+    refuse_locked,
+    set_aside,
+    take,
+)
 from engine.log import CLOCK, MetricsLog
 
 if TYPE_CHECKING:
     import torch
 
-OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", "items.csv", CLOCK)
-CHECKPOINTS = ("best", "last", ".old-best", ".old-last")
-OWN = (*OWN_FILES, *CHECKPOINTS, "tensorboard")
-REPLACED = ".replaced"  # what --overwrite replaces, until the new run has a checkpoint
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "safetensors", "fire")
 # entries of config.json that may differ when a run resumes
 PATHS = ("base", "teacher", "cached")
@@ -48,7 +53,7 @@ class Run:
         groups: the flag groups, settled: with `eval_only` they have the run's values.
         flags: flag name -> value of these groups, or as recorded where the run is only read.
         eval_only, overwrite: the flags of that name.
-        finished: whether training is complete. Evaluating an unfinished run does not finish it.
+        finished: whether training is complete (folder.is_finished); never with `overwrite`.
         device, bf16: where and in what precision it computes; set by `choose_device`.
         resume: whether an unfinished run is resumed; set by `prepare`.
         source: the run of `--init_from`, whose best weights are this one's start; None without,
@@ -70,7 +75,7 @@ class Run:
             self.flags = {name: v for group in self.groups for name, v in group.values().items()}
         self.eval_only = bool(self.groups) and self.flags["eval_only"]
         self.overwrite = bool(self.groups) and self.flags["overwrite"]
-        self.finished = _is_finished(folder) and not self.overwrite
+        self.finished = is_finished(folder) and not self.overwrite
         self.resume, self.source = False, None
         self.device, self.bf16 = None, bool((config or {}).get("bf16"))
         self.log = MetricsLog(folder, self.flags.get("tensorboard", False))
@@ -100,8 +105,8 @@ class Run:
                 run was made from other files. What differs is named.
         """
         if processes.is_first():
-            _refuse_locked(folder)
-            cls(stage, folder, None)._put_back()  # of a start that died before its checkpoint
+            refuse_locked(folder)
+            put_back(folder)  # of a start that died before its checkpoint
         try:
             there = (folder / "config.json").exists()
             config = read_json(folder / "config.json", "run") if there else None
@@ -112,7 +117,7 @@ class Run:
         run = cls(stage, folder, config, groups)
         if run.eval_only or not run.finished:
             files.check_writable(folder, "--output_dir")
-        run._refuse_foreign()
+        refuse_foreign(folder, stage, config)
         earlier = earlier or {}
         for other in (other for runs in earlier.values() for other in runs):
             other.check_same(inputs)
@@ -129,7 +134,7 @@ class Run:
             known = [other.weights_sha256() for other in runs]
             hashes[f"{name}_sha256"] = ",".join(map(str, known)) or None
         run._new_config, run._kept = hashes, inputs.kept
-        if config is not None and (run.finished or run._has_checkpoint()) and not run.overwrite:
+        if config is not None and (run.finished or has_checkpoint(folder)) and not run.overwrite:
             run._refuse_others(hashes)
         return run
 
@@ -258,26 +263,6 @@ class Run:
         self.check_same(inputs)
         self.report_unfinished()
 
-    def _refuse_foreign(self) -> None:
-        if self.config is None:
-            present = [name for name in OWN if (self.folder / name).exists()]
-            if present:
-                raise UsageError(
-                    f"--output_dir={self.folder} holds {', '.join(present)} but no run's"
-                    " config.json: not a run's folder, choose another"
-                )
-            inside = sorted(path.parent.name for path in self.folder.glob("*/config.json"))
-            if inside:
-                raise UsageError(
-                    f"--output_dir={self.folder} holds other runs ({', '.join(inside[:4])}); name"
-                    " a folder of this run's own"
-                )
-        elif self.config.get("step") != self.stage:
-            raise UsageError(
-                f"--output_dir={self.folder} holds a {self.config.get('step')} run,"
-                f" not a {self.stage} run; choose another folder"
-            )
-
     def _refuse_others(self, content: dict[str, Any]) -> None:
         """Refuse a folder whose run has other flags, or other entries of config.json."""
         state = "a finished" if self.finished else "an unfinished"
@@ -311,10 +296,6 @@ class Run:
                     given = f"no --{name}" if value is None else f"--{name}={value}"
                     shown.append(f"{given} ({lacked if recorded is None else f'{had} {recorded}'})")
         return ", ".join(shown)
-
-    def _has_checkpoint(self) -> bool:
-        """A folder with config.json alone holds no work yet."""
-        return any((self.folder / name).exists() for name in CHECKPOINTS)
 
     # -- computing ----------------------------------------------------------------------------
 
@@ -351,7 +332,7 @@ class Run:
         config["bf16"] = self.bf16
         self._new_config = {"step": self.stage} | config | self._new_config
         self._new_config["flags"] = self.flags
-        self.resume = not self.overwrite and self.config is not None and self._has_checkpoint()
+        self.resume = not self.overwrite and self.config is not None and has_checkpoint(self.folder)
         if self.resume:
             self._refuse_others(config)
             self.source = None
@@ -366,20 +347,17 @@ class Run:
         checkpoint, puts back the run that was to be replaced. Raises UsageError: another process
         works in the folder, or did since `open`.
         """
-        self._lock()
+        processes.barrier()  # every process has looked at the folder before it changes
+        if processes.is_first():
+            take(self.folder, self.overwrite, self.resume)
         try:
             self._begin()
             yield
         except BaseException as error:
-            if self._put_back() and isinstance(error, RunError):
+            back = processes.is_first() and put_back(self.folder)
+            if back and isinstance(error, RunError):
                 raise RunError(f"{error}; the run that was there is back") from None
             raise
-
-    def _lock(self) -> None:
-        processes.barrier()  # every process has looked at the folder before it changes
-        if processes.is_first():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
 
     def _begin(self) -> None:
         """Remove what an earlier run left (its own files only), write config.json.
@@ -388,62 +366,18 @@ class Run:
         all.
         """
         if processes.is_first():
-            for partial in self.folder.glob(".tmp-*"):
-                _remove(partial)
-            for name in checkpoint.NAMES:  # of a run that died before it removed the old one
-                if (self.folder / name).exists():
-                    _remove(files.replaced(self.folder / name))
+            clean(self.folder)
             if self.resume:
                 self._report_changes()
             else:
                 name = processes.device_name(self.device) if self.device is not None else None
                 about = environment() | {"device": name}
-                self._set_aside()
+                set_aside(self.folder)
                 write_json(self.folder / "config.json", self._new_config | about)
                 for name, source in self._kept.items():
                     files.copy(source, self.folder / name)
         processes.barrier()
         self.config = read_json(self.folder / "config.json", "run")
-
-    def _set_aside(self) -> None:
-        """Make room for a new run; the old one stays in REPLACED while nothing replaces it."""
-        aside, kept = self.folder / REPLACED, self._has_checkpoint()
-        if kept:
-            _remove(aside)
-            aside.mkdir()
-        for name in OWN:
-            path = self.folder / name
-            if kept and path.exists():
-                path.rename(aside / name)
-            _remove(path)
-
-    def drop_replaced(self) -> None:
-        """A checkpoint is there: what it replaces can go."""
-        _remove(self.folder / REPLACED)
-
-    def _put_back(self) -> bool:
-        """Put back what this run was to replace, if it has no checkpoint; whether it did."""
-        aside, began = self.folder / REPLACED, (self.folder / "config.json").exists()
-        if not processes.is_first() or not aside.is_dir() or (began and self._has_checkpoint()):
-            return False
-        for name in OWN:
-            if (aside / name).exists():
-                _remove(self.folder / name)
-                (aside / name).rename(self.folder / name)
-        _remove(aside)
-        files.release_lock(self.folder)
-        return True
-
-    def _take_lock(self) -> None:
-        while not files.take_lock(self.folder):
-            _refuse_locked(self.folder)
-        finished = _is_finished(self.folder)
-        if not self.overwrite and (finished or self._has_checkpoint() != self.resume):
-            files.release_lock(self.folder)
-            raise UsageError(
-                f"--output_dir={self.folder}: another process changed it in the meantime;"
-                " run the command again"
-            )
 
     def _report_changes(self) -> None:
         """Say what differs between this command and the run that it resumes."""
@@ -512,28 +446,6 @@ def environment() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "threads": torch.get_num_threads(),
     }
-
-
-def _is_finished(folder: Path) -> bool:
-    path = folder / "results.json"
-    return path.is_file() and read_json(path, "results").get("steps") is not None
-
-
-def _refuse_locked(folder: Path) -> None:
-    """Raise UsageError where another process holds the folder."""
-    owner = files.lock_owner(folder)
-    if owner is not None:
-        raise UsageError(
-            f"--output_dir={folder}: process {owner} is at work in it; wait,"
-            " or choose another folder"
-        )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _short(value: Any) -> str:

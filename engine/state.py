@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine import checkpoint, processes, sharding
 from engine.errors import RunError
+from engine.folder import drop_replaced
 from engine.run import Run
 
 FROM_FLAGS = ("save_every", "patience")  # of the plan: taken from the command, not the checkpoint
@@ -105,7 +106,7 @@ class State:
         meta = {"step": progress.step, "best_step": progress.best_step, "progress": vars(progress)}
         meta["plan"] = self.plan._asdict()
         checkpoint.save(self.run.folder / name, weights, meta, state)
-        self.run.drop_replaced()
+        drop_replaced(self.run.folder)
         self.run.log.write_seconds(self.spent())
 
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -201,7 +201,7 @@ def test_a_start_that_died_puts_the_old_run_back(inside, monkeypatch, place):
         with pytest.raises(KeyboardInterrupt):
             train_sr_trad.main(**SHORT, seed=5, overwrite=True)
         assert hashes(folder) == before
-        patch.setattr("engine.run.Run._put_back", lambda run: False)  # a kill
+        patch.setattr("engine.run.put_back", lambda folder: False)  # a kill
         with pytest.raises(KeyboardInterrupt):
             train_sr_trad.main(**SHORT, seed=5, overwrite=True)
     assert hashes(folder) != before

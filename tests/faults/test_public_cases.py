@@ -277,7 +277,7 @@ def test_advice_when_the_data_has_grown(inside):
     """The first refusal names the whole road, and it works."""
     with open("data/demo.csv", "a") as file:
         file.write('new,"[1, 2, 3, 4, 5]","[]"\n')
-    with pytest.raises(UsageError, match="sasrec_item.pkl was extracted from data with") as error:
+    with pytest.raises(UsageError, match="sasrec_item.pkl was made from another file") as error:
         finetune.main(**SHORT)
     road = "train_sr_trad.py --overwrite, extract_emb.py, then the others with --overwrite"
     assert road in str(error.value)

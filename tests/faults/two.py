@@ -16,6 +16,7 @@ import torch  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
 from engine import cli, processes  # noqa: E402
+from engine.folder import take  # noqa: E402
 from engine.run import Run  # noqa: E402
 from engine.state import State  # noqa: E402
 from models.losses import exit_supervision, next_item, weighted_sum  # noqa: E402
@@ -61,10 +62,12 @@ def float64(folder: str, strategy: str, shard: str = "", ends_in: str = "0") -> 
 
 
 def open_run(folder: str, settings: Training, runtime: Runtime) -> Run:
-    inputs = SimpleNamespace(hashes={}, sources={}, mend=str, kept={})
+    inputs = SimpleNamespace(hashes={}, check=lambda *_: None, kept={})
     run = Run.open("test", Path(folder), (settings, runtime), inputs)
     run.prepare()
-    run._lock()
+    processes.barrier()
+    if processes.is_first():
+        take(run.folder, run.overwrite, run.resume)
     run._begin()
     return run
 
