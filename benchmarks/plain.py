@@ -43,26 +43,12 @@ class PlainLLM4Rec(nn.Module):
         """Left-padded catalogue indices [B, L] -> Output, the same as LLM4Rec's."""
         batch, history = len(history), history.to(self.item_table.device)
         real = history != len(self.item_table)  # [B, L]
-        padded = torch.cat(
-            [self.item_table, self.item_table.new_zeros(1, self.item_table.shape[1])]
-        )
+        padded = F.pad(self.item_table, (0, 0, 0, 1))  # zeros for the padding
         embed = self.llama.get_input_embeddings()
-        tokens = torch.cat(
-            [
-                embed(self.prompt_ids).expand(batch, -1, -1),
-                self.adapter(padded[history]),
-                embed(self.response_ids).expand(batch, -1, -1),
-            ],
-            dim=1,
-        )
-        mask = torch.cat(
-            [
-                real.new_ones(batch, len(self.prompt_ids)),
-                real,
-                real.new_ones(batch, len(self.response_ids)),
-            ],
-            dim=1,
-        )
+        prompt = embed(self.prompt_ids).expand(batch, -1, -1)
+        response = embed(self.response_ids).expand(batch, -1, -1)
+        tokens = torch.cat([prompt, self.adapter(padded[history]), response], dim=1)
+        mask = F.pad(real, (prompt.shape[1], response.shape[1]), value=True)
         position = torch.arange(tokens.shape[1], device=tokens.device).expand(batch, -1)
         out = self.llama(
             inputs_embeds=tokens,
