@@ -84,6 +84,8 @@ class Inputs(NamedTuple):
                 return f"the run read --{name} {path}"
         if split_of(flags) != split_of(self.domain._asdict()):
             return f"the run has --split {split_of(flags)}"
+        if entry != "data_sha256" and recorded.get("data_sha256") == self.data.sha256:
+            return "the table was made again: run this step and the later ones with --overwrite"
         return self.domain.mend(recorded)
 
     @property

@@ -323,7 +323,9 @@ def _recorded(path: str, flags: dict[str, Flag]) -> dict[str, Any]:
         raise UsageError(f"--config={path}: records no flags; name a run's config.json")
     foreign = [name for name in recorded if name not in flags]
     if foreign:
-        raise UsageError(f"--config={path}: not of this command, which has no --{foreign[0]}")
+        raise UsageError(
+            f"--config={path}: of another command, or of other code: here is no --{foreign[0]}"
+        )
     own = {"output_dir", "eval_only", "overwrite"}
     return {n: v for n, v in recorded.items() if n not in own and v != flags[n].default}
 

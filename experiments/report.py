@@ -28,9 +28,10 @@ from engine.files import markdown
 from experiments import results, significance
 from experiments.paper import COLUMNS, PAPER, main_rows
 from experiments.results import Row, by_domain, read_runs
+from utils.evaluation import PROTOCOLS
 from utils.metrics import summarise
 
-SAMPLED = tuple(summarise(np.ones(1)))  # all of them
+SAMPLED = tuple(summarise(np.ones(1), PROTOCOLS["sampled"]))  # all of them
 FULL = ("HR@10", "NDCG@10", "MRR")
 SPENT = ("steps", "best_step", "train_seconds", "teacher_states_seconds")
 SPENT += ("inference_users_per_second",)
@@ -109,6 +110,8 @@ def _section(domain: str, rows: list[Row], folder: Path, resamples: int, notes: 
             parts.append(f"### {title}\n\n" + _table(labels, by_label, popularity, paper))
     order = [by_label[text] for text in (*main_labels, *others) if text in by_label]
     parts.append("### Significance\n\n" + _significance(order, resamples, notes))
+    settings = [[row.label, ", ".join(row.first.settings) or "-"] for row in order]
+    parts.append("### Settings\n\n" + markdown(["row", "flags beside the defaults"], settings))
     parts.append("### Cost\n\n" + _cost(order))
     listed = _lists(order)
     parts += [f"### Lists of ten\n\n{listed}"] if listed else []
@@ -226,7 +229,7 @@ def _lists(rows: list[Row]) -> str:
 def write_main_table(stem: Path, rows: list[Row], popularity: dict | None) -> None:
     """The rows' test metrics as CSV, a run per line, and as LaTeX for the package booktabs."""
     metrics = [("sampled", name) for name in SAMPLED] + [("full", name) for name in FULL]
-    head = ["row", "seeds", *(" ".join(metric) for metric in metrics)]
+    head = ["row", "runs", *(" ".join(metric) for metric in metrics)]
     tests = {row.label: [run.results["test"] for run in row.runs.values()] for row in rows}
     seeds = {row.label: list(row.runs) for row in rows}
     tests |= {"popularity": [popularity]} if popularity else {}

@@ -32,6 +32,7 @@ SCRIPTS = {"sasrec": train_sr_trad.main, "teacher": finetune.main, "student": di
 KEPT = ("config.json", "results.json", "metrics.jsonl")
 # flags that make no other row, beside files and free ones
 COMMON = ("seed", "domain_type", "bf16")
+GONE = {"loss": "full", "num_negatives": 256}  # of LLM steps of before 2026-11-26, without effect
 NEEDED = {"test", "valid", "users", "parameters", "trainable_parameters"}
 TABLE = ("sampled", "full", "full_all")
 LONG_AGO = (1980, 1, 1, 0, 0, 0)  # in archives, so that equal runs give equal bytes
@@ -80,6 +81,20 @@ class FinishedRun(NamedTuple):
         return flags | {"train_targets": flags["train_targets"] or "last"}  # of before 2026-11-28
 
     @property
+    def foreign(self) -> dict[str, Any]:
+        """Flags that this code does not know, such as the weight of a term on another branch."""
+        known, recorded = cli.defaults(SCRIPTS[self.stage]), self.config["flags"]
+        return {n: v for n, v in recorded.items() if n not in known and v and GONE.get(n) != v}
+
+    @property
+    def settings(self) -> list[str]:
+        """The counted flags that differ from their defaults, and those of other code."""
+        defaults = cli.defaults(SCRIPTS[self.stage]) | {"train_targets": "last"}
+        known = {name: self.flags[name] for name in self.flags if name in self.counted}
+        other = {name: value for name, value in known.items() if value != defaults[name]}
+        return [f"{name}={value}" for name, value in (other | self.foreign).items()]
+
+    @property
     def items_from(self) -> str | None:
         """What the item vectors were made from, where it is not SASRec from its own draws."""
         if self.stage == "sasrec":
@@ -110,7 +125,8 @@ class FinishedRun(NamedTuple):
         started = ", started from another run" * self.start[0]
         items = f", items from {self.items_from}" if self.items_from else ""
         teachers = f", of {self.n_sasrecs} SASRecs" if self.n_sasrecs > 1 else ""
-        return label(self.stage, self.flags) + teachers + started + items
+        foreign = "".join(f", {name}={value} of other code" for name, value in self.foreign.items())
+        return label(self.stage, self.flags) + teachers + started + items + foreign
 
     @property
     def counted(self) -> set[str]:
@@ -134,7 +150,7 @@ class FinishedRun(NamedTuple):
         values = {name: flags[name] for name in sorted(names)}
         table_of = cli.defaults(SCRIPTS["sasrec"]) | (self.config.get("items_flags") or {})
         made_by = self.items_from, self.n_sasrecs, table_of, self.config.get("items_made_by")
-        made_by += self.start
+        made_by += (*self.start, self.foreign)
         if flags.get("base_model") not in (None, *BUILT_IN):  # which may be another one there
             made_by += (self.config.get("base_sha256"),)
         return json.dumps([stage, layers, bool(self.config.get("bf16")), values, *made_by])

@@ -219,7 +219,7 @@ def test_a_runs_config_repeats_it_and_flags_beside_it_come_first(inside):
     assert "data_path" not in cli.bind(train_sr_trad.main, ["--config=three", "--domain_type=x"])
     online = ["--config=output/demo/student", "--distill_mode=online"]
     assert not {"student_init", "teacher"} & cli.bind(distill.main, online).keys()
-    with pytest.raises(UsageError, match="--config=one/config.json: not of this command"):
+    with pytest.raises(UsageError, match="--config=one/config.json: of another command"):
         cli.bind(distill.main, ["--config", "one/config.json"])
     with pytest.raises(UsageError, match="--config not found: none.json"):
         cli.bind(distill.main, ["--config", "none.json"])

@@ -176,6 +176,19 @@ def test_another_item_table_or_another_sasrec_more_makes_another_row(tmp_path):
     assert len({run.key for run in runs}) == 7
 
 
+def test_a_term_of_another_branch_is_no_seed_of_the_plain_row(tmp_path):
+    fake_run(tmp_path / "plain", STUDENT | OFF, settings={"teacher": None})
+    fake_run(tmp_path / "without", STUDENT | OFF | {"toy_lambda": 0.0}, seed=1)
+    fake_run(tmp_path / "term", STUDENT | OFF | {"toy_lambda": 0.5, "max_steps": 9}, seed=2)
+    labels, _ = rows_of(tmp_path)
+    plain = "E4SRec-like, 4 layers"
+    term = labels[f"{plain}, toy_lambda=0.5 of other code"]
+    assert [*labels[plain].runs] == [0, 1] and [*term.runs] == [2]
+    page = report.main(runs=str(tmp_path), resamples=10).read_text()
+    settings = page.split("### Settings")[1].partition("###")[0]
+    assert settings.count("toy_lambda") == 2 and "max_steps=9, toy_lambda=0.5 |" in settings
+
+
 def test_the_report_over_seeds_beside_the_paper(tmp_path):
     teacher = TEACHER | {"domain_type": "cloth"}
     for seed, ranks in ((0, [1, 1, 2, 20]), (1, [1, 2, 4, 20])):
