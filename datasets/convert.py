@@ -128,7 +128,7 @@ def main(
     log, titles = read_log(table, columns, min_rating, drop, time_format=time_format)
     print_counts("read", log)
     twice = int(log.repeated("user", "item", "time").sum()) if dated else 0
-    if twice:
+    if twice and dedup == "no":
         print(f"{twice:,} rows repeat user, item and time of another; --dedup rows drops them")
     by_hash = filters.tie_order(log, tie_seed) if ties == "hash" else None
     kept = filter_log(log, by_hash, dedup, min_user, min_item, min_length)

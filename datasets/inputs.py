@@ -65,15 +65,17 @@ class Inputs(NamedTuple):
         for name, value in self.hashes.items():
             theirs = recorded.get(name)
             if None not in (value, theirs) and theirs != value:
+                mend = self._mend(recorded, name, owner)
                 raise UsageError(
                     f"{owner} was made from another file: its {name} is {theirs[:12]}...,"
-                    f" {self.sources[name]} has {value[:12]}...; {self._mend(recorded, name)}"
+                    f" {self.sources[name]} has {value[:12]}...; {mend}"
                 )
 
-    def _mend(self, recorded: dict, entry: str) -> str:
+    def _mend(self, recorded: dict, entry: str, owner: Path) -> str:
         """What to do about another hash at `entry`."""
         if entry == "items_sha256":
-            return "a number is another item there; put the right items.csv back (runs keep theirs)"
+            kept = f"; {owner / 'items.csv'} is the right one" * (owner / "items.csv").is_file()
+            return f"a number is another item there{kept}"
         flags = recorded.get("flags") or recorded.get("sasrec_flags", recorded)
         usual = self.domain.item_table if entry == "table_sha256" else None
         read = {"data_path": flags.get("data_path")}
@@ -129,7 +131,7 @@ class Inputs(NamedTuple):
         targets = training.train_targets or ("all" if few else "last")
         return files, dataclasses.replace(training, train_targets=targets)
 
-    def with_items(self, notes: dict, table: str | Path | None) -> "Inputs":
+    def with_items(self, notes: dict, table: Path) -> "Inputs":
         """With the hash of items.csv among the hashes, and compared with the notes of a table."""
         found, inputs = self.items_sha256(), self
         if found:
@@ -217,7 +219,9 @@ def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:
     hashes = {"data_sha256": data.sha256, "init_table_sha256": start and file_sha256(start)}
     sources = {"data_sha256": csv_path, "init_table_sha256": start}
     notes = _notes(Path(start)) if start else {}
-    return Inputs(domain, data, csv_path, None, hashes, sources).with_items(notes, start)
+    return Inputs(domain, data, csv_path, None, hashes, sources).with_items(
+        notes, Path(start or "")
+    )
 
 
 def read_inputs(files: Data, recorded: dict | None = None) -> Inputs:

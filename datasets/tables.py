@@ -1,6 +1,7 @@
 """A table in a file or a folder of parts, as a stream of frames: text, parquet, JSON lines."""
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -286,8 +287,9 @@ def _separator(path: Path, lines: list[str]) -> str:
     for separator, counts in by_separator.items():
         if counts and min(counts) > 1 and counts[0] == max(set(counts), key=counts.count):
             return separator
+    one_field = all(counts[:1] == [1] for s, counts in by_separator.items() if s != " ")
     for counts in by_separator.values():
-        if len(counts) > 2 and counts[0] == 1 and min(counts[1:]) > 1:
+        if one_field and len(counts) > 2 and counts[0] == 1 and min(counts[1:]) > 1:
             raise UsageError(
                 f"{path}: its first line, {lines[0][:40]!r}, has one field, the next ones"
                 f" {counts[1]}: a title? remove it"
@@ -356,9 +358,21 @@ def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
             number += len(chunk)
     except csv.Error as error:
         raise UsageError(
-            f"{path}: line {reader.line_num}, counted from the first row: a quote is opened and not"
-            f" closed at its cell's end ({error}); double the quotes inside cells, or remove them"
+            f"{path}: the row that begins in line {_last_whole(table) + 1}, counted from the first"
+            f" row: a quote is opened and not closed at its cell's end ({error}); double the quotes"
+            " inside cells, or remove them"
         ) from None
+
+
+def _last_whole(table: Table) -> int:
+    """The line where the last row ends before one that cannot be read."""
+    text = io.TextIOWrapper(_opened(table.path), encoding=table.encoding, newline="")
+    reader = csv.reader(_from_first_row(text), delimiter=table.separator[0], strict=True)
+    line = 0
+    with contextlib.suppress(csv.Error):
+        for _ in reader:
+            line = reader.line_num
+    return line
 
 
 def _of_width(

@@ -336,6 +336,8 @@ class Run:
         if self.resume:
             self._refuse_others(config)
             self.source = None
+        elif self.source is not None:
+            print(f"starting from the best weights of {self.source.folder}")
         elif self.config is not None and not self.overwrite:
             print(
                 f"{self.folder} holds an unfinished run without a checkpoint: starting from scratch"

@@ -27,6 +27,7 @@ from serving.served import Served, ServedFiles, is_export, read
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SHOWN = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
 HERE = Path(__file__).parent
+ONNX_READERS = "the graph is read by onnxruntime 1.18 or newer"
 LAST = "The last item of every user is the target."
 FIRST_AFTER = (
     "The first item of every user after one moment is the target; later ones are not used."
@@ -84,13 +85,15 @@ def described(run: Run) -> dict[str, str]:
     if run.stage == "sasrec":
         shape = f"{run.flags['num_blocks']} blocks of width {run.flags['hid_dim']}"
         about = f"| model | SASRec (Kang and McAuley, 2018), {shape} |"
-        return {"title": "SASRec", "library": "pytorch", "about": about, "how": "in full"}
+        named = {"title": "SASRec", "library": "pytorch", "readers": ONNX_READERS}
+        return named | {"about": about, "how": "in full"}
     spec, base = run.config["model"], run.flags["base_model"]
     licence = "none: it is random" if base in BUILT_IN else "see its own card"
     layers = ", ".join(map(str, spec["layers"]))
     return {
         "title": f"{len(spec['layers'])} LLaMA layers ({run.stage})",
         "library": "transformers",
+        "readers": f"config.json is also read by transformers 4; {ONNX_READERS}",
         "about": f"| base | `{base}`, layers {layers} |\n| licence of the base | {licence} |",
         "how": spec["strategy"],
     }

@@ -49,12 +49,15 @@ def with_known(own: Histories, csv_path: Path, names: Items, join: bool) -> Hist
         if again:
             print(f"{again:,} events are in both, and counted once")
         if untimed:
-            print(f"{untimed:,} users without times of one unit: the file's events come last")
+            print(
+                f"{untimed:,} users whose times in the file and in the domain are of two units, or"
+                " missing: the file's events come last"
+            )
         return joined
     if there:
         print(
             f"{len(there):,} users are users of {csv_path} too; the history read is the file's"
-            " alone (--known join adds their own)"
+            " alone, and items that they met before may be recommended (--known join adds these)"
         )
     return own
 

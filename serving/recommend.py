@@ -334,7 +334,9 @@ def write_lists(opened: Opened, asked: Asked, offered: Offered, batch_size: int)
     if empty:
         print(f"{empty:,} users without history: by popularity")
     if offered.exclude == "seen":
-        print("items of a user's history are left out (--exclude none keeps them)")
+        print("items of the histories read are left out (--exclude none keeps them)")
+    if asked.min_rating is not None:
+        print("items of the file that are rated lower may be recommended")
     print(f"wrote {asked.output}: up to {offered.k} items for each of {len(who):,} users")
 
 

@@ -58,7 +58,7 @@ def test_lists_by_hand():
 @pytest.mark.parametrize("model", ["student", "teacher", "sasrec"])
 def test_a_targets_place_is_its_rank(inside, model):
     found = served.read(ServedFiles(model=model))
-    data, slots = found.data, found.run.flags["max_seq_length"]
+    data, slots = found.inputs.data, found.run.flags["max_seq_length"]
     recommender, names = recommend.open_model([found], "cpu")
     split = EvaluationSplit(data, TEST, slots, 0, 1)
     ends = split.samples.end
@@ -82,7 +82,7 @@ def test_the_function_takes_and_gives_ids(inside):
     ids, scores = recommend.recommend([[12, 99], [], [3]], 4)
     assert ids.shape == scores.shape == (3, 4) and ids.dtype == np.int64
     assert not set(ids[0]) & {12, 99}
-    data = served.read(ServedFiles()).data
+    data = served.read(ServedFiles()).inputs.data
     counts = np.bincount(data.items, minlength=data.n_items)
     best = np.argsort(-counts, kind="stable")[:4]
     assert ids[1].tolist() == data.item_ids[best].tolist()
@@ -165,7 +165,7 @@ def test_what_is_missing_or_cannot_be_is_named(inside):
         ({"model": "student,"}, "--model=student,: an empty name between commas"),
         ({"domain_type": "x"}, "--model=best: no finished run in output/x/*; train one first"),
         ({"domain_type": "x", "model": "student"}, "output/x/student; distill.py makes it"),
-        ({"item_table": "no.pkl"}, "item table not found: no.pkl; name it with --item_table"),
+        ({"item_table": "no.pkl"}, "item table not found: no.pkl"),
         ({"users": "all"}, "--users needs --output"),
         ({"users": "U0012"}, "--users=U0012: no such file, and data/demo.csv has"),
         ({"user": "U00012", "history": ["1"]}, "--history and --user: give one of them"),
@@ -253,7 +253,7 @@ def test_names_of_another_catalogue_are_refused(inside):
     with pytest.raises(UsageError, match="--domain_type=x: the run in s is of the domain demo"):
         recommend.main(model="s", domain_type="x", history=["B012"])
     listing.write_text(listing.read_text().replace("B012", "B999"))
-    with refused("demo.items.csv is not the one that s was trained beside"):
+    with refused("a number is another item there; s/items.csv is the right one"):
         recommend.main(model="s", history=["B011"])
     shutil.copyfile("s/items.csv", listing)  # as the line says
     assert recommend.main(model="s", history=["B012"], k=3)[0]["item_id"] == first[0]["item_id"]

@@ -229,7 +229,7 @@ def test_quotes_between_tabs_enclose_a_whole_cell_or_are_letters():
         found = [row["title"] for row in csv.DictReader(file)]
     assert found == ['T "1"', '"Open', "x", 'Close"', '12" disc', ""]
     Path("b.csv").write_text(LOG + 'u1,"2"x,1700000000\n')
-    with pytest.raises(UsageError, match="b.csv: line 26, .*: a quote is opened and not closed"):
+    with pytest.raises(UsageError, match="begins in line 26, .*: a quote is opened and not closed"):
         convert_by("--input b.csv")
     Path("c.tsv").write_text('user_id\titem_id\ttimestamp\tnote\tn\nu1\ti1\t1\t"a\nb"\t5\n')
     with pytest.raises(UsageError, match="c.tsv: row 2 opens a quote that the next line closes"):
