@@ -88,10 +88,15 @@ class FinishedRun(NamedTuple):
 
     @property
     def settings(self) -> list[str]:
-        """The counted flags that differ from their defaults, and those of other code."""
-        defaults = cli.defaults(SCRIPTS[self.stage]) | {"train_targets": "last"}
+        """The counted flags that differ from their defaults, or where they are inherited from those
+        of the earlier stage; and flags of other code.
+        """
+        own = cli.defaults(SCRIPTS[self.stage])
+        every = [*map(cli.defaults, SCRIPTS.values()), own]
+        usual = {name: v for defaults in every for name, v in defaults.items() if v is not None}
+        usual["train_targets"] = own["train_targets"] or "last"
         known = {name: self.flags[name] for name in self.flags if name in self.counted}
-        other = {name: value for name, value in known.items() if value != defaults[name]}
+        other = {name: value for name, value in known.items() if value != usual.get(name)}
         return [f"{name}={value}" for name, value in (other | self.foreign).items()]
 
     @property
