@@ -29,7 +29,6 @@ from datasets.logs import read_log, read_titles
 from datasets.tables import open_table
 from engine import cli
 from engine.cli import NonNegativeInt, PositiveInt, flag
-from engine.errors import UsageError
 from engine.files import check_writable
 
 Dedup = Literal["no", "rows", "items"]
@@ -114,14 +113,16 @@ def main(
     given = {"user": user, "item": item, "time": time, "rating": rating, "title": title}
     table = open_table(source, [n for n in given.values() if n], NAMES, lists == "yes")
     columns = choose_columns(table, given, lists)
-    if min_rating is not None and columns.rating is None:
-        raise UsageError(f"--min_rating={min_rating}: {input} has no rating; name it with --rating")
-    dated = columns.time is not None
+    dated, rated = columns.time is not None, columns.rating is not None
     cli.check(
+        (
+            rated or min_rating is None,
+            f"--min_rating={min_rating}: {input} has no rating; name it with --rating",
+        ),
         (
             dated or dedup != "rows",
             "--dedup=rows: compares times, and none are read; give items, or no",
-        )
+        ),
     )
     report_columns(table, columns, min_rating)
     drop = ROLES if drop_missing else ()

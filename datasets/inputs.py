@@ -67,7 +67,7 @@ class Inputs(NamedTuple):
             if None not in (value, theirs) and theirs != value:
                 mend = self._mend(recorded, name, owner)
                 raise UsageError(
-                    f"{owner} was made from another file: its {name} is {theirs[:12]}...,"
+                    f"{owner} was made from another file: its {name} is {str(theirs)[:12]}...,"
                     f" {self.sources[name]} has {value[:12]}...; {mend}"
                 )
 
@@ -131,15 +131,13 @@ class Inputs(NamedTuple):
         targets = training.train_targets or ("all" if few else "last")
         return files, dataclasses.replace(training, train_targets=targets)
 
-    def with_items(self, notes: dict, table: Path) -> "Inputs":
-        """With the hash of items.csv among the hashes, and compared with the notes of a table."""
-        found, inputs = self.items_sha256(), self
-        if found:
-            hashes = self.hashes | {"items_sha256": found}
-            sources = self.sources | {"items_sha256": listing_of(self.csv_path)}
-            inputs = self._replace(hashes=hashes, sources=sources)
-        inputs.check(notes, table)
-        return inputs
+    def with_items(self) -> "Inputs":
+        """With the hash of items.csv among the hashes, where there is one."""
+        found = self.items_sha256()
+        if not found:
+            return self
+        sources = self.sources | {"items_sha256": listing_of(self.csv_path)}
+        return self._replace(hashes=self.hashes | {"items_sha256": found}, sources=sources)
 
     def vectors(self, path: str | Path) -> "torch.Tensor":
         """The items' rows of a table, [N, D]. The numbering of someone's own is checked."""
@@ -218,10 +216,10 @@ def read_sequences(files: Data, recorded: dict | None = None) -> Inputs:
     start = getattr(files, "init_table", None)
     hashes = {"data_sha256": data.sha256, "init_table_sha256": start and file_sha256(start)}
     sources = {"data_sha256": csv_path, "init_table_sha256": start}
-    notes = _notes(Path(start)) if start else {}
-    return Inputs(domain, data, csv_path, None, hashes, sources).with_items(
-        notes, Path(start or "")
-    )
+    inputs = Inputs(domain, data, csv_path, None, hashes, sources).with_items()
+    if start:
+        inputs.check(_notes(Path(start)), Path(start))
+    return inputs
 
 
 def read_inputs(files: Data, recorded: dict | None = None) -> Inputs:
@@ -264,8 +262,10 @@ def read_inputs(files: Data, recorded: dict | None = None) -> Inputs:
         made_by.append(made | {name: value for name, value in start.items() if value})
     more = flags, made_by if any(made != flags for made in made_by) else None
     inputs = Inputs(domain, data, csv_path, table_path, hashes, sources, made_from, *more)
+    inputs = inputs.with_items()
+    inputs.check(about, table_path)
     _report_newer(about)
-    return inputs.with_items(about, table_path)
+    return inputs
 
 
 def _report_newer(about: dict) -> None:

@@ -288,8 +288,9 @@ def _separator(path: Path, lines: list[str]) -> str:
         if counts and min(counts) > 1 and counts[0] == max(set(counts), key=counts.count):
             return separator
     one_field = all(counts[:1] == [1] for s, counts in by_separator.items() if s != " ")
-    for counts in by_separator.values():
-        if one_field and len(counts) > 2 and counts[0] == 1 and min(counts[1:]) > 1:
+    for separator, counts in by_separator.items():
+        titled = len(counts) > 2 and counts[0] == 1 and min(counts[1:]) > 1
+        if titled and (separator != " " or one_field):  # blanks are in titles of items too
             raise UsageError(
                 f"{path}: its first line, {lines[0][:40]!r}, has one field, the next ones"
                 f" {counts[1]}: a title? remove it"
@@ -329,9 +330,10 @@ def _opened(path: Path) -> BinaryIO:
     return opener(path, "rb")
 
 
-def _opened_text(table: Table) -> Iterator[str]:
+def _opened_text(table: Table, comments: bool = True) -> Iterator[str]:
+    """The lines from the first row on; what is skipped before it is printed with `comments`."""
     text = io.TextIOWrapper(_opened(table.path), encoding=table.encoding, newline="")
-    return _from_first_row(text, table.path)
+    return _from_first_row(text, table.path if comments else None)
 
 
 def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
@@ -366,8 +368,7 @@ def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
 
 def _last_whole(table: Table) -> int:
     """The line where the last row ends before one that cannot be read."""
-    text = io.TextIOWrapper(_opened(table.path), encoding=table.encoding, newline="")
-    reader = csv.reader(_from_first_row(text), delimiter=table.separator[0], strict=True)
+    reader = csv.reader(_opened_text(table, False), delimiter=table.separator[0], strict=True)
     line = 0
     with contextlib.suppress(csv.Error):
         for _ in reader:

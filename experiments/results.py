@@ -95,8 +95,8 @@ class FinishedRun(NamedTuple):
         every = [*map(cli.defaults, SCRIPTS.values()), own]
         usual = {name: v for defaults in every for name, v in defaults.items() if v is not None}
         usual["train_targets"] = own["train_targets"] or "last"
-        known = {name: self.flags[name] for name in self.flags if name in self.counted}
-        other = {name: value for name, value in known.items() if value != usual.get(name)}
+        flags, counted = self.flags, self.counted
+        other = {n: flags[n] for n in flags if n in counted and flags[n] != usual.get(n)}
         return [f"{name}={value}" for name, value in (other | self.foreign).items()]
 
     @property

@@ -82,14 +82,15 @@ def best_run(domain: Domain) -> Path:
     which no candidates decide; it is printed. Runs of other data than the newest one's are left
     out. Raises UsageError: there is none.
     """
-    every, found = [], []
+    every = []
     for path in sorted(domain.folder.glob("*/results.json")):
         results = read_json(path, "results")
         whole = results.get("steps") is not None and {"data_sha256", "valid"} <= results.keys()
         if whole and (path.parent / "best").is_dir():
-            flags = read_json(path.with_name("config.json"), "run").get("flags", {})
             every.append((path, results))
-            found += every[-1:] if domain.split in (None, split_of(flags)) else []
+    found = every
+    if domain.split is not None:
+        found = [pair for pair in every if _split(pair[0]) == domain.split]
     if not found:
         raise UsageError(f"--model=best: no finished run in {domain.folder}/*; train one first")
     newest = max(found, key=lambda pair: pair[0].stat().st_mtime)[1]["data_sha256"]
@@ -100,6 +101,11 @@ def best_run(domain: Domain) -> Path:
     if len(every) > len(found):
         print(f"left out: {len(every) - len(found)} runs of other data or another split")
     return path.parent
+
+
+def _split(results: Path) -> str:
+    """The split of the run that results.json is of."""
+    return split_of(read_json(results.with_name("config.json"), "run").get("flags", {}))
 
 
 def read_all(files: ServedFiles) -> list[Served]:

@@ -207,3 +207,13 @@ def test_a_start_that_died_puts_the_old_run_back(inside, monkeypatch, place):
     assert hashes(folder) != before
     train_sr_trad.main(**SHORT)  # finished: prints its results
     assert hashes(folder) == before and not (folder / ".replaced").exists()
+
+
+def test_best_asks_no_config_of_another_run_without_need(shop):
+    Path("output/x/other/best").mkdir(parents=True)
+    shutil.copy("output/x/sasrec/results.json", "output/x/other/results.json")
+    results = json.loads(Path("output/x/other/results.json").read_text())
+    results["valid"]["full"]["MRR"] = 0.0
+    Path("output/x/other/results.json").write_text(json.dumps(results))
+    Path("output/x/other/config.json").write_text("{")  # cut
+    assert recommend.main(domain_type="x", history=["105"], k=3)  # the best is another
