@@ -24,8 +24,33 @@ samples beside the teacher's folder: output/<domain>/teacher_states/. SASRec is 
 output/<domain>/sasrec/.
 """
 
+from typing import Literal
+
 from engine import cli
+from engine.cli import NonNegativeFloat, PositiveFloat, flag
 from utils import flags
+from utils.flags import EXITS, USES_BLOCKS, BlockMap, weight
+
+
+class StudentLoss(flags.TeacherLoss):
+    """The distillation loss (EDIT in distill.py); a weight of 0 leaves a term out"""
+
+    cls_multiple_lambda: NonNegativeFloat = weight(1.0, EXITS, "L_ms", teacher=False)
+    block_map: BlockMap | None = flag(
+        None,
+        "instead of B equal blocks: where each ends, student:teacher, such as 2:4,4:8",
+        needs=USES_BLOCKS,
+        replaces="distill_block",
+    )
+    distill_lambda: NonNegativeFloat = weight(1.0, "weight of the cosine term (lambda1)", "D_cos")
+    norm_lambda: NonNegativeFloat = weight(0.1, "weight of the distance term (lambda2)", "D_norm")
+    logit_lambda: NonNegativeFloat = weight(
+        0.0, "weight of the KL between catalogue softmaxes", "logit KL"
+    )
+    norm_form: Literal["l2", "squared_l2"] = flag(
+        "l2", "the distance: l2 (released) or squared_l2 (paper)", needs="norm_lambda"
+    )
+    temperature: PositiveFloat = flag(1.0, "temperature of the logit KL", needs="logit_lambda")
 
 
 @cli.command
@@ -35,7 +60,7 @@ def main(
     prompt: flags.Prompt = flags.FROM_TEACHER,
     llm: flags.StudentLLM,
     lora: flags.LoRA,
-    loss: flags.StudentLoss,
+    loss: StudentLoss,
     training: flags.Training,
     evaluation: flags.Evaluation,
     runtime: flags.LLMRuntime,

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig
 
 from benchmarks.plain import PlainLLM4Rec, plain_twin
+from distill import StudentLoss
 from engine import processes
 from engine.files import write_json
 from models import losses
 from models.base import prune_config
 from models.llm4rec import LLM4Rec, assemble
 from models.losses import Output
-from utils.flags import StudentLoss
 
 DIM = 128  # width of the item table
 TARGETS = ["gate_proj", "up_proj", "down_proj"]

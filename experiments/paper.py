@@ -4,9 +4,11 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from utils.flags import reads_teacher, terms
+from distill import StudentLoss
 
 COLUMNS = ("HR@1", "HR@5", "NDCG@5", "MRR")
+_PAPERS = ("distill_lambda", "norm_lambda", "cls_multiple_lambda")
+TERMS = {name: StudentLoss.terms()[name] for name in (*_PAPERS, *StudentLoss.terms())}
 
 
 def published() -> dict[str, dict[str, tuple[float, ...]]]:
@@ -40,7 +42,7 @@ def plain_name(layers: int) -> str:
 def plain_ce(flags: dict[str, Any]) -> bool:
     """Whether an LLM run is trained by cross-entropy alone from the base, by either script."""
     from_base = flags.get("student_init") in (None, "base")
-    return from_base and not any(flags.get(name) for name in terms())
+    return from_base and not any(flags.get(name) for name in TERMS)
 
 
 def label(stage: str, flags: dict[str, Any]) -> str:
@@ -59,7 +61,7 @@ def label(stage: str, flags: dict[str, Any]) -> str:
     if plain_ce(flags):
         parts.append(plain_name(layers))
     elif teacher:
-        named = [name for weight, name in terms().items() if flags.get(weight)]
+        named = [name for weight, name in TERMS.items() if flags.get(weight)]
         parts.append(f"{layers} layers: " + " + ".join(["CE", *named]))
     else:
         parts += _student(layers, flags)
@@ -85,8 +87,8 @@ def _sasrec(flags: dict[str, Any]) -> str:
 
 def _student(layers: int, flags: dict[str, Any]) -> list[str]:
     """The name of a student's row, and what else sets it apart."""
-    named = [name for weight, name in terms().items() if flags.get(weight)]
-    if not reads_teacher(flags):
+    named = [name for weight, name in TERMS.items() if flags.get(weight)]
+    if not any(flags.get(weight) for weight in StudentLoss.terms(of_teacher=True)):
         name = f"{layers} layers: " + " + ".join(["CE", *named])
     else:
         between = f"{layers} <- {flags['llama_decoder_nums_teacher']}"
@@ -94,8 +96,7 @@ def _student(layers: int, flags: dict[str, Any]) -> list[str]:
         if named[:3] == ["D_cos", "D_norm", "L_ms"]:
             name = " + ".join([f"SLMRec {between}", *named[3:]])
     parts = [name]
-    by_blocks = ("distill_lambda", "norm_lambda", "cls_multiple_lambda")
-    if any(flags.get(weight) for weight in by_blocks):
+    if any(flags.get(weight) for weight in _PAPERS):
         blocks = flags.get("block_map")
         if blocks or flags["distill_block"] != 4:
             parts.append(f"blocks {blocks}" if blocks else f"B = {flags['distill_block']}")

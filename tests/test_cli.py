@@ -181,7 +181,7 @@ def test_a_flag_of_two_scripts_has_one_text_and_its_group_a_kind():
 
 def test_what_has_no_effect_is_said(capsys):
     @cli.command
-    def main(*, loss: flags.StudentLoss, llm: flags.LLM):
+    def main(*, loss: distill.StudentLoss, llm: flags.LLM):
         return loss, llm
 
     loss, llm = main(norm_form="squared_l2", norm_lambda=0.0, interval_nums=3, temperature=2.0)

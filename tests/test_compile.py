@@ -8,9 +8,9 @@ import torch
 import distill
 import finetune
 from benchmarks.measure import loss_parts
+from distill import StudentLoss
 from engine.errors import UsageError
 from tests.conftest import histories, small_model
-from utils.flags import StudentLoss
 
 BATCHES = [3, 8, 1, 5, 2, 7] * 6, [2, 1, 4] * 13  # lengths; the second has other shapes
 LORA = {"strategy": "lora", "kv_heads": 2}

@@ -8,11 +8,11 @@ import torch
 from benchmarks.measure import loss_parts
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, EvaluationSplit
+from distill import StudentLoss
 from models.catalogue import catalogue_cross_entropy
 from models.sasrec import SASRec
 from tests.conftest import histories, small_model, write_sequences
 from utils.evaluation import rank_all
-from utils.flags import StudentLoss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LENGTHS = [3, 8, 1, 5] * 20

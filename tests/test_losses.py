@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import loss_parts
+from distill import StudentLoss
 from models import catalogue, losses
 from models.catalogue import catalogue_cross_entropy
 from models.losses import block_cosine, block_distance, logit_kl, user_kl
 from tests.conftest import histories, small_model
-from utils.flags import StudentLoss
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (3, 4), (256, 2048)])

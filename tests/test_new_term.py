@@ -1,4 +1,4 @@
-"""A new loss term is a function, a weight in its group and two lines in the script: here a toy."""
+"""A new loss term is a function, and in the script its weight and two lines: here a toy."""
 
 import json
 import subprocess
@@ -11,8 +11,8 @@ from tests.conftest import ROOT, SHORT
 
 FIELD = """    toy_lambda: NonNegativeFloat = weight(0.0, "weight of the toy term", "toy")
 
-    @property
-    def reads_teacher(self)"""
+
+@cli.command"""
 FUNCTION = '''def toy(teacher: Tensor, student: Tensor) -> Tensor:
     """A toy term."""
     return (teacher - student).abs().mean()
@@ -39,7 +39,7 @@ def tree(tmp_path):
         if name.endswith((".py", ".json", ".csv")) and not name.startswith(("tests/", "docs/")):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    edit(tmp_path / "utils/flags.py", "    @property\n    def reads_teacher(self)", FIELD)
+    edit(tmp_path / "distill.py", "\n\n@cli.command", FIELD)
     edit(tmp_path / "models/losses.py", "def block_cosine(", FUNCTION)
     edit(tmp_path / "distill.py", "        if v is not None:", LINE)
     return tmp_path

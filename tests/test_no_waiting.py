@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.measure import loss_parts
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, EvaluationSplit
+from distill import StudentLoss
 from engine.run import Run
 from engine.state import Progress, State
 from engine.tensor_cache import TensorCache
@@ -31,7 +32,6 @@ from models.packed import Packed, in_one_copy
 from models.sasrec import SASRec
 from tests.conftest import histories, small_model, write_sequences
 from utils.evaluation import Batch, rank_users
-from utils.flags import StudentLoss
 from utils.training import _Late
 
 META = torch.device("meta")

@@ -8,10 +8,10 @@ import torch
 
 from benchmarks.measure import loss_parts
 from benchmarks.plain import plain_twin
+from distill import StudentLoss
 from models.attention import attend, attend_last, attend_last_on_grids, attend_on_grids
 from models.packed import Packed
 from tests.conftest import TARGETS, histories, small_model
-from utils.flags import StudentLoss
 
 pytestmark = pytest.mark.usefixtures("float64_norm")
 LENGTHS = {

@@ -1,5 +1,7 @@
 """Every flag of the four scripts, once, with type, default, help and rules. EDIT HERE.
 
+The student's loss alone has its flags in distill.py, beside the sum.
+
 A group's kind says what may differ when a run resumes:
 
 * files: where files are. Paths may differ, their content not.
@@ -156,8 +158,6 @@ class StudentFiles(TeacherFiles):
         from_teacher = flags["student_init"] in ("adapter", "teacher") and not flags["eval_only"]
         if self.init_from and from_teacher:
             lines.append("--init_from and --student_init both say where to start; give one of them")
-        if self.teacher and flags["distill_mode"] == "online" and reads_teacher(flags):
-            lines.append("--teacher is a trained one, --distill_mode=online trains one: give one")
         return lines
 
 
@@ -288,67 +288,40 @@ class TeacherLoss(Group, kind="model"):
     sasrec_temperature: PositiveFloat = flag(1.0, "of SASRec's KL", needs="sasrec_lambda")
 
     def problems(self, flags: dict[str, Any]) -> list[str]:
-        pairs, asked = flags.get("block_map"), "cls_multiple_lambda" in self.given
+        lines, pairs = [], flags.get("block_map")
         one = "," not in pairs if pairs else self.distill_block == 1
-        if one and asked and self.uses_exits:
+        if pairs and "distill_block" in self.given:
+            lines.append("--block_map and --distill_block both say the blocks: give one")
+        elif one and "cls_multiple_lambda" in self.given and self.uses_exits:
             shown = f"--cls_multiple_lambda={self.cls_multiple_lambda:g}"
-            return [f"{shown}: one block has no inner exit; name more blocks, or give 0"]
-        return []
+            lines.append(f"{shown}: one block has no inner exit; name more blocks, or give 0")
+        if flags.get("teacher") and flags["distill_mode"] == "online" and self.reads_teacher:
+            lines.append("--teacher is a trained one, --distill_mode=online trains one: give one")
+        return lines
+
+    @classmethod
+    def terms(cls, of_teacher: bool = False) -> dict[str, str]:
+        """Weight of a loss term -> the term's name in tables; of those that read the LLM teacher
+        alone where `of_teacher`.
+        """
+        weights = [field for field in cls.fields() if "term" in field.metadata]
+        kept = [field for field in weights if field.metadata["teacher"] or not of_teacher]
+        return {field.name: field.metadata["term"] for field in kept}
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether any term with a weight reads the LLM teacher's output."""
+        return any(getattr(self, name) > 0 for name in self.terms(of_teacher=True))
 
     @property
     def uses_exits(self) -> bool:
         """Whether inner block ends predict too."""
         return self.cls_multiple_lambda > 0
 
-
-class StudentLoss(TeacherLoss):
-    """The distillation loss; EDIT HERE with models/losses.py; a weight of 0 leaves a term out"""
-
-    cls_multiple_lambda: NonNegativeFloat = weight(1.0, EXITS, "L_ms", teacher=False)
-    block_map: BlockMap | None = flag(
-        None,
-        "instead of B equal blocks: where each ends, student:teacher, such as 2:4,4:8",
-        needs=USES_BLOCKS,
-        replaces="distill_block",
-    )
-    distill_lambda: NonNegativeFloat = weight(1.0, "weight of the cosine term (lambda1)", "D_cos")
-    norm_lambda: NonNegativeFloat = weight(0.1, "weight of the distance term (lambda2)", "D_norm")
-    logit_lambda: NonNegativeFloat = weight(
-        0.0, "weight of the KL between catalogue softmaxes", "logit KL"
-    )
-    norm_form: Literal["l2", "squared_l2"] = flag(
-        "l2", "the distance: l2 (released) or squared_l2 (paper)", needs="norm_lambda"
-    )
-    temperature: PositiveFloat = flag(1.0, "temperature of the logit KL", needs="logit_lambda")
-
-    def problems(self, flags: dict[str, Any]) -> list[str]:
-        if self.block_map and "distill_block" in self.given:
-            return ["--block_map and --distill_block both say the blocks: give one"]
-        return super().problems(flags)
-
-    @property
-    def reads_teacher(self) -> bool:
-        """Whether any term with a weight reads the teacher's output."""
-        return reads_teacher(self.values())
-
     @property
     def uses_blocks(self) -> bool:
         """Whether any term that uses block ends has a weight."""
         return self.uses_exits or self.reads_teacher
-
-
-def reads_teacher(flags: dict[str, Any]) -> bool:
-    """Whether any term with a weight reads the teacher's output. A weight that is absent is 0."""
-    fields = StudentLoss.fields()
-    return any(f.metadata.get("teacher") and flags.get(f.name, 0) > 0 for f in fields)
-
-
-def terms() -> dict[str, str]:
-    """Weight of a loss term -> the term's name in tables, the paper's three first."""
-    fields = StudentLoss.fields()
-    named = {f.name: f.metadata["term"] for f in fields if "term" in f.metadata}
-    paper = ("distill_lambda", "norm_lambda", "cls_multiple_lambda")
-    return {name: named[name] for name in (*paper, *named)}
 
 
 class Evaluation(Group, kind="model"):
@@ -473,7 +446,7 @@ class LLMRuntime(Runtime):
 # -- what flags say together --------------------------------------------------------------------
 
 
-def teacher_mode(llm: StudentLLM, loss: StudentLoss, runtime: Runtime) -> str:
+def teacher_mode(llm: StudentLLM, loss: TeacherLoss, runtime: Runtime) -> str:
     """Which LLM teacher a student has: none, offline (trained) or online (trained beside it)."""
     starts_there = llm.student_init in ("adapter", "teacher")
     if runtime.eval_only or not (loss.reads_teacher or starts_there):
