@@ -24,16 +24,24 @@ samples beside the teacher's folder: output/<domain>/teacher_states/. SASRec is 
 output/<domain>/sasrec/.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from engine import cli
 from engine.cli import NonNegativeFloat, PositiveFloat, flag
 from utils import flags
 from utils.flags import EXITS, USES_BLOCKS, BlockMap, weight
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.losses import Output
+
+
+# -- the method: EDIT HERE. A term is a function in models/losses.py, a weight and two lines here --
+
 
 class StudentLoss(flags.TeacherLoss):
-    """The distillation loss (EDIT in distill.py); a weight of 0 leaves a term out"""
+    """The distillation loss, whose sum is in distill.py; a weight of 0 leaves a term out"""
 
     cls_multiple_lambda: NonNegativeFloat = weight(1.0, EXITS, "L_ms", teacher=False)
     block_map: BlockMap | None = flag(
@@ -53,6 +61,51 @@ class StudentLoss(flags.TeacherLoss):
     temperature: PositiveFloat = flag(1.0, "temperature of the logit KL", needs="logit_lambda")
 
 
+def loss_parts(
+    s: "Output",
+    t: "Output | None",
+    v: "Output | None",
+    table: "Tensor",
+    target: "Tensor",
+    loss: StudentLoss,
+    online: bool = False,
+) -> "dict[str, Tensor]":
+    """L = L_ce + lambda1 D_cos + lambda2 D_norm + lambda3 L_ms, and two KLs of ours: the parts by
+    name, unweighted, and their weighted sum, "total".
+
+    Args:
+        s, t: of student and teacher: user [B, D], states [B, E, H], exits [B, E - 1, D].
+        v: of SASRec, user [B, D].
+        table: item vectors [N, D]. target: the next items, [B].
+        online: whether the teacher is trained too.
+    """
+    from models import losses
+
+    how = loss.block_reduction
+    parts = {"ce": (1.0, losses.next_item(s.user, table, target))}  # name -> weight, value
+    if s.exits.shape[1] and loss.cls_multiple_lambda:
+        exits = losses.exit_supervision(s.exits, table, target, how)
+        parts["exits"] = loss.cls_multiple_lambda, exits
+    if t is not None and loss.distill_lambda:
+        parts["align_cos"] = loss.distill_lambda, losses.block_cosine(t.states, s.states, how)
+    if t is not None and loss.norm_lambda:
+        norm = losses.block_distance(t.states, s.states, how, loss.norm_form)
+        parts["align_norm"] = loss.norm_lambda, norm
+    if t is not None and loss.logit_lambda:
+        kl = losses.logit_kl(t, s, table, loss.temperature, how)
+        parts["logit_kl"] = loss.logit_lambda, kl
+    if v is not None:
+        kl = losses.user_kl(v.user, s.user, table, loss.sasrec_temperature)
+        parts["sasrec_kl"] = loss.sasrec_lambda, kl
+    if t is not None:
+        its_exits = loss.cls_multiple_lambda if online else None
+        parts |= losses.of_teacher(t, table, target, how, its_exits)
+    return losses.weighted_sum(parts)
+
+
+# -- the script --------------------------------------------------------------------------------
+
+
 @cli.command
 def main(
     *,
@@ -69,8 +122,8 @@ def main(
 
     Loss: ce + distill_lambda * align_cos + norm_lambda * align_norm + cls_multiple_lambda * exits +
     logit_lambda * logit_kl + sasrec_lambda * sasrec_kl. Base, prompt, length, data and item
-    table must match the teacher's; flags that are not given are inherited. No teacher is needed or
-    loaded if all terms that read it have weight 0.
+    table must match the teacher's; flags that are not given are inherited. No teacher is needed if
+    all terms that read it have weight 0 and the student starts from the base, as it then does.
     """
     # 1. The request. No torch yet: a wrong one ends here, in one line.
     from datasets.domain import Domain, cache_folder
@@ -103,7 +156,7 @@ def main(
     # 2. Data: item table [N, D], samples, splits.
     import torch
 
-    from models import losses, teachers
+    from models import teachers
     from models.base import open_base
     from models.llm4rec import LLM4Rec, specify
     from utils.evaluation import finish
@@ -150,32 +203,10 @@ def main(
         teacher = teachers.online(online_model.move(device, runtime.shard))
     sasrec = teachers.sasrec(sasrec_runs, data, cache, run, runtime)
 
-    # 4. The method: L = L_ce + lambda1 D_cos + lambda2 D_norm + lambda3 L_ms, and two KLs of ours.
-    table, how = data.item_table, loss.block_reduction
-    teachers_exits = loss.cls_multiple_lambda if online_model else None  # None: it is frozen
-
+    # 4. The method: the sum above.
     def loss_fn(batch):
-        s = student(batch.history)  # user [B, D], states [B, E, H], exits [B, E - 1, D]
-        t = teacher(batch)  # the same, or None
-        v = sasrec(batch)  # user [B, D], or None
-        parts = {"ce": (1.0, losses.next_item(s.user, table, batch.target))}  # weight, value
-        if s.exits.shape[1] and loss.cls_multiple_lambda:
-            exits = losses.exit_supervision(s.exits, table, batch.target, how)
-            parts["exits"] = loss.cls_multiple_lambda, exits
-        if t is not None and loss.distill_lambda:
-            parts["align_cos"] = loss.distill_lambda, losses.block_cosine(t.states, s.states, how)
-        if t is not None and loss.norm_lambda:
-            norm = losses.block_distance(t.states, s.states, how, loss.norm_form)
-            parts["align_norm"] = loss.norm_lambda, norm
-        if t is not None and loss.logit_lambda:
-            kl = losses.logit_kl(t, s, table, loss.temperature, how)
-            parts["logit_kl"] = loss.logit_lambda, kl
-        if v is not None:
-            kl = losses.user_kl(v.user, s.user, table, loss.sasrec_temperature)
-            parts["sasrec_kl"] = loss.sasrec_lambda, kl
-        if t is not None:
-            parts |= losses.of_teacher(t, table, batch.target, how, teachers_exits)
-        return losses.weighted_sum(parts)  # every part, and "total"
+        outputs = student(batch.history), teacher(batch), sasrec(batch)
+        return loss_parts(*outputs, data.item_table, batch.target, loss, mode == "online")
 
     trained = student
     if online_model is not None:

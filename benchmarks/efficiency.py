@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from benchmarks import measure, plain
-from benchmarks.measure import DIM, loss_parts, seconds, training_step
+from benchmarks.measure import DIM, seconds, training_step
 from datasets import sequences
 from datasets.domain import Domain
 from datasets.interactions import read_csv
+from distill import StudentLoss, loss_parts
 from engine import cli, processes
 from engine.cli import PositiveInt, flag
 from engine.errors import one_line
@@ -107,7 +108,8 @@ def llm_row(which: str, n_layers: int, distilled: bool, setting: Setting) -> Mod
         if distilled:
             states = torch.randn(len(rows), BLOCKS, config.hidden_size).to(device)
             teacher = Output(torch.randn(len(rows), DIM).to(device), states, output.exits[:, :0])
-        return loss_parts(output, teacher, model.item_table, target)["total"]
+        parts = loss_parts(output, teacher, None, model.item_table, target, StudentLoss())
+        return parts["total"]
 
     @torch.no_grad()
     def plain_encode(history):

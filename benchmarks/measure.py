@@ -14,13 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig
 
 from benchmarks.plain import PlainLLM4Rec, plain_twin
-from distill import StudentLoss
 from engine import processes
 from engine.files import write_json
-from models import losses
 from models.base import prune_config
 from models.llm4rec import LLM4Rec, assemble
-from models.losses import Output
 
 DIM = 128  # width of the item table
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
@@ -97,40 +94,6 @@ class Shape(NamedTuple):
         """Ours and the plain form with the same weights."""
         model = self.model(n_layers, strategy, **shape)
         return model, plain_twin(model, (RANK, RANK, TARGETS) if strategy == "lora" else None)[0]
-
-
-def loss_parts(
-    student: Output,
-    teacher: Output | None,
-    table: Tensor,
-    target: Tensor,
-    loss: StudentLoss = StudentLoss(),
-    online: bool = False,
-    sasrec: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The parts of the loss as distill.py adds them up, by default with its weights.
-
-    Args:
-        sasrec: its user vectors [B, D].
-    """
-    how, parts = loss.block_reduction, {"ce": (1.0, losses.next_item(student.user, table, target))}
-    if student.exits.shape[1] and loss.uses_exits:
-        exits = losses.exit_supervision(student.exits, table, target, how)
-        parts["exits"] = loss.cls_multiple_lambda, exits
-    if teacher is not None:
-        states = teacher.states, student.states
-        distance = losses.block_distance(*states, how, loss.norm_form)
-        parts["align_cos"] = loss.distill_lambda, losses.block_cosine(*states, how)
-        parts["align_norm"] = loss.norm_lambda, distance
-        exits = loss.cls_multiple_lambda if online else None
-        parts |= losses.of_teacher(teacher, table, target, how, exits)
-    if teacher is not None and loss.logit_lambda:
-        kl = losses.logit_kl(teacher, student, table, loss.temperature, how)
-        parts["logit_kl"] = loss.logit_lambda, kl
-    if sasrec is not None:
-        kl = losses.user_kl(sasrec, student.user, table, loss.sasrec_temperature)
-        parts["sasrec_kl"] = loss.sasrec_lambda, kl
-    return losses.weighted_sum(parts)
 
 
 def training_step(

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import measure, plain
-from benchmarks.measure import DIM, loss_parts, training_step
+from benchmarks.measure import DIM, training_step
 from datasets import sequences
 from datasets.domain import Domain
 from datasets.interactions import Interactions
 from datasets.prompts import read_template, tokenise
+from distill import StudentLoss, loss_parts
 from engine import cli, processes, tensor_cache
 from engine.cli import PositiveInt, flag
 from engine.files import check_writable, markdown
@@ -152,8 +153,8 @@ def distillation(bench: Bench) -> None:
 
     def loss(rows, teacher_output):
         history, target = bench.batch(rows)
-        outputs = student(history), teacher_output(rows, history)
-        return loss_parts(*outputs, student.item_table, target)["total"]
+        outputs = student(history), teacher_output(rows, history), None
+        return loss_parts(*outputs, student.item_table, target, StudentLoss())["total"]
 
     def plain_loss(rows):
         history, target = bench.batch(rows)

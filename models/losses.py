@@ -6,7 +6,7 @@
 The first three weights are the paper's lambda1, lambda2 and lambda3. It calls the cosine D_cos, the
 distance D_norm, and the exits' cross-entropy L_ms. The two KL terms are ours.
 
-To add a term: a function here; in distill.py its weight, and two lines in section 4.
+To add a term: a function here; its weight and two lines in distill.py.
 
 Legend: B batch, E block ends, H LLM width, D item width, N items, L slots, K negatives, S positions
 of all users.

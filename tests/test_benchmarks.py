@@ -9,6 +9,7 @@ import torch
 from benchmarks import efficiency, first_gpu, measure, plain, throughput
 from datasets.demo import write_demo
 from datasets.interactions import write_csv
+from distill import StudentLoss, loss_parts
 from engine.errors import UsageError
 from tests.conftest import ROOT, histories, refused, small_config, small_model
 
@@ -18,7 +19,8 @@ def test_the_plain_loss_is_distills_default_loss_in_parity():
     batch, target = histories([3, 8, 1, 5]), torch.tensor([1, 2, 3, 4])
     with torch.no_grad():
         wanted = teacher(batch)
-    parts = measure.loss_parts(student(batch), wanted, student.item_table, target)
+    given = student(batch), wanted, None, student.item_table, target
+    parts = loss_parts(*given, StudentLoss())
     given = plain.plain_loss(student(batch), wanted, student.item_table, target)
     # the plain form rounds to float32
     torch.testing.assert_close(given.double(), parts["total"], atol=1e-5, rtol=1e-6)

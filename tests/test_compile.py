@@ -7,8 +7,7 @@ import torch
 
 import distill
 import finetune
-from benchmarks.measure import loss_parts
-from distill import StudentLoss
+from distill import StudentLoss, loss_parts
 from engine.errors import UsageError
 from tests.conftest import histories, small_model
 
@@ -22,7 +21,7 @@ def losses_and_gradients(model, lengths: list[int]) -> list[torch.Tensor]:
     model.zero_grad(set_to_none=True)
     target = torch.arange(len(lengths)) % len(model.item_table)
     loss = StudentLoss(distill_lambda=0, norm_lambda=0)
-    parts = loss_parts(model(histories(lengths)), None, model.item_table, target, loss)
+    parts = loss_parts(model(histories(lengths)), None, None, model.item_table, target, loss)
     parts["total"].backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     return [*(part.detach() for part in parts.values()), *gradients]

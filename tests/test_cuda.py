@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 
-from benchmarks.measure import loss_parts
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, EvaluationSplit
-from distill import StudentLoss
+from distill import StudentLoss, loss_parts
 from models.catalogue import catalogue_cross_entropy
 from models.sasrec import SASRec
 from tests.conftest import histories, small_model, write_sequences
@@ -26,7 +25,7 @@ def sasrec() -> SASRec:
 
 
 def student_loss(model, target):
-    given = None, model.item_table, target[: len(LENGTHS)], ALONE
+    given = None, None, model.item_table, target[: len(LENGTHS)], ALONE
     return loss_parts(model(histories(LENGTHS)), *given)["total"]
 
 

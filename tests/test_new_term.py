@@ -12,16 +12,16 @@ from tests.conftest import ROOT, SHORT
 FIELD = """    toy_lambda: NonNegativeFloat = weight(0.0, "weight of the toy term", "toy")
 
 
-@cli.command"""
+def loss_parts("""
 FUNCTION = '''def toy(teacher: Tensor, student: Tensor) -> Tensor:
     """A toy term."""
     return (teacher - student).abs().mean()
 
 
 def block_cosine('''
-LINE = """        if t is not None and loss.toy_lambda:
-            parts["toy"] = loss.toy_lambda, losses.toy(t.states, s.states)
-        if v is not None:"""
+LINE = """    if t is not None and loss.toy_lambda:
+        parts["toy"] = loss.toy_lambda, losses.toy(t.states, s.states)
+    if v is not None:"""
 FLAGS = ["--distill_lambda=0", "--norm_lambda=0", "--cls_multiple_lambda=0", "--toy_lambda=0.5"]
 
 
@@ -39,9 +39,9 @@ def tree(tmp_path):
         if name.endswith((".py", ".json", ".csv")) and not name.startswith(("tests/", "docs/")):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    edit(tmp_path / "distill.py", "\n\n@cli.command", FIELD)
+    edit(tmp_path / "distill.py", "\n\ndef loss_parts(", FIELD)
     edit(tmp_path / "models/losses.py", "def block_cosine(", FUNCTION)
-    edit(tmp_path / "distill.py", "        if v is not None:", LINE)
+    edit(tmp_path / "distill.py", "    if v is not None:", LINE)
     return tmp_path
 
 

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import loss_parts
 from datasets.interactions import read_csv
 from datasets.sequences import TEST, EvaluationSplit
-from distill import StudentLoss
+from distill import StudentLoss, loss_parts
 from engine.run import Run
 from engine.state import Progress, State
 from engine.tensor_cache import TensorCache
@@ -74,7 +73,7 @@ def step(model: torch.nn.Module, total: Tensor) -> None:
 def test_a_teachers_step(strategy, checkpointing):
     model = on_meta(small_model(strategy=strategy, gradient_checkpointing=checkpointing)).train()
     target = empty(len(LENGTHS), dtype=torch.int64)
-    parts = loss_parts(model(histories(LENGTHS)), None, model.item_table, target, EVERY)
+    parts = loss_parts(model(histories(LENGTHS)), None, None, model.item_table, target, EVERY)
     assert set(parts) == {"ce", "exits", "total"}
     step(model, parts["total"])
 
@@ -85,10 +84,10 @@ def test_a_distillation_step_with_cached_outputs(strategy):
     shapes = {"user": (n, 6), "states": (n, 2, 32), "exits": (n, 1, 6)}
     states = TensorCache({name: torch.zeros(shape) for name, shape in shapes.items()})
     teacher = Output(**states.rows(np.arange(n), META))
-    sasrec = empty(n, 6)
+    sasrec = teacher._replace(user=empty(n, 6))
     target = empty(n, dtype=torch.int64)
     out = model(histories(LENGTHS))
-    parts = loss_parts(out, teacher, model.item_table, target, EVERY, sasrec=sasrec)
+    parts = loss_parts(out, teacher, sasrec, model.item_table, target, EVERY)
     assert {"align_cos", "align_norm", "logit_kl", "sasrec_kl", "exits"} < set(parts)
     step(model, parts["total"])
 

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.measure import loss_parts
 from benchmarks.plain import plain_twin
-from distill import StudentLoss
+from distill import StudentLoss, loss_parts
 from models.attention import attend, attend_last, attend_last_on_grids, attend_on_grids
 from models.packed import Packed
 from tests.conftest import TARGETS, histories, small_model
@@ -46,8 +45,8 @@ def test_outputs_scores_losses_and_gradients(lengths, kv_heads, strategy):
     torch.testing.assert_close(*scores, atol=1e-11, rtol=1e-12)
     with torch.no_grad():
         guide, plain_guide = teacher(batch), plain_teacher(batch)
-    parts = loss_parts(ours, guide, model.item_table, target, LOSS)
-    plain_parts = loss_parts(wanted, plain_guide, plain.item_table, target, LOSS)
+    parts = loss_parts(ours, guide, None, model.item_table, target, LOSS)
+    plain_parts = loss_parts(wanted, plain_guide, None, plain.item_table, target, LOSS)
     every = {"ce", "exits", "align_cos", "align_norm", "logit_kl", "teacher_ce", "total"}
     assert set(parts) == every
     for name in parts:
