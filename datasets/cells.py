@@ -59,7 +59,7 @@ def parsed(cell: str) -> object:
     try:
         tree = ast.parse(cell.strip(), mode="eval")
         return ast.literal_eval(_NaNs().visit(tree) if "nan" in cell else tree)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
 
 
@@ -72,10 +72,10 @@ class _NaNs(ast.NodeTransformer):
 
 def parse_list(path: Path, row: int, cell: object) -> list[str]:
     """The item ids of a cell: JSON, a Python literal, an array of Postgres or numpy, or text split
-    at commas or bars, or at blanks where it has none. Raises UsageError: an element is no text and
-    no whole number.
+    at commas or bars, or at blanks where it has none; a number is a list of one. Raises UsageError:
+    an element is no text and no whole number.
     """
-    text = cell.strip() if isinstance(cell, str) else ""
+    text = "" if cell is None or cell != cell else str(cell).strip()
     quoted = "'" in text or '"' in text
     literal = text[:1] in ("[", "(", "'", '"') and (quoted or not PYTHONS.search(text))
     values: object = None
@@ -87,7 +87,11 @@ def parse_list(path: Path, row: int, cell: object) -> list[str]:
     elif literal:
         values = parsed(text)
     if not isinstance(values, list | tuple):
-        inside = text.strip("[]()")
+        if text.startswith("[") and text.count("[") > text.count("]"):
+            raise UsageError(
+                f"{path}: row {row}: the list {text[:40]!r} is not closed: was it cut?"
+            )
+        inside = _unwrapped(text)
         split = SPLIT if SPLIT.search(inside) else BLANKS
         values = [part.strip("'\"") for part in split.split(inside.strip()) if part]
     names = []
@@ -103,6 +107,16 @@ def parse_list(path: Path, row: int, cell: object) -> list[str]:
     return names
 
 
+def _unwrapped(text: str) -> str:
+    """Without the brackets around the whole: those of X1(R),X2(L) are of an item."""
+    closing, depth = {"[": "]", "(": ")"}.get(text[:1]), 1
+    for letter in text[1:-1]:
+        depth += (letter == text[:1]) - (letter == closing)
+        if not depth:
+            return text
+    return text[1:-1] if closing and text.endswith(closing) else text
+
+
 def title_list(cell: object, n: int) -> list[str]:
     """A list of n titles; none where the cell holds something else."""
     values = parsed(cell) if isinstance(cell, str) else None
@@ -112,8 +126,10 @@ def title_list(cell: object, n: int) -> list[str]:
 
 
 def clean_title(title: object) -> str:
-    """Entities resolved, HTML tags, page code and surplus white space removed; maybe ""."""
-    if not isinstance(title, str) or SCRIPT.search(title):
+    """Entities resolved, HTML tags, page code and surplus white space removed; maybe "", as for a
+    word for nothing.
+    """
+    if not isinstance(title, str) or SCRIPT.search(title) or title.strip().lower() in NOTHING:
         return ""
     text = html.unescape(TAG.sub(" ", html.unescape(title)))
     # lone surrogates cannot be written

@@ -191,14 +191,14 @@ def replaceable_table(path: Path, mark: str) -> dict:
     Raises:
         UsageError: the table there is of something else, or a table cannot be written there.
     """
-    there = _notes(path) if path.exists() else {}
-    cli.check(
-        (path.suffix == ".pkl", f"--item_table={path}: must end in .pkl"),
-        (
-            not path.exists() or mark in there,
-            f"--item_table={path}: is there, and not written by this command; name another file",
-        ),
-    )
+    cli.check((path.suffix == ".pkl", f"--item_table={path}: must end in .pkl"))
+    present = [each for each in (path, path.with_suffix(".json")) if each.exists()]
+    there = _notes(path) if present else {}
+    if present and mark not in there:
+        raise UsageError(
+            f"--item_table={path}: {present[0].name} is there, and not written by this command;"
+            " name another file"
+        )
     check_writable(path.parent, "--item_table")
     return there
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from datasets.cells import (
     whole,
 )
 from datasets.columns import Columns
+from datasets.domain import SUFFIXES
 from datasets.filters import Log
 from datasets.items import listing_of, read_listing
 from datasets.tables import Table, bare, open_table
@@ -44,6 +46,16 @@ A_LIST = re.compile(  # in brackets, or several ids, each of which has a digit
     r"(?s)\s*[\[({].*[\])}]\s*|[^\s,|]*\d[^\s,|]*([\s,|]+[^\s,|]*\d[^\s,|]*)+"
 )
 FEW_USERS, LARGE_SHARE = 20, 0.1
+
+
+class Advice(NamedTuple):
+    """How the command that reads a log mends it: a row that lacks something, a column that is not
+    what it seems, items that look like lists.
+    """
+
+    missing: str = "--drop_missing true leaves them out"
+    column: str = "--{role} names another"
+    lists: str = "--lists yes reads lists, --lists no takes it as an id"
 
 
 class Names:
@@ -81,7 +93,7 @@ def read_log(
     min_rating: float | None = None,
     drop: Container[str] = (),
     new_events: bool = False,
-    mend: str = "--drop_missing true leaves them out",
+    advice: Advice = Advice(),
     time_format: str | None = None,
 ) -> tuple[Log, dict[str, str]]:
     """The interactions of a log, or of lists, in file order, and item -> title; both are judged.
@@ -91,7 +103,7 @@ def read_log(
         new_events: of users to serve: one user or one item is fine, and users stay in the order of
             the file.
         drop: roles (user, item, time, rating) without which a row is left out.
-        mend: what to do about rows without another one.
+        advice: of the command that reads it.
         time_format: of its times, such as %d.%m.%Y; numbers and ISO dates need none.
     Raises:
         UsageError: the file is damaged, a cell is wrong (its row is named), or what was read is no
@@ -109,14 +121,14 @@ def read_log(
     if new_events and names and not n_rows:  # their lists are empty
         return Log(names, [], *[np.zeros(0, dtype=np.int64)] * 3), {}
     cli.check((n_rows > 0, f"{table.path}: holds no interaction"))
-    _judge_missing(table.path, missing, drop, columns, mend)
+    _judge_missing(table.path, missing, drop, columns, advice.missing)
     user, item, time, rows = (np.concatenate(column) for column in zip(*parts))
     log = Log(names, ids, of_user[user], of_item[item], time)
     if min_rating is not None:
         print(f"{low:,} interactions rated below {min_rating:g} left out")
     lower = "; lower --min_rating" * (min_rating is not None)
     cli.check((len(user) > 0, f"{table.path}: nothing is left of {n_rows:,} rows{lower}"))
-    _judge(table.path, log, columns, new_events)
+    _judge(table, log, columns, new_events, advice)
     if columns.time is not None:
         values.judge_times(table.path, time, rows, dates)
         first, last = (values.shown_time(end, dates) for end in (time.min(), time.max()))
@@ -189,7 +201,7 @@ def _frames(
     table: Table, columns: Columns, users: Names
 ) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
     """An interaction per row, and the row of the file of each. Codes the users of empty lists."""
-    asins = _original_ids(table.path) if columns.lists else {}
+    asins = original_ids(table.path) if columns.lists else {}
     for frame in table.frames([name for name in columns if isinstance(name, str)]):
         rows = frame.index.to_numpy()
         if columns.lists:
@@ -245,11 +257,13 @@ def _add_titles(titles: dict[int, str], items: np.ndarray, cells: pd.Series) -> 
             titles[code] = clean_title(cell)
 
 
-def _original_ids(path: Path) -> dict[str, str]:
-    """Number -> original id, of the items.csv beside a CSV of lists; empty without one."""
+def original_ids(path: Path) -> dict[str, str]:
+    """Number -> original id, of the items.csv beside a domain's CSV; empty where it names none."""
     listing = listing_of(path)
-    named = read_listing(listing) if listing.is_file() else {}
-    return {str(number): asin for number, (asin, _) in sorted(named.items())}
+    beside = path.name.endswith(SUFFIXES) and listing.is_file()
+    named = read_listing(listing) if beside else {}
+    found = {str(number): asin for number, (asin, _) in sorted(named.items())}
+    return found if any(found.values()) else {}
 
 
 def _list_of_times(path: Path, row: int, cell: object, n: int) -> list:
@@ -325,8 +339,9 @@ def _judge_missing(
             print(f"{len(rows):,} rows without {role} left out")
 
 
-def _judge(path: Path, log: Log, columns: Columns, new_events: bool) -> None:
+def _judge(table: Table, log: Log, columns: Columns, new_events: bool, advice: Advice) -> None:
     """Refuse what is no log of several users and items; say what is unusual."""
+    path, typed = table.path, table.kind in ("json", "parquet")
     for role, names, codes in (("user", log.users, log.user), ("item", log.items, log.item)):
         for shape, what in SHAPES.items():
             name = next(filter(shape.fullmatch, names), None)
@@ -335,16 +350,15 @@ def _judge(path: Path, log: Log, columns: Columns, new_events: bool) -> None:
         if len(np.unique(codes)) == 1 and not new_events:
             raise UsageError(
                 f"{path}: one {role} in all, {names[codes[0]][:40]!r}: is column"
-                f" {getattr(columns, role)} the {role}? --{role} names another"
+                f" {getattr(columns, role)} the {role}? {advice.column.format(role=role)}"
             )
     names = log.items if columns.lists is False else []
     lists = [name for name in names if A_LIST.fullmatch(name)]
-    if lists and 2 * len(lists) >= len(names):
+    arrays = [name for name in lists if typed and isinstance(parsed(name), list)]
+    if arrays or (lists and 2 * len(lists) >= len(names)):
+        lists = arrays or lists
         shown = lists[0][:40]
-        raise UsageError(
-            f"{path}: the item {shown!r} looks like a list; --lists yes reads lists, --lists no"
-            " takes it as an id"
-        )
+        raise UsageError(f"{path}: the item {shown!r} looks like a list; {advice.lists}")
     counts = np.bincount(log.user)
     most = int(counts.argmax())
     if len(log.users) >= FEW_USERS and counts[most] > LARGE_SHARE * len(log.user):

@@ -21,12 +21,14 @@ from datasets import filters
 from datasets.columns import choose_columns
 from datasets.domain import canonical_domain
 from datasets.filters import Log, keep, often, print_counts
-from datasets.logs import read_log, read_titles
+from datasets.logs import Advice, read_log, read_titles
 from datasets.tables import open_table
 from engine import cli
 from engine.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
 from engine.files import check_writable
 
+OTHERS = "python -m datasets.convert reads other logs"
+ADVICE = Advice("remove these rows", OTHERS, OTHERS)
 REVIEWS = {"user": "reviewerID", "item": "asin", "time": "unixReviewTime", "rating": "overall"}
 
 
@@ -78,8 +80,10 @@ def main(
     )
     check_writable(Path(output_dir), "--output_dir")
     table = open_table(Path(reviews))
+    lacking = [name for name in REVIEWS.values() if name not in table.columns]
+    cli.check((not lacking, f"--reviews={reviews}: has no {', '.join(lacking)}; {OTHERS}"))
     columns = choose_columns(table, REVIEWS, lists="no")
-    raw, _ = read_log(table, columns, min_rating, ("user", "item"), mend="remove these rows")
+    raw, _ = read_log(table, columns, min_rating, ("user", "item"), advice=ADVICE)
     raw = raw.as_met()
     print_counts(f"rating >= {min_rating:g}", raw)
     by_time = order == "time"

@@ -6,10 +6,12 @@ import csv
 import gzip
 import io
 import itertools
+import json
 import lzma
 import re
 import zlib
 from collections.abc import Container, Iterable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,6 +25,7 @@ from datasets.cells import parsed
 from engine.errors import UsageError
 
 SAMPLE_BYTES, SAMPLE_ROWS, LONGEST_LINE = 2**18, 50, 2**26
+SMALL_PACKED = 100  # bytes; a packed file of nothing is smaller
 BATCH = 2**17  # rows of a frame
 SEPARATORS = ("::", "\t", ";", ",", "|", " ")
 BY_LETTERS = ("::", "\t")  # between these a quote is a letter, except around a whole cell
@@ -37,6 +40,7 @@ UNREAD = {  # what a file starts with -> what it is, and what to do
     b"\x28\xb5\x2f\xfd": "zstd; unpack it first (zstd -d)",
     b"SQLite format 3": "an SQLite database; export the table as CSV",
 }
+VERSIONED = ("_delta_log", ".hoodie", "_temporary")  # in a folder: which parts count
 SAVE_AS_UTF8 = "save it as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8)"
 
 
@@ -119,8 +123,14 @@ def open_table(
     """
     parts = [path]
     if path.is_dir():
+        versioned = [name for name in VERSIONED if (path / name).exists()]
+        if versioned:
+            raise UsageError(
+                f"{path}: has {versioned[0]}: some of its files may be of older versions, or of a"
+                " failed job; write the present rows into a new folder"
+            )
         parts = sorted((p for p in path.iterdir() if p.name[0] not in "._"), key=_by_number)
-        parts = [part for part in parts if not part.is_file() or part.stat().st_size]
+        parts = [part for part in parts if not part.is_file() or _has_bytes(part)]
         inner = next((part for part in parts if part.is_dir()), None)
         if inner is not None or not parts:
             found = f"holds the folder {inner.name}" if inner else "a folder without files"
@@ -171,6 +181,16 @@ def _refuse_hidden(table: Table, comments: list[str], known_form: bool) -> None:
                 f"{table.parts[0]}: {line[:60]!r} begins with # and has {n} cells: a comment, or a"
                 " header or row? remove the line, or its #"
             )
+
+
+def _has_bytes(part: Path) -> bool:
+    """Whether a file holds anything once it is unpacked."""
+    size = part.stat().st_size
+    if size >= SMALL_PACKED:
+        return True
+    with contextlib.suppress(OSError, *DAMAGED), _opened(part) as file:
+        return bool(file.read(1))
+    return True
 
 
 def _by_number(part: Path) -> list:
@@ -230,8 +250,13 @@ def _cell(value: Any) -> Any:
     """A JSON or parquet value; a list or an object as JSON text, bytes as UTF-8."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")  # different bytes stay different
+    if isinstance(value, Decimal):
+        return f"{value:f}"  # not 0E-10
     if isinstance(value, list | dict):
-        return orjson.dumps(value, default=_text_of).decode()
+        try:
+            return orjson.dumps(value, _text_of, orjson.OPT_NON_STR_KEYS).decode()
+        except TypeError:  # lone surrogates
+            return json.dumps(value, default=_text_of)
     return value
 
 
@@ -443,7 +468,7 @@ def _parquet(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
         for name in columns:
             if frame[name].dtype == object:
                 values = (v.tolist() if hasattr(v, "tolist") else v for v in frame[name])
-                frame[name] = [*map(_cell, values)]
+                frame[name] = pd.Series([*map(_cell, values)], frame.index, dtype=object)
         frame.index += row
         yield frame
         row += len(frame)

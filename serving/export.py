@@ -84,8 +84,12 @@ def described(run: Run) -> dict[str, str]:
 
     if run.stage == "sasrec":
         shape = f"{run.flags['num_blocks']} blocks of width {run.flags['hid_dim']}"
-        about = f"| model | SASRec (Kang and McAuley, 2018), {shape} |"
-        named = {"title": "SASRec", "library": "pytorch", "readers": ONNX_READERS}
+        bsarec = run.flags.get("alpha", 0.0) > 0
+        title, source = (
+            ("BSARec", "Shin et al., 2024") if bsarec else ("SASRec", "Kang and McAuley, 2018")
+        )
+        about = f"| model | {title} ({source}), {shape} |"
+        named = {"title": title, "library": "pytorch", "readers": ONNX_READERS}
         return named | {"about": about, "how": "in full"}
     spec, base = run.config["model"], run.flags["base_model"]
     licence = "none: it is random" if base in BUILT_IN else "see its own card"

@@ -8,11 +8,18 @@ import numpy as np
 from datasets.cells import canonical, form_in
 from datasets.columns import NAMES, ROLES, UNTIMED, choose_columns, report_columns
 from datasets.interactions import read_histories
-from datasets.items import Finder, Items, listing_of
-from datasets.logs import read_log
+from datasets.items import Finder, Items
+from datasets.logs import Advice, original_ids, read_log
 from datasets.tables import bare, open_table
 from datasets.values import APART, EPOCH
 from engine import cli
+
+LISTED = UNTIMED | {"time"}  # the columns of a file of lists
+ADVICE = Advice(
+    "--unknown skip leaves them out",
+    "--columns names others",
+    "write an item per row, or lists under reviewerID,asin",
+)
 
 
 class History(NamedTuple):
@@ -94,7 +101,7 @@ def of_file(
     """
     table = open_table(path, columns, NAMES)
     names = {bare(name) for name in table.columns}
-    in_lists = not columns and {"reviewerid", "asin"} <= names and "unixreviewtime" not in names
+    in_lists = not columns and {"reviewerid", "asin"} <= names <= LISTED
     given = dict(zip(ROLES, columns))
     if not given and table.header and names <= UNTIMED:
         given["time"] = "none"
@@ -102,16 +109,16 @@ def of_file(
     rated = min_rating is None or chosen.rating
     cli.check((rated, f"--min_rating={min_rating}: name the rating as the fourth of --columns"))
     report_columns(table, chosen, min_rating, advise=False)
-    options = {"new_events": True, "mend": "--unknown skip leaves them out"}
+    options = {"new_events": True, "advice": ADVICE}
     drop = ROLES if finder.skip else ()
     log, _ = read_log(table, chosen, min_rating, drop, time_format=time_format, **options)
     log = log.ordered(None)
     found: dict[str, list[tuple[str, float]]] = {user: [] for user in log.users}
     for user, item, time in zip(log.user, log.item, log.time.tolist()):
         found[log.users[user]].append((log.items[item], time))
-    if in_lists and not listing_of(path).is_file():
+    if chosen.lists and not original_ids(path):
         finder.refuse_ambiguous([[log.items[i] for i in set(log.item)]], f"--users={path}")
-    elif in_lists:  # its numbers were mapped to original ids
+    elif chosen.lists:  # its numbers were mapped to original ids
         finder = finder.by_asin()
     histories = {}
     for user, events in found.items():

@@ -188,7 +188,10 @@ def test_sasrec_is_exported_with_code_of_its_own(inside, norm, hid_dim, alpha):
     assert names == EXPORTED
     assert_same(Path("o"), "scores_sasrec.py", expected)
     card = Path("o/README.md").read_text()
-    assert "# A sequential recommender: SASRec" in card and f"2 blocks of width {hid_dim}" in card
+    assert (
+        f"recommender: {'BSARec' if alpha else 'SASRec'}" in card
+        and f"2 blocks of width {hid_dim}" in card
+    )
     code = re.search(r"```python\n(.*?)```", card, re.S)[1]
     ran = subprocess.run([sys.executable, "-c", code], cwd="o", capture_output=True, text=True)
     assert len(json.loads(ran.stdout)) == 10, ran.stderr

@@ -110,6 +110,9 @@ def test_file_order_as_released(tmp_path):
 
 def test_refusals(tmp_path):
     written(tmp_path)
+    (tmp_path / "v3.jsonl").write_text('{"user_id": "a", "parent_asin": "x", "timestamp": 1}\n')
+    with pytest.raises(UsageError, match="has no reviewerID, .*; python -m datasets.convert reads"):
+        process.main(reviews=str(tmp_path / "v3.jsonl"), domain_type="x")
     with pytest.raises(UsageError, match="already exists; --overwrite replaces it"):
         written(tmp_path)
     written(tmp_path, overwrite=True)

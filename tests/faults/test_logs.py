@@ -4,7 +4,9 @@ A case is refused in one line, or gives the right value; advice that a message g
 """
 
 import csv
+import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pandas as pd
@@ -55,6 +57,9 @@ ZONED = ["u1,a,2024-01-02 08:00\nu2,b,2024-01-03 08:00\n", "u1,b,2024-01-01 08:0
 CLOCK = HEADER + "u1,1,08:30\nu1,2,07:30\nu2,1,09:30\n"
 HALF_DAYS = HEADER + "".join(f"{u},{i},20240225\n" for u, i, _ in ROWS[:20]) + "u1,103,1700001200\n"
 MIND = 'reviewerID,asin\nu1,"[1, 2]"\nu1,"[1, 2]"\nu2,"[1, 2, 4]"\nu2,"[2, 4, 1]"\n'
+CUT = 'reviewerID,asin\nu1,"[1, 2]"\nu2,"[1, 2"\n'
+LOG_OF_JSON = "".join(f'{{"user_id":"{u}","item_id":{i},"timestamp":{t}}}\n' for u, i, t in ROWS)
+BASKETS = LOG_OF_JSON.replace("100", "[5,7]", 1)
 REFUSED = [  # the files, the first one's first part is read; words of the answer; further flags
     ({"p/a": LOG[:SPLIT], "p/b": LOG[SPLIT:]}, "p/b: lacks the column 'user_id'"),
     ({"p/a": LOG, "p/q/b": LOG}, "p: holds the folder q; put all"),
@@ -87,6 +92,10 @@ REFUSED = [  # the files, the first one's first part is read; words of the answe
     ({"a.csv": LOG + LOG}, "row 26 is the header again", "--time none"),
     ({"a.csv": "#" + LOG}, "'#user_id,item_id,timestamp' begins with # and has 3 cells"),
     ({"a.csv": LOG + "u1;104;1\n"}, "row 26 has one field, 'u1;104;1', expected 3: another sep"),
+    ({"p/a": LOG, "p/_delta_log/0": "{}"}, "p: has _delta_log: some of its files may be of older"),
+    ({"a.csv": CUT}, "row 3: the list '.1, 2' is not closed: was it cut", "--lists yes"),
+    ({"a.jsonl": BASKETS}, "the item '.5,7.' looks like a list; --lists yes reads lists"),
+    ({"a.jsonl": LOG_OF_JSON + "{{'user_id': 'a'}}\n"}, "row 25: not a JSON object"),
     ({"a.csv": MIND}, "row 3 repeats the list of the user's row before .2 such rows"),
 ]
 
@@ -148,9 +157,12 @@ def test_double_colons_separate_text_without_quotes():
 def test_ids_that_python_would_read_as_numbers_stay_text():
     lists = ("12_3, 4_5", "1_23, 4_5", "[1e3x, 0x10]", "['a b', 'c']")
     arrays = ('{"a b",c}', "{'d', 'e'}", "['f' 'g']")  # Postgres', a set, numpy's
-    found = [parse_list(Path("x"), 2, cell) for cell in lists + arrays]
+    own = ("X1(R),X2(L)", "(500) Days|Heat (1995)", "(a, b)", 7, 7.0, None)  # brackets of items
+    found = [parse_list(Path("x"), 2, cell) for cell in lists + arrays + own]
     assert found[:4] == [["12_3", "4_5"], ["1_23", "4_5"], ["1e3x", "0x10"], ["a b", "c"]]
-    assert found[4:] == [["a b", "c"], ["d", "e"], ["f", "g"]]
+    assert found[4:7] == [["a b", "c"], ["d", "e"], ["f", "g"]]
+    assert found[7:10] == [["X1(R)", "X2(L)"], ["(500) Days", "Heat (1995)"], ["a", "b"]]
+    assert found[10:] == [["7"], ["7.0"], []]
 
 
 def test_parts_without_rows_rows_without_anything_and_names_in_brackets_are_read():
@@ -158,6 +170,7 @@ def test_parts_without_rows_rows_without_anything_and_names_in_brackets_are_read
     odd = LOG.replace(",100,", ",(Live),").replace(",101,", ",7e1234,")  # the second is no number
     for name, text in (("a", ""), ("b", HEADER), ("c", odd + ",,\n")):
         Path("p", name).write_text(text)
+    Path("p/0.gz").write_bytes(gzip.compress(b""))
     lists, names = convert_by("--input p --drop_missing true")[:2]
     assert {"(Live)", "7e1234"} <= {*names} and [*map(len, lists.values())] == [
         *map(len, plain_lists().values())
@@ -176,6 +189,8 @@ def test_bytes_that_are_no_text_and_lone_surrogates_stay_different_ids():
     assert len(convert_by("--input b.parquet")[0]) == 3
     rows = [{"user_id": u, "item_id": i, "timestamp": 1} for u in ("a", "b\ud800") for i in "xy"]
     Path("s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[0]["tags"] = ["\ud83d"]  # of a column that is not read
+    Path("s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [*convert_by("--input s.jsonl")[0]] == ["a", "b\\ud800"]
 
 
@@ -191,6 +206,27 @@ def test_nanoseconds_are_times_and_float32_has_cut_them():
         convert_by("--input f.parquet")
     with pytest.raises(UsageError, match="the item is .*, expected all its digits: float32 cut"):
         convert_by("--input f.parquet --user user_id --item timestamp --time none")
+    big = pa.array([76561198000000000 + n for n in range(len(ROWS) - 1)] + [None], pa.int64())
+    items = pa.array([Decimal(n % 3) for n in range(len(ROWS))], pa.decimal128(38, 10))
+    pq.write_table(pa.table({"user_id": users, "item_id": items, "timestamp": big}), "d.parquet")
+    lists, names = convert_by("--input d.parquet --drop_missing true")[:2]
+    assert names == ["0", "1", "2"] and sum(map(len, lists.values())) == len(ROWS) - 1
+
+
+def test_times_of_bigquery_and_words_for_no_title():
+    rows = ["a,x,2024-04-25 08:00:00.5 UTC,\\N", "a,y,2024-04-25 08:00:00 UTC,Cup"]
+    save("a.csv", HEADER.strip() + ",title", *rows, "b,x,2024-04-25 09:00:00 UTC,Mug")
+    assert convert_by("--input a.csv")[0] == {"a": ["y", "x"], "b": ["x"]}
+    assert Path("data/x.items.csv").read_text().splitlines()[1:] == ["0,x,Mug", "1,y,Cup"]
+
+
+def test_numbers_in_lists_are_lists_of_one_and_an_output_is_no_numbering(capsys):
+    rows = [{"reviewerID": u, "asin": i} for u, i in (("a", [4, 5]), ("b", 7), ("c", [5]))]
+    Path("data").mkdir()
+    Path("data/x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):  # the second time its items.csv stands there
+        found = convert_by("--input data/x.jsonl --lists yes")
+        assert found[0] == {"a": ["4", "5"], "b": ["7"], "c": ["5"]}
 
 
 def test_both_files_of_a_domain_are_written_or_none(monkeypatch):

@@ -151,9 +151,11 @@ def test_files_that_are_read_or_belong_to_a_run_are_not_replaced(shop):
     Path("mine.pkl").write_bytes(b"mine")
     for notes in ("{}", '{"text_model": "titles\'", "data_sha256": "d"}'):
         Path("mine.json").write_text(notes)
-        with pytest.raises(UsageError, match="mine.pkl: is there, and not written by this command"):
+        with pytest.raises(UsageError, match="mine.pkl: mine.pkl is there, and not written by th"):
             extract_emb.main(domain_type="x", item_table="mine.pkl")
     Path("mine.pkl").unlink()
+    with pytest.raises(UsageError, match="mine.pkl: mine.json is there, and not written by this"):
+        extract_emb.main(domain_type="x", item_table="mine.pkl")
     Path("mine.json").unlink()
     assert hashes(Path(".")) == before
 
