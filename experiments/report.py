@@ -58,13 +58,16 @@ def main(
     keep: str | None = flag(
         None, "also write what the report reads of each run to this archive, NAME.zip, and NAME.csv"
     ),
+    overwrite: bool = flag(False, "replace that archive", needs="keep"),
     resamples: PositiveInt = flag(20_000, "of the bootstrap"),
 ) -> Path:
     """Write the report of every run below a folder."""
-    root = Path(runs)
+    root, kept = Path(runs), [Path(keep), Path(keep).with_suffix(".csv")] if keep else []
+    there = [path for path in kept if path.exists() and not overwrite]
     cli.check(
         (root.is_dir(), f"--runs={runs}: no such folder"),
         (keep is None or keep.endswith(".zip"), f"--keep={keep}: expected a name ending in .zip"),
+        (not there, f"--keep={keep}: {', '.join(map(str, there))} exists; --overwrite replaces it"),
     )
     folder = Path(output_dir) if output_dir else root
     with tempfile.TemporaryDirectory() as unpacked:

@@ -34,6 +34,7 @@ KEPT = ("config.json", "results.json", "metrics.jsonl")
 COMMON = ("seed", "domain_type", "bf16")
 GONE = {"loss": "full", "num_negatives": 256}  # of LLM steps of before 2026-11-26, without effect
 NEEDED = {"test", "valid", "users", "parameters", "trainable_parameters"}
+READ = ("teacher", "sasrec", "init")  # other runs, whose hashes config.json has
 TABLE = ("sampled", "full", "full_all")
 LONG_AGO = (1980, 1, 1, 0, 0, 0)  # in archives, so that equal runs give equal bytes
 
@@ -112,8 +113,7 @@ class FinishedRun(NamedTuple):
     @property
     def n_sasrecs(self) -> int:
         """How many SASRecs taught it."""
-        taught_by = self.config.get("sasrec_sha256")
-        return len(taught_by.split(",")) if taught_by else 0
+        return sum(map(bool, self.read_by("sasrec")))
 
     @property
     def start(self) -> tuple[bool, str | None]:
@@ -168,10 +168,16 @@ class FinishedRun(NamedTuple):
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
             return None
 
+    def read_by(self, entry: str) -> list[str]:
+        """Hashes of the weights that the run read as its teacher, SASRec or start, which `entry` of
+        config.json names.
+        """
+        return (self.config.get(f"{entry}_sha256") or "").split(",")
+
     def taught_by(self, teacher: "FinishedRun") -> bool:
         """By the weights' hash."""
-        known, theirs = self.config.get("teacher_sha256"), teacher.results.get("weights_sha256")
-        return known is not None and known == theirs and teacher.stage == "teacher"
+        theirs = teacher.results.get("weights_sha256")
+        return teacher.stage == "teacher" and theirs in self.read_by("teacher")
 
 
 class Row(NamedTuple):
@@ -248,12 +254,13 @@ def by_domain(runs: list[FinishedRun], notes: list[str]) -> dict[str, list[Row]]
     hashes = defaultdict(set)
     for run in runs:
         hashes[run.domain].add(run.config["data_sha256"])
+    keys = {run.results.get("weights_sha256"): run.key for run in runs}
     groups: dict[str, dict[str, dict[int, FinishedRun]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         domain, sha = run.domain, run.config["data_sha256"]
-        teacher = next((other.key for other in runs if run.taught_by(other)), "")
+        read = [keys.get(each, "") for entry in READ for each in run.read_by(entry)]
         name = domain if len(hashes[domain]) == 1 else f"{domain} ({sha[:8]})"
-        row = groups[name][run.key + teacher]
+        row = groups[name]["".join([run.key, *read])]
         if run.seed in row:
             notes.append(f"{row[run.seed].name} has the flags and the seed of {run.name}")
         row[run.seed] = run

@@ -174,6 +174,12 @@ def test_another_item_table_or_another_sasrec_more_makes_another_row(tmp_path):
     assert found["titles"] == found["one"] + ", items from titles"
     assert found["later"] == found["one"] + ", started from another run"
     assert len({run.key for run in runs}) == 7
+    for sha, alpha in (("a", 0.0), ("b", 0.7)):  # which SASRec taught, by its weights
+        made = cli.defaults(train_sr_trad.main) | {"alpha": alpha, "seed": 0}
+        made = {"step": "sasrec", "flags": made}
+        fake_run(tmp_path / f"of {sha}", TEACHER, settings=made, weights_sha256=sha)
+    fake_run(tmp_path / "by b", flags, settings={"sasrec_sha256": "b"}, seed=1)
+    assert all(len(row.runs) == 1 for row in rows_of(tmp_path)[0].values())
 
 
 def test_a_term_of_another_branch_is_no_seed_of_the_plain_row(tmp_path):
@@ -400,7 +406,9 @@ def test_what_the_report_reads_is_kept(tmp_path):
     shutil.copyfile(archive, inside / "x.zip")
     (inside / "seed0/slmrec/results.json").write_text(json.dumps(stale))
     assert "0.1250" in report.main(runs=str(inside), resamples=10).read_text()  # the live run wins
-    report.main(runs=str(runs), keep=archive, resamples=10)
+    with refused("x.csv exists; --overwrite replaces it"):
+        report.main(runs=str(runs), keep=archive, resamples=10)
+    report.main(runs=str(runs), keep=archive, resamples=10, overwrite=True)
     assert Path(archive).read_bytes() == before
     tables = plain.partition("![metrics]")[0]
     again = report.main(runs=str(kept), resamples=10).read_text()
