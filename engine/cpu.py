@@ -29,7 +29,7 @@ def choose_threads(recorded: int | None = None) -> None:
         return
     all_threads = threads = _default_threads()
     if recorded is not None:
-        threads = recorded
+        threads = min(recorded, all_threads)
     else:
         while threads > 1 and _waits(_rates(threads), _rates(threads // 2)):
             threads //= 2

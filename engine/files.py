@@ -210,8 +210,11 @@ def lock_owner(folder: Path) -> str | None:
     """Process and machine of another process that holds the lock; None where none does."""
     if folder.resolve() in _held or not (folder / LOCK).exists():
         return None
-    if take_lock(folder):
-        release_lock(folder)
+    try:
+        if take_lock(folder):
+            release_lock(folder)
+            return None
+    except OSError:  # nobody works in what cannot be written
         return None
     try:
         return (folder / OWNER).read_text(encoding="utf-8").strip() or "?"

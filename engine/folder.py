@@ -1,6 +1,7 @@
 """A run's folder on disk: its own files, whose it is, and what `--overwrite` replaces."""
 
 import shutil
+import time
 from pathlib import Path
 
 from engine import checkpoint, files
@@ -11,6 +12,7 @@ from engine.log import CLOCK
 OWN_FILES = ("config.json", "metrics.jsonl", "results.json", "ranks.npz", "items.csv", CLOCK)
 CHECKPOINTS = ("best", "last", ".old-best", ".old-last")
 OWN = (*OWN_FILES, *CHECKPOINTS, "tensorboard")
+PATIENCE = 300  # tenths of a second; a folder that cannot be put back stays as it is
 REPLACED = ".replaced"  # what --overwrite replaces, until the new run has a checkpoint
 
 
@@ -25,13 +27,12 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in CHECKPOINTS)
 
 
-def refuse_locked(folder: Path) -> None:
+def refuse_locked(folder: Path, flag: str = "--output_dir") -> None:
     """Raise UsageError where another process holds the folder."""
     owner = files.lock_owner(folder)
     if owner is not None:
         raise UsageError(
-            f"--output_dir={folder}: process {owner} is at work in it; wait,"
-            " or choose another folder"
+            f"{flag}={folder}: process {owner} is at work in it; wait, or choose another folder"
         )
 
 
@@ -66,14 +67,19 @@ def take(folder: Path, overwrite: bool, resume: bool) -> None:
     looked.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    while not files.take_lock(folder):
-        refuse_locked(folder)
+    hold(folder)
     if not overwrite and (is_finished(folder) or has_checkpoint(folder) != resume):
         files.release_lock(folder)
         raise UsageError(
             f"--output_dir={folder}: another process changed it in the meantime;"
             " run the command again"
         )
+
+
+def hold(folder: Path) -> None:
+    """Take the folder's lock. Raises UsageError: another process has it."""
+    while not files.take_lock(folder):
+        refuse_locked(folder)
 
 
 def clean(folder: Path) -> None:
@@ -103,10 +109,24 @@ def drop_replaced(folder: Path) -> None:
     _remove(folder / REPLACED)
 
 
+def await_put_back(folder: Path) -> None:
+    """Wait until the first process has put back what is to be put back."""
+    for _ in range(PATIENCE):
+        if not _is_aside(folder):
+            return
+        time.sleep(0.1)
+
+
+def _is_aside(folder: Path) -> bool:
+    """Whether a run was to be replaced by one that has no checkpoint."""
+    began = (folder / "config.json").exists()
+    return (folder / REPLACED).is_dir() and not (began and has_checkpoint(folder))
+
+
 def put_back(folder: Path) -> bool:
     """Put back what a run was to replace, if it has no checkpoint; whether there was something."""
-    aside, began = folder / REPLACED, (folder / "config.json").exists()
-    if not aside.is_dir() or (began and has_checkpoint(folder)):
+    aside = folder / REPLACED
+    if not _is_aside(folder):
         return False
     for name in OWN:
         if (aside / name).exists():

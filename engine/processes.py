@@ -176,6 +176,10 @@ def call(command: Callable[[], Any]) -> None:
     except Stopped as stop:
         _end(128 + stop.number, f"stopped: {stop}" if is_first() else "")
     except (MemoryError, RuntimeError) as error:
+        if world() > 1 and any(name in str(error).lower() for name in ("gloo", "nccl")):
+            _end(
+                1, f"error: {_process()}another process ended ({str(error).splitlines()[0][:120]})"
+            )
         if not _out_of_memory(error):
             raise
         reason = str(error).splitlines()[0][:160] if str(error) else "MemoryError"

@@ -23,8 +23,10 @@ from engine.cli import Group
 from engine.errors import RunError, UsageError
 from engine.files import read_json, write_json
 from engine.folder import (
+    await_put_back,
     clean,
     has_checkpoint,
+    hold,
     is_finished,
     put_back,
     refuse_foreign,
@@ -107,6 +109,8 @@ class Run:
         if processes.is_first():
             refuse_locked(folder)
             put_back(folder)  # of a start that died before its checkpoint
+        else:
+            await_put_back(folder)
         try:
             there = (folder / "config.json").exists()
             config = read_json(folder / "config.json", "run") if there else None
@@ -119,16 +123,18 @@ class Run:
             files.check_writable(folder, "--output_dir")
         refuse_foreign(folder, stage, config)
         earlier = earlier or {}
-        for other in (other for runs in earlier.values() for other in runs):
+        for name, other in ((name, other) for name, runs in earlier.items() for other in runs):
+            if processes.is_first():  # what it reads must not change
+                refuse_locked(other.folder, f"--{name}")
             other.check_same(inputs)
             other.report_unfinished()
         if run.eval_only:
             run._take_recorded(inputs)
+            if processes.is_first():  # best/ stays what it is until results.json is written
+                hold(folder)
             return run
         if run.flags.get("init_from"):
-            run.source = cls._open_source(stage, Path(run.flags["init_from"]), folder)
-            if inputs.weights_have_items:
-                run.source.check_same(inputs)
+            run.source = cls._open_source(stage, Path(run.flags["init_from"]), folder, inputs)
         hashes = inputs.hashes | {"init_sha256": run.source and run.source.weights_sha256()}
         for name, runs in earlier.items():
             known = [other.weights_sha256() for other in runs]
@@ -139,12 +145,17 @@ class Run:
         return run
 
     @classmethod
-    def _open_source(cls, stage: str, source: Path, folder: Path) -> "Run":
+    def _open_source(cls, stage: str, source: Path, folder: Path, inputs: Any) -> "Run":
         if source.resolve() == folder.resolve():
             raise UsageError(f"--init_from={source} is this run's own folder; name --output_dir")
         run = cls.read(stage, source, "--init_from")
         if run.weights_sha256() is None or not run.has_best:
             raise UsageError(f"--init_from={source}: has no checkpoint best/")
+        if inputs.weights_have_items:
+            run.check_same(inputs)
+        names = [n for n, v in inputs.hashes.items() if v and run.config.get(n) not in (None, v)]
+        if names:
+            print(f"{source} was trained with other files: {', '.join(names)}")
         return run
 
     @classmethod
@@ -292,6 +303,9 @@ class Run:
         for group in self.groups:
             for name, value in group.values().items() if group.kind in kinds else ():
                 recorded = self.recorded[name]
+                if name == "bf16":  # empty, it adapts to the device: `prepare` compares then
+                    recorded = self.config.get("bf16", recorded)
+                    value = recorded if value is None else value
                 if recorded != value:
                     given = f"no --{name}" if value is None else f"--{name}={value}"
                     shown.append(f"{given} ({lacked if recorded is None else f'{had} {recorded}'})")

@@ -159,12 +159,12 @@ def read_config(base: str) -> PreTrainedConfig:
     """The base's configuration. Raises UsageError: no config.json, or a family that is not read
     here.
     """
-    if (Path(base) / "adapter_config.json").is_file():
+    path = config_file(base)
+    if _file_of(base, "adapter_config.json"):  # transformers would load the base that it names
         raise UsageError(
             f"--base_model={base}: has a LoRA adapter (adapter_config.json), which nothing here"
             " reads; merge it into the weights (peft: merge_and_unload) and save, or remove it"
         )
-    path = config_file(base)
     content = read_json(path, "base")
     found = content.get("model_type")
     if found not in FAMILIES:
@@ -298,8 +298,20 @@ def config_file(base: str) -> Path:
             ((Path(base) / "config.json").is_file(), f"--base_model={base}: has no config.json")
         )
     try:
-        return Path(cached_file(base, "config.json"))
+        found = cached_file(base, "config.json")
     except OSError as error:  # missing, gated, or without a network
         raise UsageError(
             f"--base_model={base}: no such folder, and on the hub: {one_line(error)}"
         ) from None
+    if found is None:
+        raise UsageError(
+            f"--base_model={base}: has no config.json on the hub; a repository in the Hugging Face"
+            " layout is needed, such as meta-llama/Llama-2-7b-hf"
+        )
+    return Path(found)
+
+
+def _file_of(base: str, name: str) -> str | None:
+    """A file of the base, in its folder or on the hub; None where it has none."""
+    lenient = ("missing_entries", "connection_errors")
+    return cached_file(base, name, **{f"_raise_exceptions_for_{what}": False for what in lenient})

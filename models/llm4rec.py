@@ -246,7 +246,8 @@ def _prove(base: Base, item_table: Tensor, spec: dict[str, Any]) -> None:
 
 def _trained_by(spec: dict[str, Any]) -> list[str]:
     """The entries that say which of the decoder's weights are trained."""
-    return ["strategy", *(LoRA().values() if spec["strategy"] == "lora" else ())]
+    of_lora = [name for name in LoRA().values() if name != "lora_dropout"]
+    return ["strategy", *(of_lora if spec["strategy"] == "lora" else ())]
 
 
 def specify(

@@ -166,6 +166,10 @@ def test_a_hub_that_fails_is_one_line(monkeypatch, text):
     monkeypatch.setattr(base, "cached_file", fail)
     with refused(f"someone/llama: no such folder, and on the hub: {' '.join(text.split())}"):
         base.read_config("someone/llama")
+    for found, line in ((None, "no config.json on the hub"), ("file", "a LoRA adapter")):
+        monkeypatch.setattr(base, "cached_file", lambda *_, found=found, **__: found)
+        with refused(f"--base_model=someone/llama: has {line}"):
+            base.read_config("someone/llama")
 
 
 def test_unknown_bases():

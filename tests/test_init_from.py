@@ -80,6 +80,7 @@ def test_another_base_or_another_kind_of_blocks_is_no_start(inside):
     finetune.main(**lora, base_model="twin", output_dir="l")
     with pytest.raises(UsageError, match="--base_model=tiny: .* is another base than the one"):
         finetune.main(**lora, init_from="l", output_dir="next")
+    finetune.main(**lora, base_model="twin", init_from="l", lora_dropout=0, output_dir="n")
     finetune.main(**SHORT, base_model="twin", train_strategy="full", output_dir="f")
     config = Path("twin/config.json")
     config.write_text(config.read_text().replace("10000.0", "20000.0"))  # of the positions
@@ -95,7 +96,7 @@ def test_another_base_or_another_kind_of_blocks_is_no_start(inside):
         train_sr_trad.main(**short | {"max_seq_length": 9})
 
 
-def test_numbers_of_other_data_are_not_taken_for_items(inside):
+def test_numbers_of_other_data_are_not_taken_for_items(inside, capsys):
     """Row i of SASRec's weights, or of a table, is another item in another file."""
     write_demo("data/next.csv", n_users=120, n_items=160, seed=1)
     taken = SHORT | {"domain_type": "next", "init_from": "output/demo/sasrec"}
@@ -108,3 +109,4 @@ def test_numbers_of_other_data_are_not_taken_for_items(inside):
     extract_emb.main(domain_type="next")
     start = {"init_from": "output/demo/teacher", "output_dir": "t"}  # an LLM has no row per item
     assert finetune.main(**SHORT, domain_type="next", **start)["steps"] == 3
+    assert "trained with other files: data_sha256, table_sha256" in capsys.readouterr().out

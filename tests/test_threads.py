@@ -59,6 +59,8 @@ def test_a_resumed_run_computes_with_the_threads_that_it_began_with(inside, four
     Path("s/results.json").unlink()
     distill.main(**SHORT, output_dir="s")
     assert torch.get_num_threads() == 2
+    cpu.choose_threads(64)  # of a larger machine
+    assert torch.get_num_threads() == 4
 
 
 @pytest.fixture

@@ -480,7 +480,11 @@ def inherit(
         n_teacher = n_teacher or N_TEACHER
         if n_teacher < n_student:
             print(f"the teacher has {n_teacher} layers, fewer than the student's {n_student}")
-    settled = {"llama_decoder_nums_teacher": n_teacher, "student_init": llm.student_init or start}
+    start = llm.student_init or start
+    if mode == "offline" and start != "base":
+        layers = "layers, " * (start == "teacher")
+        print(f"the student starts from the teacher's {layers}item adapter and head")
+    settled = {"llama_decoder_nums_teacher": n_teacher, "student_init": start}
     return prompt, dataclasses.replace(llm, **settled)
 
 

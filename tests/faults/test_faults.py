@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ import models.losses
 import train_sr_trad
 from datasets.demo import write_demo
 from datasets.inputs import read_sequences
-from engine import checkpoint, cli, files
+from engine import checkpoint, cli, files, processes
 from engine.errors import RunError, UsageError
+from engine.folder import await_put_back, put_back
 from engine.run import Run
 from tests.conftest import ROOT, SHORT, hashes, refused, script, stop_at_step, trained_lines
 from utils import evaluation
@@ -216,6 +218,13 @@ def test_f9_out_of_memory_is_one_line_with_the_flags_to_lower(error, told, capsy
     assert "lower --micro_batch_size or --eval_batch_size and run the command again" in line
 
 
+def test_f9_a_process_whose_peer_ended_says_so_in_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "_end", lambda status, line: sys.exit(f"{status} {line}"))
+    with pytest.raises(SystemExit, match="1 error: process 0: another process ended .*gloo"):
+        processes.call(lambda: exec('raise RuntimeError("[gloo/pair.cc] closed by peer")'))
+
+
 def test_f13_a_second_process_is_kept_out_and_a_dead_ones_lock_is_free(inside):
     Path("run").mkdir()
     holder = "import sys, time; from pathlib import Path; from engine import files;"
@@ -231,6 +240,36 @@ def test_f13_a_second_process_is_kept_out_and_a_dead_ones_lock_is_free(inside):
     assert sorted(os.listdir("run")) == [".lock", ".lock-owner"]
     train_sr_trad.main(**RUN)
     assert not Path("run/.lock-owner").exists()
+
+
+def test_f13_a_run_that_is_read_or_evaluated_does_not_change_meanwhile(inside, monkeypatch):
+    owner, found, ranked = {"teacher": "7 on x"}, [], evaluation.evaluate
+
+    def evaluate(*given, **more):
+        found.append([*files._held])
+        return ranked(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "lock_owner", lambda folder: owner.get(folder.name))
+        with pytest.raises(UsageError, match="--teacher=output/demo/teacher: process 7 on x is at"):
+            distill.main(**SHORT, output_dir="s")
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    finetune.main(eval_only=True)
+    teacher = Path("output/demo/teacher").resolve()
+    assert teacher in found[0] and teacher not in files._held
+    with monkeypatch.context() as patch:  # a folder that nobody may write to
+        patch.setattr(files, "take_lock", lambda _: open("/proc/version", "w"))
+        assert files.lock_owner(Path("output/demo/teacher")) is None
+    Path("r/.replaced").mkdir(parents=True)
+    threading.Timer(0.2, put_back, [Path("r")]).start()
+    await_put_back(Path("r"))  # another process than the first
+    assert not Path("r/.replaced").exists()
+
+
+def test_f13_the_precision_that_a_run_has_may_be_said(inside):
+    finetune.main(**SHORT, bf16=False)  # on a CPU that is what it had by default
+    with pytest.raises(UsageError, match="with other flags: --bf16=True .the run has False"):
+        finetune.main(**SHORT, bf16=True)
 
 
 def test_f16_a_closed_pipe_ends_the_run_without_a_traceback(inside):
