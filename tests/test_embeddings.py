@@ -65,13 +65,6 @@ def test_tables_as_others_have_them_are_read(tmp_path, kind):
     assert torch.equal(read_table(path, IDS), table()[IDS])
 
 
-def test_a_torch_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
-    torch.save({"item_embedding": table(), "x": Runs(tmp_path / "marker")}, tmp_path / "t.pt")
-    with pytest.raises(UsageError, match="refused") as error:
-        read_table(tmp_path / "t.pt", IDS)
-    assert not (tmp_path / "marker").exists() and len(str(error.value)) < 300
-
-
 class Runs:
     def __init__(self, marker):
         self.marker = marker
@@ -92,12 +85,14 @@ class Nested:
         return torch.storage._load_from_bytes, (buffer.getvalue(),)
 
 
+@pytest.mark.parametrize("save", [pickle.dump, torch.save])
 @pytest.mark.parametrize("payload", [Runs, Nested])
-def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, payload):
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, payload, save):
     marker = tmp_path / "marker"
-    path = pickled(tmp_path / "t.pkl", {"item_embedding": table(), "x": payload(marker)})
+    with open(tmp_path / "t.pkl", "wb") as file:
+        save({"item_embedding": table(), "x": payload(marker)}, file)
     with pytest.raises(UsageError, match="refused"):
-        read_table(path, IDS)
+        read_table(tmp_path / "t.pkl", IDS)
     assert not marker.exists()
 
 
@@ -165,9 +160,6 @@ def test_every_row_of_a_table_is_read_and_checked(tmp_path, kind):
     assert torch.equal(read_table(path, ids)[1:], found[1:]) and (read_table(path, ids) > 0).all()
     write(table.index_fill(0, torch.tensor(6), torch.nan))
     with pytest.raises(UsageError, match="rows 6 contain NaN or infinity"):
-        read_table(path, ids)
-    write(table.index_fill(0, torch.tensor(8), 0.0))
-    with pytest.raises(UsageError, match="1 of 5 occurring items have a row of zeros"):
         read_table(path, ids)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from datasets.domain import find_csv
-from datasets.interactions import read_csv, write_csv
+from datasets.interactions import read_csv
 from engine.errors import UsageError
 from tests.conftest import real
 
@@ -101,16 +101,6 @@ def test_where_a_domain_is_looked_for(tmp_path, monkeypatch):
     assert find_csv("toys").resolve() == own
     with pytest.raises(UsageError, match="from --data_path"):
         find_csv("toys", "nowhere.csv")
-
-
-def test_what_is_written_reads_back_and_is_the_same_bytes(tmp_path):
-    arguments = (["a", "b"], [[3, 1, 2, 0], [1, 2, 3, 0, 4]], [["x"] * 4, ['say "é", no'] * 5])
-    write_csv(tmp_path / "one.csv", zip(*arguments, strict=True))
-    write_csv(tmp_path / "two.csv", zip(*arguments, strict=True))
-    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
-    data = read_csv(tmp_path / "one.csv")
-    assert data.users == ["a", "b"] and data.items.tolist() == [3, 1, 2, 0, 1, 2, 3, 0, 4]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.csv", "two.csv"]
 
 
 def test_real_beauty_has_its_known_size():

@@ -332,17 +332,14 @@ def test_a_log_of_new_users_by_original_ids_and_one_unknown_product(inside, caps
     Path("untimed.csv").write_text("user_id,item_id\nz,B012\nz,B099\n")
     recommend.main(users="untimed.csv", output="again.csv", k=2, overwrite=True)
     assert "no time: items stay in file order" in capsys.readouterr().out
-    Path("untimed.csv").write_text("user_id,item_id,ts\nz,B012,9\nz,B099,8\n")  # backwards
-    with pytest.raises(UsageError, match="untimed.csv: which column .* ts "):
-        recommend.main(users="untimed.csv", output="again.csv", k=2, overwrite=True)
-    Path("dated.csv").write_text(
-        "reviewerID,asin,timestamp\nz,B099,1500000000\nz,B012,1400000000\n"
-    )
-    with pytest.raises(UsageError, match="dated.csv: which column is the time.*--columns USER"):
-        recommend.main(users="dated.csv", output="again.csv", k=2, overwrite=True)
-    Path("untimed.csv").write_text('user_id,item_id\nz,"[12, 99]"\ny,"[12, 7]"\n')
-    with pytest.raises(UsageError, match="looks like a list; write an item per row, or lists un"):
-        recommend.main(users="untimed.csv", output="again.csv", k=2, overwrite=True)
+    for content, said in (
+        ("user_id,item_id,ts\nz,B012,9\nz,B099,8\n", "which column .* ts "),  # backwards
+        ("reviewerID,asin,timestamp\nz,B099,15\nz,B012,14\n", "which column is the time.*--colum"),
+        ('user_id,item_id\nz,"[12, 99]"\ny,"[12, 7]"\n', "like a list; write an item per row, or"),
+    ):
+        Path("untimed.csv").write_text(content)
+        with pytest.raises(UsageError, match=f"untimed.csv: .*{said}"):
+            recommend.main(users="untimed.csv", output="again.csv", k=2, overwrite=True)
     best = recommend.main(history=["B012"], k=1)[0]["item_id"]
     Path("deny.txt").write_text(f"B999\nB{best:03d}\n")  # what is unknown is not recommended anyway
     assert recommend.main(history=["B012"], k=1, deny="deny.txt")[0]["item_id"] != best

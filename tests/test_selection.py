@@ -11,7 +11,6 @@ import distill
 import finetune
 from engine import checkpoint, cli
 from engine.errors import UsageError
-from models.llm4rec import kept_tensors
 from models.selection import block_map, select_layers
 from tests.conftest import OFF, SHORT, refused
 from utils.flags import LLM
@@ -93,17 +92,6 @@ def test_what_does_not_fit_is_named():
     ):
         with refused(line):
             select_layers([*range(8)], kept, LLM(layer_selection=selection))
-
-
-def test_the_kept_layers_of_a_teacher_under_the_students_names():
-    tensors = {f"decoder.llama.layers.{i}.w": torch.tensor(float(i)) for i in range(4)}
-    tensors |= {"adapter.weight": torch.ones(1), "exit_heads.0.weight": torch.ones(1)}
-    kept = kept_tensors(tensors, [0, 2, 4, 6], [2, 6])  # the teacher's layers 1 and 3
-    assert {name: float(tensor) for name, tensor in kept.items()} == {
-        "decoder.llama.layers.0.w": 1.0,
-        "decoder.llama.layers.1.w": 3.0,
-        "adapter.weight": 1.0,
-    }
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])

@@ -114,16 +114,3 @@ def test_a_table_is_read_as_a_plain_reader_reads_it_or_refused(text):
     except UnicodeEncodeError:  # a lone surrogate cannot be in a file
         return
     check(data, plainly(text))
-
-
-STARTS = [b"", b"reviewerID,asin\n", b'reviewerID,asin\nu,"[1, 2, 3, 4]"\n']
-
-
-@SETTINGS
-@given(st.sampled_from(STARTS), st.binary(max_size=60))
-def test_any_bytes_are_read_or_refused(head, tail):
-    Path("property.csv").write_bytes(head + tail)
-    try:
-        read_csv(Path("property.csv"))
-    except UsageError as refusal:
-        assert "\n" not in str(refusal)

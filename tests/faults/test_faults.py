@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -243,23 +244,17 @@ def test_f13_a_second_process_is_kept_out_and_a_dead_ones_lock_is_free(inside):
 
 
 def test_f13_a_run_that_is_read_or_evaluated_does_not_change_meanwhile(inside, monkeypatch):
-    owner, found, ranked = {"teacher": "7 on x"}, [], evaluation.evaluate
-
-    def evaluate(*given, **more):
-        found.append([*files._held])
-        return ranked(*given, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "lock_owner", lambda folder: owner.get(folder.name))
-        with pytest.raises(UsageError, match="--teacher=output/demo/teacher: process 7 on x is at"):
-            distill.main(**SHORT, output_dir="s")
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    teacher, held, ranked, patch = Path("output/demo/teacher"), [], evaluation.evaluate, monkeypatch
+    noted = {"side_effect": lambda *_, **__: held.append({*files._held}) or DEFAULT}
+    patch.setattr(evaluation, "evaluate", Mock(wraps=ranked, **noted))
     finetune.main(eval_only=True)
-    teacher = Path("output/demo/teacher").resolve()
-    assert teacher in found[0] and teacher not in files._held
-    with monkeypatch.context() as patch:  # a folder that nobody may write to
-        patch.setattr(files, "take_lock", lambda _: open("/proc/version", "w"))
-        assert files.lock_owner(Path("output/demo/teacher")) is None
+    assert teacher.resolve() in held[0] - {*files._held}
+    with patch.context() as context:  # nobody may write there
+        context.setattr(files, "take_lock", Mock(side_effect=PermissionError))
+        assert files.lock_owner(teacher) is None
+    patch.setattr(files, "lock_owner", {teacher: "7 on x"}.get)
+    with pytest.raises(UsageError, match="--teacher=output/demo/teacher: process 7 on x is at"):
+        distill.main(**SHORT, output_dir="s")
     Path("r/.replaced").mkdir(parents=True)
     threading.Timer(0.2, put_back, [Path("r")]).start()
     await_put_back(Path("r"))  # another process than the first
