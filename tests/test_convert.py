@@ -368,7 +368,6 @@ def test_no_file_of_a_domain_is_replaced_or_hidden_unasked(there):
 
 PUBLIC = {
     "shop_log.csv": (120, 147, 595, {}),
-    "csv/ratings.dat": (60, 40, 371, {}),
     "csv/single_quotes_strings.csv": (60, 40, 371, {}),
     "csv/nine_digit_ids.csv": (400, 300, 3208, {}),
     "raw/v2023.jsonl": (40, 12, 280, {}),
