@@ -12,12 +12,8 @@ for seed in $SEEDS; do
     budget="--num_epochs 5 --learning_rate 2.5e-4 --eval_steps 220 --save_steps -1"
     alone=$OFF # cross-entropy, without a teacher
     kl="--sasrec $out/sasrec --sasrec_lambda 3 --sasrec_temperature 2"
-    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_released \
-        --train_targets last --init_std 1 --learning_rate 1e-4 --batch_size 1024 \
-        --num_epochs 50 --eval_steps 110 --patience 0
-    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec \
-        --hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 \
-        --lr_scheduler cosine --batch_size 128 --num_epochs 28 --patience 0
+    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_released $AS_RELEASED --eval_steps 110 --patience 0
+    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec $TUNED_SASREC --num_epochs 28 --patience 0
     run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec --item_table $out/sasrec_item.pkl
     run $LAUNCH finetune.py $llm --output_dir $out/teacher --base_model "$BASE" --llama_decoder_nums 8 $budget
     run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" $alone $budget
@@ -44,9 +40,7 @@ for seed in $SEEDS; do
     run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_released_later \
         --train_targets last --init_std 1 --learning_rate 1e-3 --batch_size 256 \
         --max_seq_length 50 --num_epochs 50 --patience 0
-    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_last --train_targets last \
-        --hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 \
-        --lr_scheduler cosine --batch_size 128 --num_epochs 28 --patience 0
+    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_last --train_targets last $TUNED_SASREC --num_epochs 28 --patience 0
     # the settings of published logs, whose test figures are a known answer
     run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_published --emb_dim 64 --hid_dim 64 --num_blocks 2 --dropout 0.6 \
         --learning_rate 5e-4 --batch_size 512 --max_seq_length 50 --num_epochs 200 --patience 15

@@ -12,9 +12,7 @@ budget="--base_model $BASE --learning_rate 2.5e-4 --save_steps -1"
 for seed in $SEEDS; do
     out=$ROOT/seed$seed
     common="$WHERE --seed $seed"
-    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_titles --init_table $ROOT/titles_item.pkl \
-        --hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 \
-        --lr_scheduler cosine --batch_size 128 --num_epochs 28 --patience 0
+    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_titles --init_table $ROOT/titles_item.pkl $TUNED_SASREC --num_epochs 28 --patience 0
     run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec_titles --item_table $out/sasrec_titles_item.pkl
     titles="--item_table $out/sasrec_titles_item.pkl --sasrec $out/sasrec_titles --sasrec_lambda 3 --sasrec_temperature 2"
     run $LAUNCH distill.py $common $titles $OFF $budget --num_epochs 5 --eval_steps 220 --output_dir $out/titles_kl

@@ -11,6 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 ROOT=output/$DOMAIN/paper
 OFF="--distill_lambda 0 --norm_lambda 0 --cls_multiple_lambda 0"
 HALF=${HALF---bf16 true --compile true}
+AS_RELEASED="--train_targets last --init_std 1 --learning_rate 1e-4 --batch_size 1024 --num_epochs 50" # SASRec's first release
+TUNED_SASREC="--hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 --lr_scheduler cosine --batch_size 128"
 TUNED="--distill_lambda 300 --cls_multiple_lambda 0.1 --exit_norm true" # on beauty's validation set
 WHERE="--domain_type $DOMAIN${DATA:+ --data_path $DATA}"
 if [ -n "${SMOKE:-}" ]; then
@@ -32,11 +34,21 @@ run() { # print a command and run it; SMOKE cuts its training short
     [ -n "${DRY:-}" ] || "${words[@]}" $short
 }
 
-llm_rows() { # TEACHER STUDENT WEIGHTS: the paper's teacher, cross-entropy alone and SLMRec, from our SASRec's table
-    run $LAUNCH finetune.py $llm --output_dir $out/teacher --base_model "$BASE" --llama_decoder_nums 8 $1
-    run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" $OFF $2
-    run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base $3 $2
-    paper_rows "$@"
+paper_domain() { # CATEGORY STUDENT WEIGHTS: from raw reviews to the report, by the paper's settings; the teacher's are the later released script's
+    local seed teacher="--learning_rate 1e-3 --num_epochs 3 --warmup_steps 100"
+    prepare $1
+    for seed in $SEEDS; do
+        out=$ROOT/seed$seed common="$WHERE --seed $seed"
+        llm="$common --item_table $out/sasrec_item.pkl"
+        run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_released $AS_RELEASED --eval_steps -1 --patience 0
+        run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec
+        run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec --item_table $out/sasrec_item.pkl
+        run $LAUNCH finetune.py $llm --output_dir $out/teacher --base_model "$BASE" --llama_decoder_nums 8 $teacher
+        run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" $OFF $2
+        run $LAUNCH distill.py $llm --output_dir $out/slmrec --teacher $out/teacher --student_init base $3 $2
+        paper_rows "$teacher" "$2" "$3"
+    done
+    run $PYTHON -m experiments.report --runs "$ROOT"
 }
 
 paper_rows() { # TEACHER STUDENT WEIGHTS: from the table of SASRec as released (or of run RELEASED), by the loss of the paper's text

@@ -1,22 +1,9 @@
 #!/usr/bin/env bash
 # The paper's music with its hyper-parameters. From CDs_and_Vinyl_5.json.gz to the report.
-# The teacher's settings are those of the later released script. common.sh says what can be set from outside.
+# common.sh has the rows, and says what can be set from outside.
 DOMAIN=music
 . "$(dirname "$0")/common.sh"
 
-prepare CDs_and_Vinyl
-for seed in $SEEDS; do
-    out=$ROOT/seed$seed
-    common="$WHERE --seed $seed"
-    llm="$common --item_table $out/sasrec_item.pkl"
-    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec_released \
-        --train_targets last --init_std 1 --learning_rate 1e-4 --batch_size 1024 \
-        --num_epochs 50 --eval_steps -1 --patience 0
-    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec
-    run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec --item_table $out/sasrec_item.pkl
-    teacher="--learning_rate 1e-3 --num_epochs 3 --warmup_steps 100"
-    student="--learning_rate 2e-3 --max_steps 800 --warmup_steps 100 --eval_steps 100 --save_steps 100"
-    weights="--distill_lambda 1 --norm_lambda 0.1 --cls_multiple_lambda 0.01"
-    llm_rows "$teacher" "$student" "$weights"
-done
-run $PYTHON -m experiments.report --runs "$ROOT"
+paper_domain CDs_and_Vinyl \
+    "--learning_rate 2e-3 --max_steps 800 --warmup_steps 100 --eval_steps 100 --save_steps 100" \
+    "--distill_lambda 1 --norm_lambda 0.1 --cls_multiple_lambda 0.01"

@@ -11,9 +11,7 @@ for seed in $SEEDS; do
     budget="--num_epochs 5 --learning_rate 2.5e-4 --eval_steps 190 --save_steps -1"
     alone=$OFF # cross-entropy, without a teacher
     kl="--sasrec $out/sasrec --sasrec_lambda 3 --sasrec_temperature 2"
-    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec \
-        --hid_dim 128 --num_blocks 3 --max_seq_length 50 --init_std 0.0128 --weight_decay 0.1 \
-        --lr_scheduler cosine --batch_size 128 --num_epochs 28 --patience 0
+    run $PYTHON train_sr_trad.py $common --output_dir $out/sasrec $TUNED_SASREC --num_epochs 28 --patience 0
     run $PYTHON extract_emb.py $WHERE --sasrec $out/sasrec --item_table $out/sasrec_item.pkl
     run $LAUNCH finetune.py $llm --output_dir $out/teacher --base_model "$BASE" --llama_decoder_nums 8 $budget
     run $LAUNCH distill.py $llm --output_dir $out/ce --base_model "$BASE" $alone $budget
