@@ -5,18 +5,26 @@ import csv
 import html
 import json
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from engine.errors import UsageError
 
 PYTHONS = re.compile(r"\d_\d|\b0[xXoObB]")  # to Python 12_3 is 123
-WHOLE = re.compile(r"(-?\d+)\.0+")  # an id that went through a float
+WHOLE = re.compile(r"(-?\d+)\.0*")  # an id that went through a float
 QUOTED = r"""(?:'[^']*'|"[^"]*")"""
 ARRAY = re.compile(rf"\[\s*{QUOTED}(?:\s+{QUOTED})+\s*\]")  # numpy's; Python joins such texts
 CUT = re.compile(r"\d[eE]\+?\d")  # a number that lost its last digits
-NOTHING = {"", r"\n", "na", "n/a", "<na>", "nan", "nat", "null", "none", "undefined", "-", "-1"}
-SPLIT, BLANKS = re.compile(r"\s*[,|;][\s,|;]*"), re.compile(r"\s+")
+NOTHING = {"", r"\n", r"\\n", "na", "n/a", "n.a.", "<na>", "#n/a", "#ref!", "nan", "nat", "nil"}
+NOTHING |= {"null", "(null)", "[null]", "<null>", '"null"', "none", "undefined", "(not set)"}
+NOTHING |= {"-", "--", "---", "?", "-1"}
+SEPARATORS = {mark: re.compile(rf"\s*[{mark}][\s{mark}]*") for mark in ",|;"}  # of lists in text
+BLANKS = re.compile(r"\s+")
+SCALAR = re.compile(r"\b(?:np\.\w+|UUID|Decimal)\(([^()]*)\)")  # as numpy 2 and Python show one
+WRAPPED = re.compile(
+    r"(?:np\.|torch\.)?(?:c|array|tensor|deque|Any|list|set|\w*Array|\w*Buffer)\s*[\[(].*[\])]",
+    re.DOTALL,
+)
 # page code that stands as a title in some v2 files
 SCRIPT = re.compile(r"\bvar aPageStart\b|getTime\(\)")
 TAG = re.compile(r"</?[A-Za-z][^<>]*>|<span\b[^<>]*$")  # whole tags, and one that was cut off
@@ -70,12 +78,22 @@ class _NaNs(ast.NodeTransformer):
         return ast.Constant(None) if node.id == "nan" else node
 
 
-def parse_list(path: Path, row: int, cell: object) -> list[str]:
-    """The item ids of a cell: JSON, a Python literal, an array of Postgres or numpy, or text split
-    at commas or bars, or at blanks where it has none; a number is a list of one. Raises UsageError:
-    an element is no text and no whole number.
+def splitter(cells: Iterable[object]) -> re.Pattern:
+    """What splits lists that are text: the mark that most cells have, or blanks."""
+    texts = [cell for cell in cells if isinstance(cell, str)]
+    counts = {mark: sum(mark in text for text in texts) for mark in SEPARATORS}
+    most = max(counts, key=counts.get)
+    return SEPARATORS[most] if counts[most] else BLANKS
+
+
+def parse_list(path: Path, row: int, cell: object, split: re.Pattern | None = None) -> list[str]:
+    """The item ids of a cell: JSON, a Python literal, an array of Postgres or numpy, or text; a
+    number is a list of one. Raises UsageError: an element is no text and no whole number.
+
+    Args:
+        split: of text; by the cell alone without it.
     """
-    text = "" if cell is None or cell != cell else str(cell).strip()
+    text = "" if cell is None or cell != cell else SCALAR.sub(r"\1", str(cell).strip())
     quoted = "'" in text or '"' in text
     literal = text[:1] in ("[", "(", "'", '"') and (quoted or not PYTHONS.search(text))
     values: object = None
@@ -87,18 +105,20 @@ def parse_list(path: Path, row: int, cell: object) -> list[str]:
     elif literal:
         values = parsed(text)
     if not isinstance(values, list | tuple):
+        if WRAPPED.fullmatch(text):
+            raise UsageError(f"{path}: row {row}: the list {text[:40]!r} is code; write JSON lists")
         if text.startswith("[") and text.count("[") > text.count("]"):
             raise UsageError(
                 f"{path}: row {row}: the list {text[:40]!r} is not closed: was it cut?"
             )
         inside = _unwrapped(text)
-        split = SPLIT if SPLIT.search(inside) else BLANKS
+        split = split or splitter([inside])
         values = [part.strip("'\"") for part in split.split(inside.strip()) if part]
     names = []
     for position, value in enumerate(values):
         name = str(value).strip() if type(value) in (int, float, str) else ""
         broken = type(value) is float and (not value.is_integer() or CUT.search(text))
-        if name in ("", "nan", "...") or broken or {"{", "}"} & set(name):
+        if name in ("", "nan", "...", "->") or broken or {"{", "}"} & set(name):
             raise UsageError(
                 f"{path}: row {row}: element {position} of the list is {str(value)[:40]!r},"
                 " expected an id"
@@ -129,7 +149,10 @@ def clean_title(title: object) -> str:
     """Entities resolved, HTML tags, page code and surplus white space removed; maybe "", as for a
     word for nothing.
     """
-    if not isinstance(title, str) or SCRIPT.search(title) or title.strip().lower() in NOTHING:
+    if title is None or title != title:
+        return ""
+    title = str(title)
+    if SCRIPT.search(title) or title.strip().lower() in NOTHING:
         return ""
     text = html.unescape(TAG.sub(" ", html.unescape(title)))
     # lone surrogates cannot be written

@@ -4,6 +4,7 @@ Published formats and plain names of columns are known; nothing else is guessed.
 """
 
 import re
+from shlex import quote
 from typing import NamedTuple
 
 from datasets.cells import canonical, parse_list
@@ -124,10 +125,10 @@ def report_columns(
         cells = {canonical(cell) for cell in table.cells(name)}
         if cells == {"0", "1"}:
             print(
-                f"  {name} has 0 and 1: if 0 means that nothing happened, --rating {name}"
+                f"  {name} has 0 and 1: if 0 means that nothing happened, --rating {quote(name)}"
                 " --min_rating 1 leaves those rows out"
             )
-        elif bare(name) == "title":
+        elif bare(name) == "title" and bare(columns.item) != "parent_asin":  # a review's there
             print("  --title title reads the titles")
         elif name == columns.rating:
             print(f"  {name} looks like a rating: --min_rating leaves low ones out")

@@ -203,6 +203,9 @@ class Finder:
                 names.setdefault(title.casefold(), f"{title!r} ({known_as})")
             if "asin" in self.tables and asin:
                 names[asin.casefold()] = f"{asin!r}{f' ({title})' * bool(title)}"
+        padded = [a for a in self.tables.get("asin", []) if a.lstrip("0") == folded.lstrip("0")]
+        if padded:
+            return f"; did you mean {padded[0]!r}, with the zeros that a spreadsheet takes away?"
         near = [] if folded.isdigit() else difflib.get_close_matches(folded, names, n=1)
         if near:
             return f"; did you mean {names[near[0]]}?"

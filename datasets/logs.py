@@ -16,6 +16,7 @@ from datasets.cells import (
     form_in,
     parse_list,
     parsed,
+    splitter,
     title_list,
     whole,
 )
@@ -50,12 +51,14 @@ FEW_USERS, LARGE_SHARE = 20, 0.1
 
 class Advice(NamedTuple):
     """How the command that reads a log mends it: a row that lacks something, a column that is not
-    what it seems, items that look like lists.
+    what it seems, items that look like lists, times of another form, another list of items.
     """
 
     missing: str = "--drop_missing true leaves them out"
     column: str = "--{role} names another"
     lists: str = "--lists yes reads lists, --lists no takes it as an id"
+    time: str = "--time_format reads other forms"
+    titles: str = "--items_columns ITEM,TITLE names others"
 
 
 class Names:
@@ -114,7 +117,7 @@ def read_log(
     read = [*["time"] * (columns.time is not None), *["rating"] * (min_rating is not None)]
     missing: dict[str, list[int]] = {role: [] for role in ("user", "item", *read)}  # rows
     titles: dict[int, str] = {}  # by code
-    given = table, columns, min_rating, time_format
+    given = table, columns, min_rating, time_format, advice.time
     parts, n_rows, low, dates = _read_rows(*given, users, items, missing, titles)
     names, of_user = users.settled(in_order=not new_events)
     ids, of_item = items.settled(in_order=True)
@@ -144,6 +147,7 @@ def _read_rows(
     columns: Columns,
     min_rating: float | None,
     form: str | None,
+    mend: str,
     users: Names,
     items: Names,
     missing: dict[str, list[int]],
@@ -164,7 +168,7 @@ def _read_rows(
         frame, user, item, time, rows = (part[kept] for part in (frame, user, item, time, rows))
         if columns.time is not None and len(frame):
             dates = values.are_dates(frame[columns.time], form) if dates is None else dates
-            time = values.times_of(table.path, frame[columns.time], rows, dates, form, zones)
+            time = values.times_of(table.path, frame[columns.time], rows, dates, form, zones, mend)
         if columns.title is not None:
             _add_titles(titles, item, frame[columns.title])
         high = np.ones(len(frame), dtype=bool)
@@ -210,7 +214,9 @@ def _frames(
         yield frame, rows
 
 
-def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
+def read_titles(
+    path: Path, named: list[str], kept: set[str], advice: Advice = Advice()
+) -> dict[str, str]:
     """Item -> title, of a list of items; of an item's rows the first with a title counts.
 
     Args:
@@ -228,7 +234,7 @@ def read_titles(path: Path, named: list[str], kept: set[str]) -> dict[str, str]:
     if not pair or not (table.kind == "json" or set(pair) <= set(table.columns)):
         raise UsageError(
             f"{path}: expected the columns {' and '.join(named or ('item_id', 'title'))}, it has"
-            f" {table.shown()}; --items_columns ITEM,TITLE names others"
+            f" {table.shown()}; {advice.titles}"
         )
     titles: dict[str, str] = {}
     name = ""
@@ -283,9 +289,9 @@ def _unrolled(
     path: Path, frame: pd.DataFrame, rows: np.ndarray, columns: Columns, asins: dict[str, str]
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """A row per item of lists; the row of the file of each."""
-    lists = []
+    lists, split = [], splitter(frame[columns.item])
     for row, cell in zip(rows, frame[columns.item]):
-        names = parse_list(path, row, cell)
+        names = parse_list(path, row, cell, split)
         foreign = [name for name in names if asins and not asins.get(name)]
         if foreign:
             raise UsageError(f"{path}: row {row}: {listing_of(path)} names no item {foreign[0]!r}")

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from datasets import filters
-from datasets.columns import choose_columns
+from datasets.columns import Columns
 from datasets.domain import canonical_domain
 from datasets.filters import Log, keep, often, print_counts
 from datasets.logs import Advice, read_log, read_titles
@@ -28,7 +28,7 @@ from engine.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, flag
 from engine.files import check_writable
 
 OTHERS = "python -m datasets.convert reads other logs"
-ADVICE = Advice("remove these rows", OTHERS, OTHERS)
+ADVICE = Advice("remove these rows", OTHERS, OTHERS, OTHERS, OTHERS)
 REVIEWS = {"user": "reviewerID", "item": "asin", "time": "unixReviewTime", "rating": "overall"}
 
 
@@ -82,7 +82,7 @@ def main(
     table = open_table(Path(reviews))
     lacking = [name for name in REVIEWS.values() if name not in table.columns]
     cli.check((not lacking, f"--reviews={reviews}: has no {', '.join(lacking)}; {OTHERS}"))
-    columns = choose_columns(table, REVIEWS, lists="no")
+    columns = Columns(**REVIEWS, title=None, lists=None)
     raw, _ = read_log(table, columns, min_rating, ("user", "item"), advice=ADVICE)
     raw = raw.as_met()
     print_counts(f"rating >= {min_rating:g}", raw)
@@ -91,7 +91,9 @@ def main(
     kept = filter_reviews(raw, min_user, min_item, min_length, by_hash, by_time)
     if by_time:
         filters.print_ties(kept, "reviews", ties, tie_seed)
-    titles = read_titles(Path(meta), ["asin", "title"], filters.occurring(kept)) if meta else {}
+    titles = (
+        read_titles(Path(meta), ["asin", "title"], filters.occurring(kept), ADVICE) if meta else {}
+    )
     filters.write_domain(kept, titles, path)
 
 

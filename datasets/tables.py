@@ -32,7 +32,7 @@ BY_LETTERS = ("::", "\t")  # between these a quote is a letter, except around a 
 ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
 MAGIC = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open}
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-COMMENT = re.compile(r"#|sep=.$")  # the second is Excel's
+COMMENT = re.compile(r"#|sep=.?$")  # the second is Excel's
 NUMBER = re.compile(r"-?\d+(\.\d*)?([eE][+-]?\d+)?|\d{4}-\d\d-\d\d.*")
 DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, pa.ArrowException)
 UNREAD = {  # what a file starts with -> what it is, and what to do
@@ -84,7 +84,9 @@ class Table(NamedTuple):
     def describe(self) -> str:
         if self.kind != "text":
             return self.kind
-        return f"split at {self.separator!r}, {'with' if self.header else 'without'} a header"
+        first = [*self.sample[0].values()] if self.sample else []
+        header = "with a header" if self.header else f"without a header; first row: {first}"
+        return f"split at {self.separator!r}, {header}"[:120]
 
     def frames(self, columns: list[str]) -> Iterator[pd.DataFrame]:
         """The columns of the file, many rows at a time; the index has their rows in the file, from
@@ -104,7 +106,10 @@ class Table(NamedTuple):
             except DAMAGED as error:
                 raise UsageError(f"{part}: damaged ({str(error)[:100]})") from None
             except UnicodeError:
-                raise UsageError(f"{part}: not UTF-8; {SAVE_AS_UTF8}") from None
+                way = SAVE_AS_UTF8
+                if part.read_bytes()[:2] in UTF16:
+                    way = "the first part is not UTF-16 as this one is; save all parts alike"
+                raise UsageError(f"{part}: not UTF-8; {way}") from None
             except KeyError as error:
                 raise UsageError(f"{part}: lacks the column {error}") from None
 
@@ -153,6 +158,8 @@ def open_table(
         if head.startswith(magic):
             raise UsageError(f"{first}: looks like {what}")
     encoding = "utf-16" if head[:2] in UTF16 else "utf-8-sig"
+    if encoding != "utf-16" and b"\0" in head:
+        raise UsageError(f"{first}: holds bytes that are no text; save it as CSV in UTF-8")
     text = io.StringIO(head.decode(encoding, "replace"), newline=None)  # ends lines as readers do
     lines = [line.rstrip("\n") for line in text]
     every = [*_from_first_row(lines)]
@@ -165,18 +172,21 @@ def open_table(
     if rows[0].lstrip().startswith("[") and not rows[0].lstrip().startswith("[["):
         raise UsageError(f"{first}: looks like one JSON array; write a JSON object per line")
     table = _look_at_text(path, parts, encoding, rows, named, known, in_lines)
-    _refuse_hidden(table, skipped, known_form=table.header or bool(named))
+    _refuse_hidden(table, skipped, bool(named))
     return table
 
 
-def _refuse_hidden(table: Table, comments: list[str], known_form: bool) -> None:
+def _refuse_hidden(table: Table, comments: list[str], named: bool) -> None:
     """Refuse a comment before the first row that looks like a row, or like the header of a file
-    that has none.
+    that has none: as many cells, and numbers among them or no blank behind its #.
     """
     n = len(table.columns)
-    for line in comments if table.separator != " " and n > 1 else ():
+    for line in comments if n > 1 else ():
         cells = [cell.strip() for cell in _split(line, table.separator)]
-        if len(cells) == n and (not known_form or any(map(NUMBER.fullmatch, cells[1:]))):
+        attached = line[1:2].strip() and not table.header
+        known_form = (table.header or named) and not attached
+        alike = len(cells) > 1 and attached if table.separator == " " else len(cells) == n
+        if alike and (not known_form or any(map(NUMBER.fullmatch, cells[1:]))):
             raise UsageError(
                 f"{table.parts[0]}: {line[:60]!r} begins with # and has {n} cells: a comment, or a"
                 " header or row? remove the line, or its #"
@@ -249,7 +259,8 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
 def _cell(value: Any) -> Any:
     """A JSON or parquet value; a list or an object as JSON text, bytes as UTF-8."""
     if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")  # different bytes stay different
+        text = value.decode("utf-8", "backslashreplace")  # different bytes stay different
+        return text if text.isprintable() else value.hex()
     if isinstance(value, Decimal):
         return f"{value:f}"  # not 0E-10
     if isinstance(value, list | dict):
@@ -358,7 +369,8 @@ def _opened(path: Path) -> BinaryIO:
 def _opened_text(table: Table, comments: bool = True) -> Iterator[str]:
     """The lines from the first row on; what is skipped before it is printed with `comments`."""
     text = io.TextIOWrapper(_opened(table.path), encoding=table.encoding, newline="")
-    return _from_first_row(text, table.path if comments else None)
+    lines = (line.removeprefix("\ufeff") for line in text)  # of files that were joined
+    return _from_first_row(lines, table.path if comments else None)
 
 
 def _text(table: Table, columns: list[str]) -> Iterator[pd.DataFrame]:
@@ -422,7 +434,7 @@ def _of_width(
         if len(row) > n:
             raise UsageError(
                 f"{path}: row {i} has {len(row)} fields, expected {n}: is the separator in a field,"
-                " as in 4,5? write CSV with such fields in quotes"
+                " as in 4,5? write CSV with such fields in quotes; or does the header lack a name?"
             )
         if len(row) == 1 and n > 2:  # of two columns the list may be empty
             raise UsageError(

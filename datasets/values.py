@@ -36,7 +36,13 @@ def are_dates(cells: pd.Series, form: str | None) -> bool:
 
 
 def times_of(
-    path: Path, cells: pd.Series, rows: np.ndarray, dates: bool, form: str | None, zones: list[bool]
+    path: Path,
+    cells: pd.Series,
+    rows: np.ndarray,
+    dates: bool,
+    form: str | None,
+    zones: list[bool],
+    mend: str = "--time_format reads other forms",
 ) -> np.ndarray:
     """Times that sort: numbers as they are, dates in seconds since 1970.
 
@@ -55,7 +61,7 @@ def times_of(
             )
         whole = pd.to_numeric(cells, errors="coerce")
         return whole.to_numpy() if whole.dtype == np.int64 else numbers
-    expected = "a number or a date such as 2024-04-25 08:00:00; --time_format reads other forms"
+    expected = f"a number or a date such as 2024-04-25 08:00:00; {mend}"
     expected = f"a time of the form {form}" if form else expected
     if texts:  # not "now"
         without = ~cells.astype(str).str.contains(r"\d").to_numpy()
@@ -136,15 +142,19 @@ def _judge_numbers(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
             f"{path}: times in rows {small} and {large} are a factor of {ends[1] / ends[0]:,.0f}"
             f" apart: {units} in one column?"
         )
-    if not (lengths <= {7, 8} or lengths <= {5, 6}):
+    clocks = {11: 10**4, 12: 10**4, 13: 10**6, 14: 10**6}  # digits -> what cuts HHMM or HHMMSS off
+    days = time // clocks.get(max(lengths), 1)
+    if not any(lengths <= pair for pair in ({5, 6}, {7, 8}, {11, 12}, {13, 14})):
         return
     century = 100 if lengths <= {5, 6} else 10_000
-    years, months, days = time % century, time // century % 100, time // (100 * century)
-    backwards = (months >= 1) & (months <= 31) & (days >= 1) & (days <= 31)
+    last, second, first = days % century, days // century % 100, days // (100 * century)
+    pair = np.stack([first, second])
+    backwards = (pair.min(0) >= 1) & (pair.max(0) <= 31) & (pair.min(0) <= 12)
     if century == 100:  # 280524: of days before years the first two digits vary most
-        backwards &= (months <= 12) & (len(np.unique(days)) > len(np.unique(years)))
+        sorts = ((second >= 1) & (second <= 12) & (last >= 1) & (last <= 31)).all()
+        backwards &= (not sorts) | (len(np.unique(first)) > len(np.unique(last)))
     else:
-        backwards &= (years >= 1990) & (years <= 2100)
+        backwards &= (last >= 1990) & (last <= 2100)
     if backwards.all():
         raise UsageError(
             f"{path}: times such as {time[0]:.0f} look like days before years and do not sort;"

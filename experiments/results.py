@@ -9,7 +9,7 @@ import json
 import math
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -268,15 +268,19 @@ def by_domain(runs: list[FinishedRun], notes: list[str]) -> dict[str, list[Row]]
 
 
 def _named(rows: list[dict[int, FinishedRun]]) -> list[Row]:
-    """Rows with equal labels get the flags that differ.
+    """Rows with equal labels get the flags that differ, rows of another base than most that base.
 
     The plain label goes to the row with most seeds; of equal ones to the one trained by distill.py,
     which has the students' settings and is what they are compared with.
     """
     by_label = defaultdict(list)
-    for runs in rows:
-        row = Row("", dict(sorted(runs.items())))
-        by_label[row.first.label].append(row)
+    every = [Row("", dict(sorted(runs.items()))) for runs in rows]
+    bases = Counter(row.first.flags.get("base_model") for row in every)
+    bases.pop(None, None)  # SASRec's
+    usual = max(bases, key=bases.get, default=None)
+    for row in every:
+        base = row.first.flags.get("base_model") or usual
+        by_label[row.first.label + f", base {base}" * (base != usual)].append(row)
     named: dict[str, Row] = {}
     for text, same in sorted(by_label.items()):
         same.sort(key=_precedence)

@@ -180,11 +180,9 @@ def read_config(base: str) -> PreTrainedConfig:
             f"--base_model={base}: is quantised ({method}); its scales are not read here, use the"
             " checkpoint in bf16, fp16 or fp32 that it was made from"
         )
-    dropped = [name for name, rate in content.items() if "dropout" in name and rate]
-    if dropped:
-        raise UsageError(
-            f"{path}: {dropped[0]} is {content[dropped[0]]}, and nothing here applies it; write 0"
-        )
+    rates = [f"{name} is {rate}" for name, rate in content.items() if "dropout" in name and rate]
+    if rates:
+        raise UsageError(f"{path}: {', '.join(rates)}, and nothing here applies it; write 0")
     try:
         return CONFIG_MAPPING[found](**content)
     except Exception as error:  # transformers checks fields in several ways

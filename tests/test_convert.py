@@ -270,6 +270,7 @@ FORMLESS = {
     "array": ('[{"user_id": 1}]', "looks like one JSON array; write a JSON object per line"),
     "json": ('{"user_id": "a", "item_id": "x", "timestamp": 1}\n{{"u": 1}}\n', "row 2: not a JSON"),
     "quote": ('user_id,item_id,timestamp\na,"x,1\nb,y,2\n', "a quote is opened and not closed"),
+    "no text": ("ARROW1\0\0", "holds bytes that are no text; save it as CSV"),
     "latin": ("user_id,item_id,timestamp\na,x,1\nb,\xe4,2\n", "not UTF-8; save it as UTF-8"),
 }
 
@@ -298,7 +299,19 @@ def test_a_header_that_is_not_known_is_asked_for():
     assert Path("data/shop.csv").exists()
 
 
-MISSING = [r"\N", r"NA", r"N/A", r"<NA>", r"NaT", r"none", r"undefined", r"-", r"-1"]
+MISSING = [
+    r"\N",
+    r"NA",
+    r"N/A",
+    r"<NA>",
+    r"NaT",
+    r"none",
+    r"undefined",
+    r"-",
+    "(null)",
+    "#N/A",
+    "?",
+]
 
 
 @pytest.mark.parametrize("word", MISSING)
@@ -403,6 +416,8 @@ def test_lists_and_names_of_two_words_are_kept_apart():
     assert lists_of(shirts, **columns)[0] == ["u1", "[0, 2, 1, 2]"]
     bars = save_text("c.csv", "user_id,item_id\nu1,Red Shirt | Blue Shirt\nu2,Blue Shirt|Hat\n")
     assert lists_of(bars, **columns) == [["u1", "[2, 0]"], ["u2", "[0, 1]"]]
+    one = save_text("d.csv", 'reviewerID,asin\nu1,"Red Shirt, Blue Mug"\nu2,"Blue Mug"\n')
+    assert lists_of(one) == [["u1", "[1, 0]"], ["u2", "[0]"]]
 
 
 def test_headers_are_found_where_they_are():
@@ -454,6 +469,9 @@ TIMES = {
     "two forms": ([*dated("%Y%m%d"), *dated("%Y%m%d%H%M%S")], "of 8 and of more digits"),
     "days first": (dated("%d%m%Y"), "look like days before years and do not sort"),
     "months first": (dated("%m%d%Y"), "look like days before years and do not sort"),
+    "months, days, years": (["010524", "042523", "120123"] * 9, "look like days before years"),
+    "days first, minutes": (dated("%d%m%Y%H%M"), "look like days before years"),
+    "years first, seconds": (dated("%Y%m%d%H%M%S"), None),
     "years first": (dated("%Y%m%d"), None),
     "seconds": (dated("%s"), None),
     "a count": ([str(i) for i in range(320)], None),

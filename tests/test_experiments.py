@@ -314,6 +314,9 @@ def test_other_candidates_are_a_table_of_their_own(tmp_path):
         fake_run(tmp_path / name, STUDENT | flags)
     runs, notes = results.read_runs(tmp_path)
     assert list(results.by_domain(runs, notes)) == ["cloth", "cloth (candidates 99, seed 42)"]
+    for name, base in (("c", "tiny"), ("d", "./x")):
+        fake_run(tmp_path / name, STUDENT | OFF | {"base_model": base})
+    assert {f"E4SRec-like, 4 layers{of}" for of in ("", ", base ./x")} < {*rows_of(tmp_path)[0]}
 
 
 def test_tables_of_other_sasrecs_are_rows_of_their_own(tmp_path):

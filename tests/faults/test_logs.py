@@ -95,6 +95,12 @@ REFUSED = [  # the files, the first one's first part is read; words of the answe
     ({"p/a": LOG, "p/_delta_log/0": "{}"}, "p: has _delta_log: some of its files may be of older"),
     ({"a.csv": CUT}, "row 3: the list '.1, 2' is not closed: was it cut", "--lists yes"),
     ({"a.jsonl": BASKETS}, "the item '.5,7.' looks like a list; --lists yes reads lists"),
+    (
+        {"a.csv": CUT.replace('2"\n', '2]"\n').replace("[1", "c(1")},
+        "is code; write JSON",
+        "--lists yes",
+    ),
+    ({"a.csv": "#9;x;1.2.24\n8;y;1.2.24\n"}, "'#9;x;1.2.24' begins with # and has 3", NUMBERS),
     ({"a.csv": MIND}, "row 3 repeats the list of the user's row before .2 such rows"),
 ]
 
@@ -137,6 +143,8 @@ def test_comments_are_skipped_in_the_parts_that_have_them():
     for name, start, rows in (("a", "# by x\n\n", ROWS[:9]), ("b", "", ROWS[9:])):
         Path("p", name).write_text(start + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
     assert convert_by("--input p --user 1 --item 2 --time 3")[0] == plain_lists()
+    Path("p/b").write_text("\ufeff" + Path("p/b").read_text().replace("\n", "\n\ufeff", 1))
+    assert convert_by("--input p --user 1 --item 2 --time 3")[0] == plain_lists()
     lists = {user: " ".join([user, *items]) for user, items in plain_lists().items()}
     Path("lines.txt").write_text("\n".join(["# a user and items per line", *lists.values()]))
     assert convert_by("--input lines.txt --lists yes")[0] == plain_lists()
@@ -156,12 +164,20 @@ def test_double_colons_separate_text_without_quotes():
 def test_ids_that_python_would_read_as_numbers_stay_text():
     lists = ("12_3, 4_5", "1_23, 4_5", "[1e3x, 0x10]", "['a b', 'c']")
     arrays = ('{"a b",c}', "{'d', 'e'}", "['f' 'g']")  # Postgres', a set, numpy's
-    own = ("X1(R),X2(L)", "(500) Days|Heat (1995)", "(a, b)", 7, 7.0, None)  # brackets of items
+    own = (
+        "[np.int64(5), np.str_('B')]",
+        "X1(R),X2(L)",
+        "(500) Days|Heat (1995)",
+        "(a, b)",
+        7,
+        7.0,
+        None,
+    )  # brackets of items
     found = [parse_list(Path("x"), 2, cell) for cell in lists + arrays + own]
     assert found[:4] == [["12_3", "4_5"], ["1_23", "4_5"], ["1e3x", "0x10"], ["a b", "c"]]
     assert found[4:7] == [["a b", "c"], ["d", "e"], ["f", "g"]]
-    assert found[7:10] == [["X1(R)", "X2(L)"], ["(500) Days", "Heat (1995)"], ["a", "b"]]
-    assert found[10:] == [["7"], ["7.0"], []]
+    assert found[7:9] == [["5", "B"], ["X1(R)", "X2(L)"]]
+    assert found[9:] == [["(500) Days", "Heat (1995)"], ["a", "b"], ["7"], ["7.0"], []]
 
 
 def test_parts_without_rows_rows_without_anything_and_names_in_brackets_are_read():
