@@ -181,10 +181,13 @@ class FinishedRun(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Runs that differ in their seed alone, by seed."""
+    """Runs that differ in their seed alone, by seed. base: the end of the label where it is another
+    one than that of most rows.
+    """
 
     label: str
     runs: dict[int, FinishedRun]
+    base: str = ""
 
     @property
     def first(self) -> FinishedRun:
@@ -280,7 +283,8 @@ def _named(rows: list[dict[int, FinishedRun]]) -> list[Row]:
     usual = max(bases, key=bases.get, default=None)
     for row in every:
         base = row.first.flags.get("base_model") or usual
-        by_label[row.first.label + f", base {base}" * (base != usual)].append(row)
+        row = row._replace(base=f", base {base}" * (base != usual))
+        by_label[row.first.label + row.base].append(row)
     named: dict[str, Row] = {}
     for text, same in sorted(by_label.items()):
         same.sort(key=_precedence)

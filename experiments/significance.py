@@ -66,11 +66,11 @@ def _references(row: Row, by_label: dict[str, Row]) -> list[str]:
     run = row.first
     stage, flags = run.stage, run.flags
     names = ["SASRec"]
-    items = f", items from {run.items_from}" if run.items_from else ""
+    items = f", items from {run.items_from}" * bool(run.items_from) + row.base
     every = ", every prefix" if stage != "sasrec" and flags["train_targets"] == "all" else ""
     if stage != "sasrec" and plain_ce(flags):
-        others = [other.first for other in by_label.values() if other.first.stage != "sasrec"]
-        depths = [_layers(other) for other in others if plain_ce(other.flags)]
+        others = [other.first for other in by_label.values() if other.base == row.base]
+        depths = [_layers(o) for o in others if o.stage != "sasrec" and plain_ce(o.flags)]
         names += [plain_name(max(depths)) + every + items, plain_name(_layers(run)) + items]
     elif stage != "sasrec":
         between = f"{_layers(run)} <- {flags.get('llama_decoder_nums_teacher')}"
