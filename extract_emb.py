@@ -33,7 +33,7 @@ def main(*, files: flags.ExtractFiles) -> dict:
     cli.check((same, f"{path} is a table of --split={split}; name another file with --item_table"))
     for run in runs:
         run.check_same(inputs)
-        run.report_unfinished()
+        run.report_unfinished("--sasrec")
 
     # 2. The models and their tables.
     import torch

@@ -124,10 +124,8 @@ class Run:
         refuse_foreign(folder, stage, config)
         earlier = earlier or {}
         for name, other in ((name, other) for name, runs in earlier.items() for other in runs):
-            if processes.is_first():  # what it reads must not change
-                refuse_locked(other.folder, f"--{name}")
             other.check_same(inputs)
-            other.report_unfinished()
+            other.report_unfinished(f"--{name}")
         if run.eval_only:
             run._take_recorded(inputs)
             if processes.is_first():  # best/ stays what it is until results.json is written
@@ -151,6 +149,7 @@ class Run:
         run = cls.read(stage, source, "--init_from")
         if run.weights_sha256() is None or not run.has_best:
             raise UsageError(f"--init_from={source}: has no checkpoint best/")
+        run.report_unfinished("--init_from")
         if inputs.weights_have_items:
             run.check_same(inputs)
         names = [n for n, v in inputs.hashes.items() if v and run.config.get(n) not in (None, v)]
@@ -215,10 +214,16 @@ class Run:
         """Refuse other input files than this run was made from."""
         inputs.check(self.config or {}, self.folder)
 
-    def report_unfinished(self) -> None:
-        """Report that a later stage reads an unfinished run. Raises UsageError: it has no
-        checkpoint best/ yet.
+    def report_unfinished(self, flag: str = "") -> None:
+        """Report that a later stage reads an unfinished run.
+
+        Args:
+            flag: what names it where it must not change meanwhile.
+        Raises:
+            UsageError: it has no checkpoint best/ yet; or, with `flag`, a process works in it.
         """
+        if flag and processes.is_first():
+            refuse_locked(self.folder, flag)
         if not (self.finished or self.has_best):
             raise UsageError(
                 f"the {self.stage} run in {self.folder} stopped before its first evaluation;"

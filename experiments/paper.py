@@ -63,6 +63,7 @@ def label(stage: str, flags: dict[str, Any]) -> str:
     elif teacher:
         named = [name for weight, name in TERMS.items() if flags.get(weight)]
         parts.append(f"{layers} layers: " + " + ".join(["CE", *named]))
+        parts += ["normed exits"] * bool(flags.get("exit_norm") and flags["cls_multiple_lambda"])
     else:
         parts += _student(layers, flags)
     if flags["layer_selection"] != "first":

@@ -182,6 +182,8 @@ def main(
             f"--output_dir={output_dir}: already exists; {instead}",
         ),
     )
+    several = "," in files.model and not Path(files.model).is_dir()
+    cli.check((not several, f"--model={files.model}: a sum is not exported; name one model"))
     served = read(files)
 
     from safetensors import SafetensorError

@@ -32,6 +32,7 @@ RELEASED_SASREC = {"train_targets": "last", "init_std": 1.0}
 COPIED = STUDENT | OFF | {"student_init": "teacher"}
 ADAPTER = STUDENT | {"student_init": "adapter"}
 TWO_LAYERS = STUDENT | {"llama_decoder_nums_student": 2, "distill_block": 2, "train_targets": "all"}
+EXITS = TEACHER | {"exit_norm": True, "cls_multiple_lambda": 1.0}
 SASREC_KL = {"sasrec_lambda": 3.0, "sasrec_temperature": 2.0}
 
 
@@ -43,6 +44,7 @@ SASREC_KL = {"sasrec_lambda": 3.0, "sasrec_temperature": 2.0}
         ("sasrec", RELEASED_SASREC | {"max_seq_length": 50}, "SASRec, as released later"),
         ("sasrec", {"train_targets": "last", "init_std": 0.02}, "SASRec, one target per user"),
         ("sasrec", {"alpha": 0.7}, "BSARec, alpha 0.7"),
+        ("teacher", EXITS, "8 layers: CE + L_ms, normed exits"),
         ("teacher", TEACHER, "E4SRec-like, 8 layers"),
         ("student", STUDENT, "SLMRec 4 <- 8"),
         ("student", STUDENT | OFF, "E4SRec-like, 4 layers"),

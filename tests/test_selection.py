@@ -153,15 +153,6 @@ def test_starting_from_a_teacher_refuses_what_cannot_be(inside):
     assert json.loads(Path("o/config.json").read_text())["model"]["layers"] == [1, 3]
 
 
-NO_LISTS = [" 0,2,4,6", "0 2,4,6,7", "\u0660,\u0662", "0,2,", "[0,2", "firsts", "-1,2"]
-
-
-@pytest.mark.parametrize("typed", NO_LISTS)
-def test_a_list_that_is_none_is_refused_with_the_words_there_are(typed):
-    with refused("expected one of first, interval, last, or numbers (0,2,4,6)"):
-        cli.bind(finetune.main, [f"--layer_selection={typed}"])
-
-
 def test_a_start_from_the_teachers_layers_needs_its_lora(inside):
     finetune.main(**SHORT, train_strategy="lora", output_dir="t")
     flags = {"teacher": "t", "train_strategy": "lora", "student_init": "teacher"}

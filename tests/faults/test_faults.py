@@ -255,6 +255,8 @@ def test_f13_a_run_that_is_read_or_evaluated_does_not_change_meanwhile(inside, m
     patch.setattr(files, "lock_owner", {teacher: "7 on x"}.get)
     with pytest.raises(UsageError, match="--teacher=output/demo/teacher: process 7 on x is at"):
         distill.main(**SHORT, output_dir="s")
+    with pytest.raises(UsageError, match="--init_from=output/demo/teacher: process 7 on x is at"):
+        finetune.main(**SHORT, init_from=teacher.as_posix(), output_dir="t")
     Path("r/.replaced").mkdir(parents=True)
     threading.Timer(0.2, put_back, [Path("r")]).start()
     await_put_back(Path("r"))  # another process than the first

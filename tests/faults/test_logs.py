@@ -154,13 +154,6 @@ def test_comments_are_skipped_in_the_parts_that_have_them():
     assert convert_by(f"--input quoted.csv {by_number}")[0] == plain_lists()
 
 
-def test_double_colons_separate_text_without_quotes():
-    lines = [f"{n}::{title}::Drama\n" for n, title in enumerate(('"Open (1999)', "Foo", '"B" (2)'))]
-    Path("movies.dat").write_text("".join(lines))
-    titles = {"0": '"Open (1999)', "1": "Foo", "2": '"B" (2)'}
-    assert convert.read_titles(Path("movies.dat"), [], {*titles}) == titles
-
-
 def test_ids_that_python_would_read_as_numbers_stay_text():
     lists = ("12_3, 4_5", "1_23, 4_5", "[1e3x, 0x10]", "['a b', 'c']")
     arrays = ('{"a b",c}', "{'d', 'e'}", "['f' 'g']")  # Postgres', a set, numpy's
@@ -322,9 +315,6 @@ def test_a_cell_of_any_length_and_separators_within_cells_are_read():
 
 
 def test_time_none_on_a_command_line_keeps_file_order():
-    Path("my orders.csv").write_text("kunde,artikel\na,x\na,y\nb,x\nb,z\n")
-    offered = "--input 'my orders.csv' --user kunde --item artikel --time none"
-    assert convert_by(offered)[0] == {"a": ["x", "y"], "b": ["x", "z"]}
     Path("back.csv").write_text(HEADER + "a,x,9\na,y,8\nb,x,9\nb,z,8\n")
     assert convert_by("--input back.csv --time none")[0] == {"a": ["x", "y"], "b": ["x", "z"]}
 
