@@ -304,7 +304,14 @@ def _look_at_text(
     texts = not any(map(NUMBER.fullmatch, first)) and separator not in (" ", "::")
     header = not numbered if named else texts or has_names
     blanks = (" ",) if named else (" ", "\t")
-    if in_lines and not header and separator in blanks:
+    widths = {*map(len, rows)}
+    ragged = in_lines and not has_names and len(widths) > 1
+    if ragged and separator not in blanks:
+        raise UsageError(
+            f"{path}: rows of {min(widths)} to {max(widths)} cells: a user and items per line?"
+            " split them at blanks or tabs, and name no columns"
+        )
+    if in_lines and (ragged or not header) and separator in blanks:
         sample = [dict(zip("12", _two_cells(line))) for line in lines]
         return Table(path, parts, "lines", " ", encoding, False, ["1", "2"], sample)
     columns = [str(i + 1) for i in range(len(first))]

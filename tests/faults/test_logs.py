@@ -100,6 +100,7 @@ REFUSED = [  # the files, the first one's first part is read; words of the answe
         "is code; write JSON",
         "--lists yes",
     ),
+    ({"a.csv": "u1,x,y,z\nu2,y,x\n"}, "rows of 3 to 4 cells: a user and items", "--lists yes"),
     ({"a.csv": "#9;x;1.2.24\n8;y;1.2.24\n"}, "'#9;x;1.2.24' begins with # and has 3", NUMBERS),
     ({"a.csv": MIND}, "row 3 repeats the list of the user's row before .2 such rows"),
 ]
