@@ -230,7 +230,7 @@ def test_the_first_title_that_is_there_counts_and_quotes_may_be_letters():
 
 WRONG = {
     "empty user": ("a,x,1\n,y,2\n", "a.csv: row 3: the user is missing (column user_id, 1 rows;"),
-    "empty item": ("a,x,1\nb,,2\n", "a.csv: row 3: the item is missing"),
+    "header alone": ("", "a.csv: holds no interaction"),
     "ragged": ("a,x,1\nb,y,2,z\n", "a.csv: row 3 has 4 fields, expected 3"),
     "short": ("a,x,1\nb,y\n", "a.csv: row 3: the time is missing"),
     "bad time": ("a,x,1\nb,y,soon\n", "row 3: the time is 'soon', expected a number"),
