@@ -15,14 +15,15 @@ WHOLE = re.compile(r"(-?\d+)\.0*")  # an id that went through a float
 QUOTED = r"""(?:'[^']*'|"[^"]*")"""
 ARRAY = re.compile(rf"\[\s*{QUOTED}(?:\s+{QUOTED})+\s*\]")  # numpy's; Python joins such texts
 CUT = re.compile(r"\d[eE]\+?\d")  # a number that lost its last digits
-NOTHING = {"", r"\n", r"\\n", "na", "n/a", "n.a.", "<na>", "#n/a", "#ref!", "nan", "nat", "nil"}
-NOTHING |= {"null", "(null)", "[null]", "<null>", '"null"', "none", "undefined", "(not set)"}
+NO_TITLE = {"", r"\n", r"\\n", "n/a", "<na>", "#n/a", "nan", "null", "(null)", "[null]", "<null>"}
+NOTHING = NO_TITLE | {"na", "n.a.", "#ref!", "nat", '"null"', "none", "undefined", "(not set)"}
 NOTHING |= {"-", "--", "---", "?", "-1"}
 SEPARATORS = {mark: re.compile(rf"\s*[{mark}][\s{mark}]*") for mark in ",|;"}  # of lists in text
-BLANKS = re.compile(r"\s+")
+ANY_MARK = re.compile(r"\s*[,|;][\s,|;]*")
+BLANKS, MARKS = re.compile(r"\s+"), re.compile(r"[\s,|;]")
 SCALAR = re.compile(r"\b(?:np\.\w+|UUID|Decimal)\(([^()]*)\)")  # as numpy 2 and Python show one
 WRAPPED = re.compile(
-    r"(?:np\.|torch\.)?(?:c|array|tensor|deque|Any|list|set|\w*Array|\w*Buffer)\s*[\[(].*[\])]",
+    r"(?:np\.|torch\.)?(?:c|array|tensor|deque|Any|list|set|\w*Array|\w*Buffer)[\[(](?:(?!\),).)*[\])]",
     re.DOTALL,
 )
 # page code that stands as a title in some v2 files
@@ -78,12 +79,21 @@ class _NaNs(ast.NodeTransformer):
         return ast.Constant(None) if node.id == "nan" else node
 
 
-def splitter(cells: Iterable[object]) -> re.Pattern:
-    """What splits lists that are text: the mark that most cells have, or blanks."""
-    texts = [cell for cell in cells if isinstance(cell, str)]
-    counts = {mark: sum(mark in text for text in texts) for mark in SEPARATORS}
+def splitter(cells: Iterable[object]) -> re.Pattern | None:
+    """What splits lists that are text: the mark that half of those with several words have, so that
+    a list of one name of two words stays one; None where there is none.
+    """
+    texts = [cell for cell in cells if isinstance(cell, str) and cell[:1] not in ("[", "(", "{")]
+    several = [text for text in texts if MARKS.search(text.strip())]
+    counts = {mark: sum(mark in text for text in several) for mark in SEPARATORS}
     most = max(counts, key=counts.get)
-    return SEPARATORS[most] if counts[most] else BLANKS
+    return SEPARATORS[most] if counts[most] and 2 * counts[most] >= len(several) else None
+
+
+def _split(text: str, split: re.Pattern | None) -> list[str]:
+    """A text's parts; without `split` at commas, bars or semicolons, or at blanks without any."""
+    split = split or (ANY_MARK if ANY_MARK.search(text) else BLANKS)
+    return [part.strip("'\"") for part in split.split(text.strip()) if part]
 
 
 def parse_list(path: Path, row: int, cell: object, split: re.Pattern | None = None) -> list[str]:
@@ -91,9 +101,10 @@ def parse_list(path: Path, row: int, cell: object, split: re.Pattern | None = No
     number is a list of one. Raises UsageError: an element is no text and no whole number.
 
     Args:
-        split: of text; by the cell alone without it.
+        split: see `splitter`.
     """
-    text = "" if cell is None or cell != cell else SCALAR.sub(r"\1", str(cell).strip())
+    text = "" if cell is None or cell != cell else str(cell).strip()
+    text = SCALAR.sub(r"\1", text) if "(" in text else text
     quoted = "'" in text or '"' in text
     literal = text[:1] in ("[", "(", "'", '"') and (quoted or not PYTHONS.search(text))
     values: object = None
@@ -111,9 +122,7 @@ def parse_list(path: Path, row: int, cell: object, split: re.Pattern | None = No
             raise UsageError(
                 f"{path}: row {row}: the list {text[:40]!r} is not closed: was it cut?"
             )
-        inside = _unwrapped(text)
-        split = split or splitter([inside])
-        values = [part.strip("'\"") for part in split.split(inside.strip()) if part]
+        values = _split(_unwrapped(text), split)
     names = []
     for position, value in enumerate(values):
         name = str(value).strip() if type(value) in (int, float, str) else ""
@@ -130,7 +139,7 @@ def parse_list(path: Path, row: int, cell: object, split: re.Pattern | None = No
 def _unwrapped(text: str) -> str:
     """Without the brackets around the whole: those of X1(R),X2(L) are of an item."""
     closing, depth = {"[": "]", "(": ")"}.get(text[:1]), 1
-    for letter in text[1:-1]:
+    for letter in text[1:-1] if closing else "":
         depth += (letter == text[:1]) - (letter == closing)
         if not depth:
             return text
@@ -152,7 +161,7 @@ def clean_title(title: object) -> str:
     if title is None or title != title:
         return ""
     title = str(title)
-    if SCRIPT.search(title) or title.strip().lower() in NOTHING:
+    if SCRIPT.search(title) or title.strip().lower() in NO_TITLE:
         return ""
     text = html.unescape(TAG.sub(" ", html.unescape(title)))
     # lone surrogates cannot be written

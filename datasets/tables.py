@@ -32,6 +32,7 @@ BY_LETTERS = ("::", "\t")  # between these a quote is a letter, except around a 
 ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
 MAGIC = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open, b"BZh": bz2.open}
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # of bytes that are no text
 COMMENT = re.compile(r"#|sep=.?$")  # the second is Excel's
 NUMBER = re.compile(r"-?\d+(\.\d*)?([eE][+-]?\d+)?|\d{4}-\d\d-\d\d.*")
 DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, pa.ArrowException)
@@ -158,7 +159,7 @@ def open_table(
         if head.startswith(magic):
             raise UsageError(f"{first}: looks like {what}")
     encoding = "utf-16" if head[:2] in UTF16 else "utf-8-sig"
-    if encoding != "utf-16" and b"\0" in head:
+    if encoding != "utf-16" and b"\0" in head.partition(b"\n")[0]:
         raise UsageError(f"{first}: holds bytes that are no text; save it as CSV in UTF-8")
     text = io.StringIO(head.decode(encoding, "replace"), newline=None)  # ends lines as readers do
     lines = [line.rstrip("\n") for line in text]
@@ -178,18 +179,18 @@ def open_table(
 
 def _refuse_hidden(table: Table, comments: list[str], named: bool) -> None:
     """Refuse a comment before the first row that looks like a row, or like the header of a file
-    that has none: as many cells, and numbers among them or no blank behind its #.
+    that has none: as many cells, and numbers among them, or digits and no blank behind its #.
     """
     n = len(table.columns)
     for line in comments if n > 1 else ():
         cells = [cell.strip() for cell in _split(line, table.separator)]
-        attached = line[1:2].strip() and not table.header
-        known_form = (table.header or named) and not attached
-        alike = len(cells) > 1 and attached if table.separator == " " else len(cells) == n
-        if alike and (not known_form or any(map(NUMBER.fullmatch, cells[1:]))):
+        attached = bool(re.match(r"#\S.*\d", line)) and not table.header
+        numbers = not (table.header or named) or any(map(NUMBER.fullmatch, cells[1:]))
+        alike = len(cells) == n and (attached or (numbers and table.separator != " "))
+        if alike or (attached and table.separator == " " and len(cells) > 1):
             raise UsageError(
-                f"{table.parts[0]}: {line[:60]!r} begins with # and has {n} cells: a comment, or a"
-                " header or row? remove the line, or its #"
+                f"{table.parts[0]}: {line[:60]!r} begins with # and has {len(cells)} cells: a"
+                " comment, or a header or row? remove the line, or its #"
             )
 
 
@@ -260,7 +261,7 @@ def _cell(value: Any) -> Any:
     """A JSON or parquet value; a list or an object as JSON text, bytes as UTF-8."""
     if isinstance(value, bytes):
         text = value.decode("utf-8", "backslashreplace")  # different bytes stay different
-        return text if text.isprintable() else value.hex()
+        return value.hex() if CONTROL.search(text) else text
     if isinstance(value, Decimal):
         return f"{value:f}"  # not 0E-10
     if isinstance(value, list | dict):
@@ -304,8 +305,8 @@ def _look_at_text(
     texts = not any(map(NUMBER.fullmatch, first)) and separator not in (" ", "::")
     header = not numbered if named else texts or has_names
     blanks = (" ",) if named else (" ", "\t")
-    widths = {*map(len, rows)}
-    ragged = in_lines and not has_names and len(widths) > 1
+    widths = {len(row) for line, row in zip(lines, rows) if line.count('"') % 2 == 0}
+    ragged = in_lines and not has_names and len(widths) > 1 and max(widths) > 2
     if ragged and separator not in blanks:
         raise UsageError(
             f"{path}: rows of {min(widths)} to {max(widths)} cells: a user and items per line?"

@@ -66,7 +66,7 @@ def times_of(
     if texts:  # not "now"
         without = ~cells.astype(str).str.contains(r"\d").to_numpy()
         refuse(path, without, cells, rows, "time", expected)
-    if texts and not form:  # BigQuery's; a fraction of zero is left out there
+    if texts and not form and str(cells.iloc[0]).endswith(" UTC"):  # BigQuery's; .0 is left out
         cells = cells.astype(str).str.replace(r" UTC$", "Z", regex=True)
     if not form:
         _judge_zones(path, cells, rows, zones)
@@ -142,17 +142,16 @@ def _judge_numbers(path: Path, time: np.ndarray, rows: np.ndarray) -> None:
             f"{path}: times in rows {small} and {large} are a factor of {ends[1] / ends[0]:,.0f}"
             f" apart: {units} in one column?"
         )
-    clocks = {11: 10**4, 12: 10**4, 13: 10**6, 14: 10**6}  # digits -> what cuts HHMM or HHMMSS off
-    days = time // clocks.get(max(lengths), 1)
-    if not any(lengths <= pair for pair in ({5, 6}, {7, 8}, {11, 12}, {13, 14})):
+    if not (lengths <= {7, 8} or lengths <= {5, 6}):
         return
     century = 100 if lengths <= {5, 6} else 10_000
-    last, second, first = days % century, days // century % 100, days // (100 * century)
+    last, second, first = time % century, time // century % 100, time // (100 * century)
     pair = np.stack([first, second])
     backwards = (pair.min(0) >= 1) & (pair.max(0) <= 31) & (pair.min(0) <= 12)
-    if century == 100:  # 280524: of days before years the first two digits vary most
+    if century == 100:  # 280524 and 052824: days vary more than years
         sorts = ((second >= 1) & (second <= 12) & (last >= 1) & (last <= 31)).all()
-        backwards &= (not sorts) | (len(np.unique(first)) > len(np.unique(last)))
+        varied = first if sorts else time // century
+        backwards &= len(np.unique(varied)) > len(np.unique(last))
     else:
         backwards &= (last >= 1990) & (last <= 2100)
     if backwards.all():

@@ -214,8 +214,9 @@ def lock_owner(folder: Path) -> str | None:
         if take_lock(folder):
             release_lock(folder)
             return None
-    except OSError:  # nobody works in what cannot be written
-        return None
+    except OSError:  # this process may not write there; the owner's file goes with the lock
+        if not (folder / OWNER).exists():
+            return None
     try:
         return (folder / OWNER).read_text(encoding="utf-8").strip() or "?"
     except OSError:

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from engine import cpu
-from engine.errors import RunError, Stopped, UsageError
+from engine.errors import RunError, Stopped, UsageError, one_line
 
 if TYPE_CHECKING:
     import torch
 
 LONGEST_WAIT = datetime.timedelta(hours=6)  # while the first process fills the teacher's cache
+PEER_GONE = ("connection closed", "connection reset", "remote process exited", "closed by peer")
 FIRST_REPORTS = 30  # seconds that the other processes wait while the first reports a UsageError
 
 
@@ -176,10 +177,9 @@ def call(command: Callable[[], Any]) -> None:
     except Stopped as stop:
         _end(128 + stop.number, f"stopped: {stop}" if is_first() else "")
     except (MemoryError, RuntimeError) as error:
-        if world() > 1 and any(name in str(error).lower() for name in ("gloo", "nccl")):
-            _end(
-                1, f"error: {_process()}another process ended ({str(error).splitlines()[0][:120]})"
-            )
+        gone = world() > 1 and any(words in str(error).lower() for words in PEER_GONE)
+        if gone and not _out_of_memory(error):
+            _end(1, f"error: {_process()}another process ended ({one_line(error, 120)})")
         if not _out_of_memory(error):
             raise
         reason = str(error).splitlines()[0][:160] if str(error) else "MemoryError"

@@ -308,7 +308,8 @@ class Run:
         for group in self.groups:
             for name, value in group.values().items() if group.kind in kinds else ():
                 recorded = self.recorded[name]
-                if name == "bf16":  # empty, it adapts to the device: `prepare` compares then
+                if name == "bf16" and (value is not None or not self.finished):
+                    # empty, it adapts to the device: `prepare` compares then
                     recorded = self.config.get("bf16", recorded)
                     value = recorded if value is None else value
                 if recorded != value:

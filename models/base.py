@@ -159,12 +159,14 @@ def read_config(base: str) -> PreTrainedConfig:
     """The base's configuration. Raises UsageError: no config.json, or a family that is not read
     here.
     """
-    path = config_file(base)
+    if not Path(base).is_dir():
+        config_file(base)  # what is not there is said first
     if _file_of(base, "adapter_config.json"):  # transformers would load the base that it names
         raise UsageError(
             f"--base_model={base}: has a LoRA adapter (adapter_config.json), which nothing here"
             " reads; merge it into the weights (peft: merge_and_unload) and save, or remove it"
         )
+    path = config_file(base)
     content = read_json(path, "base")
     found = content.get("model_type")
     if found not in FAMILIES:

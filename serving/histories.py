@@ -1,5 +1,6 @@
 """Histories of users from a file: a log by original ids, or lists per user."""
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from datasets.tables import bare, open_table
 from datasets.values import APART, EPOCH
 from engine import cli
 
-LISTED = UNTIMED | {"time"}  # the columns of a file of lists
+DATED = re.compile(r"time|date|stamp|^ts$|_at$")  # a log's column
 ADVICE = Advice(
     "--unknown skip leaves them out",
     "--columns names others",
@@ -101,7 +102,8 @@ def of_file(
     """
     table = open_table(path, columns, NAMES)
     names = {bare(name) for name in table.columns}
-    in_lists = not columns and {"reviewerid", "asin"} <= names <= LISTED
+    dated = any(map(DATED.search, names - {"time"}))  # lists of times are of ours
+    in_lists = not columns and {"reviewerid", "asin"} <= names and not dated
     given = dict(zip(ROLES, columns))
     if not given and table.header and names <= UNTIMED:
         given["time"] = "none"

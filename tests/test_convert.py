@@ -442,10 +442,10 @@ TIMES = {
     "two forms": ([*dated("%Y%m%d"), *dated("%Y%m%d%H%M%S")], "of 8 and of more digits"),
     "days first": (dated("%d%m%Y"), "look like days before years and do not sort"),
     "months, days, years": (["010524", "042523", "120123"] * 9, "look like days before years"),
-    "days first, minutes": (dated("%d%m%Y%H%M"), "look like days before years"),
-    "years first, seconds": (dated("%Y%m%d%H%M%S"), None),
     "years first": (dated("%Y%m%d"), None),
     "seconds": (dated("%s"), None),
+    "spreadsheet days": ([str(42_100 + 3 * i) for i in range(320)], None),
+    "weeks": ([str(201_001 + i % 52) for i in range(320)], None),
     "a count": ([str(i) for i in range(320)], None),
     "from 0": ([str(i * 86_400) for i in range(320)], None),
 }
