@@ -83,6 +83,7 @@ class Run:
         self.log = MetricsLog(folder, self.flags.get("tensorboard", False))
         self._new_config: dict[str, Any] = {}
         self._kept: dict[str, Path] = {}
+        self._evaluated: str | None = None  # hash of the weights
 
     # -- looking ------------------------------------------------------------------------------
 
@@ -123,13 +124,12 @@ class Run:
             files.check_writable(folder, "--output_dir")
         refuse_foreign(folder, stage, config)
         earlier = earlier or {}
-        for name, other in ((name, other) for name, runs in earlier.items() for other in runs):
-            other.check_same(inputs)
-            other.report_unfinished(f"--{name}")
+        for name, runs in earlier.items():
+            for other in runs:
+                other.check_same(inputs)
+                other.report_unfinished(f"--{name}")
         if run.eval_only:
             run._take_recorded(inputs)
-            if processes.is_first():  # best/ stays what it is until results.json is written
-                hold(folder)
             return run
         if run.flags.get("init_from"):
             run.source = cls._open_source(stage, Path(run.flags["init_from"]), folder, inputs)
@@ -278,6 +278,7 @@ class Run:
             self.flags |= group.values()
         self.check_same(inputs)
         self.report_unfinished()
+        self._evaluated = self.weights_sha256()
 
     def _refuse_others(self, content: dict[str, Any]) -> None:
         """Refuse a folder whose run has other flags, or other entries of config.json."""
@@ -416,8 +417,15 @@ class Run:
             print(f"resuming with other library versions, so not bit for bit: {', '.join(other)}")
 
     def complete(self, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Write results.json and ranks.npz; a run that was trained is finished then."""
+        """Write results.json and ranks.npz; a run that was trained is finished then. Raises
+        RunError: best/ is another one than the one that `--eval_only` found.
+        """
         if processes.is_first():
+            if self.eval_only:
+                hold(self.folder)
+            if self.eval_only and self.weights_sha256() != self._evaluated:
+                files.release_lock(self.folder)
+                raise RunError(f"{self.folder / 'best'} was replaced meanwhile; evaluate it again")
             path = self.folder / "ranks.npz"
             with files.replacing(path) as partial, open(partial, "wb") as file:
                 np.savez_compressed(file, **arrays)

@@ -142,7 +142,6 @@ LISTS = {
     "floats": '"[3.0, 12.0, 3.0]"',
     "commas": '"3,12,3"',
     "spaces": "3 12 3",
-    "bars": "3|12|3",
 }
 
 
@@ -231,11 +230,9 @@ def test_the_first_title_that_is_there_counts_and_quotes_may_be_letters():
 WRONG = {
     "empty user": ("a,x,1\n,y,2\n", "a.csv: row 3: the user is missing (column user_id, 1 rows;"),
     "header alone": ("", "a.csv: holds no interaction"),
-    "ragged": ("a,x,1\nb,y,2,z\n", "a.csv: row 3 has 4 fields, expected 3"),
     "short": ("a,x,1\nb,y\n", "a.csv: row 3: the time is missing"),
     "bad time": ("a,x,1\nb,y,soon\n", "row 3: the time is 'soon', expected a number"),
     "one user": ("a,x,1\na,y,2\n", "one user in all, 'a': is column user_id the user?"),
-    "cut": ("a,1.23E+15,1\nb,y,2\n", "the item '1.23E+15' was cut by a spreadsheet"),
     "units": ("a,x,1700000000\nb,y,1700000000000\n", "rows 2 and 3 are a factor of 1,000 apart"),
     "a list": ('a,x,1\nb,"[1, 2]",2\n', "the item '[1, 2]' looks like a list; --lists yes"),
 }
@@ -263,7 +260,6 @@ FORMLESS = {
     "title": ("Orders 2020\nuser_id,item_id,timestamp\na,x,1\nb,y,2\n", "a title? remove it"),
     "array": ('[{"user_id": 1}]', "looks like one JSON array; write a JSON object per line"),
     "json": ('{"user_id": "a", "item_id": "x", "timestamp": 1}\n{{"u": 1}}\n', "row 2: not a JSON"),
-    "quote": ('user_id,item_id,timestamp\na,"x,1\nb,y,2\n', "a quote is opened and not closed"),
     "no text": ("ARROW1\0\0", "holds bytes that are no text; save it as CSV"),
     "latin": ("user_id,item_id,timestamp\na,x,1\nb,\xe4,2\n", "not UTF-8; save it as UTF-8"),
 }
@@ -443,7 +439,6 @@ TIMES = {
     "days first": (dated("%d%m%Y"), "look like days before years and do not sort"),
     "months, days, years": (["010524", "042523", "120123"] * 9, "look like days before years"),
     "years first": (dated("%Y%m%d"), None),
-    "seconds": (dated("%s"), None),
     "spreadsheet days": ([str(42_100 + 3 * i) for i in range(320)], None),
     "weeks": ([str(201_001 + i % 52) for i in range(320)], None),
     "a count": ([str(i) for i in range(320)], None),

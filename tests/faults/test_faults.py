@@ -1,5 +1,6 @@
 """The catalogue's faults that need no kill: damage, full disks, numbers that are none, locks."""
 
+import functools
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from unittest.mock import DEFAULT, Mock
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -244,11 +245,14 @@ def test_f13_a_second_process_is_kept_out_and_a_dead_ones_lock_is_free(inside):
 
 
 def test_f13_a_run_that_is_read_or_evaluated_does_not_change_meanwhile(inside, monkeypatch):
-    teacher, held, ranked, patch = Path("output/demo/teacher"), [], evaluation.evaluate, monkeypatch
-    noted = {"side_effect": lambda *_, **__: held.append({*files._held}) or DEFAULT}
-    patch.setattr(evaluation, "evaluate", Mock(wraps=ranked, **noted))
-    finetune.main(eval_only=True)
-    assert teacher.resolve() in held[0] - {*files._held}
+    teacher, ranked, patch = Path("output/demo/teacher"), evaluation.evaluate, monkeypatch
+    shutil.copytree(teacher, "kept")
+
+    swaps = functools.partial(shutil.copytree, "output/demo/student/best", "kept/best")
+    evaluate = Mock(side_effect=lambda *a, **b: swaps(dirs_exist_ok=True) and ranked(*a, **b))
+    with patch.context() as context, pytest.raises(RunError, match="kept/best was replaced mean"):
+        context.setattr(evaluation, "evaluate", evaluate)
+        finetune.main(eval_only=True, output_dir="kept")
     with patch.context() as context:  # nobody may write there
         context.setattr(files, "take_lock", Mock(side_effect=PermissionError))
         assert files.lock_owner(teacher) is None
