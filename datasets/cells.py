@@ -22,8 +22,9 @@ SEPARATORS = {mark: re.compile(rf"\s*[{mark}][\s{mark}]*") for mark in ",|;"}  #
 ANY_MARK = re.compile(r"\s*[,|;][\s,|;]*")
 BLANKS, MARKS = re.compile(r"\s+"), re.compile(r"[\s,|;]")
 SCALAR = re.compile(r"\b(?:np\.\w+|UUID|Decimal)\(([^()]*)\)")  # as numpy 2 and Python show one
-WRAPPED = re.compile(
-    r"(?:np\.|torch\.)?(?:c|array|tensor|deque|Any|list|set|\w*Array|\w*Buffer)[\[(](?:(?!\),).)*[\])]",
+WRAPPED = re.compile(  # a list as code shows it; c(1),c(2) are two ids
+    r"(?:np\.|torch\.)?(?:c|array|tensor|deque|Any|list|set|\w*Array|\w*Buffer)"
+    r"[\[(](?:(?!\),).)*[\])]",
     re.DOTALL,
 )
 # page code that stands as a title in some v2 files

@@ -62,14 +62,19 @@ class Inputs(NamedTuple):
         Raises:
             UsageError: what differs is named.
         """
-        for name, value in self.hashes.items():
-            theirs = recorded.get(name)
-            if None not in (value, theirs) and theirs != value:
-                mend = self._mend(recorded, name, owner)
-                raise UsageError(
-                    f"{owner} was made from another file: its {name} is {str(theirs)[:12]}...,"
-                    f" {self.sources[name]} has {value[:12]}...; {mend}"
-                )
+        names = self.differing(recorded)
+        if not names:
+            return
+        theirs, own = str(recorded[names[0]]), self.hashes[names[0]]
+        raise UsageError(
+            f"{owner} was made from another file: its {names[0]} is {theirs[:12]}...,"
+            f" {self.sources[names[0]]} has {own[:12]}...; {self._mend(recorded, names[0], owner)}"
+        )
+
+    def differing(self, recorded: dict) -> list[str]:
+        """Entries of a config.json, or of notes, that have another hash than the present file."""
+        pairs = ((name, value, recorded.get(name)) for name, value in self.hashes.items())
+        return [name for name, own, theirs in pairs if None not in (own, theirs) and own != theirs]
 
     def _mend(self, recorded: dict, entry: str, owner: Path) -> str:
         """What to do about another hash at `entry`."""

@@ -362,8 +362,7 @@ def _judge(table: Table, log: Log, columns: Columns, new_events: bool, advice: A
     lists = [name for name in names if A_LIST.fullmatch(name)]
     arrays = [name for name in lists if typed and isinstance(parsed(name), list)]
     if arrays or (lists and 2 * len(lists) >= len(names)):
-        lists = arrays or lists
-        shown = lists[0][:40]
+        shown = (arrays or lists)[0][:40]
         raise UsageError(f"{path}: the item {shown!r} looks like a list; {advice.lists}")
     counts = np.bincount(log.user)
     most = int(counts.argmax())

@@ -108,7 +108,9 @@ class Table(NamedTuple):
                 raise UsageError(f"{part}: damaged ({str(error)[:100]})") from None
             except UnicodeError:
                 way = SAVE_AS_UTF8
-                if part.read_bytes()[:2] in UTF16:
+                with _opened(part) as file:
+                    is_utf16 = file.read(2) in UTF16
+                if is_utf16:
                     way = "the first part is not UTF-16 as this one is; save all parts alike"
                 raise UsageError(f"{part}: not UTF-8; {way}") from None
             except KeyError as error:

@@ -42,12 +42,13 @@ def times_of(
     dates: bool,
     form: str | None,
     zones: list[bool],
-    mend: str = "--time_format reads other forms",
+    mend: str,
 ) -> np.ndarray:
     """Times that sort: numbers as they are, dates in seconds since 1970.
 
     Args:
         form: of the dates; ISO 8601 by default.
+        mend: what to do about dates of another form.
         zones: see `_judge_zones`.
     """
     texts = are_texts(cells)

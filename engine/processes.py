@@ -177,10 +177,9 @@ def call(command: Callable[[], Any]) -> None:
     except Stopped as stop:
         _end(128 + stop.number, f"stopped: {stop}" if is_first() else "")
     except (MemoryError, RuntimeError) as error:
-        gone = world() > 1 and any(words in str(error).lower() for words in PEER_GONE)
-        if gone and not _out_of_memory(error):
-            _end(1, f"error: {_process()}another process ended ({one_line(error, 120)})")
         if not _out_of_memory(error):
+            if world() > 1 and any(words in str(error).lower() for words in PEER_GONE):
+                _end(1, f"error: {_process()}another process ended ({one_line(error, 120)})")
             raise
         reason = str(error).splitlines()[0][:160] if str(error) else "MemoryError"
         _end(

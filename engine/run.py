@@ -152,7 +152,7 @@ class Run:
         run.report_unfinished("--init_from")
         if inputs.weights_have_items:
             run.check_same(inputs)
-        names = [n for n, v in inputs.hashes.items() if v and run.config.get(n) not in (None, v)]
+        names = inputs.differing(run.config)
         if names:
             print(f"{source} was trained with other files: {', '.join(names)}")
         return run
@@ -416,16 +416,20 @@ class Run:
         if other:
             print(f"resuming with other library versions, so not bit for bit: {', '.join(other)}")
 
+    def _refuse_replaced(self) -> None:
+        """Take the folder, to write what was evaluated. Raises RunError: best/ is another one."""
+        hold(self.folder)
+        if self.weights_sha256() != self._evaluated:
+            files.release_lock(self.folder)
+            raise RunError(f"{self.folder / 'best'} was replaced meanwhile; evaluate it again")
+
     def complete(self, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         """Write results.json and ranks.npz; a run that was trained is finished then. Raises
         RunError: best/ is another one than the one that `--eval_only` found.
         """
         if processes.is_first():
             if self.eval_only:
-                hold(self.folder)
-            if self.eval_only and self.weights_sha256() != self._evaluated:
-                files.release_lock(self.folder)
-                raise RunError(f"{self.folder / 'best'} was replaced meanwhile; evaluate it again")
+                self._refuse_replaced()
             path = self.folder / "ranks.npz"
             with files.replacing(path) as partial, open(partial, "wb") as file:
                 np.savez_compressed(file, **arrays)

@@ -313,5 +313,9 @@ def config_file(base: str) -> Path:
 
 def _file_of(base: str, name: str) -> str | None:
     """A file of the base, in its folder or on the hub; None where it has none."""
-    lenient = ("missing_entries", "connection_errors")
-    return cached_file(base, name, **{f"_raise_exceptions_for_{what}": False for what in lenient})
+    return cached_file(
+        base,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )

@@ -21,7 +21,7 @@ from engine import cli
 from engine.cli import PositiveInt, flag
 from engine.errors import RunError, one_line
 from engine.files import check_replaceable, making, replace_folder
-from engine.run import Run
+from engine.run import Run, run_names
 from serving.served import Served, ServedFiles, is_export, read
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -182,7 +182,7 @@ def main(
             f"--output_dir={output_dir}: already exists; {instead}",
         ),
     )
-    several = "," in files.model and not Path(files.model).is_dir()
+    several = run_names(files.model, "model")[1:]
     cli.check((not several, f"--model={files.model}: a sum is not exported; name one model"))
     served = read(files)
 

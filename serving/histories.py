@@ -118,9 +118,10 @@ def of_file(
     found: dict[str, list[tuple[str, float]]] = {user: [] for user in log.users}
     for user, item, time in zip(log.user, log.item, log.time.tolist()):
         found[log.users[user]].append((log.items[item], time))
-    if chosen.lists and not original_ids(path):
+    mapped = chosen.lists and original_ids(path)
+    if chosen.lists and not mapped:
         finder.refuse_ambiguous([[log.items[i] for i in set(log.item)]], f"--users={path}")
-    elif chosen.lists:  # its numbers were mapped to original ids
+    elif mapped:  # its numbers were mapped to original ids
         finder = finder.by_asin()
     histories = {}
     for user, events in found.items():
